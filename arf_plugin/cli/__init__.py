@@ -1,0 +1,1 @@
+"""The command ``arf``: one file per sub-command."""

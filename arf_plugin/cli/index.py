@@ -1,0 +1,9 @@
+"""``arf index``."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the parser of ``arf index``."""

@@ -1,0 +1,71 @@
+"""Entry point of ``arf``: parses the sub-command and turns ArfErrors into one clear message."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from arf_plugin import __version__
+from arf_plugin.errors import ArfError
+
+# Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
+# on it. The modules import nothing heavy at their top level, so that `arf --help` stays instant.
+COMMANDS = (
+    "caption",
+    "embed",
+    "index",
+    "retrieve",
+    "pack",
+    "anchors",
+    "check",
+    "train",
+    "evaluate",
+    "interpolate",
+    "doctor",
+)
+
+EPILOG = """\
+examples:
+  arf doctor                                  is the plugin active, and does it fit this open_clip?
+  arf anchors --task 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS
+  arf check ANCHORS --train-data 'task/{000..099}.tar'
+  torchrun --nproc_per_node 8 -m open_clip_train.main --arf-anchors ANCHORS --train-data ...
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of ``arf`` with all its sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="arf",
+        description="Anchor-based Robust Fine-tuning for open_clip: build anchors, train, evaluate.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"arf-plugin {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"arf_plugin.cli.{name}").register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command.
+
+    Returns:
+        The process's exit status: 0 when all went well, 1 for an ArfError, 2 for wrong arguments.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except ArfError as error:
+        if os.environ.get("ARF_DEBUG"):
+            raise
+        print(f"arf {args.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""``arf retrieve``."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the parser of ``arf retrieve``."""

@@ -1,0 +1,52 @@
+"""The one family of errors that this package raises for its users.
+
+Each message says what was found, where, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class ArfError(Exception):
+    """Base of every error that a user of the plugin can cause or mend."""
+
+
+class FlagError(ArfError):
+    """A command-line flag, or a combination of flags, that cannot work."""
+
+
+class IncompatibleUpstreamError(ArfError):
+    """The installed open_clip is not one that the hooks were written for."""
+
+
+class AnchorSetError(ArfError):
+    """An anchor set (captions or pairs) that is missing, empty or malformed."""
+
+
+class TaskDataError(ArfError):
+    """Task data (shards or CSV) that cannot be joined with the anchor set."""
+
+
+class MissingCaptionError(TaskDataError):
+    """A task sample without a caption anchor."""
+
+
+class PoolError(ArfError):
+    """A pool, its embeddings or its index that cannot be used for retrieval."""
+
+
+class StageError(ArfError):
+    """A stage of anchor building that cannot start, resume or go on."""
+
+
+class EvaluationError(ArfError):
+    """A checkpoint or an evaluation set that cannot be evaluated."""
+
+
+class MissingDependencyError(ArfError):
+    """An optional library that the requested step needs is not installed."""
+
+    def __init__(self, library: str, step: str, extra: str) -> None:
+        super().__init__(
+            f"{step} needs the library '{library}', which is not installed.\n"
+            f"Install it with: pip install 'arf-plugin[{extra}]'"
+        )

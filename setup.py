@@ -1,0 +1,100 @@
+"""Metadata, extras, the console script and the start-up file of arf-plugin.
+
+A start-up file is a ``.pth`` in site-packages whose import line Python runs when it starts. setuptools has no
+way to ship one, so two build commands are extended here: ``build_py`` for wheels, and ``editable_wheel`` for
+``pip install -e``. Both list the file in RECORD, so uninstalling the package removes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import zipfile
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+HERE = Path(__file__).parent
+
+# `.pth` is read by every Python; `.start` (PEP 829) replaces its import lines from Python 3.15 on.
+STARTUP_FILES = {
+    "arf_plugin.pth": "import arf_plugin._boot\n",
+    "arf_plugin.start": "arf_plugin._boot:install\n",
+}
+
+
+class BuildWithStartupFile(build_py):
+    """Puts the start-up files at the top of the built library, which is site-packages once installed."""
+
+    def run(self) -> None:  # noqa: D102
+        super().run()
+        if not self.editable_mode:
+            for name, content in STARTUP_FILES.items():
+                Path(self.build_lib, name).write_text(content)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:  # noqa: D102
+        built = [] if self.editable_mode else [str(Path(self.build_lib, name)) for name in STARTUP_FILES]
+        return super().get_outputs(include_bytecode) + built
+
+
+class EditableWithStartupFile(editable_wheel):
+    """Adds the start-up files to the finished editable wheel, with their lines in RECORD."""
+
+    def run(self) -> None:  # noqa: D102
+        super().run()
+        for wheel in Path(self.dist_dir).glob("*editable*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                members = {info.filename: archive.read(info) for info in archive.infolist()}
+            record = next(name for name in members if name.endswith(".dist-info/RECORD"))
+            for name, content in STARTUP_FILES.items():
+                digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+                members[name] = content.encode()
+                members[record] += f"{name},sha256={digest},{len(content)}\n".encode()
+            with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, data in members.items():
+                    archive.writestr(name, data)
+
+
+def version() -> str:
+    """Reads ``__version__`` without importing the package."""
+    for line in (HERE / "arf_plugin" / "__init__.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("arf_plugin/__init__.py has no __version__")
+
+
+setup(
+    name="arf-plugin",
+    version=version(),
+    description="Anchor-based Robust Fine-tuning (ARF) as a plugin for the open_clip trainer",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["arf_plugin", "arf_plugin.*"]),
+    package_data={"arf_plugin": ["py.typed", "data/templates/*.txt"]},
+    install_requires=[
+        "open_clip_torch>=2.29",
+        "torch>=2.1",
+        # The upper bound is that of open_clip's own `training` extra: later releases break its trainer.
+        "webdataset>=0.2.5,<=0.2.86",
+        "braceexpand",
+        "filelock",
+        "fsspec",
+        "packaging",
+        "pandas",
+        "pyarrow",
+        "tqdm",
+    ],
+    extras_require={
+        "captions": ["transformers[sentencepiece]"],
+        "retrieval": ["faiss-cpu", "tenacity", "requests"],
+        "evaluation": ["clip-benchmark", "matplotlib", "torchmetrics"],
+        "dev": ["pytest", "ruff", "mypy", "pandas-stubs", "types-requests", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["arf = arf_plugin.cli.main:main"]},
+    cmdclass={"build_py": BuildWithStartupFile, "editable_wheel": EditableWithStartupFile},
+    zip_safe=False,
+)
