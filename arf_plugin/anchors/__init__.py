@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reading, writing and checking anchor sets."""

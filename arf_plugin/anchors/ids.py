@@ -1,0 +1,66 @@
+"""Sample ids: the names that join task samples with their caption anchors.
+
+The id of a WebDataset sample is ``<shard file name without .tar>/<__key__>``; the id of a CSV sample is its
+image path exactly as the CSV has it. Folders and hosts are left out of shard names on purpose: a data set keeps
+its ids when it moves.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+
+from arf_plugin.errors import TaskDataError
+
+_TAR_ENDING = re.compile(r"\.(tar|tgz)(\.[A-Za-z0-9]+)?$")
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@functools.lru_cache(maxsize=65536)
+def shard_name(url: str) -> str:
+    """Returns the file name of a shard without folders, host, query string and ``.tar``.
+
+    Args:
+        url: what webdataset was given: a path, ``file:``, ``s3://``, ``https://`` and so on, or a ``pipe:``
+            command, whose first word that names a tar counts.
+
+    Raises:
+        TaskDataError: if a ``pipe:`` command names no tar.
+
+    >>> shard_name("/data/train-0001.tar"), shard_name("pipe:aws s3 cp s3://bucket/a/train-0001.tar -")
+    ('train-0001', 'train-0001')
+    >>> shard_name("https://host/a/train-0001.tar?token=x/y")
+    'train-0001'
+    """
+    if url.startswith("pipe:"):
+        url = _tar_in_command(url)
+    if _SCHEME.match(url):
+        url = re.split(r"[?#]", url, maxsplit=1)[0]
+    return _TAR_ENDING.sub("", url.rstrip("/").rsplit("/", 1)[-1])
+
+
+def sample_id(url: str, key: str) -> str:
+    """Returns the id of a WebDataset sample.
+
+    Args:
+        url: the shard, as in the sample's ``__url__``.
+        key: the sample's ``__key__``.
+    """
+    return f"{shard_name(url)}/{key}"
+
+
+def _tar_in_command(url: str) -> str:
+    command = url[len("pipe:") :]
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    for word in words:
+        path = re.split(r"[?#]", word, maxsplit=1)[0]
+        if _TAR_ENDING.search(path):
+            return path
+    raise TaskDataError(
+        f"The command {url!r} names no tar file, so its samples have no id (<shard name>/<key>).\n"
+        "Expected a word that ends in .tar, such as: pipe:aws s3 cp s3://bucket/train-0001.tar -"
+    )
