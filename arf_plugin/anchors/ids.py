@@ -1,7 +1,7 @@
 """Sample ids: the names that join task samples with their caption anchors.
 
 The id of a WebDataset sample is ``<shard file name without .tar>/<__key__>``; the id of a CSV sample is its
-image path exactly as the CSV has it. Folders and hosts are left out of shard names on purpose: a data set keeps
+image path exactly as the CSV has it. Folders and hosts are no part of a shard name: a data set keeps
 its ids when it moves.
 """
 

@@ -30,7 +30,9 @@ def test_shard_name(url: str, name: str):
 
 
 def test_sample_id_keeps_the_key_as_it_is():
-    assert sample_id("s3://bucket/00000.tar", "n01440764/n01440764_10026") == "00000/n01440764/n01440764_10026"
+    assert (
+        sample_id("s3://bucket/00000.tar", "n01440764/n01440764_10026") == "00000/n01440764/n01440764_10026"
+    )
 
 
 def test_a_command_without_a_tar_is_refused():

@@ -1,0 +1,269 @@
+"""Looks into WebDataset tars by their headers alone, and finds what would fail later.
+
+Tars are untrusted input: names that leave the folder, links and devices are refused, and nothing is extracted
+to disk. Names are split into key and extension as ``webdataset.tariterators.base_plus_ext`` does it, and what
+webdataset skips is skipped here too, so that a scan lists exactly what training sees.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from arf_plugin.errors import ArfError, TaskDataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Those that open_clip trains on, in its order of preference.
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+
+_SPLIT = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
+_SKIPPED = re.compile(r"__[^/]*__($|/)")
+_REMOTE = re.compile(r"^(?!file:)[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
+_PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
+_PEEK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file of a tar.
+
+    Attributes:
+        name: full name in the tar.
+        key: name without its extensions; members of a sample share it.
+        ext: extensions in lower case, without the first dot (``jpg``, ``seg.png``).
+        offset: first byte of the data in the tar; -1 if the tar cannot be read there (compressed, piped).
+        size: data bytes.
+        data: the bytes, if they were asked for.
+        problem: why an image is unreadable; None if it looks whole or was not examined.
+    """
+
+    name: str
+    key: str
+    ext: str
+    offset: int
+    size: int
+    data: bytes | None = None
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class Sample:
+    """Neighbouring members of one key, as open_clip's ``group_by_keys_nothrow`` forms them."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Member | None:
+        """The member that open_clip takes as the image."""
+        return next((self.members[ext] for ext in IMAGE_EXTENSIONS if ext in self.members), None)
+
+
+class _StrictInfo(tarfile.TarInfo):
+    """A header that is damaged or cut off is an error; tarfile would take it for the end and say nothing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as cause:
+            if type(cause).__name__ in ("EOFHeaderError", "EmptyHeaderError"):
+                raise  # the regular ends: a block of zeros, or no block at all
+            raise tarfile.ReadError(f"damaged header at byte {tar.offset}: {cause}") from cause
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Splits a member's name into key and lower-case extension; None if it has no extension."""
+    match = _SPLIT.match(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def is_remote(url: str) -> bool:
+    """True for ``pipe:`` commands and for URLs of another scheme than ``file:``."""
+    return url.startswith("pipe:") or bool(_REMOTE.match(url))
+
+
+def local_path(url: str) -> Path:
+    """Path of a local shard, given as a path or as a ``file:`` URL."""
+    return Path(re.sub(r"^file:(//)?", "", url))
+
+
+def open_shard(url: str, error: type[ArfError] = TaskDataError) -> IO[bytes]:
+    """Opens a local path, an fsspec URL or a ``pipe:`` command for reading.
+
+    Raises:
+        error: if it is missing or cannot be opened.
+    """
+    try:
+        if url.startswith("pipe:"):
+            import webdataset
+
+            return webdataset.gopen(url)
+        if is_remote(url):
+            import fsspec
+
+            return fsspec.open(url, "rb").open()
+        return local_path(url).open("rb")
+    except FileNotFoundError:
+        raise error(f"{url} does not exist. Expected a tar; check the path and its braces.") from None
+    except (OSError, ImportError, ValueError) as cause:
+        raise error(f"{url} cannot be opened: {cause}") from cause
+
+
+def scan_tar(
+    url: str,
+    error: type[ArfError] = TaskDataError,
+    *,
+    read: Collection[str] = (),
+    images: bool = False,
+) -> Iterator[Member]:
+    """Yields the regular members of a tar in order, reading little more than their headers.
+
+    Args:
+        url: local path, fsspec URL or ``pipe:`` command.
+        error: what to raise, so that the message has the right family.
+        read: extensions whose data is read as well.
+        images: also tests images for truncation and sets ``problem``: by their first and last bytes, and by
+            decoding those that leave a doubt.
+
+    Raises:
+        error: if the tar is missing, empty, cut off or corrupt; for escaping names, links and devices.
+    """
+    with open_shard(url, error) as file:
+        seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
+        last = "the start"
+        try:
+            with tarfile.open(fileobj=file, mode="r:" if seekable else "r|*", tarinfo=_StrictInfo) as tar:
+                for info in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+                    last = f"member {info.name!r}"
+                    if not _accept(info, url, error):
+                        continue
+                    split = split_name(info.name)
+                    if split is None:
+                        continue
+                    key, ext = split
+                    examine = images and ext in IMAGE_EXTENSIONS
+                    data = problem = None
+                    if ext in read or (examine and not seekable):
+                        data = _read_member(tar, info)
+                    if examine and data is not None:
+                        problem = image_problem(io.BytesIO(data), 0, info.size)
+                    elif examine:
+                        problem = image_problem(file, info.offset_data, info.size)
+                    offset = info.offset_data if seekable else -1
+                    kept = data if ext in read else None
+                    yield Member(info.name, key, ext, offset, info.size, kept, problem)
+        except _BROKEN as cause:
+            if isinstance(cause, ArfError):
+                raise
+            raise error(
+                f"{url} is cut off or corrupt after {last}: {cause}.\n"
+                "Expected a whole tar; copy or download it again, or leave it out."
+            ) from cause
+
+
+def scan_samples(
+    url: str,
+    error: type[ArfError] = TaskDataError,
+    *,
+    read: Collection[str] = (),
+    images: bool = False,
+) -> Iterator[Sample]:
+    """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
+
+    Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip.
+    """
+    sample: Sample | None = None
+    for member in scan_tar(url, error, read=read, images=images):
+        if sample is None or member.key != sample.key or member.ext in sample.members:
+            if sample is not None:
+                yield sample
+            sample = Sample(member.key)
+        sample.members[member.ext] = member
+    if sample is not None:
+        yield sample
+
+
+def image_problem(file: IO[bytes], start: int, size: int) -> str | None:
+    """Says why the image in ``size`` bytes from ``start`` of a file is unreadable, or returns None."""
+    if size == 0:
+        return "is empty (0 bytes)"
+    file.seek(start)
+    head = file.read(min(_PEEK, size))
+    file.seek(start + max(0, size - _PEEK))
+    tail = file.read(min(_PEEK, size))
+    if has_end_marker(head, tail, size):
+        return None
+    file.seek(start)
+    return decode_problem(file.read(size))
+
+
+def has_end_marker(head: bytes, tail: bytes, size: int) -> bool:
+    """True if the first and last bytes are those of a whole JPEG, PNG or WebP image of ``size`` bytes."""
+    if head[:2] == b"\xff\xd8":
+        return tail.endswith(b"\xff\xd9")
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return tail.endswith(b"IEND\xaeB`\x82")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    return False
+
+
+def decode_problem(data: bytes) -> str | None:
+    """Decodes an image in full; returns why it is unreadable, or None."""
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+    except Image.UnidentifiedImageError:
+        return "is not an image that PIL can read"
+    except Exception as cause:  # PIL's decoders raise many kinds, struct.error and SyntaxError among them
+        return f"cannot be decoded ({cause})"
+    return None
+
+
+def _accept(info: tarfile.TarInfo, url: str, error: type[ArfError]) -> bool:
+    """True for members that webdataset reads; raises for those that no data set should have."""
+    parts = info.name.replace("\\", "/").split("/")
+    if info.name.startswith(("/", "\\")) or ".." in parts:
+        raise error(
+            f"{url} has a member whose name leaves the folder: {info.name!r}.\n"
+            "Expected names below the tar's root; the tar is broken or hostile: leave it out or repack it."
+        )
+    if info.isdir():
+        return False
+    if info.type not in _PLAIN_TYPES:
+        raise error(
+            f"{url} has a member that is not a regular file: {info.name!r} (tar type {info.type!r}).\n"
+            "Expected files only, no links and no devices; pack it again (tar --dereference)."
+        )
+    return not _SKIPPED.match(info.name)
+
+
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info)
+    data = file.read() if file is not None else b""
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"unexpected end of data in {info.name!r}")
+    return data
+
+
+def _is_compressed(file: IO[bytes]) -> bool:
+    magic = file.read(6)
+    file.seek(0)
+    return magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
