@@ -1,1 +1,1 @@
-"""TODO."""
+"""Loss terms of ARF, built from open_clip's own losses."""

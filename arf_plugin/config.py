@@ -1,0 +1,177 @@
+"""The ``--arf-*`` flags of the trainer: declared here, once, and checked before anything heavy starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from arf_plugin.errors import FlagError
+
+EPILOG = """\
+Anchor-based Robust Fine-tuning (arf-plugin):
+  torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16 --pretrained openai \\
+      --train-data 'imagenet/{000..999}.tar' --arf-classnames imagenet --arf-templates imagenet \\
+      --arf-anchors ANCHORS
+  Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ArfConfig:
+    """What the user asked for, with defaults filled in.
+
+    Attributes:
+        anchors: Folder or fsspec URL of the anchor set; None means no anchors (FLYP, or plain open_clip).
+        caption_weight: Weight of the caption-anchor loss; 0 switches the term and its data off.
+        pair_weight: Weight of the pair-anchor loss; 0 switches the term and its data off.
+        pair_batch_size: Pairs per process and micro-batch (A); None means ``--batch-size`` (B).
+        workers: Loader workers for pair anchors; None means a share of ``--workers``.
+        missing_caption: ``error`` or ``prompt`` (use the class prompt in the caption's place).
+        classnames: File of class names, one per line, or ``imagenet``.
+        templates: File of prompt templates, one per line, or ``imagenet``.
+        freeze_bn: Keep BatchNorm layers on their pretrained statistics.
+    """
+
+    anchors: str | None = None
+    caption_weight: float = 1.0
+    pair_weight: float = 1.0
+    pair_batch_size: int | None = None
+    workers: int | None = None
+    missing_caption: str = "error"
+    classnames: str | None = None
+    templates: str | None = None
+    freeze_bn: bool = False
+
+
+# Flags that mean nothing without an anchor set, by their argparse destination.
+NEED_ANCHORS = ("arf_caption_weight", "arf_pair_weight", "arf_pair_batch_size", "arf_workers", "arf_missing_caption")
+
+
+def add_arf_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the ARF group to a parser. Defaults are None, so that a flag which was given can be told apart."""
+    group = parser.add_argument_group("Anchor-based Robust Fine-tuning (arf-plugin)")
+    group.add_argument("--arf-anchors", metavar="PATH", help="Anchor set (folder or fsspec URL); turns ARF on.")
+    group.add_argument(
+        "--arf-caption-weight",
+        type=_weight,
+        metavar="W",
+        help="Weight of the caption-anchor loss; 0 switches the term and its data off (default: 1.0).",
+    )
+    group.add_argument(
+        "--arf-pair-weight",
+        type=_weight,
+        metavar="W",
+        help="Weight of the pair-anchor loss; 0 switches the term and its data off (default: 1.0).",
+    )
+    group.add_argument(
+        "--arf-pair-batch-size",
+        type=_positive,
+        metavar="A",
+        help="Anchor pairs per process and micro-batch (default: --batch-size).",
+    )
+    group.add_argument(
+        "--arf-workers",
+        type=_not_negative,
+        metavar="N",
+        help="How many of the --workers load pair anchors (default: a share by images loaded).",
+    )
+    group.add_argument(
+        "--arf-missing-caption",
+        choices=("error", "prompt"),
+        help="A task sample without a caption: stop, or use its class prompt (default: error).",
+    )
+    group.add_argument(
+        "--arf-classnames",
+        metavar="FILE",
+        help="Class names, one per line, or 'imagenet': builds class prompts from each sample's `cls`.",
+    )
+    group.add_argument(
+        "--arf-templates",
+        metavar="FILE",
+        help="Prompt templates, one per line with {c} for the class name, or 'imagenet' (OpenAI's list, the "
+        "default with --arf-classnames). One random template per sample.",
+    )
+    group.add_argument(
+        "--arf-freeze-bn",
+        action="store_true",
+        default=None,
+        help="Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
+    )
+    parser.epilog = EPILOG
+
+
+def resolve(args: argparse.Namespace) -> ArfConfig:
+    """Checks the ARF flags against each other and the trainer's, and fills in defaults on ``args`` too.
+
+    Args:
+        args: The trainer's parsed arguments, ARF's included.
+
+    Returns:
+        The configuration. ``args.arf_*`` then hold the same values, so that the trainer's own log shows them.
+
+    Raises:
+        FlagError: A combination that cannot work.
+    """
+    given = {name: value for name, value in vars(args).items() if name.startswith("arf_") and value is not None}
+    if "arf_anchors" not in given:
+        stray = [_spelling(name) for name in NEED_ANCHORS if name in given]
+        if stray:
+            raise FlagError(
+                f"{', '.join(stray)} given without --arf-anchors.\n"
+                "These flags describe how anchors are used: add --arf-anchors PATH, or drop them."
+            )
+    elif not given["arf_anchors"]:
+        raise FlagError("--arf-anchors is empty; expected the folder or URL of an anchor set.")
+    if "arf_templates" in given and "arf_classnames" not in given:
+        raise FlagError("--arf-templates given without --arf-classnames: templates need class names to fill in.")
+    if "arf_classnames" in given:
+        given.setdefault("arf_templates", "imagenet")
+    config = ArfConfig(**{name.removeprefix("arf_"): value for name, value in given.items()})
+    if config.anchors and config.caption_weight == 0 and config.pair_weight == 0:
+        raise FlagError("--arf-caption-weight 0 and --arf-pair-weight 0 leave no anchors; drop --arf-anchors instead.")
+    _check_trainer(args, config)
+    for field in dataclasses.fields(ArfConfig):
+        setattr(args, f"arf_{field.name}", getattr(config, field.name))
+    return config
+
+
+def _check_trainer(args: Any, config: ArfConfig) -> None:
+    if "coca" in args.model.lower():
+        raise FlagError(
+            f"--model {args.model}: CoCa needs as many images as texts in a batch, which ARF's batches do not have.\n"
+            "Use a CLIP or SigLIP model, or train CoCa without --arf-* flags."
+        )
+    if args.train_data is None:
+        raise FlagError("--arf-* flags are for training, but --train-data is missing.")
+    if args.dataset_type == "synthetic":
+        raise FlagError("--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv.")
+    if config.freeze_bn and getattr(args, "use_bn_sync", False):
+        raise FlagError(
+            "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
+        )
+
+
+def _spelling(dest: str) -> str:
+    return "--" + dest.replace("_", "-")
+
+
+def _weight(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number >= 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1 (to drop pairs: --arf-pair-weight 0)")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+    return value

@@ -1,0 +1,1 @@
+"""Anchor data on its way into training: texts joined to task samples, pair anchors, and their common batch."""

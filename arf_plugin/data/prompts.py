@@ -1,0 +1,103 @@
+"""Class prompts: class names filled into templates, one template per sample, as FLYP trains.
+
+Source: Goyal et al., "Finetune Like You Pretrain" (FLYP), CVPR 2023, section 3: each class label becomes a text by a
+template drawn at random. Our draw is a hash of seed, epoch and sample id: the same on any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import fsspec
+
+from arf_plugin.errors import FlagError, TaskDataError
+
+PLACEHOLDERS = ("{c}", "{}")  # CLIP_benchmark's, and Python's
+
+
+def choose(options: int, *what: object) -> int:
+    """A number below ``options`` that looks random but depends on ``what`` alone."""
+    if options == 1:
+        return 0
+    digest = hashlib.blake2b("\0".join(map(str, what)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % options
+
+
+class ClassPrompts:
+    """Turns the ``cls`` of a sample into a class prompt.
+
+    Args:
+        classnames: One name per class index.
+        templates: Templates with ``{c}`` in the class name's place.
+    """
+
+    def __init__(self, classnames: Sequence[str], templates: Sequence[str]) -> None:
+        self.classnames = list(classnames)
+        self.templates = list(templates)
+
+    def __call__(self, cls: object, sample_id: str, seed: int, epoch: int) -> str:
+        """Builds the prompt of one sample.
+
+        Args:
+            cls: The class index, as a number or its decimal text.
+            sample_id: The sample's id, which the choice of the template depends on.
+            seed: The run's seed.
+            epoch: The epoch; each epoch draws anew.
+
+        Raises:
+            TaskDataError: ``cls`` is no class index.
+        """
+        try:
+            index = int(cls.decode() if isinstance(cls, bytes) else cls)  # type: ignore[call-overload]
+        except (ValueError, UnicodeDecodeError):
+            index = -1
+        if not 0 <= index < len(self.classnames):
+            raise TaskDataError(
+                f"Sample {sample_id}: cls is {cls!r}, expected a class index from 0 to {len(self.classnames) - 1} "
+                f"(--arf-classnames has {len(self.classnames)} names). Use the class names of this data set."
+            )
+        template = self.templates[choose(len(self.templates), "template", seed, epoch, sample_id)]
+        return template.replace("{c}", self.classnames[index])
+
+
+def load_prompts(classnames: str, templates: str) -> ClassPrompts:
+    """Reads class names and templates from files, or open_clip's ImageNet lists by the name ``imagenet``.
+
+    Raises:
+        FlagError: A file that cannot be read, is empty, or holds a template without a placeholder.
+    """
+    if classnames == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        names = list(IMAGENET_CLASSNAMES)
+    else:
+        names = _lines(classnames, "--arf-classnames")
+    if templates == "imagenet":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return ClassPrompts(names, [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES])
+    lines = []
+    for number, line in enumerate(_lines(templates, "--arf-templates"), 1):
+        placeholder = next((text for text in PLACEHOLDERS if text in line), None)
+        if placeholder is None:
+            raise FlagError(
+                f"--arf-templates {templates}, line {number}: {line!r} has no place for the class name.\n"
+                "Write {c} where it goes, for example: a photo of a {c}."
+            )
+        lines.append(line.replace(placeholder, "{c}"))
+    return ClassPrompts(names, lines)
+
+
+def _lines(path: str, flag: str) -> list[str]:
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8") as stream:
+            lines = [line.strip() for line in stream.read().splitlines()]
+    except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
+        raise FlagError(f"{flag} {path} cannot be read: {error}\nExpected a UTF-8 text file with one entry per line.") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines or "" in lines:
+        where = f"line {lines.index('') + 1} is empty" if lines else "the file is empty"
+        raise FlagError(f"{flag} {path}: {where}; expected one entry per line. Remove empty lines.")
+    return lines

@@ -1,0 +1,175 @@
+"""The texts of a task sample: its class prompt, and its caption anchor, joined by sample id.
+
+open_clip's data pipelines carry one text per sample. Both texts therefore travel as one string with a NUL between
+them, and `JointTokenizer` takes them apart where the pipeline calls the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from arf_plugin.anchors.ids import sample_id
+from arf_plugin.data.captions import CaptionStore
+from arf_plugin.data.prompts import ClassPrompts, choose
+from arf_plugin.errors import MissingCaptionError, TaskDataError
+
+SEPARATOR = "\0"
+
+
+class TaskTexts:
+    """Builds the joint text of a task sample.
+
+    Args:
+        prompts: Class prompts; None to use the sample's own text.
+        captions: Caption anchors; None if that term is off.
+        missing_caption: ``error`` or ``prompt``.
+        seed: The run's seed, for the choice among templates and among several captions.
+        epoch: Reads the current epoch, also in a loader worker.
+    """
+
+    def __init__(
+        self,
+        prompts: ClassPrompts | None,
+        captions: CaptionStore | None,
+        missing_caption: str = "error",
+        seed: int = 0,
+        epoch: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.prompts = prompts
+        self.captions = captions
+        self.missing_caption = missing_caption
+        self.seed = seed
+        self.epoch = epoch
+
+    def __call__(self, identity: str, cls: object | None, text: str | None) -> str | None:
+        """Joins the texts of one sample.
+
+        Args:
+            identity: The sample's id.
+            cls: Its class index, if it has one.
+            text: Its own text, if it has one.
+
+        Returns:
+            ``prompt`` or ``prompt NUL caption``; None for a sample without a text of its own where one is needed,
+            which open_clip skips.
+
+        Raises:
+            TaskDataError: The sample has no ``cls``, or one that is no class index.
+            MissingCaptionError: The sample has no caption, and that is an error.
+        """
+        prompt = self._prompt(identity, cls, text)
+        if prompt is None or self.captions is None:
+            return prompt
+        return f"{prompt}{SEPARATOR}{self._caption(identity, prompt)}"
+
+    def _prompt(self, identity: str, cls: object | None, text: str | None) -> str | None:
+        if self.prompts is None:
+            return None if text is None else text.replace(SEPARATOR, " ")
+        if cls is None:
+            raise TaskDataError(
+                f"Sample {identity} has no 'cls', which --arf-classnames needs to build its class prompt.\n"
+                "Write the class index beside each image (KEY.cls, or a column 'cls' of the CSV), "
+                "or drop --arf-classnames to train on the samples' own texts."
+            )
+        return self.prompts(cls, identity, self.seed, self.epoch())
+
+    def _caption(self, identity: str, prompt: str) -> str:
+        assert self.captions is not None
+        found = self.captions.get(identity)
+        if found:
+            return found[choose(len(found), "caption", self.seed, self.epoch(), identity)]
+        if self.missing_caption == "prompt":
+            return prompt
+        raise MissingCaptionError(missing_caption_message(identity))
+
+
+def missing_caption_message(identity: str, count: int = 1) -> str:
+    """Says what to do about a task sample without a caption anchor."""
+    others = f" (and {count - 1} more samples)" if count > 1 else ""
+    return (
+        f"No caption for task sample {identity}{others}; expected one row in captions/*.parquet with that id.\n"
+        "Caption the rest with `arf caption`, see what is missing with `arf check`, or train with "
+        "--arf-missing-caption prompt to use the class prompt in its place."
+    )
+
+
+class JoinedSamples:
+    """open_clip's tar reader with the joint text written into each raw sample's ``txt``.
+
+    Args:
+        read: open_clip's own ``tarfile_to_samples_nothrow``.
+        texts: Builds the joint text.
+    """
+
+    def __init__(self, read: Callable[..., Iterator[dict[str, Any]]], texts: TaskTexts) -> None:
+        self.read = read
+        self.texts = texts
+
+    def __call__(self, source: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        """Yields raw samples (member suffix -> bytes), as the pipeline stage that this replaces does."""
+        for sample in self.read(source, **kwargs):
+            identity = sample_id(sample["__url__"], sample["__key__"])
+            own = sample.get("txt")
+            try:
+                text = self.texts(identity, sample.get("cls"), None if own is None else own.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise TaskDataError(
+                    f"Sample {identity}: its txt is not UTF-8 ({error.reason} at byte {error.start}). Re-encode it."
+                ) from error
+            if text is None:
+                yield sample
+            else:
+                yield {**sample, "txt": text.encode()}
+
+
+class JointTokenizer:
+    """Tokenizes a joint text into ``[1, 2, L]``: class prompt and caption of one sample.
+
+    open_clip takes ``[0]`` of what its tokenizer returns for one sample, which leaves ``[2, L]``.
+
+    Args:
+        tokenizer: open_clip's tokenizer: list of n texts -> ``[n, L]``, int64.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":  # not yet set while unpickling
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        """Tokenizes one joint text, alone or in a list."""
+        joint = texts if isinstance(texts, str) else texts[0]
+        return self.tokenizer(joint.split(SEPARATOR), *args, **kwargs)[None]
+
+
+class CsvTexts:
+    """The captions list of open_clip's ``CsvDataset``, with joint texts in place of its own.
+
+    Args:
+        identities: The image path of each row, exactly as the CSV has it.
+        classes: The column ``cls``, if there is one.
+        own: The rows' own texts, if there are any.
+        texts: Builds the joint text.
+    """
+
+    def __init__(
+        self, identities: list[str], classes: list[Any] | None, own: list[str] | None, texts: TaskTexts
+    ) -> None:
+        self.identities = identities
+        self.classes = classes
+        self.own = own
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.identities)
+
+    def __getitem__(self, row: int) -> str:
+        cls = None if self.classes is None else self.classes[row]
+        own = None if self.own is None else self.own[row]
+        text = self.texts(self.identities[row], cls, own)
+        assert text is not None, "the start-up check lets no row without a text pass"
+        return text

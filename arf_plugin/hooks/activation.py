@@ -1,0 +1,77 @@
+"""From the trainer's command line to applied hooks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType, TracebackType
+from typing import Any
+
+from arf_plugin import config
+from arf_plugin.errors import ArfError, IncompatibleUpstreamError
+from arf_plugin.hooks.engine import Engine
+from arf_plugin.hooks.table import PACKAGE, rows
+from arf_plugin.hooks.versions import upstream_version
+
+MAIN = "open_clip_train.main"
+
+ENGINE = Engine(PACKAGE)
+
+
+def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequence[str]) -> Any:
+    """Parses the trainer's command line with ARF's flags in it, and applies the hooks of the run.
+
+    Args:
+        params: The module ``open_clip_train.params``.
+        original: Its own ``parse_args``.
+        argv: The command line, with at least one ``--arf-*`` flag, or a request for help.
+
+    Returns:
+        The trainer's namespace with ``arf_*`` attributes.
+    """
+    deactivate()
+    sys.excepthook = _print_arf_errors
+    version = upstream_version()
+    ENGINE.apply(rows("parsing"), version, None)
+    try:
+        args = original(argv)
+    finally:
+        deactivate()
+    _activate(config.resolve(args), version, params)
+    return args
+
+
+def deactivate() -> None:
+    """Puts back everything that was replaced for a run; the guard on ``parse_args`` stays."""
+    ENGINE.undo()
+
+
+def _activate(arf: config.ArfConfig, version: str, params: ModuleType) -> None:
+    from arf_plugin.hooks.session import Session
+
+    session = Session(arf, ENGINE, version)
+    ENGINE.apply(rows("run"), version, session, {MAIN: _main_module(params)})
+    logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
+
+
+def _main_module(params: ModuleType) -> ModuleType:
+    """The module whose globals the trainer's ``main`` reads: ``__main__`` under ``python -m``."""
+    for name in ("__main__", MAIN):
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, "parse_args", None) is params.parse_args:
+            return module
+    raise IncompatibleUpstreamError(
+        f"the trainer that called parse_args is not {MAIN}, so its loss and data cannot be hooked.\n"
+        "Expected: torchrun -m open_clip_train.main ..., or: arf train ...\n"
+        "For a trainer of your own, call the functions of arf_plugin.data and arf_plugin.losses instead."
+    )
+
+
+def _print_arf_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Shows an ArfError as its message alone; ``ARF_DEBUG=1`` brings the traceback back."""
+    if issubclass(kind, ArfError) and not os.environ.get("ARF_DEBUG"):
+        print(f"arf-plugin: error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,166 @@
+"""open_clip_train.main.get_data: the trainer's own data pipelines, with anchors in them.
+
+The training part is built by open_clip with a joint tokenizer and with one stage of its pipeline replaced; the
+validation parts are built by open_clip exactly as without the plugin.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+
+from arf_plugin.data.batch import BatchLayout
+from arf_plugin.data.captions import CaptionStore, open_captions
+from arf_plugin.data.epoch import SharedEpoch
+from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
+from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
+from arf_plugin.data.prompts import load_prompts
+from arf_plugin.data.startup import check_before_training
+from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, TaskTexts
+from arf_plugin.errors import ArfError
+from arf_plugin.hooks.session import Session
+from arf_plugin.hooks.table import rows
+
+
+def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """Builds training data with anchors and validation data without."""
+
+    @functools.wraps(original)
+    def wrapped(args: Any, preprocess_fns: Any, epoch: int = 0, tokenizer: Any = None) -> dict[str, Any]:
+        validation = copy.copy(args)
+        validation.train_data = None
+        data = original(validation, preprocess_fns, epoch=epoch, tokenizer=tokenizer)
+        return {"train": _training_data(original, session, args, preprocess_fns, epoch, tokenizer), **data}
+
+    return wrapped
+
+
+def tarfile_to_samples_nothrow(original: Callable[..., Any], texts: TaskTexts) -> JoinedSamples:
+    """open_clip_train.data's reader of task tars, with joint texts in the samples."""
+    return JoinedSamples(original, texts)
+
+
+def _training_data(
+    original: Callable[..., Any], session: Session, args: Any, preprocess_fns: Any, epoch: int, tokenizer: Any
+) -> AnchoredData:
+    config = session.config
+    prompts = load_prompts(config.classnames, config.templates or "imagenet") if config.classnames else None
+    shards = list_pair_shards(config.anchors) if config.anchors and config.pair_weight else []
+    _on_every_rank(args, lambda: check_before_training(args, config, prompts, shards))
+    captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
+    pairs = (config.pair_batch_size or args.batch_size) if shards else 0
+    layout = session.layout = BatchLayout(task=args.batch_size, captions=captions is not None, pairs=pairs)
+    _log(config, layout, captions, shards)
+
+    task_workers, pair_workers = split_workers(args.workers, layout, config.workers, len(shards), args.world_size)
+    shared_epoch = SharedEpoch(epoch)
+    texts = TaskTexts(prompts, captions, config.missing_caption, args.seed, shared_epoch.get)
+    task = _task_data(
+        original, session, args, texts, preprocess_fns, epoch, tokenizer, task_workers, joint=layout.captions
+    )
+    pair_loader = None
+    if layout.pairs:
+        pair_loader = build_pair_loader(
+            shards,
+            preprocess=preprocess_fns[0],
+            tokenize=tokenizer,
+            batch_size=layout.pairs,
+            num_batches=task.dataloader.num_batches,
+            workers=pair_workers,
+            seed=args.seed,
+            epoch=shared_epoch,
+            rank=args.rank,
+            world_size=args.world_size,
+        )
+    loader = task.dataloader
+    if layout.captions or layout.pairs:
+        loader = AnchoredLoader(loader, pair_loader, layout)
+    return AnchoredData(task, loader, shared_epoch)
+
+
+def _task_data(
+    original: Callable[..., Any],
+    session: Session,
+    args: Any,
+    texts: TaskTexts,
+    preprocess_fns: Any,
+    epoch: int,
+    tokenizer: Any,
+    workers: int,
+    joint: bool,
+) -> Any:
+    """Lets open_clip build its pipeline of the training data alone."""
+    training = copy.copy(args)
+    training.val_data = training.imagenet_val = training.imagenet_v2 = None
+    training.workers = workers
+    own_text_column = None
+    if _is_csv(args):
+        columns = pd.read_csv(args.train_data, sep=args.csv_separator, nrows=0).columns
+        own_text_column = args.csv_caption_key if args.csv_caption_key in columns else None
+        # open_clip insists on a text column; with class prompts there need not be one.
+        training.csv_caption_key = own_text_column or args.csv_img_key
+    before = len(session.engine.applied)
+    session.engine.apply(rows("building task data"), session.version, texts)
+    try:
+        used = JointTokenizer(tokenizer) if joint else tokenizer
+        task = original(training, preprocess_fns, epoch=epoch, tokenizer=used)["train"]
+    finally:
+        session.engine.undo(before)
+    if _is_csv(args):
+        dataset = task.dataloader.dataset
+        identities, classes = [str(path) for path in dataset.images], None
+        if texts.prompts is not None:
+            classes = pd.read_csv(args.train_data, sep=args.csv_separator)["cls"].tolist()
+        dataset.captions = CsvTexts(identities, classes, dataset.captions if own_text_column else None, texts)
+    return task
+
+
+def _is_csv(args: Any) -> bool:
+    """Whether open_clip would take the task data for a CSV file, by the rule of its ``get_dataset_fn``."""
+    return args.dataset_type == "csv" or (
+        args.dataset_type == "auto" and args.train_data.rsplit(".", 1)[-1] in ("csv", "tsv")
+    )
+
+
+def _on_every_rank(args: Any, check: Callable[[], None]) -> None:
+    """Runs a check on the first process and hands its verdict to all, so that none trains on or waits for ever."""
+    if not args.distributed:
+        check()
+        return
+    from open_clip_train.distributed import broadcast_object
+
+    verdict: ArfError | None = None
+    if args.rank == 0:
+        try:
+            check()
+        except ArfError as error:
+            verdict = error
+    verdict = broadcast_object(args, verdict)
+    if verdict is not None:
+        raise verdict if args.rank == 0 else SystemExit(1)
+
+
+def _log(config: Any, layout: BatchLayout, captions: CaptionStore | None, shards: list[str]) -> None:
+    if not config.anchors:
+        logging.info("ARF: no anchor set; training on class prompts alone (FLYP).")
+        return
+    terms = [f"{layout.task} task pairs"]
+    for name, there, size, weight in (
+        ("caption anchors", captions is not None, layout.task, config.caption_weight),
+        ("pair anchors", bool(shards), layout.pairs, config.pair_weight),
+    ):
+        if there:
+            terms.append(f"{size} {name} (weight {weight:g})")
+        else:
+            reason = "its weight is 0" if weight == 0 else f"{config.anchors} has none"
+            logging.info(f"ARF: the term of the {name} is off, because {reason}.")
+    logging.info(
+        f"ARF is on. Each micro-batch of a process: {' + '.join(terms)}; "
+        f"{layout.images} images, {sum(layout.text_sizes)} texts. Anchors: {config.anchors}, "
+        f"{len(captions) if captions is not None else 0} captions, {len(shards)} pair shards."
+    )

@@ -1,0 +1,136 @@
+"""Applies rows to modules and undoes them. Knows nothing of ARF and nothing of open_clip.
+
+All rows of an application apply, or none: a row that does not fit undoes the ones before it and raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from arf_plugin.errors import IncompatibleUpstreamError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One upstream name that is wrapped.
+
+    Attributes:
+        id: Short name of the row, for people.
+        target: Where the name is looked up at run time, as ``module:name``.
+        versions: Upstream releases that the row was written for.
+        wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
+            the original's place.
+        when: How long the row holds: ``start-up``, ``parsing``, ``run`` or ``building task data``.
+        why: What it is for, in one line.
+        origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The row applies
+            only if both are the same object, so nobody else's patch is overwritten.
+    """
+
+    id: str
+    target: str
+    versions: str
+    wrapper: str
+    when: str
+    why: str
+    origin: str | None = None
+
+    def covers(self, version: str) -> bool:
+        """Whether the row was written for an upstream release."""
+        return SpecifierSet(self.versions).contains(version, prereleases=True)
+
+
+class Engine:
+    """Holds what is applied, for undoing.
+
+    Args:
+        package: Upstream's distribution name, for messages.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self._applied: list[tuple[Row, ModuleType, str, Any]] = []
+
+    @property
+    def applied(self) -> list[str]:
+        """Ids of the rows that are in force."""
+        return [row.id for row, *_ in self._applied]
+
+    def apply(
+        self, rows: Iterable[Row], version: str, context: Any, modules: Mapping[str, ModuleType] | None = None
+    ) -> None:
+        """Applies rows.
+
+        Args:
+            rows: The rows, in order.
+            version: Upstream's installed version.
+            context: Handed to each wrapper.
+            modules: Modules to use for some names, where importing the name would give another one (a script that
+                runs as ``__main__``).
+
+        Raises:
+            IncompatibleUpstreamError: A row that does not cover the version, or whose target is missing or is not
+                upstream's own. Nothing is applied then.
+        """
+        before = len(self._applied)
+        try:
+            for row in rows:
+                module, name, original = self._resolve(row, version, modules or {})
+                replacement = _load(row.wrapper)(original, context)
+                setattr(module, name, replacement)
+                self._applied.append((row, module, name, original))
+        except BaseException:
+            self.undo(before)
+            raise
+
+    def undo(self, keep: int = 0) -> None:
+        """Puts the originals back, last first, until ``keep`` rows are left."""
+        while len(self._applied) > keep:
+            _, module, name, original = self._applied.pop()
+            setattr(module, name, original)
+
+    def check(self, row: Row, version: str, modules: Mapping[str, ModuleType] | None = None) -> str | None:
+        """Says why a row would not apply; None if it would."""
+        try:
+            self._resolve(row, version, modules or {})
+        except IncompatibleUpstreamError as error:
+            return str(error)
+        return None
+
+    def _resolve(self, row: Row, version: str, modules: Mapping[str, ModuleType]) -> tuple[ModuleType, str, Any]:
+        if not row.covers(version):
+            raise self._error(row, f"{self.package} {version} is installed", f"{self.package}{row.versions}")
+        module_name, name = row.target.split(":")
+        try:
+            module = modules.get(module_name) or importlib.import_module(module_name)
+        except ImportError as error:
+            raise self._error(row, f"module {module_name} cannot be imported ({error})", row.target) from error
+        if not hasattr(module, name):
+            raise self._error(row, f"module {module_name} has no '{name}'", row.target)
+        original = getattr(module, name)
+        if row.origin is not None:
+            origin_module, origin_name = row.origin.split(":")
+            own = getattr(importlib.import_module(origin_module), origin_name, None)
+            if original is not own:
+                found = f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
+                raise self._error(row, f"{row.target} is {found}", f"upstream's own {row.origin}")
+        return module, name, original
+
+    def _error(self, row: Row, found: str, expected: str) -> IncompatibleUpstreamError:
+        return IncompatibleUpstreamError(
+            f"hook '{row.id}' ({row.why}) does not fit the installed {self.package}.\n"
+            f"  found:    {found}\n"
+            f"  expected: {expected}\n"
+            f"Training stops here rather than go on without anchors. See all hooks with: arf doctor\n"
+            f"Then: pip install '{self.package}{row.versions}', or upgrade arf-plugin."
+        )
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,68 @@
+"""THE list of upstream names that the plugin touches. Applying, undoing and ``arf doctor`` all walk it."""
+
+from __future__ import annotations
+
+from arf_plugin.hooks.engine import Row
+
+PACKAGE = "open_clip_torch"
+# data.py is the same file in all these releases, and main.py differs only in what no row concerns.
+SUPPORTED = ">=2.29,<3.4"
+
+ROWS = (
+    Row(
+        id="parse-args",
+        target="open_clip_train.params:parse_args",
+        versions=SUPPORTED,
+        wrapper="arf_plugin._boot:guard",
+        when="start-up",
+        why="sees the command line; without --arf-* flags it calls the original and nothing else is touched",
+    ),
+    Row(
+        id="parser",
+        target="open_clip_train.params:argparse",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.params:argparse_with_flags",
+        when="parsing",
+        why="adds the ARF group to the trainer's own parser, so that --help and errors are in one place",
+    ),
+    Row(
+        id="create-model",
+        target="open_clip_train.main:create_model_and_transforms",
+        origin="open_clip:create_model_and_transforms",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.model:create_model_and_transforms",
+        when="run",
+        why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact",
+    ),
+    Row(
+        id="get-data",
+        target="open_clip_train.main:get_data",
+        origin="open_clip_train.data:get_data",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.data:get_data",
+        when="run",
+        why="checks the anchor set, joins captions to task samples, adds the pair-anchor loader",
+    ),
+    Row(
+        id="create-loss",
+        target="open_clip_train.main:create_loss",
+        origin="open_clip:create_loss",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.loss:create_loss",
+        when="run",
+        why="applies the trainer's own loss once per term",
+    ),
+    Row(
+        id="task-samples",
+        target="open_clip_train.data:tarfile_to_samples_nothrow",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.data:tarfile_to_samples_nothrow",
+        when="building task data",
+        why="writes class prompt and caption into raw task samples; validation data uses another function",
+    ),
+)
+
+
+def rows(when: str) -> tuple[Row, ...]:
+    """The rows of one phase."""
+    return tuple(row for row in ROWS if row.when == when)

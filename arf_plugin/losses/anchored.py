@@ -1,0 +1,80 @@
+"""The objective of ARF: open_clip's own loss, once for the task and once for each kind of anchor.
+
+    L = base(x, t_cls) + w_cap * base(x, t_cap) + w_pair * base(x_a, t_a)
+
+Source: Han et al., "Anchor-based Robust Finetuning of Vision-Language Models", CVPR 2024, section 3. The paper adds
+the three terms with weight one; the weights are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from arf_plugin.data.batch import BatchLayout
+
+
+class AnchoredLoss(nn.Module):
+    """Splits the features of one concatenated forward and applies the base loss to each part.
+
+    Args:
+        build_base: Builds the loss that open_clip would have used for the same flags. It is called once per term,
+            since open_clip's losses cache labels for one batch size.
+        layout: Sizes of the parts of a micro-batch.
+        caption_weight: w_cap.
+        pair_weight: w_pair.
+    """
+
+    def __init__(
+        self,
+        build_base: Callable[[], nn.Module],
+        layout: BatchLayout,
+        caption_weight: float = 1.0,
+        pair_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.caption_weight = caption_weight
+        self.pair_weight = pair_weight
+        self.task = build_base()
+        self.caption_anchor = build_base() if layout.captions else None
+        self.pair_anchor = build_base() if layout.pairs else None
+
+    def forward(self, output_dict: bool = False, **outputs: torch.Tensor) -> dict[str, torch.Tensor] | torch.Tensor:
+        """Computes the weighted terms.
+
+        Args:
+            output_dict: Return the terms by name; their sum otherwise, like open_clip's losses.
+            **outputs: What the model returned: ``image_features`` ``[n * (B + A), D]``, ``text_features``
+                ``[n * (2B + A), D]``, ``logit_scale`` and what else the base loss takes. Names that end in
+                ``image_features`` or ``text_features`` (also a distillation teacher's) are split, others passed on.
+
+        Returns:
+            Scalars: the base loss's own terms for the task, ``caption_anchor_loss`` and ``pair_anchor_loss``. They
+            are weighted already, because the trainer sums every value it gets.
+        """
+        task, caption, pair = self._split(outputs)
+        losses = dict(self.task(**task, output_dict=True))
+        if self.caption_anchor is not None:
+            losses["caption_anchor_loss"] = self.caption_weight * _total(self.caption_anchor, caption)
+        if self.pair_anchor is not None:
+            losses["pair_anchor_loss"] = self.pair_weight * _total(self.pair_anchor, pair)
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+    def _split(self, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+        task, caption, pair = {}, {}, {}
+        for name, value in outputs.items():
+            if name.endswith("image_features"):
+                task[name], pair[name] = self.layout.split_images(value)
+                caption[name] = task[name]
+            elif name.endswith("text_features"):
+                task[name], caption[name], pair[name] = self.layout.split_texts(value)
+            else:
+                task[name] = caption[name] = pair[name] = value
+        return task, caption, pair
+
+
+def _total(base: nn.Module, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(base(**outputs, output_dict=True).values())).sum()
