@@ -55,7 +55,8 @@ def _training_data(
     captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
     pairs = (config.pair_batch_size or args.batch_size) if shards else 0
     layout = session.layout = BatchLayout(task=args.batch_size, captions=captions is not None, pairs=pairs)
-    _log(config, layout, captions, shards)
+    if args.rank == 0:
+        _log(config, layout, captions, shards)
 
     task_workers, pair_workers = split_workers(args.workers, layout, config.workers, len(shards), args.world_size)
     shared_epoch = SharedEpoch(epoch)

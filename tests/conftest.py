@@ -1,0 +1,71 @@
+"""Small real data and models, and the means to run the real trainer on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import data, trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def model_configs(tmp_path_factory) -> Path:
+    """A folder of open_clip model configurations: a tiny ViT, and a tiny ResNet with BatchNorm."""
+    folder = tmp_path_factory.mktemp("model_configs")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    for name, vision in (("tiny-vit", vit), ("tiny-resnet", resnet)):
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> data.Task:
+    """Task data as WebDataset shards with `cls` and `txt`: 4 shards of 8 samples, 4 classes."""
+    return data.write_task(tmp_path_factory.mktemp("task"), shards=4, per_shard=8)
+
+
+@pytest.fixture(scope="session")
+def anchors(tmp_path_factory, task) -> Path:
+    """An anchor set for `task`: a caption per sample, and 4 shards of 6 pairs."""
+    folder = tmp_path_factory.mktemp("anchors")
+    data.write_captions(folder, {identity: f"a caption of {identity}" for identity in task.ids})
+    data.write_pairs(folder, shards=4, per_shard=6)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, model_configs, monkeypatch):
+    """Runs the trainer by its literal command line; see `support.trainer.Trainer`."""
+    return trainer.Trainer(tmp_path / "logs", model_configs, tmp_path / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARF_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run_arf():
+    """Runs the command `arf` of the environment under test."""
+
+    def run(*argv: object, check: bool = True) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-m", "arf_plugin.cli.main", *map(str, argv)],
+            capture_output=True,
+            text=True,
+            env=os.environ.copy(),
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

@@ -1,0 +1,64 @@
+"""Loaded by Python at start-up in the trainer processes that tests launch; each part is switched on by a variable.
+
+The trainer itself stays stock open_clip, started by the literal command line. What is changed around it:
+
+* ARF_TEST_MODEL_CONFIGS  adds a folder of model configurations (open_clip has no flag for it)
+* ARF_TEST_FP64           makes float64 the default type, so that gradients can be compared to 1e-10
+* ARF_TEST_DDP_CPU        lets DistributedDataParallel run on CPU (open_clip passes device_ids=[cpu])
+* ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
+"""
+
+import os
+import sys
+
+if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("ARF_TEST_SHIM_ALWAYS"):
+    from pathlib import Path
+
+    import torch
+
+    torch.set_num_threads(1)
+    if os.environ.get("ARF_TEST_FP64"):
+        torch.set_default_dtype(torch.float64)
+
+    if os.environ.get("ARF_TEST_MODEL_CONFIGS"):
+        import open_clip
+
+        open_clip.add_model_config(os.environ["ARF_TEST_MODEL_CONFIGS"])
+
+    if os.environ.get("ARF_TEST_DDP_CPU"):
+        _original_ddp_init = torch.nn.parallel.DistributedDataParallel.__init__
+
+        def _ddp_init(self, module, device_ids=None, **kwargs):
+            _original_ddp_init(self, module, device_ids=None, **kwargs)
+
+        torch.nn.parallel.DistributedDataParallel.__init__ = _ddp_init
+
+    if os.environ.get("ARF_TEST_RECORD"):
+        import open_clip.model
+
+        _inputs = []
+        _original_forward = open_clip.model.CLIP.forward
+
+        def _forward(self, image=None, text=None):
+            if torch.is_grad_enabled() and self.training:
+                _inputs.append((image.clone(), text.clone()))
+                _forward.model = self
+            return _original_forward(self, image, text)
+
+        open_clip.model.CLIP.forward = _forward
+        _original_step = torch.optim.AdamW.step
+
+        def _step(self, closure=None):
+            path = Path(f"{os.environ['ARF_TEST_RECORD']}.{os.environ.get('RANK', 0)}")
+            if not path.exists():
+                model = _forward.model
+                record = {
+                    "inputs": list(_inputs),
+                    "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+                    "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+                }
+                torch.save(record, path)
+            _inputs.clear()
+            return _original_step(self, closure)
+
+        torch.optim.AdamW.step = _step

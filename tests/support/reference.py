@@ -1,0 +1,185 @@
+"""The independent reference for one optimizer step of ARF: three passes of stock open_clip, summed.
+
+It shares nothing with the plugin. Batches are rebuilt from the files on disk: each image that the trainer saw is
+looked up among the files by its pixels, and its texts are read from the tars and the parquet again. Each term is one
+call of open_clip's own, unmodified ``train_one_epoch`` with open_clip's own loss; the gradients are added up.
+
+Run as a script under torchrun: reference.py JOBS.json (see `Job`); writes gradients beside each record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+
+@dataclasses.dataclass
+class Job:
+    """One recorded run to compute the reference for.
+
+    Attributes:
+        record: Path prefix of the records, ``.RANK`` is appended.
+        anchors: The anchor set.
+        task: Folder of the task shards.
+        task_size: B.
+        pair_size: A.
+        siglip: Whether the loss is SigLipLoss.
+        accum_freq: Micro-batches per step.
+        local_loss: --local-loss.
+        gather_with_grad: --gather-with-grad.
+    """
+
+    record: str
+    anchors: str
+    task: str
+    task_size: int
+    pair_size: int
+    siglip: bool
+    accum_freq: int
+    local_loss: bool
+    gather_with_grad: bool
+
+
+def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
+    """All samples of the tars in a folder: ``shard/key`` -> extension -> bytes."""
+    samples: dict[str, dict[str, bytes]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, extension = member.name.rsplit(".", 1)
+                samples.setdefault(f"{path.stem}/{key}", {})[extension] = tar.extractfile(member).read()
+    return samples
+
+
+def pixels(png: bytes) -> torch.Tensor:
+    """``[3, H, W]`` float64, normalised as open_clip does by default."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    array = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1).double() / 255
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return (array - mean) / std
+
+
+class Files:
+    """Finds the file of an image that the trainer saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.samples = read_tars(folder)
+        self.ids = list(self.samples)
+        self.images = torch.stack([pixels(self.samples[i]["png"]) for i in self.ids])
+
+    def find(self, image: torch.Tensor) -> int:
+        distance = (self.images - image).abs().flatten(1).amax(1)
+        best = int(distance.argmin())
+        assert distance[best] < 1e-9, f"no file has this image (closest differs by {distance[best]:.3g})"
+        return best
+
+
+def rebuild(job: Job, images: torch.Tensor, task: Files, pairs: Files, captions: dict[str, str], tokenize) -> list:
+    """The three batches ``(images, texts)`` of one micro-batch, from the files."""
+    assert len(images) == job.task_size + job.pair_size
+    rows = [task.find(image) for image in images[: job.task_size]]
+    pair_rows = [pairs.find(image) for image in images[job.task_size :]]
+    own = [task.samples[task.ids[row]]["txt"].decode() for row in rows]
+    anchors = [captions[task.ids[row]] for row in rows]
+    pair_texts = [pairs.samples[pairs.ids[row]]["txt"].decode() for row in pair_rows]
+    return [
+        (task.images[rows], tokenize(own)),
+        (task.images[rows], tokenize(anchors)),
+        (pairs.images[pair_rows], tokenize(pair_texts)),
+    ]
+
+
+def step_gradients(job: Job, weights: dict, batches: list, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Gradients of one optimizer step of stock open_clip on the given micro-batches."""
+    import open_clip
+    from open_clip_train.train import train_one_epoch
+
+    bias = {"init_logit_bias": -10} if job.siglip else {}
+    model, _, _ = open_clip.create_model_and_transforms("tiny-vit", output_dict=True, **bias)
+    model.load_state_dict(weights, strict=False)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    args = argparse.Namespace(
+        **{"device": "cpu", "precision": "fp32", "distill": False, "accum_freq": job.accum_freq, "horovod": False},
+        **{"skip_scheduler": True, "rank": rank, "world_size": world_size, "local_rank": rank, "wandb": False},
+        **{"log_every_n_steps": 1, "batch_size": len(batches[0][0]), "grad_clip_norm": None, "save_logs": False},
+        **{"siglip": job.siglip, "model": "tiny-vit", "loss_dist_impl": None, "log_local": False},
+        **{"local_loss": job.local_loss, "gather_with_grad": job.gather_with_grad},
+    )
+    loader = Batches(batches)
+    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+    optimizer = Capture(model.parameters(), lr=0.0)
+    train_one_epoch(wrapped, data, open_clip.create_loss(args), 0, optimizer, None, None, None, args)
+    names = [name for name, _ in model.named_parameters()]
+    return dict(zip(names, optimizer.gradients, strict=True))
+
+
+class Batches(list):
+    """A loader of ready batches, with what the trainer reads off one."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self) * len(self[0][0])
+
+
+class Capture(torch.optim.SGD):
+    """Keeps the gradients that reach the optimizer."""
+
+    def step(self, closure=None):
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    """Reference gradients of one job, one dictionary per term: task, captions, pairs."""
+    import open_clip
+
+    record = torch.load(f"{job.record}.{rank}", weights_only=True)
+    task, pairs = Files(Path(job.task)), Files(Path(job.anchors) / "pairs")
+    frames = [pd.read_parquet(path) for path in sorted(Path(job.anchors, "captions").glob("*.parquet"))]
+    captions = dict(pd.concat(frames)[["id", "caption"]].itertuples(index=False))
+    tokenize = open_clip.get_tokenizer("tiny-vit")
+    micro = [rebuild(job, images, task, pairs, captions, tokenize) for images, _ in record["inputs"]]
+    assert len(micro) == job.accum_freq
+    return [
+        step_gradients(job, record["weights"], [parts[term] for parts in micro], rank, world_size)
+        for term in range(3)
+    ]
+
+
+def relative_error(record: str, terms: list[dict[str, torch.Tensor]]) -> float:
+    """Largest relative error over all parameters of a recorded step against the sum of terms."""
+    found = torch.load(f"{record}.0", weights_only=True)["gradients"]
+    assert set(found) == set(terms[0])
+    expected = {name: sum(term[name] for term in terms) for name in found}
+    return max(((found[n] - g).norm() / g.norm().clamp_min(1e-300)).item() for n, g in expected.items())
+
+
+def main() -> None:
+    """Computes the reference of each job and writes it to ``RECORD.reference`` on the first rank."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+    for job in (Job(**job) for job in json.loads(Path(sys.argv[1]).read_text())):
+        gradients = compute(job, rank, world_size)
+        if rank == 0:
+            torch.save(gradients, f"{job.record}.reference")
+
+
+if __name__ == "__main__":
+    main()
