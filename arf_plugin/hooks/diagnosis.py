@@ -1,0 +1,68 @@
+"""What ``arf doctor`` reports: every row of the table against the installed open_clip."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from arf_plugin import _boot
+from arf_plugin.hooks.engine import Engine, Row
+from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
+from arf_plugin.hooks.versions import installed
+
+REPORTED = ("arf-plugin", PACKAGE, "torch", "torchvision", "webdataset", "transformers", "faiss-cpu", "clip-benchmark")
+
+
+def diagnose() -> dict[str, Any]:
+    """Examines the environment.
+
+    Returns:
+        ``versions`` (distribution -> version or None), ``supported``, ``startup`` (``active``, ``detail``), ``hooks``
+        (one entry per row: ``id``, ``target``, ``versions``, ``when``, ``why``, ``applies``, ``problem``), ``ok``.
+    """
+    versions = {name: installed(name) for name in REPORTED}
+    startup = _startup()
+    version = versions[PACKAGE]
+    hooks = [_examine(row, version) for row in ROWS]
+    return {
+        "versions": versions,
+        "supported": f"{PACKAGE}{SUPPORTED}",
+        "startup": startup,
+        "hooks": hooks,
+        "ok": startup["active"] and all(hook["applies"] for hook in hooks),
+    }
+
+
+def _examine(row: Row, version: str | None) -> dict[str, Any]:
+    if version is None:
+        problem: str | None = f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{SUPPORTED}'"
+    else:
+        problem = Engine(PACKAGE).check(row, version)
+    return {
+        "id": row.id,
+        "target": row.target,
+        "versions": row.versions,
+        "when": row.when,
+        "why": row.why,
+        "applies": problem is None,
+        "problem": problem,
+    }
+
+
+def _startup() -> dict[str, Any]:
+    """Whether a fresh interpreter of this environment has the finder, which this process may have added itself."""
+    code = f"import sys; m = sys.modules.get({_boot.__name__!r}); print(bool(m and m.is_installed()))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    active = done.stdout.strip() == "True"
+    if active:
+        detail = f"a new {sys.executable} has the hook on {_boot.TARGET}; `python -m open_clip_train.main` knows --arf-*"
+    else:
+        detail = (
+            f"a new {sys.executable} does not load it, so `python -m open_clip_train.main` knows no --arf-* flag.\n"
+            "  Reinstall with `pip install --force-reinstall --no-deps arf-plugin` (and do not run "
+            "Python with -S), or use the explicit door: arf train ..."
+        )
+    return {"active": active, "detail": detail}
