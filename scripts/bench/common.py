@@ -1,0 +1,103 @@
+"""What every benchmark shares: interleaved timing, one table, one line per bar, JSON, and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Bar:
+    """A promise that is measured.
+
+    Attributes:
+        claim: What is promised, in words.
+        measured: The figure that was measured.
+        bound: The figure that is promised.
+        at_most: Whether the bound is an upper one.
+    """
+
+    claim: str
+    measured: float
+    bound: float
+    at_most: bool = True
+
+    @property
+    def met(self) -> bool:
+        """Whether the promise holds."""
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+    def __str__(self) -> str:
+        sign = "<=" if self.at_most else ">="
+        return f"{'met   ' if self.met else 'MISSED'} {self.claim}: {self.measured:.4g} {sign} {self.bound:.4g}"
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the flags that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help="timed rounds; each runs every variant once")
+    made.add_argument("--json", type=Path, help="also write the figures to this file")
+    return made
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Times the variants in turn, round by round, so that drift of the machine hits all alike.
+
+    Returns:
+        Seconds per call, by variant.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in tqdm(range(-warmup, rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over rounds of one variant's time by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def report(
+    title: str, seconds: Mapping[str, Sequence[float]], bars: Sequence[Bar], out: Path | None, **facts: object
+) -> int:
+    """Prints the table and the bars, writes JSON.
+
+    Returns:
+        The exit status: 1 when a bar is missed.
+    """
+    print(f"\n{title}")
+    for name, value in facts.items():
+        print(f"  {name}: {value}")
+    if seconds:
+        width = max(map(len, seconds))
+        print(f"  {'':{width}} {'median':>10} {'min':>10} {'max':>10} {'n':>4}   (seconds)")
+        for name, values in seconds.items():
+            row = (statistics.median(values), min(values), max(values))
+            print(f"  {name:{width}} {row[0]:10.4g} {row[1]:10.4g} {row[2]:10.4g} {len(values):4d}")
+    for bar in bars:
+        print(f"  {bar}")
+    if out is not None:
+        content = {
+            "title": title,
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "facts": facts,
+            "seconds": {name: list(values) for name, values in seconds.items()},
+            "bars": [{**dataclasses.asdict(bar), "met": bar.met} for bar in bars],
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    return 0 if all(bar.met for bar in bars) else 1
