@@ -16,20 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.errors import ArfError, TaskDataError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Those that open_clip trains on, in its order of preference.
-IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 
 _SPLIT = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
 _REMOTE = re.compile(r"^(?!file:)[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 _PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
-_PEEK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +123,7 @@ def scan_tar(
     *,
     read: Collection[str] = (),
     images: bool = False,
+    decode: bool = False,
 ) -> Iterator[Member]:
     """Yields the regular members of a tar in order, reading little more than their headers.
 
@@ -134,6 +133,7 @@ def scan_tar(
         read: extensions whose data is read as well.
         images: also tests images for truncation and sets ``problem``: by their first and last bytes, and by
             decoding those that leave a doubt.
+        decode: decodes every image, with ``images``.
 
     Raises:
         error: if the tar is missing, empty, cut off or corrupt; for escaping names, links and devices.
@@ -157,9 +157,9 @@ def scan_tar(
                     if ext in read or (examine and not seekable):
                         data = _read_member(tar, info)
                     if examine and data is not None:
-                        problem = image_problem(io.BytesIO(data), 0, info.size)
+                        problem = image_problem(io.BytesIO(data), 0, info.size, decode)
                     elif examine:
-                        problem = image_problem(file, info.offset_data, info.size)
+                        problem = image_problem(file, info.offset_data, info.size, decode)
                     offset = info.offset_data if seekable else -1
                     kept = data if ext in read else None
                     yield Member(info.name, key, ext, offset, info.size, kept, problem)
@@ -178,13 +178,14 @@ def scan_samples(
     *,
     read: Collection[str] = (),
     images: bool = False,
+    decode: bool = False,
 ) -> Iterator[Sample]:
     """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
 
     Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip.
     """
     sample: Sample | None = None
-    for member in scan_tar(url, error, read=read, images=images):
+    for member in scan_tar(url, error, read=read, images=images, decode=decode):
         if sample is None or member.key != sample.key or member.ext in sample.members:
             if sample is not None:
                 yield sample
@@ -192,49 +193,6 @@ def scan_samples(
         sample.members[member.ext] = member
     if sample is not None:
         yield sample
-
-
-def image_problem(file: IO[bytes], start: int, size: int) -> str | None:
-    """Says why the image in ``size`` bytes from ``start`` of a file is unreadable, or returns None."""
-    if size == 0:
-        return "is empty (0 bytes)"
-    file.seek(start)
-    head = file.read(min(_PEEK, size))
-    file.seek(start + max(0, size - _PEEK))
-    tail = file.read(min(_PEEK, size))
-    if has_end_marker(head, tail, size):
-        return None
-    file.seek(start)
-    return decode_problem(file.read(size))
-
-
-def has_end_marker(head: bytes, tail: bytes, size: int) -> bool:
-    """True if the first and last bytes are those of a whole JPEG, PNG or WebP image of ``size`` bytes."""
-    if head[:2] == b"\xff\xd8":
-        return tail.endswith(b"\xff\xd9")
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return tail.endswith(b"IEND\xaeB`\x82")
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return int.from_bytes(head[4:8], "little") + 8 <= size
-    return False
-
-
-def decode_problem(data: bytes) -> str | None:
-    """Decodes an image in full; returns why it is unreadable, or None."""
-    import warnings
-
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-    except Image.UnidentifiedImageError:
-        return "is not an image that PIL can read"
-    except Exception as cause:  # PIL's decoders raise many kinds, struct.error and SyntaxError among them
-        return f"cannot be decoded ({cause})"
-    return None
 
 
 def _accept(info: tarfile.TarInfo, url: str, error: type[ArfError]) -> bool:

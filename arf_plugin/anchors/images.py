@@ -1,0 +1,66 @@
+"""Tells whole images from damaged ones: by their end markers where that suffices, else by decoding them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+# Those that open_clip trains on, in its order of preference.
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+
+_PEEK = 16
+
+
+def image_problem(file: IO[bytes], start: int, size: int, decode: bool = False) -> str | None:
+    """Says why the image in ``size`` bytes from ``start`` of a file is unreadable, or returns None.
+
+    With ``decode`` it is decoded in full; otherwise only if its first and last bytes leave a doubt.
+    """
+    if size == 0:
+        return "is empty (0 bytes)"
+    file.seek(start)
+    head = file.read(min(_PEEK, size))
+    file.seek(start + max(0, size - _PEEK))
+    tail = file.read(min(_PEEK, size))
+    if not decode and has_end_marker(head, tail, size):
+        return None
+    file.seek(start)
+    try:
+        decode_image(file.read(size))
+    except ValueError as cause:
+        return str(cause)
+    return None
+
+
+def has_end_marker(head: bytes, tail: bytes, size: int) -> bool:
+    """True if the first and last bytes are those of a whole JPEG, PNG or WebP image of ``size`` bytes."""
+    if head[:2] == b"\xff\xd8":
+        return tail.endswith(b"\xff\xd9")
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return tail.endswith(b"IEND\xaeB`\x82")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    return False
+
+
+def decode_image(data: bytes) -> PIL.Image.Image:
+    """Decodes an image in full, to RGB.
+
+    Raises:
+        ValueError: with the reason as a clause: "is not an image that PIL can read", "cannot be decoded (...)".
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and odd EXIF data; errors still come
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+    except Image.UnidentifiedImageError:
+        raise ValueError("is not an image that PIL can read") from None
+    except Exception as cause:  # PIL's decoders raise many kinds, struct.error and SyntaxError among them
+        raise ValueError(f"cannot be decoded ({cause})") from cause

@@ -1,0 +1,121 @@
+"""What a WebDataset shard holds, by its headers, with a cache: a million samples are looked at once.
+
+The cache is below ``ARF_CACHE_DIR`` (default ``~/.cache/arf-plugin``), one file per shard; a shard that has changed
+in size or time is scanned again. Only local shards are cached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from arf_plugin.anchors.files import digest, write_json
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.errors import ArfError, TaskDataError
+
+_FORMAT = 1
+
+
+@dataclass
+class ShardScan:
+    """The samples of one shard.
+
+    Attributes:
+        url: the shard.
+        keys: keys of the samples that have an image, in order.
+        without_image: keys of the others.
+        without_text: number of samples that have an image but no ``txt``.
+        without_class: number of samples that have an image but no ``cls``.
+        unreadable: reason per key of a damaged image.
+        bad_texts: reason per key of an unusable ``txt``, if texts were read.
+        image_bytes: size of all images.
+    """
+
+    url: str
+    keys: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
+    without_text: int = 0
+    without_class: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    bad_texts: dict[str, str] = field(default_factory=dict)
+    image_bytes: int = 0
+
+
+def scan_shard(
+    url: str, error: type[ArfError] = TaskDataError, *, texts: bool = False, decode: bool = False
+) -> ShardScan:
+    """Scans a shard, or finds its scan in the cache.
+
+    Args:
+        url: local path, fsspec URL or ``pipe:`` command.
+        error: family of the errors.
+        texts: also reads each ``txt`` and notes those that are missing, empty or not UTF-8.
+        decode: decodes every image in full rather than look at its end markers.
+
+    Raises:
+        error: see :func:`arf_plugin.anchors.tars.scan_tar`; also for a key that occurs twice.
+    """
+    cached = _cache_path(url, texts, decode)
+    if cached is not None and cached.exists():
+        try:
+            return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"])
+        except (ValueError, KeyError, TypeError, OSError):
+            pass  # a damaged cache file is as good as none
+    scan = _scan(url, error, texts, decode)
+    if cached is not None:
+        try:
+            write_json(cached, {"scan": asdict(scan)})
+        except OSError:
+            pass  # a cache that cannot be written costs time, not correctness
+    return scan
+
+
+def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
+    scan = ShardScan(url)
+    seen: set[str] = set()
+    read = ("txt",) if texts else ()
+    for sample in scan_samples(url, error, read=read, images=True, decode=decode):
+        if sample.key in seen:
+            raise error(
+                f"{url} has the key {sample.key!r} twice, in samples apart from each other. Expected each key once, "
+                "with all members of a sample side by side (tar --sort=name); pack it again."
+            )
+        seen.add(sample.key)
+        if sample.image is None:
+            scan.without_image.append(sample.key)
+            continue
+        scan.keys.append(sample.key)
+        scan.image_bytes += sample.image.size
+        scan.without_class += "cls" not in sample.members
+        text = sample.members.get("txt")
+        scan.without_text += text is None
+        if sample.image.problem:
+            scan.unreadable[sample.key] = sample.image.problem
+        if texts:
+            problem = "has no txt" if text is None else _text_problem(text.data or b"")
+            if problem:
+                scan.bad_texts[sample.key] = problem
+    return scan
+
+
+def _text_problem(data: bytes) -> str | None:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as cause:
+        return f"has a txt that is not UTF-8 ({cause.reason} at byte {cause.start}: {data[:40]!r})"
+    return None if text.strip() else "has an empty txt"
+
+
+def _cache_path(url: str, texts: bool, decode: bool) -> Path | None:
+    if is_remote(url):
+        return None
+    path = local_path(url)
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    root = Path(os.environ.get("ARF_CACHE_DIR") or Path.home() / ".cache" / "arf-plugin")
+    name = digest([_FORMAT, str(path.absolute()), url, stat.st_size, stat.st_mtime_ns, texts, decode])
+    return root / "scans" / f"{name[:40]}.json"

@@ -1,0 +1,132 @@
+"""Options and output that the anchor-building sub-commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arf_plugin.pipeline.source import Source
+    from arf_plugin.pipeline.stage import RunOptions, Stage
+
+
+def add_parser(
+    subparsers: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Adds a sub-command with a description and examples."""
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_task_options(
+    parser: argparse.ArgumentParser, flag: str = "--task-data", required: bool = True
+) -> None:
+    """Adds the flags that name task data, called as open_clip calls them."""
+    group = parser.add_argument_group("task data")
+    group.add_argument(
+        flag,
+        dest="task_data",
+        required=required,
+        metavar="DATA",
+        help="WebDataset tars with braces and ::, or a CSV/TSV file; as open_clip's --train-data",
+    )
+    group.add_argument("--dataset-type", choices=("auto", "webdataset", "csv"), default="auto")
+    group.add_argument("--csv-img-key", default="filepath", metavar="COLUMN", help="column of image paths")
+    group.add_argument("--csv-separator", default="\t", metavar="CHAR", help="default: tab, as open_clip's")
+
+
+def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Adds the flags of stages that run a model."""
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="N", help="default: %(default)s"
+    )
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="auto: fp16 on a GPU, fp32 on the CPU",
+    )
+    group.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="threads that decode images (%(default)s)"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of every stage."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    group.add_argument("--restart", action="store_true", help="throw earlier work in --out away")
+    group.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="stop if more than this fraction of the samples is rejected (default: %(default)s)",
+    )
+    group.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def positive(text: str) -> int:
+    """Type of a flag that takes a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """Run options from the command line and the environment's ranks."""
+    from arf_plugin.pipeline.stage import RunOptions, ranks
+
+    rank, world = ranks()
+    return RunOptions(args.restart, args.max_bad_fraction, rank, world)
+
+
+def local_rank() -> int:
+    """Number of this process on its node, which picks its GPU."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def task_source(args: argparse.Namespace, advance: Any = None) -> Source:
+    """Opens task data, having checked that its ids are unique."""
+    from arf_plugin.anchors.task import expand_urls, is_csv, scan_task_ids
+    from arf_plugin.errors import TaskDataError
+    from arf_plugin.pipeline.source import CsvSource, TarSource
+
+    if is_csv(args.task_data, args.dataset_type):
+        return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
+    scan_task_ids(args.task_data, args.dataset_type, advance=advance)
+    return TarSource(expand_urls(args.task_data), TaskDataError)
+
+
+def execute(stage: Stage, args: argparse.Namespace) -> int:
+    """Runs a stage, or shows its plan, and prints what came of it."""
+    from arf_plugin.pipeline.stage import describe, run_stage
+
+    if args.dry_run:
+        show(describe(stage), args.json, "plan")
+        return 0
+    show(run_stage(stage, run_options(args)), args.json, "done")
+    return 0
+
+
+def show(summary: dict[str, Any], as_json: bool, title: str) -> None:
+    """Prints a summary on standard output: JSON for machines, else one line per entry."""
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    print(f"{title}:")
+    for key, value in summary.items():
+        text = value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
+        print(f"  {key:<16} {text if len(str(text)) <= 200 else str(text)[:200] + ' ...'}")
+    sys.stdout.flush()

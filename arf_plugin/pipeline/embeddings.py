@@ -1,0 +1,140 @@
+"""Reads embedding folders in clip-retrieval's layout: ours, or those of ``clip-retrieval inference``.
+
+Row i of a folder is row i of its vector files in order of their names, and of its metadata files likewise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arf_plugin.errors import PoolError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class EmbeddingFile:
+    """One vector file with its metadata; ``first`` is the folder's row number of its first vector."""
+
+    vectors: Path
+    metadata: Path
+    first: int
+    rows: int
+
+    def load(self) -> np.ndarray:
+        """The vectors [rows, d], memory-mapped."""
+        return np.load(self.vectors, mmap_mode="r", allow_pickle=False)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """An embedding folder, checked when it is opened.
+
+    Attributes:
+        folder: the folder.
+        modality: ``image`` or ``text``.
+    """
+
+    folder: Path
+    modality: str = "image"
+
+    @cached_property
+    def files(self) -> list[EmbeddingFile]:
+        """The files that hold at least one row.
+
+        Raises:
+            PoolError: if files are missing, damaged, of different lengths or dimensions.
+        """
+        import pyarrow.parquet as pq
+
+        name = "img_emb" if self.modality == "image" else "text_emb"
+        vectors = sorted((self.folder / name).glob("*.npy"))
+        metadata = sorted((self.folder / "metadata").glob("*.parquet"))
+        if not vectors:
+            raise PoolError(
+                f"{self.folder} has no {name}/*.npy. Expected an embedding folder, as written by: arf embed, "
+                "or clip-retrieval inference."
+            )
+        if len(vectors) != len(metadata):
+            raise PoolError(
+                f"{self.folder} has {len(vectors)} files in {name} but {len(metadata)} in metadata; expected one for "
+                "one. Was the embedding interrupted? Run it again to the end."
+            )
+        files, first, dimensions = [], 0, set()
+        for vector_path, metadata_path in zip(vectors, metadata, strict=True):
+            try:
+                shape = np.load(vector_path, mmap_mode="r", allow_pickle=False).shape
+                rows = pq.read_metadata(metadata_path).num_rows
+            except (ValueError, OSError) as cause:  # pyarrow's ArrowInvalid is a ValueError
+                raise PoolError(f"{vector_path} or {metadata_path.name} cannot be read: {cause}") from cause
+            if len(shape) != 2 or shape[0] != rows:
+                raise PoolError(
+                    f"{vector_path} has shape {shape}, but {metadata_path.name} has {rows} rows; expected one vector "
+                    "per row. Embed this folder again."
+                )
+            if rows:
+                dimensions.add(shape[1])
+                files.append(EmbeddingFile(vector_path, metadata_path, first, rows))
+                first += rows
+        if len(dimensions) > 1:
+            raise PoolError(f"{self.folder}/{name} mixes vectors of dimensions {sorted(dimensions)}.")
+        if not files:
+            raise PoolError(
+                f"{self.folder} holds no rows. Expected embedded samples; see its work/*/rejects.jsonl."
+            )
+        return files
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return self.files[-1].first + self.files[-1].rows
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return int(self.files[0].load().shape[1])
+
+    @cached_property
+    def model(self) -> dict[str, Any] | None:
+        """The model's identity, if the folder was written by ``arf embed``."""
+        path = self.folder / "model.json"
+        return json.loads(path.read_text(encoding="utf-8"))["model"] if path.exists() else None
+
+    def columns(self, file: EmbeddingFile, names: list[str]) -> pa.Table:
+        """Reads metadata columns of a file; those it lacks are filled with nulls."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        present = [name for name in names if name in pq.read_schema(file.metadata).names]
+        table = pq.read_table(file.metadata, columns=present)
+        for position, name in enumerate(names):
+            if name not in present:
+                table = table.add_column(position, name, pa.nulls(file.rows, pa.string()))
+        return table.select(names)
+
+    def fingerprint(self) -> list[Any]:
+        """Names, sizes and times of change of all files, as JSON."""
+        paths = [path for file in self.files for path in (file.vectors, file.metadata)]
+        return [[str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+
+
+def check_unit(vectors: np.ndarray, path: Path, first: int) -> None:
+    """Checks that vectors [n, d] are finite and of unit norm, to the precision of fp16.
+
+    Raises:
+        PoolError: naming the first bad row.
+    """
+    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))
+    if len(bad):
+        raise PoolError(
+            f"{path}, row {bad[0]} (row {first + bad[0]} of the folder) has norm {norms[bad[0]]:g}; expected finite "
+            f"vectors of unit norm ({len(bad)} of {len(norms)} rows in this file are not). Embed this folder again."
+        )

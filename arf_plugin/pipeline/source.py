@@ -1,0 +1,204 @@
+"""Reads images and texts of task data and pools, shard by shard and in order.
+
+Task data is what open_clip's ``--train-data`` takes: WebDataset URLs with braces and ``::``, or a CSV/TSV file whose
+rows name image files. A pool is WebDataset URLs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from arf_plugin.anchors.ids import sample_id, shard_name
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.task import read_csv_ids
+from arf_plugin.errors import ArfError, PoolError
+from arf_plugin.pipeline.stage import Shard
+
+CSV_ROWS_PER_SHARD = 10_000
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One image as it is stored, with its text.
+
+    Attributes:
+        id: sample id, as in the anchor set's contract.
+        key: WebDataset key, or the image path of a CSV row.
+        tar: URL of the shard; empty for a CSV.
+        ext: extension of the image.
+        offset: first byte of the image in the tar; -1 if the tar cannot be read there.
+        size: bytes of the image.
+        image: encoded image; None if there is none.
+        text: caption; None if there is none.
+        problem: what is wrong with the image or the text.
+    """
+
+    id: str
+    key: str
+    tar: str
+    ext: str
+    offset: int
+    size: int
+    image: bytes | None
+    text: str | None
+    problem: str | None = None
+
+
+class Source(Protocol):
+    """Samples in shards."""
+
+    def shards(self) -> list[Shard]:
+        """Returns the shards in order."""
+
+    def read(self, shard: Shard) -> Iterator[RawSample]:
+        """Yields a shard's samples in order."""
+
+    def fingerprint(self) -> list[Any]:
+        """Returns what changes when the inputs change: names, sizes and times of change, as JSON."""
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """WebDataset shards.
+
+    Attributes:
+        urls: the shards.
+        error: family of the errors: TaskDataError or PoolError.
+    """
+
+    urls: list[str]
+    error: type[ArfError] = PoolError
+
+    def shards(self) -> list[Shard]:
+        """One shard per tar, named ``00000`` and so on, weighted by its bytes."""
+        return [Shard(i, f"{i:05d}", url, weight=_file_size(url)) for i, url in enumerate(self.urls)]
+
+    def read(self, shard: Shard) -> Iterator[RawSample]:
+        """Yields the samples of a tar."""
+        url: str = shard.source
+        for sample in scan_samples(url, self.error, read=(*IMAGE_EXTENSIONS, "txt")):
+            image, text, problem = sample.image, None, None
+            if image is None:
+                problem = f"has no image (members: {', '.join(sorted(sample.members))})"
+            if "txt" in sample.members:
+                try:
+                    text = (sample.members["txt"].data or b"").decode("utf-8")
+                except UnicodeDecodeError as cause:
+                    problem = problem or f"its txt is not UTF-8 ({cause})"
+            yield RawSample(
+                id=sample_id(url, sample.key),
+                key=sample.key,
+                tar=url,
+                ext=image.ext if image else "",
+                offset=image.offset if image else -1,
+                size=image.size if image else 0,
+                image=image.data if image else None,
+                text=text,
+                problem=problem,
+            )
+
+    def fingerprint(self) -> list[Any]:
+        """Name, size and time of change of every tar."""
+        return [_file_fingerprint(url) for url in self.urls]
+
+
+@dataclass(frozen=True)
+class CsvSource:
+    """Rows of a CSV or TSV file with image paths, read as open_clip reads them.
+
+    Attributes:
+        path: the file.
+        image_column, separator: open_clip's ``--csv-img-key`` and ``--csv-separator``.
+    """
+
+    path: str
+    image_column: str = "filepath"
+    separator: str = "\t"
+
+    def shards(self) -> list[Shard]:
+        """One shard per 10,000 rows."""
+        paths = read_csv_ids(self.path, self.image_column, self.separator)
+        starts = range(0, len(paths), CSV_ROWS_PER_SHARD)
+        chunks = [paths[start : start + CSV_ROWS_PER_SHARD] for start in starts]
+        return [Shard(i, f"{i:05d}", rows, len(rows), len(rows)) for i, rows in enumerate(chunks)]
+
+    def read(self, shard: Shard) -> Iterator[RawSample]:
+        """Yields the rows of a chunk."""
+        for path in shard.source:
+            image, problem = None, None
+            try:
+                image = Path(path).read_bytes()
+            except OSError as cause:
+                problem = f"cannot be read ({cause.strerror or cause})"
+            size = len(image) if image is not None else 0
+            yield RawSample(path, path, "", Path(path).suffix.lstrip("."), -1, size, image, None, problem)
+
+    def fingerprint(self) -> list[Any]:
+        """Name, size and time of change of the file, and how it is read."""
+        return [_file_fingerprint(self.path), self.image_column, self.separator]
+
+
+def map_ordered(
+    function: Callable[[_In], _Out], items: Iterable[_In], workers: int, ahead: int = 64
+) -> Iterator[tuple[_In, _Out | Exception]]:
+    """Applies a function in threads and yields (item, result or its exception) in the order of the items.
+
+    PIL and torch release the interpreter's lock while they decode and resize, so threads suffice.
+
+    Args:
+        function: what to apply.
+        items: consumed by the calling thread, at most ``ahead`` beyond what was yielded.
+        workers: threads; 0 applies the function in the calling thread.
+        ahead: bound on the items in flight, which bounds memory.
+    """
+
+    def guarded(item: _In) -> _Out | Exception:
+        try:
+            return function(item)
+        except Exception as cause:
+            return cause
+
+    if workers <= 0:
+        for item in items:
+            yield item, guarded(item)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[tuple[_In, Future[_Out | Exception]]] = deque()
+        try:
+            for item in items:
+                pending.append((item, pool.submit(guarded, item)))
+                if len(pending) >= ahead:
+                    oldest, future = pending.popleft()
+                    yield oldest, future.result()
+            while pending:
+                oldest, future = pending.popleft()
+                yield oldest, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _file_size(url: str) -> float:
+    if is_remote(url):
+        return 1.0
+    path = local_path(url)
+    return float(path.stat().st_size) if path.exists() else 1.0
+
+
+def _file_fingerprint(url: str) -> list[Any]:
+    if is_remote(url):
+        return [shard_name(url)]
+    path = local_path(url)
+    if not path.exists():
+        return [str(path), None, None]
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,281 @@
+"""The skeleton that all stages of anchor building share.
+
+A stage plans its work as shards, turns each shard into artifacts, and finalizes once all are there::
+
+    plan() -> [Shard]      process(Shard) -> Outcome      finalize([Outcome]) -> summary
+
+:func:`run_stage` owns the rest: which shards are this process's (torchrun, srun or a SLURM array), what is done
+already, completion markers that are written after the artifacts, the list of rejected samples, and the refusal to
+mix two configurations in one folder. All bookkeeping is below ``<out>/work/<stage>/``::
+
+    config.json            what determines the bytes of the artifacts
+    done/<shard>.json      completion marker: counts and rejected samples
+    finished.json          summary, once finalized
+    rejects.jsonl          every rejected sample with its reason
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from arf_plugin.anchors.files import remove_incomplete, replacing, write_json
+from arf_plugin.errors import StageError
+from arf_plugin.pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work that is done, or done again, as a whole.
+
+    Attributes:
+        index: position in the plan.
+        name: name of its completion marker.
+        source: what to read; its meaning is the stage's own.
+        weight: relative size, for the estimate of the remaining time.
+        samples: number of samples, if known.
+    """
+
+    index: int
+    name: str
+    source: Any
+    weight: float = 1.0
+    samples: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a shard: samples seen, samples kept, and the rejected ones as (id, reason)."""
+
+    samples: int = 0
+    kept: int = 0
+    rejects: list[tuple[str, str]] = field(default_factory=list)
+
+    def reject(self, sample: str, reason: str) -> None:
+        """Notes a sample that was left out."""
+        self.rejects.append((sample, reason))
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a stage; nothing here changes the bytes of the result.
+
+    Attributes:
+        restart: throw earlier work away.
+        max_bad_fraction: stop when more than this fraction of the samples is rejected.
+        rank, world: this process's share of the shards: every ``world``-th from ``rank`` on.
+    """
+
+    restart: bool = False
+    max_bad_fraction: float = 0.01
+    rank: int = 0
+    world: int = 1
+
+
+class Stage(ABC):
+    """One stage; see the module's docstring.
+
+    Args:
+        out: folder of the artifacts.
+        work: folder of the bookkeeping; ``<out>/work/<name>`` by default.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str] = "images"
+
+    def __init__(self, out: Path, work: Path | None = None) -> None:
+        self.out = out
+        self.work = work or out / "work" / self.name
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Returns, as JSON, everything that determines the bytes of the artifacts: settings and inputs."""
+
+    @abstractmethod
+    def plan(self) -> list[Shard]:
+        """Returns all shards, in an order that depends on the configuration alone."""
+
+    def prepare(self) -> None:  # noqa: B027 - most stages need none
+        """Loads models and the like; called once, and only if there is a shard to process."""
+
+    @abstractmethod
+    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+        """Writes the artifacts of a shard, each through :func:`replacing`, and reports progress in samples."""
+
+    @abstractmethod
+    def artifacts(self, shards: list[Shard]) -> list[Path]:
+        """Returns the files that :meth:`process` writes for these shards."""
+
+    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+        """Called when all shards are done; returns entries for the summary."""
+        return {}
+
+
+def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Returns (rank, world size) of this process as torchrun, srun or a SLURM array tells it; (0, 1) otherwise."""
+    env = os.environ if environment is None else environment
+    try:
+        if "RANK" in env and "WORLD_SIZE" in env:
+            return int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, world = 0, 1
+        if "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone; SLURM_NTASKS is also set in the batch script
+            rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
+        if "SLURM_ARRAY_TASK_COUNT" in env:
+            step = int(env.get("SLURM_ARRAY_TASK_STEP", "1") or 1)
+            task = (int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", "0"))) // step
+            rank, world = task * world + rank, int(env["SLURM_ARRAY_TASK_COUNT"]) * world
+        return rank, world
+    except (KeyError, ValueError) as cause:
+        raise StageError(
+            f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}."
+        ) from cause
+
+
+def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]:
+    """Runs what is left of a stage, and finalizes it if that was the last of it.
+
+    Returns:
+        The summary: stage, shards, samples, kept, rejected, finished, and the stage's own entries.
+
+    Raises:
+        StageError: for a changed configuration, too many rejected samples, or a file that cannot be written.
+    """
+    options = options or RunOptions()
+    try:
+        if options.restart and options.rank == 0:
+            _clear(stage)
+        _claim(stage)
+        finished = stage.work / "finished.json"
+        if finished.exists():
+            print(f"{stage.name}: already finished in {stage.out}", file=sys.stderr)
+            return json.loads(finished.read_text(encoding="utf-8"))
+        shards = stage.plan()
+        _process(stage, shards, options)
+        return _finish(stage, shards, options)
+    except OSError as cause:
+        raise StageError(
+            f"Stage {stage.name} cannot go on: {cause}.\n"
+            "Whatever is finished is kept: mend the cause and run the same command again."
+        ) from cause
+
+
+def describe(stage: Stage) -> dict[str, Any]:
+    """Returns what :func:`run_stage` would do, without doing it."""
+    shards = stage.plan()
+    done = sum(_marker(stage, shard).exists() for shard in shards)
+    counts = [shard.samples for shard in shards]
+    samples = sum(n for n in counts if n is not None) if None not in counts else None
+    return {
+        "stage": stage.name,
+        "out": str(stage.out),
+        "shards": len(shards),
+        "shards_done": done,
+        "samples": samples,
+        "config": stage.config(),
+    }
+
+
+def _marker(stage: Stage, shard: Shard) -> Path:
+    return stage.work / "done" / f"{shard.name}.json"
+
+
+def _clear(stage: Stage) -> None:
+    """Removes markers first, so that a kill in the middle leaves nothing that looks finished."""
+    shutil.rmtree(stage.work, ignore_errors=True)
+    for path in stage.artifacts(stage.plan()):
+        path.unlink(missing_ok=True)
+
+
+def _claim(stage: Stage) -> None:
+    """Records the configuration, or compares it with the recorded one."""
+    path = stage.work / "config.json"
+    config = json.loads(json.dumps(stage.config()))
+    if not path.exists():
+        write_json(path, config)
+        return
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    if recorded == config:
+        return
+    lines = [
+        f"  {key}: {_short(recorded.get(key))} -> {_short(config.get(key))}"
+        for key in sorted(recorded.keys() | config.keys())
+        if recorded.get(key) != config.get(key)
+    ]
+    raise StageError(
+        f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
+        + "\n".join(lines)
+        + "\nRun it with the old ones to go on, give another --out, or throw the old work away with --restart."
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:90]} ... ({len(text)} characters)"
+
+
+def _process(stage: Stage, shards: list[Shard], options: RunOptions) -> None:
+    mine = [s for s in shards[options.rank :: options.world] if not _marker(stage, s).exists()]
+    if not mine:
+        return
+    stage.prepare()
+    counts = [shard.samples for shard in mine]
+    total = sum(n for n in counts if n is not None) if None not in counts else None
+    weight = sum(shard.weight for shard in mine)
+    seen, seen_weight = 0, 0.0
+    bad = 0
+    with Progress(stage.name, total, stage.unit) as progress:
+        for shard in mine:
+            outcome = stage.process(shard, progress.advance)
+            marker = {"samples": outcome.samples, "kept": outcome.kept, "rejects": outcome.rejects}
+            write_json(_marker(stage, shard), marker)
+            seen, seen_weight = seen + outcome.samples, seen_weight + shard.weight
+            bad += len(outcome.rejects)
+            if total is None and seen_weight > 0:
+                progress.expect(round(seen * weight / seen_weight))
+            if seen >= 1000:
+                _check_rejects(stage, bad, seen, outcome.rejects, options)
+
+
+def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str, Any]:
+    markers = [_marker(stage, shard) for shard in shards]
+    missing = sum(not path.exists() for path in markers)
+    summary: dict[str, Any] = {"stage": stage.name, "out": str(stage.out), "shards": len(shards)}
+    if missing:
+        summary |= {"finished": False, "shards_missing": missing}
+        return summary
+    outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in markers]
+    rejects = [
+        (shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o["rejects"]
+    ]
+    samples = sum(o["samples"] for o in outcomes)
+    with replacing(stage.work / "rejects.jsonl") as path, path.open("w", encoding="utf-8") as file:
+        for shard_name, sample, reason in rejects:
+            line = {"shard": shard_name, "id": sample, "reason": reason}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    _check_rejects(stage, len(rejects), samples, [(r[1], r[2]) for r in rejects], options)
+    summary |= {"samples": samples, "kept": sum(o["kept"] for o in outcomes), "rejected": len(rejects)}
+    summary |= stage.finalize(shards) | {"finished": True}
+    for folder in {path.parent for path in stage.artifacts(shards)} | {stage.work, stage.work / "done"}:
+        remove_incomplete(folder)
+    write_json(stage.work / "finished.json", summary)
+    return summary
+
+
+def _check_rejects(
+    stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions
+) -> None:
+    if seen == 0 or bad <= options.max_bad_fraction * seen:
+        return
+    shown = "\n".join(f"  {sample}: {reason}" for sample, reason in examples[:5])
+    raise StageError(
+        f"Stage {stage.name} rejected {bad} of {seen} samples ({bad / seen:.1%}), more than --max-bad-fraction "
+        f"{options.max_bad_fraction:g} allows:\n{shown}\n"
+        f"All of them, with reasons: {stage.work}/done. Mend the data, or allow more with --max-bad-fraction."
+    )
