@@ -1,9 +1,90 @@
-"""``arf anchors``."""
+"""``arf anchors``: all stages in order, from task data and a pool to an anchor set."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+from arf_plugin.cli import options
+from arf_plugin.cli.caption import add_captioner_options, generation
+from arf_plugin.cli.embed import add_model_options
+from arf_plugin.cli.pack import add_pack_options
+from arf_plugin.cli.retrieve import add_selection_options, selection
+
+EXAMPLES = """\
+  arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
+      --pool 'pool/{0000..0331}.tar' --model ViT-B-16 --pretrained openai --k 10 --out ANCHORS
+  arf anchors ... --dry-run                   what would be done, with counts
+  arf anchors --task-data ... --captioner ... --out ANCHORS             captions alone
+"""
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the parser of ``arf anchors``."""
+    parser = options.add_parser(
+        subparsers,
+        "anchors",
+        "build an anchor set: caption, embed, retrieve, pack",
+        "Builds an anchor set with one command: captions of the task images, and the pool pairs nearest\n"
+        "to them. Run the same command again to resume; start it on several ranks to share the work.",
+        EXAMPLES,
+    )
+    options.add_task_options(parser)
+    parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::; without it, no pair anchors")
+    parser.add_argument("--out", type=Path, required=True, metavar="ANCHORS", help="the anchor set")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="embeddings and bookkeeping (ANCHORS/work)")
+    add_captioner_options(parser, required=False)
+    add_model_options(parser, required=False)
+    add_selection_options(parser)
+    add_pack_options(parser)
+    options.add_device_options(parser, batch_size=256)
+    parser.add_argument(
+        "--caption-batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s"
+    )
+    options.add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs all stages, or shows the plan."""
+    from arf_plugin.anchors.task import expand_urls
+    from arf_plugin.errors import PoolError
+    from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
+
+    build = Build(
+        out=args.out,
+        work=args.work or args.out / "work",
+        task=options.task_source(args),
+        captioner=args.captioner,
+        generation=generation(args),
+        pool=expand_urls(args.pool, PoolError) if args.pool else None,
+        model=args.model or "",
+        pretrained=args.pretrained,
+        selection=selection(args),
+        shard_size=args.shard_size,
+        caption_batch_size=args.caption_batch_size,
+        embed_batch_size=args.batch_size,
+        device=args.device,
+        precision=args.precision,
+        workers=args.workers,
+        local_rank=options.local_rank(),
+    )
+    if args.dry_run:
+        plan = plan_anchors(build)
+        if args.json:
+            options.show(plan, True, "plan")
+            return 0
+        stages = plan.pop("stages")
+        options.show(plan, False, "plan")
+        for stage in stages:
+            options.show(stage, False, f"stage {stage['stage']}")
+        return 0
+    summaries = build_anchors(build, options.run_options(args))
+    if args.json:
+        options.show({"out": str(args.out), "stages": summaries}, True, "done")
+        return 0
+    for summary in summaries:
+        options.show(summary, False, f"stage {summary['stage']}")
+    print(f"The anchor set is in {args.out}. Look at it with: arf check {args.out} --train-data DATA", file=sys.stderr)
+    return 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.images import decode_image
+from arf_plugin.anchors.manifest import update_manifest
 from arf_plugin.pipeline.captioner import Captioner, Generation, captioner_identity
 from arf_plugin.pipeline.device import pick_device, pick_dtype
 from arf_plugin.pipeline.source import RawSample, Source, map_ordered
@@ -32,6 +33,7 @@ class CaptionStage(Stage):
         task: task data.
         captioner: model folder or hub name.
         generation: settings of the generation.
+        work: folder of the bookkeeping.
         batch_size: images per batch.
         device, precision: see :mod:`arf_plugin.pipeline.device`.
         workers: threads that decode images.
@@ -47,13 +49,14 @@ class CaptionStage(Stage):
         captioner: str,
         generation: Generation | None = None,
         *,
+        work: Path | None = None,
         batch_size: int = 32,
         device: str = "auto",
         precision: str = "auto",
         workers: int = 2,
         rank: int = 0,
     ) -> None:
-        super().__init__(out)
+        super().__init__(out, work)
         self._task, self._name = task, captioner
         self._generation = generation or Generation()
         self._batch_size, self._workers = batch_size, workers
@@ -109,6 +112,23 @@ class CaptionStage(Stage):
         rows.sort()
         write_captions(self.artifacts([shard])[0], rows)
         return outcome
+
+    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+        """Notes the captions in the anchor set's manifest."""
+        import pyarrow.parquet as pq
+
+        count = sum(pq.read_metadata(path).num_rows for path in self.artifacts(shards))
+        config = self.config()
+        entry = {
+            "count": count,
+            "files": len(shards),
+            "captioner": Path(self._name).name if Path(self._name).is_dir() else self._name,
+            "captioner_identity": config["captioner"],
+            "generation": config["generation"],
+            "task_digest": self._task.digest(),
+        }
+        update_manifest(self.out, "captions", entry)
+        return {"captions": count}
 
     def _batches(self, shard: Shard, outcome: Outcome) -> Iterator[_Batch]:
         """Full batches of decoded images; rejects what cannot be decoded."""

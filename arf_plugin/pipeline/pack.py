@@ -48,15 +48,22 @@ class PackStage(Stage):
         pool: URLs of the pool's tars. Needed if the embeddings do not name them (those of clip-retrieval), or if
             the tars have moved since.
         shard_size: pairs per shard.
+        work: folder of the bookkeeping.
     """
 
     name = "pack"
     unit = "pairs"
 
     def __init__(
-        self, out: Path, retrieved: Path, pool: list[str] | None = None, *, shard_size: int = 1000
+        self,
+        out: Path,
+        retrieved: Path,
+        pool: list[str] | None = None,
+        *,
+        shard_size: int = 1000,
+        work: Path | None = None,
     ) -> None:
-        super().__init__(out)
+        super().__init__(out, work)
         self._retrieved, self._pool, self._shard_size = retrieved, pool, shard_size
         self._list = retrieved / "pairs.parquet"
         if not self._list.exists():
@@ -136,9 +143,7 @@ class PackStage(Stage):
             }
             tar = moved.get(shard_name(row["tar"]), row["tar"])
             where = (int(row["offset"]), int(row["size"] or 0))
-            pairs.append(
-                Pair(number, tar, row["image_path"], row["ext"] or "", *where, row["caption"], provenance)
-            )
+            pairs.append(Pair(number, tar, row["image_path"], row["ext"] or "", *where, row["caption"], provenance))
         return pairs
 
     def _locate(self, rows: list[dict[str, Any]]) -> None:

@@ -108,10 +108,7 @@ class RetrieveStage(Stage):
 
     def plan(self) -> list[Shard]:
         """One shard per vector file of the queries."""
-        return [
-            Shard(i, f"{i:05d}", file, float(file.rows), file.rows)
-            for i, file in enumerate(self._queries.files)
-        ]
+        return [Shard(i, f"{i:05d}", file, float(file.rows), file.rows) for i, file in enumerate(self._queries.files)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One file of hits per shard."""

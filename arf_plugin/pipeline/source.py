@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from arf_plugin.anchors.files import digest
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
@@ -65,6 +66,9 @@ class Source(Protocol):
     def fingerprint(self) -> list[Any]:
         """Returns what changes when the inputs change: names, sizes and times of change, as JSON."""
 
+    def digest(self) -> str:
+        """Returns a digest of the inputs' names and sizes, which stays the same when they are copied."""
+
 
 @dataclass(frozen=True)
 class TarSource:
@@ -110,6 +114,10 @@ class TarSource:
         """Name, size and time of change of every tar."""
         return [_file_fingerprint(url) for url in self.urls]
 
+    def digest(self) -> str:
+        """Shard names and sizes."""
+        return digest([[shard_name(url), _file_size(url)] for url in self.urls])
+
 
 @dataclass(frozen=True)
 class CsvSource:
@@ -145,6 +153,10 @@ class CsvSource:
     def fingerprint(self) -> list[Any]:
         """Name, size and time of change of the file, and how it is read."""
         return [_file_fingerprint(self.path), self.image_column, self.separator]
+
+    def digest(self) -> str:
+        """The image paths."""
+        return digest(read_csv_ids(self.path, self.image_column, self.separator))
 
 
 def map_ordered(

@@ -4,14 +4,14 @@ A stage plans its work as shards, turns each shard into artifacts, and finalizes
 
     plan() -> [Shard]      process(Shard) -> Outcome      finalize([Outcome]) -> summary
 
-:func:`run_stage` owns the rest: which shards are this process's (torchrun, srun or a SLURM array), what is done
-already, completion markers that are written after the artifacts, the list of rejected samples, and the refusal to
-mix two configurations in one folder. All bookkeeping is below ``<out>/work/<stage>/``::
+:func:`run_stage` owns the rest: which shards are this process's (torchrun, srun or a SLURM array), what is
+done already, completion markers that are written after the artifacts, the list of rejected samples, and the
+refusal to mix two configurations in one folder. All bookkeeping is below ``<out>/work/<stage>/``::
 
     config.json            what determines the bytes of the artifacts
     done/<shard>.json      completion marker: counts and rejected samples
-    finished.json          summary, once finalized
     rejects.jsonl          every rejected sample with its reason
+    finished.json          summary, once finalized
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+from filelock import FileLock
 
 from arf_plugin.anchors.files import remove_incomplete, replacing, write_json
 from arf_plugin.errors import StageError
@@ -107,7 +109,7 @@ class Stage(ABC):
 
     @abstractmethod
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
-        """Writes the artifacts of a shard, each through :func:`replacing`, and reports progress in samples."""
+        """Writes the artifacts of a shard, each through :func:`replacing`; reports progress in samples."""
 
     @abstractmethod
     def artifacts(self, shards: list[Shard]) -> list[Path]:
@@ -119,7 +121,7 @@ class Stage(ABC):
 
 
 def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Returns (rank, world size) of this process as torchrun, srun or a SLURM array tells it; (0, 1) otherwise."""
+    """Returns (rank, world size) as torchrun, srun or a SLURM array tells them; (0, 1) otherwise."""
     env = os.environ if environment is None else environment
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -133,9 +135,7 @@ def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
             rank, world = task * world + rank, int(env["SLURM_ARRAY_TASK_COUNT"]) * world
         return rank, world
     except (KeyError, ValueError) as cause:
-        raise StageError(
-            f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}."
-        ) from cause
+        raise StageError(f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}.") from cause
 
 
 def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]:
@@ -152,13 +152,13 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
         if options.restart and options.rank == 0:
             _clear(stage)
         _claim(stage)
-        finished = stage.work / "finished.json"
-        if finished.exists():
-            print(f"{stage.name}: already finished in {stage.out}", file=sys.stderr)
-            return json.loads(finished.read_text(encoding="utf-8"))
         shards = stage.plan()
         _process(stage, shards, options)
-        return _finish(stage, shards, options)
+        with FileLock(stage.work / "finish.lock"):  # the last ranks may come to the end together
+            finished = stage.work / "finished.json"
+            if finished.exists():
+                return json.loads(finished.read_text(encoding="utf-8"))
+            return _finish(stage, shards, options)
     except OSError as cause:
         raise StageError(
             f"Stage {stage.name} cannot go on: {cause}.\n"
@@ -169,7 +169,7 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
 def describe(stage: Stage) -> dict[str, Any]:
     """Returns what :func:`run_stage` would do, without doing it."""
     shards = stage.plan()
-    done = sum(_marker(stage, shard).exists() for shard in shards)
+    done = sum(_is_done(stage, shard) for shard in shards)
     counts = [shard.samples for shard in shards]
     samples = sum(n for n in counts if n is not None) if None not in counts else None
     return {
@@ -184,6 +184,10 @@ def describe(stage: Stage) -> dict[str, Any]:
 
 def _marker(stage: Stage, shard: Shard) -> Path:
     return stage.work / "done" / f"{shard.name}.json"
+
+
+def _is_done(stage: Stage, shard: Shard) -> bool:
+    return _marker(stage, shard).exists() and all(path.exists() for path in stage.artifacts([shard]))
 
 
 def _clear(stage: Stage) -> None:
@@ -211,7 +215,7 @@ def _claim(stage: Stage) -> None:
     raise StageError(
         f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
         + "\n".join(lines)
-        + "\nRun it with the old ones to go on, give another --out, or throw the old work away with --restart."
+        + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
     )
 
 
@@ -221,9 +225,11 @@ def _short(value: Any) -> str:
 
 
 def _process(stage: Stage, shards: list[Shard], options: RunOptions) -> None:
-    mine = [s for s in shards[options.rank :: options.world] if not _marker(stage, s).exists()]
+    mine = [shard for shard in shards[options.rank :: options.world] if not _is_done(stage, shard)]
     if not mine:
+        print(f"{stage.name}: nothing left to do in {stage.out}", file=sys.stderr)
         return
+    (stage.work / "finished.json").unlink(missing_ok=True)
     stage.prepare()
     counts = [shard.samples for shard in mine]
     total = sum(n for n in counts if n is not None) if None not in counts else None
@@ -245,15 +251,13 @@ def _process(stage: Stage, shards: list[Shard], options: RunOptions) -> None:
 
 def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str, Any]:
     markers = [_marker(stage, shard) for shard in shards]
-    missing = sum(not path.exists() for path in markers)
+    missing = sum(not _is_done(stage, shard) for shard in shards)
     summary: dict[str, Any] = {"stage": stage.name, "out": str(stage.out), "shards": len(shards)}
     if missing:
         summary |= {"finished": False, "shards_missing": missing}
         return summary
     outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in markers]
-    rejects = [
-        (shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o["rejects"]
-    ]
+    rejects = [(shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o["rejects"]]
     samples = sum(o["samples"] for o in outcomes)
     with replacing(stage.work / "rejects.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for shard_name, sample, reason in rejects:
@@ -268,14 +272,12 @@ def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str,
     return summary
 
 
-def _check_rejects(
-    stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions
-) -> None:
+def _check_rejects(stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions) -> None:
     if seen == 0 or bad <= options.max_bad_fraction * seen:
         return
     shown = "\n".join(f"  {sample}: {reason}" for sample, reason in examples[:5])
     raise StageError(
-        f"Stage {stage.name} rejected {bad} of {seen} samples ({bad / seen:.1%}), more than --max-bad-fraction "
-        f"{options.max_bad_fraction:g} allows:\n{shown}\n"
+        f"Stage {stage.name} rejected {bad} of {seen} samples ({bad / seen:.1%}), more than "
+        f"--max-bad-fraction {options.max_bad_fraction:g} allows:\n{shown}\n"
         f"All of them, with reasons: {stage.work}/done. Mend the data, or allow more with --max-bad-fraction."
     )

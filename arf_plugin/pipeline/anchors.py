@@ -1,0 +1,187 @@
+"""All stages in order: task data and a pool in, an anchor set out.
+
+::
+
+    task data --caption--> ANCHORS/captions
+    task data --embed----> WORK/task --+
+    pool      --embed----> WORK/pool --+--retrieve--> WORK/retrieve --pack--> ANCHORS/pairs
+
+Either half may be left out: without a captioner there are no captions, without a pool no pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.errors import PoolError, StageError
+from arf_plugin.pipeline.caption import CaptionStage
+from arf_plugin.pipeline.captioner import Generation
+from arf_plugin.pipeline.embed import EmbedStage
+from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.pack import PackStage
+from arf_plugin.pipeline.retrieve import RetrieveStage, Selection
+from arf_plugin.pipeline.source import Source, TarSource
+from arf_plugin.pipeline.stage import RunOptions, Stage, describe, run_stage
+
+
+@dataclass(frozen=True)
+class Build:
+    """What to build.
+
+    Attributes:
+        out: the anchor set.
+        work: folder of embeddings, hits and bookkeeping.
+        task: task data.
+        captioner: captioner of the caption anchors; None leaves them out.
+        generation: settings of the captioner.
+        pool: URLs of the pool's tars; None leaves pair anchors out.
+        model, pretrained: open_clip model of the search.
+        selection: which hits become pairs.
+        shard_size: pairs per output shard.
+        caption_batch_size, embed_batch_size, device, precision, workers, local_rank: how to compute.
+    """
+
+    out: Path
+    work: Path
+    task: Source
+    captioner: str | None = None
+    generation: Generation = field(default_factory=Generation)
+    pool: list[str] | None = None
+    model: str = ""
+    pretrained: str | None = None
+    selection: Selection = field(default_factory=Selection)
+    shard_size: int = 1000
+    caption_batch_size: int = 32
+    embed_batch_size: int = 256
+    device: str = "auto"
+    precision: str = "auto"
+    workers: int = 2
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.captioner is None and self.pool is None:
+            raise StageError("Nothing to build: give --captioner for captions, --pool for pairs, or both.")
+        if self.pool is not None and not self.model:
+            raise StageError("Pairs are found with an open_clip model: add --model (and --pretrained) to --pool.")
+
+    def stages(self) -> Iterator[Callable[[], Stage]]:
+        """Yields the stages in order; a later one can be made only when the earlier ones are finished."""
+        if self.captioner is not None:
+            yield self.caption
+        if self.pool is not None:
+            yield self.embed_task
+            yield self.embed_pool
+            yield self.retrieve
+            yield self.pack
+
+    def caption(self) -> Stage:
+        """The stage caption."""
+        assert self.captioner is not None
+        return CaptionStage(
+            self.out,
+            self.task,
+            self.captioner,
+            self.generation,
+            work=self.work / "caption",
+            batch_size=self.caption_batch_size,
+            device=self.device,
+            precision=self.precision,
+            workers=self.workers,
+            rank=self.local_rank,
+        )
+
+    def embed_task(self) -> Stage:
+        """The stage embed for the task data."""
+        return self._embed("task", self.task, require_text=False)
+
+    def embed_pool(self) -> Stage:
+        """The stage embed for the pool."""
+        return self._embed("pool", TarSource(self.pool or [], PoolError), require_text=True)
+
+    def retrieve(self) -> Stage:
+        """The stage retrieve."""
+        queries, pool = Embeddings(self.work / "task"), Embeddings(self.work / "pool")
+        out = self.work / "retrieve"
+        return RetrieveStage(out, queries, pool, self.selection, device=self.device, rank=self.local_rank)
+
+    def pack(self) -> Stage:
+        """The stage pack."""
+        return PackStage(
+            self.out, self.work / "retrieve", self.pool, shard_size=self.shard_size, work=self.work / "pack"
+        )
+
+    def _embed(self, name: str, source: Source, require_text: bool) -> Stage:
+        return EmbedStage(
+            self.work / name,
+            source,
+            self.model,
+            self.pretrained,
+            require_text=require_text,
+            batch_size=self.embed_batch_size,
+            device=self.device,
+            precision=self.precision,
+            workers=self.workers,
+            rank=self.local_rank,
+        )
+
+
+def build_anchors(build: Build, options: RunOptions) -> list[dict[str, Any]]:
+    """Runs all stages; each waits until the other ranks have finished the one before.
+
+    Returns:
+        The stages' summaries.
+    """
+    summaries = []
+    for make in build.stages():
+        stage = make()
+        summary = run_stage(stage, options)
+        if not summary["finished"]:
+            summary = _wait(stage, summary)
+        summaries.append(summary)
+    return summaries
+
+
+def plan_anchors(build: Build, advance: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Returns what :func:`build_anchors` would do, with counts, from the headers of all tars.
+
+    Args:
+        build: what to build.
+        advance: called with the URL of each pool tar when it has been looked at.
+    """
+    from arf_plugin.anchors.scan import scan_shard
+
+    plans = [describe(make()) for make in (build.caption,) if build.captioner is not None]
+    result: dict[str, Any] = {"out": str(build.out), "work": str(build.work)}
+    if build.pool is not None:
+        plans += [describe(build.embed_task()), describe(build.embed_pool())]
+        pairs = 0
+        for url in build.pool:
+            scan = scan_shard(url, PoolError)
+            pairs += len(scan.keys) - scan.without_text
+            if advance is not None:
+                advance(url)
+        result["pool"] = {"tars": len(build.pool), "pairs": pairs}
+    for plan in plans:
+        plan.pop("config")
+    return result | {"stages": plans}
+
+
+def _wait(stage: Stage, summary: dict[str, Any], seconds: float = 10) -> dict[str, Any]:
+    """Waits for other ranks; gives up when nothing has happened for an hour."""
+    done = stage.work / "done"
+    last, since = -1, time.monotonic()
+    while not (stage.work / "finished.json").exists():
+        count = sum(1 for _ in done.glob("*.json"))
+        if count != last:
+            last, since = count, time.monotonic()
+        if time.monotonic() - since > 3600:
+            raise StageError(
+                f"Waited an hour for the other ranks to finish stage {stage.name}: {count} of {summary['shards']} "
+                "shards are done. Have they all been started? Start this command again to go on."
+            )
+        time.sleep(min(seconds, 1.0))
+    return run_stage(stage)

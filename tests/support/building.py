@@ -1,0 +1,152 @@
+"""Small real inputs for anchor building: tars of drawn images, a tiny CLIP and a tiny captioner with random weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("circle", "square", "cross")
+
+
+def drawing(index: int, kind: str = "JPEG", size: int = 32) -> bytes:
+    """A shape in a colour, a little different for each index."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    low, high = 4 + index % 5, size - 4 - index % 7
+    colour = COLOURS[index % len(COLOURS)]
+    shape = SHAPES[index % len(SHAPES)]
+    if shape == "circle":
+        draw.ellipse((low, low, high, high), fill=colour)
+    elif shape == "square":
+        draw.rectangle((low, low, high, high), fill=colour)
+    else:
+        draw.line((low, low, high, high), fill=colour, width=4)
+        draw.line((low, high, high, low), fill=colour, width=4)
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def describe(index: int) -> str:
+    return f"a {COLOURS[index % len(COLOURS)]} {SHAPES[index % len(SHAPES)]}"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_task(folder: Path, shards: int = 3, per_shard: int = 7) -> str:
+    """Task tars with jpg and cls; returns their URL with braces."""
+    for shard in range(shards):
+        members = []
+        for position in range(per_shard):
+            index = shard * per_shard + position
+            members += [(f"{index:05d}.jpg", drawing(index)), (f"{index:05d}.cls", str(index % 6).encode())]
+        write_tar(folder / f"{shard:03d}.tar", members)
+    return f"{folder}/{{000..{shards - 1:03d}}}.tar"
+
+
+def write_pool(folder: Path, shards: int = 4, per_shard: int = 12) -> str:
+    """Pool tars with png or jpg, txt and json, keys equal across tars; returns their URL with braces."""
+    for shard in range(shards):
+        members = []
+        for position in range(per_shard):
+            index = 1000 + shard * per_shard + position
+            kind, ext = (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"))[index % 3]
+            key = f"{position:04d}"
+            members += [
+                (f"{key}.{ext}", drawing(index, kind, 40)),
+                (f"{key}.json", json.dumps({"n": index}).encode()),
+                (f"{key}.txt", f"{describe(index)}, number {index}".encode()),
+            ]
+        write_tar(folder / f"pool-{shard:02d}.tar", members)
+    return f"{folder}/pool-{{00..{shards - 1:02d}}}.tar"
+
+
+def save_tiny_clip(folder: Path, seed: int = 0) -> str:
+    """A CLIP with random weights in open_clip's local folder layout; returns its model name."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    model = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    torch.manual_seed(seed)
+    weights = {name: value.contiguous() for name, value in open_clip.CLIP(**model).state_dict().items()}
+    save_file(weights, str(folder / "open_clip_model.safetensors"))
+    return f"local-dir:{folder}"
+
+
+def save_tiny_captioner(folder: Path) -> str:
+    """A VisionEncoderDecoder with random weights and a word-level tokenizer, in the Hugging Face layout."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        GPT2Config,
+        PreTrainedTokenizerFast,
+        VisionEncoderDecoderConfig,
+        VisionEncoderDecoderModel,
+        ViTConfig,
+        ViTImageProcessor,
+    )
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", *COLOURS, *SHAPES, "on", "white"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    encoder = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    decoder = GPT2Config(
+        vocab_size=len(words), n_positions=32, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True,
+        is_decoder=True, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
+    )  # fmt: skip
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
+    torch.manual_seed(1)
+    model = VisionEncoderDecoderModel(config)
+    model.generation_config.suppress_tokens = [0, 1, 3]
+    model.generation_config.decoder_start_token_id = 1
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, locks left out."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".lock")
+    }
+
+
+def unit_vectors(rows: int, dimension: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(rows, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
