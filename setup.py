@@ -49,7 +49,9 @@ class EditableWithStartupFile(editable_wheel):
                 members = {info.filename: archive.read(info) for info in archive.infolist()}
             record = next(name for name in members if name.endswith(".dist-info/RECORD"))
             for name, content in STARTUP_FILES.items():
-                digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+                digest = (
+                    base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).rstrip(b"=").decode()
+                )
                 members[name] = content.encode()
                 members[record] += f"{name},sha256={digest},{len(content)}\n".encode()
             with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -80,7 +80,9 @@ class _Finder:
 
 def is_installed() -> bool:
     """Whether the finder is on ``sys.meta_path``."""
-    return any(type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path)
+    return any(
+        type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path
+    )
 
 
 def install() -> None:

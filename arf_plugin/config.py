@@ -45,13 +45,21 @@ class ArfConfig:
 
 
 # Flags that mean nothing without an anchor set, by their argparse destination.
-NEED_ANCHORS = ("arf_caption_weight", "arf_pair_weight", "arf_pair_batch_size", "arf_workers", "arf_missing_caption")
+NEED_ANCHORS = (
+    "arf_caption_weight",
+    "arf_pair_weight",
+    "arf_pair_batch_size",
+    "arf_workers",
+    "arf_missing_caption",
+)
 
 
 def add_arf_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the ARF group to a parser. Defaults are None, so that a flag which was given can be told apart."""
     group = parser.add_argument_group("Anchor-based Robust Fine-tuning (arf-plugin)")
-    group.add_argument("--arf-anchors", metavar="PATH", help="Anchor set (folder or fsspec URL); turns ARF on.")
+    group.add_argument(
+        "--arf-anchors", metavar="PATH", help="Anchor set (folder or fsspec URL); turns ARF on."
+    )
     group.add_argument(
         "--arf-caption-weight",
         type=_weight,
@@ -113,7 +121,9 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
     Raises:
         FlagError: A combination that cannot work.
     """
-    given = {name: value for name, value in vars(args).items() if name.startswith("arf_") and value is not None}
+    given = {
+        name: value for name, value in vars(args).items() if name.startswith("arf_") and value is not None
+    }
     if "arf_anchors" not in given:
         stray = [_spelling(name) for name in NEED_ANCHORS if name in given]
         if stray:
@@ -124,12 +134,16 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
     elif not given["arf_anchors"]:
         raise FlagError("--arf-anchors is empty; expected the folder or URL of an anchor set.")
     if "arf_templates" in given and "arf_classnames" not in given:
-        raise FlagError("--arf-templates given without --arf-classnames: templates need class names to fill in.")
+        raise FlagError(
+            "--arf-templates given without --arf-classnames: templates need class names to fill in."
+        )
     if "arf_classnames" in given:
         given.setdefault("arf_templates", "imagenet")
     config = ArfConfig(**{name.removeprefix("arf_"): value for name, value in given.items()})
     if config.anchors and config.caption_weight == 0 and config.pair_weight == 0:
-        raise FlagError("--arf-caption-weight 0 and --arf-pair-weight 0 leave no anchors; drop --arf-anchors instead.")
+        raise FlagError(
+            "--arf-caption-weight 0 and --arf-pair-weight 0 leave no anchors; drop --arf-anchors instead."
+        )
     _check_trainer(args, config)
     for field in dataclasses.fields(ArfConfig):
         setattr(args, f"arf_{field.name}", getattr(config, field.name))
@@ -145,7 +159,9 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
     if args.train_data is None:
         raise FlagError("--arf-* flags are for training, but --train-data is missing.")
     if args.dataset_type == "synthetic":
-        raise FlagError("--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv.")
+        raise FlagError(
+            "--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv."
+        )
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
             "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
@@ -166,7 +182,9 @@ def _weight(text: str) -> float:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1 (to drop pairs: --arf-pair-weight 0)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"
+        )
     return value
 
 

@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {'active' if found['startup']['active'] else 'NOT ACTIVE'}: {found['startup']['detail']}")
     print("hooks")
     for hook in found["hooks"]:
-        print(f"  {'ok ' if hook['applies'] else 'NO '} {hook['id']:13} {hook['target']}  ({hook['versions']}; {hook['when']})")
+        print(
+            f"  {'ok ' if hook['applies'] else 'NO '} {hook['id']:13} {hook['target']}  ({hook['versions']}; {hook['when']})"
+        )
         print(f"      {hook['why']}")
         if hook["problem"]:
             print("      " + hook["problem"].replace("\n", "\n      "))

@@ -56,7 +56,9 @@ def _split(features: torch.Tensor, sizes: list[int], kind: str) -> list[torch.Te
     total = sum(sizes)
     count, rest = divmod(features.shape[0], total)
     if rest or not count:
-        raise ValueError(f"{features.shape[0]} {kind} features are no multiple of the micro-batch's {total} ({sizes})")
+        raise ValueError(
+            f"{features.shape[0]} {kind} features are no multiple of the micro-batch's {total} ({sizes})"
+        )
     if count == 1:
         return list(features.split(sizes))
     # Under gradient accumulation whole micro-batches follow one another, so each part is a strided slice.

@@ -55,6 +55,11 @@ class CaptionStore:
     def __contains__(self, sample_id: str) -> bool:
         return next(self._rows(sample_id), None) is not None
 
+    @property
+    def example_id(self) -> str:
+        """One of the ids, for messages."""
+        return self._ids[0].as_py() if len(self) else ""
+
     def get(self, sample_id: str) -> list[str]:
         """All captions of a sample, in the order of the parquet files; empty if there are none."""
         return [self._captions[row].as_py() for row in self._rows(sample_id)]
@@ -125,7 +130,9 @@ def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
                     )
                 table = file.read(columns=["id", "caption"])
         except (pa.ArrowException, OSError) as error:
-            raise AnchorSetError(f"{short} is no readable parquet file: {error}\nReplace it or {REBUILD}") from error
+            raise AnchorSetError(
+                f"{short} is no readable parquet file: {error}\nReplace it or {REBUILD}"
+            ) from error
         tables.append(_validated(table, short))
     return pa.concat_tables(tables)
 
@@ -180,7 +187,9 @@ def _sorted_table(table: pa.Table) -> pa.Table:
     digests = np.fromiter((_digest(text) for text in table["id"].to_pylist()), np.uint64, len(table))
     # A stable sort keeps several captions of one sample in the order of the files.
     order = np.argsort(digests, kind="stable")
-    return pa.table([pa.array(digests), table["id"], table["caption"]], ["digest", "id", "caption"]).take(order)
+    return pa.table([pa.array(digests), table["id"], table["caption"]], ["digest", "id", "caption"]).take(
+        order
+    )
 
 
 def _digest(sample_id: str) -> np.uint64:

@@ -10,7 +10,9 @@ from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.errors import AnchorSetError, ArfError
 
 
-def split_workers(workers: int, layout: BatchLayout, wanted: int | None, pair_shards: int, world_size: int) -> tuple[int, int]:
+def split_workers(
+    workers: int, layout: BatchLayout, wanted: int | None, pair_shards: int, world_size: int
+) -> tuple[int, int]:
     """Divides ``--workers`` between the two loaders instead of doubling it.
 
     Args:
@@ -64,7 +66,9 @@ class AnchoredLoader:
                 if pairs is not None:
                     pair = next(pairs, None)
                     if pair is None:
-                        raise AnchorSetError("The pair anchors ended before the epoch did; check the set with: arf check")
+                        raise AnchorSetError(
+                            "The pair anchors ended before the epoch did; check the set with: arf check"
+                        )
                     image_parts.append(pair[0])
                     text_parts.append(pair[1])
                 yield DeviceConcat(*image_parts), DeviceConcat(*text_parts)

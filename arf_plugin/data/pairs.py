@@ -44,7 +44,9 @@ class PairShards(torch.utils.data.IterableDataset):
         world_size: Number of processes.
     """
 
-    def __init__(self, shards: list[str], seed: int, epoch: SharedEpoch, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, shards: list[str], seed: int, epoch: SharedEpoch, rank: int = 0, world_size: int = 1
+    ) -> None:
         super().__init__()
         self.shards = shards
         self.seed = seed

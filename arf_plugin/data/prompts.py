@@ -94,7 +94,9 @@ def _lines(path: str, flag: str) -> list[str]:
         with fsspec.open(path, "rt", encoding="utf-8") as stream:
             lines = [line.strip() for line in stream.read().splitlines()]
     except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
-        raise FlagError(f"{flag} {path} cannot be read: {error}\nExpected a UTF-8 text file with one entry per line.") from error
+        raise FlagError(
+            f"{flag} {path} cannot be read: {error}\nExpected a UTF-8 text file with one entry per line."
+        ) from error
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:

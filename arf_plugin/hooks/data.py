@@ -14,13 +14,14 @@ from typing import Any
 
 import pandas as pd
 
+from arf_plugin.anchors.task import is_csv
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import load_prompts
-from arf_plugin.data.startup import check_before_training
+from arf_plugin.data.startup import check_anchor_set, check_data
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, TaskTexts
 from arf_plugin.errors import ArfError
 from arf_plugin.hooks.session import Session
@@ -49,16 +50,19 @@ def _training_data(
     original: Callable[..., Any], session: Session, args: Any, preprocess_fns: Any, epoch: int, tokenizer: Any
 ) -> AnchoredData:
     config = session.config
+    _on_every_rank(args, lambda: check_anchor_set(config))
     prompts = load_prompts(config.classnames, config.templates or "imagenet") if config.classnames else None
     shards = list_pair_shards(config.anchors) if config.anchors and config.pair_weight else []
-    _on_every_rank(args, lambda: check_before_training(args, config, prompts, shards))
-    captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
     pairs = (config.pair_batch_size or args.batch_size) if shards else 0
+    # Whether there are captions is known after the check has read them; it changes no worker's share.
+    task_workers, pair_workers = split_workers(
+        args.workers, BatchLayout(args.batch_size, pairs=pairs), config.workers, len(shards), args.world_size
+    )
+    _on_every_rank(args, lambda: check_data(args, config, shards, pairs, task_workers))
+    captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
     layout = session.layout = BatchLayout(task=args.batch_size, captions=captions is not None, pairs=pairs)
     if args.rank == 0:
         _log(config, layout, captions, shards)
-
-    task_workers, pair_workers = split_workers(args.workers, layout, config.workers, len(shards), args.world_size)
     shared_epoch = SharedEpoch(epoch)
     texts = TaskTexts(prompts, captions, config.missing_caption, args.seed, shared_epoch.get)
     task = _task_data(
@@ -100,7 +104,7 @@ def _task_data(
     training.val_data = training.imagenet_val = training.imagenet_v2 = None
     training.workers = workers
     own_text_column = None
-    if _is_csv(args):
+    if is_csv(args.train_data, args.dataset_type):
         columns = pd.read_csv(args.train_data, sep=args.csv_separator, nrows=0).columns
         own_text_column = args.csv_caption_key if args.csv_caption_key in columns else None
         # open_clip insists on a text column; with class prompts there need not be one.
@@ -112,20 +116,13 @@ def _task_data(
         task = original(training, preprocess_fns, epoch=epoch, tokenizer=used)["train"]
     finally:
         session.engine.undo(before)
-    if _is_csv(args):
+    if is_csv(args.train_data, args.dataset_type):
         dataset = task.dataloader.dataset
         identities, classes = [str(path) for path in dataset.images], None
         if texts.prompts is not None:
             classes = pd.read_csv(args.train_data, sep=args.csv_separator)["cls"].tolist()
         dataset.captions = CsvTexts(identities, classes, dataset.captions if own_text_column else None, texts)
     return task
-
-
-def _is_csv(args: Any) -> bool:
-    """Whether open_clip would take the task data for a CSV file, by the rule of its ``get_dataset_fn``."""
-    return args.dataset_type == "csv" or (
-        args.dataset_type == "auto" and args.train_data.rsplit(".", 1)[-1] in ("csv", "tsv")
-    )
 
 
 def _on_every_rank(args: Any, check: Callable[[], None]) -> None:
@@ -141,9 +138,9 @@ def _on_every_rank(args: Any, check: Callable[[], None]) -> None:
             check()
         except ArfError as error:
             verdict = error
-    verdict = broadcast_object(args, verdict)
-    if verdict is not None:
-        raise verdict if args.rank == 0 else SystemExit(1)
+    if broadcast_object(args, verdict is None):
+        return
+    raise verdict if verdict is not None else SystemExit(1)
 
 
 def _log(config: Any, layout: BatchLayout, captions: CaptionStore | None, shards: list[str]) -> None:

@@ -12,7 +12,16 @@ from arf_plugin.hooks.engine import Engine, Row
 from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
 from arf_plugin.hooks.versions import installed
 
-REPORTED = ("arf-plugin", PACKAGE, "torch", "torchvision", "webdataset", "transformers", "faiss-cpu", "clip-benchmark")
+REPORTED = (
+    "arf-plugin",
+    PACKAGE,
+    "torch",
+    "torchvision",
+    "webdataset",
+    "transformers",
+    "faiss-cpu",
+    "clip-benchmark",
+)
 
 
 def diagnose() -> dict[str, Any]:
@@ -37,7 +46,9 @@ def diagnose() -> dict[str, Any]:
 
 def _examine(row: Row, version: str | None) -> dict[str, Any]:
     if version is None:
-        problem: str | None = f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{SUPPORTED}'"
+        problem: str | None = (
+            f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{SUPPORTED}'"
+        )
     else:
         problem = Engine(PACKAGE).check(row, version)
     return {
@@ -55,7 +66,9 @@ def _startup() -> dict[str, Any]:
     """Whether a fresh interpreter of this environment has the finder, which this process may have added itself."""
     code = f"import sys; m = sys.modules.get({_boot.__name__!r}); print(bool(m and m.is_installed()))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     active = done.stdout.strip() == "True"
     if active:
         detail = f"a new {sys.executable} has the hook on {_boot.TARGET}; `python -m open_clip_train.main` knows --arf-*"

@@ -102,14 +102,18 @@ class Engine:
             return str(error)
         return None
 
-    def _resolve(self, row: Row, version: str, modules: Mapping[str, ModuleType]) -> tuple[ModuleType, str, Any]:
+    def _resolve(
+        self, row: Row, version: str, modules: Mapping[str, ModuleType]
+    ) -> tuple[ModuleType, str, Any]:
         if not row.covers(version):
             raise self._error(row, f"{self.package} {version} is installed", f"{self.package}{row.versions}")
         module_name, name = row.target.split(":")
         try:
             module = modules.get(module_name) or importlib.import_module(module_name)
         except ImportError as error:
-            raise self._error(row, f"module {module_name} cannot be imported ({error})", row.target) from error
+            raise self._error(
+                row, f"module {module_name} cannot be imported ({error})", row.target
+            ) from error
         if not hasattr(module, name):
             raise self._error(row, f"module {module_name} has no '{name}'", row.target)
         original = getattr(module, name)
@@ -117,7 +121,9 @@ class Engine:
             origin_module, origin_name = row.origin.split(":")
             own = getattr(importlib.import_module(origin_module), origin_name, None)
             if original is not own:
-                found = f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
+                found = (
+                    f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
+                )
                 raise self._error(row, f"{row.target} is {found}", f"upstream's own {row.origin}")
         return module, name, original
 

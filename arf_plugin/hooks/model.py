@@ -21,7 +21,9 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         result = original(*args, **kwargs)
         names = [name for name, module in result[0].named_modules() if isinstance(module, _BatchNorm)]
         if session.config.freeze_bn:
-            logging.info(f"ARF: {freeze_batch_norm(result[0])} BatchNorm layers keep their pretrained statistics.")
+            logging.info(
+                f"ARF: {freeze_batch_norm(result[0])} BatchNorm layers keep their pretrained statistics."
+            )
         elif names and session.config.anchors:
             logging.warning(
                 f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their batch "

@@ -42,7 +42,9 @@ class AnchoredLoss(nn.Module):
         self.caption_anchor = build_base() if layout.captions else None
         self.pair_anchor = build_base() if layout.pairs else None
 
-    def forward(self, output_dict: bool = False, **outputs: torch.Tensor) -> dict[str, torch.Tensor] | torch.Tensor:
+    def forward(
+        self, output_dict: bool = False, **outputs: torch.Tensor
+    ) -> dict[str, torch.Tensor] | torch.Tensor:
         """Computes the weighted terms.
 
         Args:

@@ -1,6 +1,6 @@
 """Memory and speed of caption look-ups: millions of captions, mapped by several loader workers.
 
-    python scripts/bench/captions.py --captions 5000000 --workers 4 --json runs/bench/captions.json
+python scripts/bench/captions.py --captions 5000000 --workers 4 --json runs/bench/captions.json
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def write_captions(folder: Path, count: int) -> int:
         numbers = range(first, min(first + BLOCK, count))
         table = {
             "id": [identity(number) for number in numbers],
-            "caption": [f"a photo of a small brown thing with number {n} standing in tall green grass" for n in numbers],
+            "caption": [
+                f"a photo of a small brown thing with number {n} standing in tall green grass"
+                for n in numbers
+            ],
         }
         path = folder / "captions" / f"part-{part:05d}.parquet"
         pq.write_table(pa.table(table), path)

@@ -39,18 +39,24 @@ class Bar:
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
-        return f"{'met   ' if self.met else 'MISSED'} {self.claim}: {self.measured:.4g} {sign} {self.bound:.4g}"
+        return (
+            f"{'met   ' if self.met else 'MISSED'} {self.claim}: {self.measured:.4g} {sign} {self.bound:.4g}"
+        )
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     made.add_argument("--rounds", type=int, default=rounds, help="timed rounds; each runs every variant once")
     made.add_argument("--json", type=Path, help="also write the figures to this file")
     return made
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(
+    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Times the variants in turn, round by round, so that drift of the machine hits all alike.
 
     Returns:

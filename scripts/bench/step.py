@@ -35,7 +35,9 @@ def main() -> int:
     flags.add_argument("--model", default="ViT-B-16", help="open_clip model, random weights")
     flags.add_argument("--batch-size", type=int, default=2, help="B = A")
     flags.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    flags.add_argument("--device", default="cpu", help="device of the model (cuda is written, but was not run)")
+    flags.add_argument(
+        "--device", default="cpu", help="device of the model (cuda is written, but was not run)"
+    )
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.INFO)
@@ -72,8 +74,21 @@ def build_steps(args: argparse.Namespace) -> dict:
     texts = [torch.randint(1, 400, (size, length)) for _ in range(3)]
     options = argparse.Namespace(
         **{"device": args.device, "precision": "fp32", "distill": False, "accum_freq": 1, "horovod": False},
-        **{"skip_scheduler": True, "rank": 0, "world_size": 1, "local_rank": 0, "wandb": False, "log_local": False},
-        **{"log_every_n_steps": 1, "batch_size": size, "grad_clip_norm": None, "save_logs": False, "siglip": False},
+        **{
+            "skip_scheduler": True,
+            "rank": 0,
+            "world_size": 1,
+            "local_rank": 0,
+            "wandb": False,
+            "log_local": False,
+        },
+        **{
+            "log_every_n_steps": 1,
+            "batch_size": size,
+            "grad_clip_norm": None,
+            "save_logs": False,
+            "siglip": False,
+        },
         **{"local_loss": False, "gather_with_grad": False, "model": args.model},
     )
 

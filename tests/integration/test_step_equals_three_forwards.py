@@ -62,9 +62,7 @@ def runs(tmp_path_factory, model_configs):
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
         flags = ["--train-data", task.urls, "--train-num-samples", 24, "--arf-anchors", anchors, *case.flags]
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(
-            *flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False
-        )
+        return train(*flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False)
 
     single = [case for case in CASES if case.nproc == 1]
     double = [case for case in CASES if case.nproc == 2]
@@ -103,7 +101,9 @@ def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_con
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run([*argv, reference.__file__, str(path)], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [*argv, reference.__file__, str(path)], capture_output=True, text=True, env=env, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -55,7 +55,9 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
                 record = {
                     "inputs": list(_inputs),
                     "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
-                    "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+                    "gradients": {
+                        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+                    },
                 }
                 torch.save(record, path)
             _inputs.clear()

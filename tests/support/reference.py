@@ -67,8 +67,12 @@ def pixels(png: bytes) -> torch.Tensor:
     """``[3, H, W]`` float64, normalised as open_clip does by default."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    array = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1).double() / 255
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    array = (
+        torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1).double() / 255
+    )
+    mean, std = (
+        torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
     return (array - mean) / std
 
 
@@ -87,7 +91,9 @@ class Files:
         return best
 
 
-def rebuild(job: Job, images: torch.Tensor, task: Files, pairs: Files, captions: dict[str, str], tokenize) -> list:
+def rebuild(
+    job: Job, images: torch.Tensor, task: Files, pairs: Files, captions: dict[str, str], tokenize
+) -> list:
     """The three batches ``(images, texts)`` of one micro-batch, from the files."""
     assert len(images) == job.task_size + job.pair_size
     rows = [task.find(image) for image in images[: job.task_size]]
@@ -102,7 +108,9 @@ def rebuild(job: Job, images: torch.Tensor, task: Files, pairs: Files, captions:
     ]
 
 
-def step_gradients(job: Job, weights: dict, batches: list, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+def step_gradients(
+    job: Job, weights: dict, batches: list, rank: int, world_size: int
+) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step of stock open_clip on the given micro-batches."""
     import open_clip
     from open_clip_train.train import train_one_epoch
@@ -112,9 +120,26 @@ def step_gradients(job: Job, weights: dict, batches: list, rank: int, world_size
     model.load_state_dict(weights, strict=False)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     args = argparse.Namespace(
-        **{"device": "cpu", "precision": "fp32", "distill": False, "accum_freq": job.accum_freq, "horovod": False},
-        **{"skip_scheduler": True, "rank": rank, "world_size": world_size, "local_rank": rank, "wandb": False},
-        **{"log_every_n_steps": 1, "batch_size": len(batches[0][0]), "grad_clip_norm": None, "save_logs": False},
+        **{
+            "device": "cpu",
+            "precision": "fp32",
+            "distill": False,
+            "accum_freq": job.accum_freq,
+            "horovod": False,
+        },
+        **{
+            "skip_scheduler": True,
+            "rank": rank,
+            "world_size": world_size,
+            "local_rank": rank,
+            "wandb": False,
+        },
+        **{
+            "log_every_n_steps": 1,
+            "batch_size": len(batches[0][0]),
+            "grad_clip_norm": None,
+            "save_logs": False,
+        },
         **{"siglip": job.siglip, "model": "tiny-vit", "loss_dist_impl": None, "log_local": False},
         **{"local_loss": job.local_loss, "gather_with_grad": job.gather_with_grad},
     )

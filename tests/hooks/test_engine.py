@@ -1,0 +1,88 @@
+"""The engine applies all rows or none, and undoes exactly what it applied."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from arf_plugin.errors import IncompatibleUpstreamError
+from arf_plugin.hooks.engine import Engine, Row
+
+
+def shout(original, context):
+    """A wrapper, as rows name them."""
+    return lambda: original().upper() + context
+
+
+@pytest.fixture
+def upstream(monkeypatch):
+    """A package of two modules; the second from-imports a function of the first."""
+    defining, importing = types.ModuleType("upstream_defining"), types.ModuleType("upstream_importing")
+    defining.greet = importing.greet = lambda: "hello"
+    defining.leave = lambda: "bye"
+    monkeypatch.setitem(sys.modules, "upstream_defining", defining)
+    monkeypatch.setitem(sys.modules, "upstream_importing", importing)
+    return defining, importing
+
+
+def row(target, versions=">=1,<2", origin=None):
+    return Row("a-row", target, versions, f"{__name__}:shout", "run", "says it loudly", origin)
+
+
+def test_apply_wraps_and_undo_restores_identity(upstream):
+    defining, importing = upstream
+    before = importing.greet, defining.leave
+    engine = Engine("upstream")
+    engine.apply(
+        [row("upstream_importing:greet", origin="upstream_defining:greet"), row("upstream_defining:leave")],
+        "1.5",
+        "!",
+    )
+    assert (importing.greet(), defining.leave()) == ("HELLO!", "BYE!")
+    assert engine.applied == ["a-row", "a-row"]
+    engine.undo()
+    assert importing.greet is before[0] and defining.leave is before[1]
+    assert engine.applied == []
+
+
+def test_undo_keeps_what_was_applied_before(upstream):
+    defining, importing = upstream
+    engine = Engine("upstream")
+    engine.apply([row("upstream_importing:greet")], "1.5", "!")
+    engine.apply([row("upstream_defining:leave")], "1.5", "?")
+    engine.undo(keep=1)
+    assert (importing.greet(), defining.leave()) == ("HELLO!", "bye")
+
+
+@pytest.mark.parametrize(
+    ("bad", "version", "found"),
+    [
+        (row("upstream_defining:leave", versions=">=2"), "1.5", "upstream 1.5 is installed"),
+        (row("upstream_defining:missing"), "1.5", "module upstream_defining has no 'missing'"),
+        (row("upstream_nowhere:leave"), "1.5", "module upstream_nowhere cannot be imported"),
+        (
+            row("upstream_importing:greet", origin="upstream_defining:leave"),
+            "1.5",
+            "upstream's own upstream_defining:leave",
+        ),
+    ],
+)
+def test_a_row_that_does_not_fit_undoes_the_others_and_says_why(upstream, bad, version, found):
+    defining, importing = upstream
+    before = importing.greet
+    engine = Engine("upstream")
+    with pytest.raises(IncompatibleUpstreamError) as caught:
+        engine.apply([row("upstream_importing:greet"), bad], version, "!")
+    assert found in str(caught.value) and "arf doctor" in str(caught.value)
+    assert importing.greet is before and engine.applied == []
+    assert found in engine.check(bad, version)
+
+
+def test_modules_can_be_given_in_place_of_imported_ones(upstream):
+    main = types.ModuleType("__main__")
+    main.greet = upstream[0].greet
+    engine = Engine("upstream")
+    engine.apply([row("upstream_importing:greet")], "1.5", "!", {"upstream_importing": main})
+    assert main.greet() == "HELLO!" and upstream[1].greet() == "hello"
