@@ -6,6 +6,7 @@ in size or time is scanned again. Only local shards are cached.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -65,10 +66,8 @@ def scan_shard(
             pass  # a damaged cache file is as good as none
     scan = _scan(url, error, texts, decode)
     if cached is not None:
-        try:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             write_json(cached, {"scan": asdict(scan)})
-        except OSError:
-            pass  # a cache that cannot be written costs time, not correctness
     return scan
 
 

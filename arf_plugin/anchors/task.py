@@ -45,7 +45,9 @@ def is_csv(data: str, dataset_type: str = "auto") -> bool:
     if dataset_type in ("csv", "webdataset"):
         return dataset_type == "csv"
     if dataset_type != "auto":
-        raise TaskDataError(f"Task data of type {dataset_type!r} has no ids to join captions with (csv, webdataset).")
+        raise TaskDataError(
+            f"Task data of type {dataset_type!r} has no ids to join captions with (csv, webdataset)."
+        )
     return data.lower().endswith(CSV_SUFFIXES)
 
 
@@ -105,7 +107,9 @@ def scan_task_ids(
     for url in expand_urls(train_data):
         shard = scan_shard(url, decode=decode)
         name = shard_name(url)
-        if name in repeated:  # shards of one name in two folders: the only way to equal ids in different shards
+        if (
+            name in repeated
+        ):  # shards of one name in two folders: the only way to equal ids in different shards
             other, known = keys_of.setdefault(name, (url, set()))
             shared = next((key for key in shard.keys if key in known), None)
             if shared is not None:
@@ -143,7 +147,9 @@ def read_csv_ids(path: str, image_column: str, separator: str) -> list[str]:
     try:
         frame = pd.read_csv(path, sep=separator)  # as open_clip reads it
     except (ValueError, OSError) as cause:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
-        raise TaskDataError(f"{path} cannot be read as a table separated by {separator!r}: {cause}") from cause
+        raise TaskDataError(
+            f"{path} cannot be read as a table separated by {separator!r}: {cause}"
+        ) from cause
     if image_column not in frame.columns:
         found = ", ".join(map(str, frame.columns))
         raise TaskDataError(
@@ -152,7 +158,9 @@ def read_csv_ids(path: str, image_column: str, separator: str) -> list[str]:
         )
     column = frame[image_column]
     if column.empty:
-        raise TaskDataError(f"{path} has no rows. Expected one image path per row in column {image_column!r}.")
+        raise TaskDataError(
+            f"{path} has no rows. Expected one image path per row in column {image_column!r}."
+        )
     empty = column.index[column.isna()]
     if len(empty):
         raise TaskDataError(f"{path} has no image path in row {empty[0] + 1} (column {image_column!r}).")

@@ -31,7 +31,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         EXAMPLES,
     )
     options.add_task_options(parser)
-    parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::; without it, no pair anchors")
+    parser.add_argument(
+        "--pool", metavar="DATA", help="pool tars with braces and ::; without it, no pair anchors"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="ANCHORS", help="the anchor set")
     parser.add_argument("--work", type=Path, metavar="DIR", help="embeddings and bookkeeping (ANCHORS/work)")
     add_captioner_options(parser, required=False)
@@ -86,5 +88,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for summary in summaries:
         options.show(summary, False, f"stage {summary['stage']}")
-    print(f"The anchor set is in {args.out}. Look at it with: arf check {args.out} --train-data DATA", file=sys.stderr)
+    print(
+        f"The anchor set is in {args.out}. Look at it with: arf check {args.out} --train-data DATA",
+        file=sys.stderr,
+    )
     return 0

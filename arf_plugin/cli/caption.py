@@ -46,11 +46,15 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
         help="folder in the Hugging Face layout, or a model name on the hub: BLIP, GIT, VisionEncoderDecoder, ...",
     )
     group.add_argument("--prompt", default="", help="text before the caption, for models that take one")
-    group.add_argument("--num-beams", type=options.positive, default=1, metavar="N", help="1: greedy (default)")
+    group.add_argument(
+        "--num-beams", type=options.positive, default=1, metavar="N", help="1: greedy (default)"
+    )
     group.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling instead of beam search")
     group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
     group.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
-    group.add_argument("--max-new-tokens", type=options.positive, default=30, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--max-new-tokens", type=options.positive, default=30, metavar="N", help="default: %(default)s"
+    )
     group.add_argument("--captions-per-image", type=options.positive, default=1, metavar="N")
     group.add_argument("--caption-seed", type=int, default=0, metavar="N", help="of the sampling")
 

@@ -28,7 +28,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::, instead of --task-data")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the embedding folder")
     add_model_options(parser, required=True)
-    parser.add_argument("--modality", choices=("image", "text", "both"), default="image", help="default: image")
+    parser.add_argument(
+        "--modality", choices=("image", "text", "both"), default="image", help="default: image"
+    )
     options.add_device_options(parser, batch_size=256)
     options.add_run_options(parser)
     parser.set_defaults(run=run)

@@ -26,7 +26,9 @@ def add_parser(
     )
 
 
-def add_task_options(parser: argparse.ArgumentParser, flag: str = "--task-data", required: bool = True) -> None:
+def add_task_options(
+    parser: argparse.ArgumentParser, flag: str = "--task-data", required: bool = True
+) -> None:
     """Adds the flags that name task data, called as open_clip calls them."""
     group = parser.add_argument_group("task data")
     group.add_argument(
@@ -44,7 +46,9 @@ def add_task_options(parser: argparse.ArgumentParser, flag: str = "--task-data",
 def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Adds the flags of stages that run a model."""
     group = parser.add_argument_group("device")
-    group.add_argument("--batch-size", type=positive, default=batch_size, metavar="N", help="default: %(default)s")
+    group.add_argument(
+        "--batch-size", type=positive, default=batch_size, metavar="N", help="default: %(default)s"
+    )
     group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
     group.add_argument(
         "--precision",
@@ -52,7 +56,9 @@ def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None
         default="auto",
         help="auto: fp16 on a GPU, fp32 on the CPU",
     )
-    group.add_argument("--workers", type=int, default=2, metavar="N", help="threads that decode images (%(default)s)")
+    group.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="threads that decode images (%(default)s)"
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

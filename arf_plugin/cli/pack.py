@@ -22,7 +22,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "Writes ANCHORS/pairs/NNNNNN.tar from the pool's tars; opens only those that hold a chosen pair.",
         EXAMPLES,
     )
-    parser.add_argument("--retrieved", type=Path, required=True, metavar="DIR", help="output folder of: arf retrieve")
+    parser.add_argument(
+        "--retrieved", type=Path, required=True, metavar="DIR", help="output folder of: arf retrieve"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="ANCHORS", help="the anchor set")
     parser.add_argument(
         "--pool",

@@ -28,8 +28,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "writes hits/ (query, row, similarity) and pairs.parquet (each chosen pair once).",
         EXAMPLES,
     )
-    parser.add_argument("--queries", type=Path, required=True, metavar="DIR", help="embedding folder of the task data")
-    parser.add_argument("--pool", type=Path, required=True, metavar="DIR", help="embedding folder of the pool")
+    parser.add_argument(
+        "--queries", type=Path, required=True, metavar="DIR", help="embedding folder of the task data"
+    )
+    parser.add_argument(
+        "--pool", type=Path, required=True, metavar="DIR", help="embedding folder of the pool"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of hits and pairs")
     add_selection_options(parser)
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
@@ -40,10 +44,16 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which hits become pair anchors."""
     group = parser.add_argument_group("selection")
-    group.add_argument("--k", type=options.positive, default=10, help="neighbours per image (default: %(default)s)")
+    group.add_argument(
+        "--k", type=options.positive, default=10, help="neighbours per image (default: %(default)s)"
+    )
     group.add_argument("--min-similarity", type=float, metavar="COS", help="drop hits below this cosine")
-    group.add_argument("--max-pairs", type=options.positive, metavar="N", help="keep the N most similar pairs")
-    group.add_argument("--random", action="store_true", help="control: as many pairs, drawn at random from the pool")
+    group.add_argument(
+        "--max-pairs", type=options.positive, metavar="N", help="keep the N most similar pairs"
+    )
+    group.add_argument(
+        "--random", action="store_true", help="control: as many pairs, drawn at random from the pool"
+    )
     group.add_argument("--seed", type=int, default=0, help="of --random (default: %(default)s)")
 
 

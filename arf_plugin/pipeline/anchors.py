@@ -66,7 +66,9 @@ class Build:
         if self.captioner is None and self.pool is None:
             raise StageError("Nothing to build: give --captioner for captions, --pool for pairs, or both.")
         if self.pool is not None and not self.model:
-            raise StageError("Pairs are found with an open_clip model: add --model (and --pretrained) to --pool.")
+            raise StageError(
+                "Pairs are found with an open_clip model: add --model (and --pretrained) to --pool."
+            )
 
     def stages(self) -> Iterator[Callable[[], Stage]]:
         """Yields the stages in order; a later one can be made only when the earlier ones are finished."""

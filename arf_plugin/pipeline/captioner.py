@@ -90,7 +90,9 @@ class Captioner:
         transformers.utils.logging.disable_progress_bar()  # our own bar counts images
         self._device, self._dtype, self._generation = device, dtype, generation
         # Renamed in transformers 4.46; both map VisionEncoderDecoder, BLIP and GIT.
-        auto = getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+        auto = (
+            getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
+        )
         try:
             self._model = auto.from_pretrained(name, dtype=dtype).to(device).eval()
             self._processor = _load_processor(transformers, name)
@@ -111,7 +113,9 @@ class Captioner:
             prompt = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-        return dict(self._processor(images=images, text=[prompt] * len(images), return_tensors="pt", padding=True))
+        return dict(
+            self._processor(images=images, text=[prompt] * len(images), return_tensors="pt", padding=True)
+        )
 
     def captions(self, inputs: dict[str, Any]) -> list[list[str]]:
         """Generates captions for a batch; per image, as many as asked for."""
@@ -127,7 +131,9 @@ class Captioner:
         prompt = moved.get("input_ids")
         if prompt is not None and tokens.shape[1] >= prompt.shape[1]:
             repeated = prompt.repeat_interleave(count, dim=0)
-            if torch.equal(tokens[:, : prompt.shape[1]], repeated):  # models without an encoder echo the prompt
+            if torch.equal(
+                tokens[:, : prompt.shape[1]], repeated
+            ):  # models without an encoder echo the prompt
                 tokens = tokens[:, prompt.shape[1] :]
         texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
         return [texts[start : start + count] for start in range(0, len(texts), count)]
@@ -141,7 +147,9 @@ class _Pair:
 
     def __call__(self, images: list[Any], text: list[str] | None = None, **options: Any) -> dict[str, Any]:
         if text is not None:
-            raise StageError("This captioner takes no prompt (it has no joint processor). Leave out --prompt.")
+            raise StageError(
+                "This captioner takes no prompt (it has no joint processor). Leave out --prompt."
+            )
         return self._image_processor(images=images, **options)
 
     def batch_decode(self, tokens: Any, **options: Any) -> list[str]:

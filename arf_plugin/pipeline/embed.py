@@ -137,10 +137,14 @@ class EmbedStage(Stage):
         write_json(self.out / "model.json", {"model": identity, "format": "clip-retrieval"})
         return {"model": identity["name"]}
 
-    def _batches(self, shard: Shard, outcome: Outcome) -> Iterator[tuple[list[RawSample], list[torch.Tensor]]]:
+    def _batches(
+        self, shard: Shard, outcome: Outcome
+    ) -> Iterator[tuple[list[RawSample], list[torch.Tensor]]]:
         samples: list[RawSample] = []
         pixels: list[torch.Tensor] = []
-        decoded = map_ordered(self._pixels, self._source.read(shard), self._workers, ahead=2 * self._batch_size)
+        decoded = map_ordered(
+            self._pixels, self._source.read(shard), self._workers, ahead=2 * self._batch_size
+        )
         for sample, image in decoded:
             outcome.samples += 1
             if isinstance(image, Exception):

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _LOCAL_DIR = "local-dir:"
 
 
-def load_model(model: str, pretrained: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def load_model(
+    model: str, pretrained: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Any, Any]:
     """Loads an open_clip model for inference.
 
     Returns:
@@ -36,7 +38,9 @@ def load_model(model: str, pretrained: str | None, device: torch.device, dtype: 
         )
     precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     try:
-        built = open_clip.create_model_and_transforms(model, pretrained=pretrained, precision=precision, device=device)
+        built = open_clip.create_model_and_transforms(
+            model, pretrained=pretrained, precision=precision, device=device
+        )
         tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip raises many kinds for names, files and downloads
         raise StageError(

@@ -86,7 +86,9 @@ class Embeddings:
         if len(dimensions) > 1:
             raise PoolError(f"{self.folder}/{name} mixes vectors of dimensions {sorted(dimensions)}.")
         if not files:
-            raise PoolError(f"{self.folder} holds no rows. Expected embedded samples; see its work/*/rejects.jsonl.")
+            raise PoolError(
+                f"{self.folder} holds no rows. Expected embedded samples; see its work/*/rejects.jsonl."
+            )
         return files
 
     @property

@@ -143,7 +143,9 @@ class PackStage(Stage):
             }
             tar = moved.get(shard_name(row["tar"]), row["tar"])
             where = (int(row["offset"]), int(row["size"] or 0))
-            pairs.append(Pair(number, tar, row["image_path"], row["ext"] or "", *where, row["caption"], provenance))
+            pairs.append(
+                Pair(number, tar, row["image_path"], row["ext"] or "", *where, row["caption"], provenance)
+            )
         return pairs
 
     def _locate(self, rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,9 @@ class Progress:
         interval: seconds between two lines when standard error is not a terminal.
     """
 
-    def __init__(self, stage: str, total: int | None = None, unit: str = "images", interval: float = 60) -> None:
+    def __init__(
+        self, stage: str, total: int | None = None, unit: str = "images", interval: float = 60
+    ) -> None:
         self.stage, self.unit, self.interval = stage, unit, interval
         terminal = sys.stderr.isatty()
         # Where nobody watches, tqdm only counts: carriage returns make logs unreadable.

@@ -108,7 +108,10 @@ class RetrieveStage(Stage):
 
     def plan(self) -> list[Shard]:
         """One shard per vector file of the queries."""
-        return [Shard(i, f"{i:05d}", file, float(file.rows), file.rows) for i, file in enumerate(self._queries.files)]
+        return [
+            Shard(i, f"{i:05d}", file, float(file.rows), file.rows)
+            for i, file in enumerate(self._queries.files)
+        ]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One file of hits per shard."""
@@ -237,7 +240,9 @@ def select(query: np.ndarray, row: np.ndarray, similarity: np.ndarray, selection
     """Selects unique pool rows from hits.
 
     Args:
-        query, row, similarity: [hits]; the query, the pool row and their cosine.
+        query: [hits] query rows.
+        row: [hits] pool rows.
+        similarity: [hits] their cosines.
         selection: floor and cap. The cap keeps the most similar rows; ties go to the lower row.
     """
     if selection.min_similarity is not None:

@@ -135,7 +135,9 @@ def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
             rank, world = task * world + rank, int(env["SLURM_ARRAY_TASK_COUNT"]) * world
         return rank, world
     except (KeyError, ValueError) as cause:
-        raise StageError(f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}.") from cause
+        raise StageError(
+            f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}."
+        ) from cause
 
 
 def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]:
@@ -257,7 +259,9 @@ def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str,
         summary |= {"finished": False, "shards_missing": missing}
         return summary
     outcomes = [json.loads(path.read_text(encoding="utf-8")) for path in markers]
-    rejects = [(shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o["rejects"]]
+    rejects = [
+        (shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o["rejects"]
+    ]
     samples = sum(o["samples"] for o in outcomes)
     with replacing(stage.work / "rejects.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for shard_name, sample, reason in rejects:
@@ -272,7 +276,9 @@ def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str,
     return summary
 
 
-def _check_rejects(stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions) -> None:
+def _check_rejects(
+    stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions
+) -> None:
     if seen == 0 or bad <= options.max_bad_fraction * seen:
         return
     shown = "\n".join(f"  {sample}: {reason}" for sample, reason in examples[:5])
