@@ -17,6 +17,7 @@ from arf_plugin.anchors.task import TaskScan, scan_task_ids
 from arf_plugin.errors import AnchorSetError, ArfError
 
 NAMED = 5  # examples per kind of error
+SHOWN = 20  # errors in the report for people; the JSON report has them all
 Advance = Callable[[str], None]
 
 
@@ -93,7 +94,9 @@ class Report:
                 f"epoch        shows each pair {times:.2g} times, if pair and task batches are of one size"
             )
         lines += [f"warning      {text}" for text in self.warnings]
-        lines += [f"error        {text}" for text in self.errors]
+        lines += [f"error        {text}" for text in self.errors[:SHOWN]]
+        if len(self.errors) > SHOWN:
+            lines.append(f"             ... {len(self.errors)} errors in all; --json lists them")
         lines.append("training would refuse this set" if self.errors else "all good")
         return lines
 
@@ -216,7 +219,7 @@ def check_anchor_set(
             report.warnings.append(f"{captions.repeated} captions repeat another one of the same sample")
     if pairs is not None:
         report.pairs = {"count": pairs.count, "shards": len(pairs.shards), "image_bytes": pairs.image_bytes}
-        report.errors += _shortened(pairs.errors, "pairs or shards are bad")
+        report.errors += pairs.errors
     if train_data is not None:
         try:
             task = scan_task_ids(
@@ -297,7 +300,7 @@ def _report_coverage(report: Report, task: TaskScan, captions: Captions, missing
     if not covered:
         report.errors.append(
             f"The captions cover none of the {len(ids)} task samples. Task ids look like {task.ids[0]!r}, the "
-            f"captions' like {captions.ids[0].as_py()!r}. An id is <shard name>/<key>, or the image path as the CSV has it."
+            f"captions' like {captions.ids[0].as_py()!r}. An id is <shard name>/<key>, or the image path of a CSV row."
         )
     elif len(missing):
         named = ", ".join(missing[:NAMED].to_pylist())
@@ -310,9 +313,3 @@ def _report_coverage(report: Report, task: TaskScan, captions: Captions, missing
             )
     if covered and unused:
         report.warnings.append(f"{unused} samples with captions are not in the task data")
-
-
-def _shortened(errors: list[str], what: str) -> list[str]:
-    if len(errors) <= NAMED:
-        return errors
-    return [*errors[:NAMED], f"... in all {len(errors)} {what}; --json lists no more, mend these first"]

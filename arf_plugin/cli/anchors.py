@@ -19,6 +19,15 @@ EXAMPLES = """\
   arf anchors --task-data ... --captioner ... --out ANCHORS             captions alone
 """
 
+# What to do again when a stage is: itself and all that comes after it.
+RESTART = {
+    "all": ("caption", "embed", "retrieve", "pack"),
+    "caption": ("caption",),
+    "embed": ("embed", "retrieve", "pack"),
+    "retrieve": ("retrieve", "pack"),
+    "pack": ("pack",),
+}
+
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the parser of ``arf anchors``."""
@@ -38,13 +47,16 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="embeddings and bookkeeping (ANCHORS/work)")
     add_captioner_options(parser, required=False)
     add_model_options(parser, required=False)
+    parser.add_argument(
+        "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
+    )
     add_selection_options(parser)
     add_pack_options(parser)
     options.add_device_options(parser, batch_size=256)
     parser.add_argument(
         "--caption-batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s"
     )
-    options.add_run_options(parser)
+    options.add_run_options(parser, restart_stages=RESTART)
     parser.set_defaults(run=run)
 
 
@@ -64,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model or "",
         pretrained=args.pretrained,
         selection=selection(args),
+        salvage=args.salvage,
         shard_size=args.shard_size,
         caption_batch_size=args.caption_batch_size,
         embed_batch_size=args.batch_size,
@@ -82,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         for stage in stages:
             options.show(stage, False, f"stage {stage['stage']}")
         return 0
-    summaries = build_anchors(build, options.run_options(args))
+    summaries = build_anchors(build, options.run_options(args), RESTART.get(args.restart, ()))
     if args.json:
         options.show({"out": str(args.out), "stages": summaries}, True, "done")
         return 0

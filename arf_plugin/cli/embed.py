@@ -26,6 +26,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     options.add_task_options(parser, required=False)
     parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::, instead of --task-data")
+    parser.add_argument(
+        "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the embedding folder")
     add_model_options(parser, required=True)
     parser.add_argument(
@@ -54,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.pool is None) == (args.task_data is None):
         raise FlagError("arf embed needs what to embed: one of --pool and --task-data.")
-    source: Source = TarSource(expand_urls(args.pool, PoolError)) if args.pool else options.task_source(args)
+    source: Source = (
+        options.task_source(args)
+        if args.task_data
+        else TarSource(expand_urls(args.pool, PoolError), PoolError, args.salvage)
+    )
     stage = EmbedStage(
         args.out,
         source,

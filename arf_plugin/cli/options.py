@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,11 +62,20 @@ def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of every stage."""
+def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[str] = ()) -> None:
+    """Adds the flags of every stage; ``--restart`` takes the name of a stage where there are several."""
     group = parser.add_argument_group("run")
     group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    group.add_argument("--restart", action="store_true", help="throw earlier work in --out away")
+    if restart_stages:
+        group.add_argument(
+            "--restart",
+            nargs="?",
+            const="all",
+            choices=restart_stages,
+            help="throw earlier work away: all of it, or that of a stage and those after it",
+        )
+    else:
+        group.add_argument("--restart", action="store_true", help="throw earlier work in --out away")
     group.add_argument(
         "--max-bad-fraction",
         type=float,
@@ -89,7 +99,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     from arf_plugin.pipeline.stage import RunOptions, ranks
 
     rank, world = ranks()
-    return RunOptions(args.restart, args.max_bad_fraction, rank, world)
+    return RunOptions(bool(args.restart), args.max_bad_fraction, rank, world)
 
 
 def local_rank() -> int:
@@ -97,15 +107,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
-def task_source(args: argparse.Namespace, advance: Any = None) -> Source:
+def task_source(args: argparse.Namespace) -> Source:
     """Opens task data, having checked that its ids are unique."""
+    from tqdm import tqdm
+
     from arf_plugin.anchors.task import expand_urls, is_csv, scan_task_ids
     from arf_plugin.errors import TaskDataError
     from arf_plugin.pipeline.source import CsvSource, TarSource
 
     if is_csv(args.task_data, args.dataset_type):
         return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
-    scan_task_ids(args.task_data, args.dataset_type, advance=advance)
+    with tqdm(desc="task data", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
+        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update(1) and None)
     return TarSource(expand_urls(args.task_data), TaskDataError)
 
 

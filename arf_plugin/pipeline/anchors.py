@@ -12,8 +12,8 @@ Either half may be left out: without a captioner there are no captions, without 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Build:
         pool: URLs of the pool's tars; None leaves pair anchors out.
         model, pretrained: open_clip model of the search.
         selection: which hits become pairs.
+        salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
         caption_batch_size, embed_batch_size, device, precision, workers, local_rank: how to compute.
     """
@@ -54,6 +55,7 @@ class Build:
     model: str = ""
     pretrained: str | None = None
     selection: Selection = field(default_factory=Selection)
+    salvage: bool = False
     shard_size: int = 1000
     caption_batch_size: int = 32
     embed_batch_size: int = 256
@@ -102,7 +104,7 @@ class Build:
 
     def embed_pool(self) -> Stage:
         """The stage embed for the pool."""
-        return self._embed("pool", TarSource(self.pool or [], PoolError), require_text=True)
+        return self._embed("pool", TarSource(self.pool or [], PoolError, self.salvage), require_text=True)
 
     def retrieve(self) -> Stage:
         """The stage retrieve."""
@@ -131,8 +133,13 @@ class Build:
         )
 
 
-def build_anchors(build: Build, options: RunOptions) -> list[dict[str, Any]]:
+def build_anchors(build: Build, options: RunOptions, restart: Collection[str] = ()) -> list[dict[str, Any]]:
     """Runs all stages; each waits until the other ranks have finished the one before.
+
+    Args:
+        build: what to build.
+        options: how to run; its ``restart`` is set per stage.
+        restart: names of the stages whose earlier work is thrown away.
 
     Returns:
         The stages' summaries.
@@ -140,7 +147,7 @@ def build_anchors(build: Build, options: RunOptions) -> list[dict[str, Any]]:
     summaries = []
     for make in build.stages():
         stage = make()
-        summary = run_stage(stage, options)
+        summary = run_stage(stage, replace(options, restart=stage.name in restart))
         if not summary["finished"]:
             summary = _wait(stage, summary)
         summaries.append(summary)

@@ -94,7 +94,7 @@ class Captioner:
             getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
         )
         try:
-            self._model = auto.from_pretrained(name, dtype=dtype).to(device).eval()
+            self._model = auto.from_pretrained(name).to(device, dtype).eval()
             self._processor = _load_processor(transformers, name)
         except (OSError, ValueError, KeyError, ImportError) as cause:
             raise StageError(

@@ -77,10 +77,12 @@ class TarSource:
     Attributes:
         urls: the shards.
         error: family of the errors: TaskDataError or PoolError.
+        salvage: takes what comes before the damage in a damaged tar, and rejects the rest, rather than raise.
     """
 
     urls: list[str]
     error: type[ArfError] = PoolError
+    salvage: bool = False
 
     def shards(self) -> list[Shard]:
         """One shard per tar, named ``00000`` and so on, weighted by its bytes."""
@@ -88,7 +90,15 @@ class TarSource:
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields the samples of a tar."""
-        url: str = shard.source
+        try:
+            yield from self._read(shard.source)
+        except self.error as cause:
+            if not self.salvage:
+                raise
+            rest = f"{shard_name(shard.source)}/..."
+            yield RawSample(rest, rest, shard.source, "", -1, 0, None, None, f"is lost: {cause}")
+
+    def _read(self, url: str) -> Iterator[RawSample]:
         for sample in scan_samples(url, self.error, read=(*IMAGE_EXTENSIONS, "txt")):
             image, text, problem = sample.image, None, None
             if image is None:

@@ -9,6 +9,7 @@ done already, completion markers that are written after the artifacts, the list 
 refusal to mix two configurations in one folder. All bookkeeping is below ``<out>/work/<stage>/``::
 
     config.json            what determines the bytes of the artifacts
+    plan.json              the artifacts, so that a restart finds those of another configuration
     done/<shard>.json      completion marker: counts and rejected samples
     rejects.jsonl          every rejected sample with its reason
     finished.json          summary, once finalized
@@ -29,8 +30,10 @@ from typing import Any, ClassVar
 from filelock import FileLock
 
 from arf_plugin.anchors.files import remove_incomplete, replacing, write_json
-from arf_plugin.errors import StageError
+from arf_plugin.errors import PoolError, StageError, TaskDataError
 from arf_plugin.pipeline.progress import Progress
+
+DATA_ERRORS = (PoolError, TaskDataError)  # a shard that raises one is left out, and the others are done first
 
 
 @dataclass(frozen=True)
@@ -153,14 +156,16 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
     try:
         if options.restart and options.rank == 0:
             _clear(stage)
-        _claim(stage)
         shards = stage.plan()
+        _claim(stage, shards)
         _process(stage, shards, options)
         with FileLock(stage.work / "finish.lock"):  # the last ranks may come to the end together
             finished = stage.work / "finished.json"
             if finished.exists():
-                return json.loads(finished.read_text(encoding="utf-8"))
-            return _finish(stage, shards, options)
+                summary = json.loads(finished.read_text(encoding="utf-8"))
+            else:
+                summary = _finish(stage, shards, options)
+        return {"stage": stage.name, "out": str(stage.out)} | summary
     except OSError as cause:
         raise StageError(
             f"Stage {stage.name} cannot go on: {cause}.\n"
@@ -193,32 +198,51 @@ def _is_done(stage: Stage, shard: Shard) -> bool:
 
 
 def _clear(stage: Stage) -> None:
-    """Removes markers first, so that a kill in the middle leaves nothing that looks finished."""
-    shutil.rmtree(stage.work, ignore_errors=True)
-    for path in stage.artifacts(stage.plan()):
+    """Removes an earlier run; markers first, so that a kill in the middle leaves nothing that looks finished."""
+    shutil.rmtree(stage.work / "done", ignore_errors=True)
+    (stage.work / "finished.json").unlink(missing_ok=True)
+    plan = stage.work / "plan.json"
+    if plan.exists():
+        for name in json.loads(plan.read_text(encoding="utf-8")):
+            path = stage.out / name
+            if path.resolve().is_relative_to(stage.out.resolve()):
+                path.unlink(missing_ok=True)
+    for path in (plan, stage.work / "rejects.jsonl", stage.work / "config.json"):
         path.unlink(missing_ok=True)
 
 
-def _claim(stage: Stage) -> None:
-    """Records the configuration, or compares it with the recorded one."""
+def _claim(stage: Stage, shards: list[Shard]) -> None:
+    """Records configuration and artifacts, or compares the configuration with the recorded one."""
     path = stage.work / "config.json"
     config = json.loads(json.dumps(stage.config()))
     if not path.exists():
+        write_json(stage.work / "plan.json", [str(p.relative_to(stage.out)) for p in stage.artifacts(shards)])
         write_json(path, config)
         return
     recorded = json.loads(path.read_text(encoding="utf-8"))
     if recorded == config:
         return
-    lines = [
-        f"  {key}: {_short(recorded.get(key))} -> {_short(config.get(key))}"
-        for key in sorted(recorded.keys() | config.keys())
-        if recorded.get(key) != config.get(key)
-    ]
+    lines = [f"  {line}" for line in differences(recorded, config)]
+    if len(lines) > 10:
+        lines = [*lines[:10], f"  ... {len(lines)} differences in all"]
     raise StageError(
         f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
         + "\n".join(lines)
         + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
     )
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Lists where two JSON values differ, such as ``selection.k: 3 -> 4``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(f"{where}.{key}" if where else key, key) for key in sorted(old.keys() | new.keys())]
+        return [line for name, key in pairs for line in differences(old.get(key), new.get(key), name)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = list(zip(old, new, strict=True))
+        return [line for i, (a, b) in enumerate(pairs) for line in differences(a, b, f"{where}[{i}]")]
+    if isinstance(old, list) and isinstance(new, list):
+        return [f"{where}: {len(old)} entries -> {len(new)}"]
+    return [] if old == new else [f"{where}: {_short(old)} -> {_short(new)}"]
 
 
 def _short(value: Any) -> str:
@@ -236,11 +260,15 @@ def _process(stage: Stage, shards: list[Shard], options: RunOptions) -> None:
     counts = [shard.samples for shard in mine]
     total = sum(n for n in counts if n is not None) if None not in counts else None
     weight = sum(shard.weight for shard in mine)
-    seen, seen_weight = 0, 0.0
-    bad = 0
+    seen, seen_weight, bad = 0, 0.0, 0
+    failed: list[str] = []
     with Progress(stage.name, total, stage.unit) as progress:
         for shard in mine:
-            outcome = stage.process(shard, progress.advance)
+            try:
+                outcome = stage.process(shard, progress.advance)
+            except DATA_ERRORS as cause:
+                failed.append(str(cause))
+                continue
             marker = {"samples": outcome.samples, "kept": outcome.kept, "rejects": outcome.rejects}
             write_json(_marker(stage, shard), marker)
             seen, seen_weight = seen + outcome.samples, seen_weight + shard.weight
@@ -249,12 +277,18 @@ def _process(stage: Stage, shards: list[Shard], options: RunOptions) -> None:
                 progress.expect(round(seen * weight / seen_weight))
             if seen >= 1000:
                 _check_rejects(stage, bad, seen, outcome.rejects, options)
+    if failed:
+        shown = "\n".join(failed[:3])
+        raise StageError(
+            f"Stage {stage.name}: {len(failed)} of {len(mine)} shards could not be processed; the others are done.\n"
+            f"{shown}\nMend the data and run the same command again."
+        )
 
 
 def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str, Any]:
     markers = [_marker(stage, shard) for shard in shards]
     missing = sum(not _is_done(stage, shard) for shard in shards)
-    summary: dict[str, Any] = {"stage": stage.name, "out": str(stage.out), "shards": len(shards)}
+    summary: dict[str, Any] = {"shards": len(shards)}
     if missing:
         summary |= {"finished": False, "shards_missing": missing}
         return summary

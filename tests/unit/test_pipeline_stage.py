@@ -1,0 +1,222 @@
+"""The stage skeleton: resuming, refusing, rejecting, sharing the work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.building import folder_bytes
+
+from arf_plugin.anchors.files import replacing
+from arf_plugin.errors import PoolError, StageError
+from arf_plugin.pipeline.stage import (
+    Outcome,
+    RunOptions,
+    Shard,
+    Stage,
+    describe,
+    differences,
+    ranks,
+    run_stage,
+)
+
+
+class Doubling(Stage):
+    """Writes the doubles of the numbers of each shard; rejects negative ones."""
+
+    name = "doubling"
+    unit = "numbers"
+
+    def __init__(
+        self, out: Path, shards: list[list[int]], factor: int = 2, fail_at: int | None = None
+    ) -> None:
+        super().__init__(out)
+        self.shards, self.factor, self.fail_at = shards, factor, fail_at
+        self.processed: list[int] = []
+
+    def config(self) -> dict[str, Any]:
+        return {"settings": {"factor": self.factor}, "numbers": self.shards}
+
+    def plan(self) -> list[Shard]:
+        return [Shard(i, f"{i:05d}", numbers, len(numbers)) for i, numbers in enumerate(self.shards)]
+
+    def artifacts(self, shards: list[Shard]) -> list[Path]:
+        return [self.out / "doubles" / f"{shard.name}.json" for shard in shards]
+
+    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+        self.processed.append(shard.index)
+        outcome, doubles = Outcome(), []
+        with replacing(self.artifacts([shard])[0]) as path:
+            for number in shard.source:
+                outcome.samples += 1
+                if number < 0:
+                    outcome.reject(str(number), "is negative")
+                    continue
+                outcome.kept += 1
+                doubles.append(self.factor * number)
+            path.write_text(json.dumps(doubles))
+            if shard.index == self.fail_at:
+                raise KeyboardInterrupt
+            advance(len(shard.source))
+        return outcome
+
+    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+        return {"sum": sum(sum(json.loads(path.read_text())) for path in self.artifacts(shards))}
+
+
+NUMBERS = [[1, 2], [3, 4], [5], [6, 7]]
+
+
+def test_a_stage_writes_artifacts_and_a_summary(tmp_path: Path):
+    summary = run_stage(Doubling(tmp_path, NUMBERS))
+    assert summary["finished"] and summary["sum"] == 56
+    assert (summary["samples"], summary["kept"], summary["rejected"]) == (7, 7, 0)
+    assert json.loads((tmp_path / "doubles/00001.json").read_text()) == [6, 8]
+
+
+def test_an_interrupted_stage_resumes_and_ends_with_the_same_bytes(tmp_path: Path):
+    run_stage(Doubling(tmp_path / "whole", NUMBERS))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(Doubling(tmp_path / "cut", NUMBERS, fail_at=2))
+    assert not (tmp_path / "cut/doubles/00002.json").exists()
+    resumed = Doubling(tmp_path / "cut", NUMBERS)
+    summary = run_stage(resumed)
+    assert resumed.processed == [2, 3]
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
+    again = Doubling(tmp_path / "cut", NUMBERS)
+    assert run_stage(again) == summary
+    assert again.processed == []
+
+
+def test_a_lost_artifact_is_made_again(tmp_path: Path):
+    run_stage(Doubling(tmp_path, NUMBERS))
+    (tmp_path / "doubles/00001.json").unlink()
+    stage = Doubling(tmp_path, NUMBERS)
+    assert run_stage(stage)["sum"] == 56
+    assert stage.processed == [1]
+
+
+def test_what_killed_processes_leave_behind_is_removed(tmp_path: Path):
+    (tmp_path / "doubles").mkdir()
+    (tmp_path / "doubles/.incomplete-1-00000.json").write_text("[")
+    run_stage(Doubling(tmp_path, NUMBERS))
+    assert sorted(p.name for p in (tmp_path / "doubles").iterdir()) == [f"{i:05d}.json" for i in range(4)]
+
+
+def test_a_changed_configuration_is_refused_with_the_difference(tmp_path: Path):
+    run_stage(Doubling(tmp_path, NUMBERS))
+    with pytest.raises(StageError) as caught:
+        run_stage(Doubling(tmp_path, NUMBERS, factor=3))
+    assert "settings.factor: 2 -> 3" in str(caught.value) and "--restart" in str(caught.value)
+
+
+def test_restart_leaves_nothing_of_the_earlier_run(tmp_path: Path):
+    run_stage(Doubling(tmp_path / "a", NUMBERS))
+    run_stage(Doubling(tmp_path / "a", NUMBERS[:2], factor=3), RunOptions(restart=True))
+    run_stage(Doubling(tmp_path / "b", NUMBERS[:2], factor=3))
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+
+
+def test_rejects_are_listed_and_too_many_stop_the_run(tmp_path: Path):
+    numbers = [[1, -2], [3, 4]]
+    with pytest.raises(StageError, match=r"rejected 1 of 4 samples \(25\.0%\).*\n  -2: is negative"):
+        run_stage(Doubling(tmp_path, numbers))
+    stage = Doubling(tmp_path, numbers)
+    summary = run_stage(stage, RunOptions(max_bad_fraction=0.3))
+    assert (summary["rejected"], summary["kept"]) == (1, 3)
+    assert stage.processed == []
+    lines = (tmp_path / "work/doubling/rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"shard": "00000", "id": "-2", "reason": "is negative"}]
+
+
+def test_a_broken_run_stops_early(tmp_path: Path):
+    stage = Doubling(tmp_path, [[-1] * 600, [-1] * 600, [1] * 600])
+    with pytest.raises(StageError, match="max-bad-fraction"):
+        run_stage(stage)
+    assert stage.processed == [0, 1]
+
+
+def test_a_damaged_shard_is_named_after_the_others_are_done(tmp_path: Path):
+    class Damaged(Doubling):
+        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+            if shard.index == 1:
+                raise PoolError("pool-01.tar is cut off")
+            return super().process(shard, advance)
+
+    stage = Damaged(tmp_path, NUMBERS)
+    with pytest.raises(StageError, match=r"1 of 4 shards could not be processed.*\npool-01\.tar is cut off"):
+        run_stage(stage)
+    assert stage.processed == [0, 2, 3]
+    mended = Doubling(tmp_path, NUMBERS)
+    assert run_stage(mended)["sum"] == 56
+    assert mended.processed == [1]
+
+
+def test_ranks_share_the_shards_and_the_last_one_finalizes(tmp_path: Path):
+    run_stage(Doubling(tmp_path / "one", NUMBERS))
+    first = run_stage(Doubling(tmp_path / "two", NUMBERS), RunOptions(rank=0, world=2))
+    assert not first["finished"] and first["shards_missing"] == 2
+    second = run_stage(Doubling(tmp_path / "two", NUMBERS), RunOptions(rank=1, world=2))
+    assert second["finished"]
+    assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(StageError, match="cannot go on"):
+        run_stage(Doubling(tmp_path / "out", NUMBERS))
+
+
+def test_describe_writes_nothing(tmp_path: Path):
+    plan = describe(Doubling(tmp_path / "out", NUMBERS))
+    assert (plan["shards"], plan["shards_done"]) == (4, 0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "SLURM_ARRAY_TASK_COUNT": "2"}, (3, 8)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1)),  # a batch script without srun
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}, (2, 4)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "30",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_STEP": "10",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "1",
+            },
+            (5, 8),
+        ),
+    ],
+)
+def test_ranks_are_read_from_torchrun_and_slurm(environment: dict[str, str], expected: tuple[int, int]):
+    assert ranks(environment) == expected
+
+
+def test_ranks_that_make_no_sense_are_refused():
+    with pytest.raises(StageError, match="RANK"):
+        ranks({"RANK": "x", "WORLD_SIZE": "2"})
+
+
+def test_differences_name_the_place():
+    old = {"a": 1, "b": {"c": [1, 2]}, "d": [1]}
+    assert differences(old, {"a": 1, "b": {"c": [1, 3]}, "d": [1, 2]}) == [
+        "b.c[1]: 2 -> 3",
+        "d: 1 entries -> 2",
+    ]
+
+
+def test_building_the_parser_imports_no_torch():
+    code = "import sys; from arf_plugin.cli.main import build_parser; build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
