@@ -1,0 +1,96 @@
+"""Reads and writes open_clip checkpoints, tensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arf_plugin.anchors.files import replacing
+from arf_plugin.errors import EvaluationError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the weights of a checkpoint: one written by open_clip's trainer, a bare state dict, or safetensors.
+
+    Nothing in the file is executed (``weights_only``). The prefix ``module.`` of distributed training is removed.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        EvaluationError: if the file is missing or holds no weights.
+    """
+    import torch
+
+    if not path.is_file():
+        raise EvaluationError(f"There is no checkpoint at {path}. Expected a .pt or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as cause:  # torch and safetensors raise many kinds for a damaged file
+        raise EvaluationError(
+            f"{path} cannot be read as a checkpoint: {str(cause).splitlines()[0] if str(cause) else cause!r}\n"
+            "Expected tensors only, as open_clip's trainer saves them."
+        ) from cause
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        raise EvaluationError(
+            f"{path} holds no weights (found: {found}). Expected a dict of tensors, or one under 'state_dict'."
+        )
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def write_weights(path: Path, weights: dict[str, torch.Tensor], name: str) -> None:
+    """Writes weights as open_clip's trainer does, so that ``--resume`` and ``--pretrained`` take them.
+
+    Args:
+        path: target; a ``.safetensors`` file holds the bare tensors.
+        weights: tensors by name.
+        name: the run's name, kept in the checkpoint.
+    """
+    import torch
+
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file({key: value.contiguous() for key, value in weights.items()}, temporary)
+        else:
+            torch.save({"name": name, "state_dict": weights}, temporary)
+
+
+def load_into(model: torch.nn.Module, path: Path) -> torch.nn.Module:
+    """Loads a checkpoint's weights into a model of the same architecture.
+
+    Raises:
+        EvaluationError: naming the first weights that do not fit.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    problems = difference(own, weights)
+    if problems:
+        raise EvaluationError(
+            f"{path} is a checkpoint of another architecture than --model: {'; '.join(problems[:3])}"
+            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. Name the model it was trained with."
+        )
+    model.load_state_dict(weights)
+    return model
+
+
+def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    """Says how two sets of weights differ in names and shapes; empty if they do not."""
+    problems = []
+    for name, tensor in expected.items():
+        if name not in found:
+            problems.append(f"'{name}' is missing")
+        elif found[name].shape != tensor.shape:
+            problems.append(f"'{name}' is {list(found[name].shape)} and not {list(tensor.shape)}")
+    return problems + [f"'{name}' is not expected" for name in found if name not in expected]

@@ -1,0 +1,65 @@
+"""Small helpers for files that are either complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; renames it to `path` if the block ends well, else removes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unit_hash(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts only: the same on every machine and in every run.
+
+    Splits by such numbers are stable: adding a concept or a vendor moves no other one.
+    """
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+class Stage:
+    """A step whose result is complete if its marker file holds the digest of what it was made from."""
+
+    def __init__(self, folder: Path, name: str, made_from: Any) -> None:
+        self.marker = folder / f".{name}.done"
+        self.digest = hashlib.sha256(json.dumps(made_from, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def done(self) -> bool:
+        """Whether a finished result of the same inputs is there."""
+        return self.marker.is_file() and self.marker.read_text() == self.digest
+
+    def finish(self) -> None:
+        """Marks the step as finished; call it last."""
+        write_text(self.marker, self.digest)
