@@ -88,7 +88,7 @@ def is_installed() -> bool:
 def install() -> None:
     """Adds the finder once; a module that has been imported already is guarded in place."""
     if not is_installed():
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())
     if TARGET in sys.modules:
         guard(sys.modules[TARGET])
 

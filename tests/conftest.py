@@ -69,3 +69,22 @@ def run_arf():
         return done
 
     return run
+
+
+@pytest.fixture
+def parse():
+    """Parses a trainer's command line as the hooks do, in this process; returns the configuration."""
+    import argparse
+
+    from arf_plugin import config
+
+    def run(*argv: object):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--model", default="ViT-B-32")
+        parser.add_argument("--train-data")
+        parser.add_argument("--dataset-type", default="auto")
+        parser.add_argument("--use-bn-sync", action="store_true")
+        config.add_arf_flags(parser)
+        return config.resolve(parser.parse_args(list(map(str, argv))))
+
+    return run

@@ -37,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {'active' if found['startup']['active'] else 'NOT ACTIVE'}: {found['startup']['detail']}")
     print("hooks")
     for hook in found["hooks"]:
-        print(
-            f"  {'ok ' if hook['applies'] else 'NO '} {hook['id']:13} {hook['target']}  ({hook['versions']}; {hook['when']})"
-        )
+        verdict = "ok " if hook["applies"] else "NO "
+        print(f"  {verdict} {hook['id']:13} {hook['target']}  ({hook['versions']}; {hook['when']})")
         print(f"      {hook['why']}")
         if hook["problem"]:
             print("      " + hook["problem"].replace("\n", "\n      "))

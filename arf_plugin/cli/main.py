@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit status: 0 when all went well, 1 for an ArfError, 2 for wrong arguments.
     """
     parser = build_parser()
-    args, args.rest = parser.parse_known_args(argv)
-    if args.rest and not getattr(args, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if rest and not getattr(args, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args) or 0
     except ArfError as error:

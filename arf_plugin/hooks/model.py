@@ -26,8 +26,8 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
             )
         elif names and session.config.anchors:
             logging.warning(
-                f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their batch "
-                "statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
+                f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their "
+                "batch statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
             )
         return result
 
@@ -45,7 +45,7 @@ def freeze_batch_norm(model: nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
         layer.eval()
-        layer.train = functools.partial(_stay_in_evaluation, layer)  # type: ignore[method-assign]
+        layer.train = functools.partial(_stay_in_evaluation, layer)
     return len(layers)
 
 

@@ -83,7 +83,8 @@ def test_install_activates_and_uninstall_removes(tmp_path, source, editable):
 
 
 def test_start_up_imports_next_to_nothing():
-    code = "import sys; print(sorted(name for name in sys.modules if name.split('.')[0] in ('torch', 'arf_plugin', 'typing')))"
+    watched = "('torch', 'arf_plugin', 'typing', 'importlib.metadata')"
+    code = f"import sys; print([name for name in sorted(sys.modules) if name.split('.')[0] in {watched}])"
     plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(plain.stdout.replace("'", '"')) == ["arf_plugin", "arf_plugin._boot"]
 

@@ -70,7 +70,7 @@ def test_undo_keeps_what_was_applied_before(upstream):
     ],
 )
 def test_a_row_that_does_not_fit_undoes_the_others_and_says_why(upstream, bad, version, found):
-    defining, importing = upstream
+    _, importing = upstream
     before = importing.greet
     engine = Engine("upstream")
     with pytest.raises(IncompatibleUpstreamError) as caught:

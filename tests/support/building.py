@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "cross")
 
+_LAYERS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
 
 def drawing(index: int, kind: str = "JPEG", size: int = 32) -> bytes:
     """A shape in a colour, a little different for each index."""
@@ -97,45 +99,80 @@ def save_tiny_clip(folder: Path, seed: int = 0) -> str:
 def save_tiny_captioner(folder: Path) -> str:
     """A VisionEncoderDecoder with random weights and a word-level tokenizer, in the Hugging Face layout."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        GPT2Config,
-        PreTrainedTokenizerFast,
-        VisionEncoderDecoderConfig,
-        VisionEncoderDecoderModel,
-        ViTConfig,
-        ViTImageProcessor,
-    )
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+    from transformers import ViTImageProcessor as ImageProcessor
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", "a", *COLOURS, *SHAPES, "on", "white"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    encoder = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
+    words = save_word_tokenizer(folder)
+    encoder = ViTConfig(**_LAYERS, image_size=32, patch_size=8)
     decoder = GPT2Config(
-        vocab_size=len(words), n_positions=32, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True,
-        is_decoder=True, bos_token_id=1, eos_token_id=2, initializer_range=0.5,
+        vocab_size=words, n_positions=32, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True, is_decoder=True,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.5,
     )  # fmt: skip
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
     torch.manual_seed(1)
     model = VisionEncoderDecoderModel(config)
-    model.generation_config.suppress_tokens = [0, 1, 3]
-    model.generation_config.decoder_start_token_id = 1
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    generation = model.generation_config
+    generation.decoder_start_token_id, generation.pad_token_id, generation.eos_token_id = 1, 0, 2
+    generation.suppress_tokens = [0, 1, 3]  # words only
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    ImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_blip(folder: Path) -> str:
+    """A BLIP captioner with random weights, saved with its joint processor."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = save_word_tokenizer(folder)
+    text = {**_LAYERS, "vocab_size": words, "encoder_hidden_size": 32, "max_position_embeddings": 32,
+            "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2}  # fmt: skip
+    vision = {**_LAYERS, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(2)
+    BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    processor = BlipImageProcessor(size={"height": 32, "width": 32})
+    BlipProcessor(processor, AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_git(folder: Path) -> str:
+    """A GIT captioner with random weights, saved with its joint processor."""
+    import torch
+    from transformers import AutoTokenizer, CLIPImageProcessor, GitConfig, GitForCausalLM, GitProcessor
+
+    words = save_word_tokenizer(folder)
+    vision = {**_LAYERS, "image_size": 32, "patch_size": 8}
+    config = GitConfig(
+        vision_config=vision, vocab_size=words, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **_LAYERS,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    GitForCausalLM(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    GitProcessor(processor, AutoTokenizer.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_word_tokenizer(folder: Path) -> int:
+    """A tokenizer with one token per word; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "a", *COLOURS, *SHAPES, "on", "white"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        cls_token="<s>", sep_token="</s>",
+    ).save_pretrained(folder)  # fmt: skip
+    return len(words)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
