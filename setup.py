@@ -94,6 +94,8 @@ setup(
         "captions": ["transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "tenacity", "requests"],
         "evaluation": ["clip-benchmark", "matplotlib", "torchmetrics"],
+        # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
+        "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
         "dev": ["pytest", "ruff", "mypy", "pandas-stubs", "types-requests", "types-tqdm"],
     },
     entry_points={"console_scripts": ["arf = arf_plugin.cli.main:main"]},

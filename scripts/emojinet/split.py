@@ -31,8 +31,8 @@ FAMILIES = {
 
 # Shares of a class's task concepts, and of its other (concept, family) pairs; the rest is test and pool.
 TASK_TRAIN, TASK_VALIDATION = 0.5, 0.15
-SHIFT_VALIDATION, SHIFT_TEST = 0.12, 0.35
-ZERO_SHOT_VALIDATION, ZERO_SHOT_TEST = 0.15, 0.42
+SHIFT_VALIDATION, SHIFT_TEST = 0.08, 0.25
+ZERO_SHOT_VALIDATION, ZERO_SHOT_TEST = 0.1, 0.3
 
 
 @dataclass(frozen=True)

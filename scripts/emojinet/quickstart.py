@@ -1,0 +1,197 @@
+"""The quickstart: from nothing to the table, one step after the other; finished steps are skipped.
+
+python scripts/emojinet/quickstart.py                 the whole of it, about 15 minutes on two cores
+python scripts/emojinet/quickstart.py --fast          a smoke run: every step, but too short to mean anything
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from emojinet import captioner, report
+from emojinet.build import build
+from emojinet.download import DownloadError
+from emojinet.files import Stage, read_json
+from emojinet.recipe import FAST, FULL, Recipe
+from emojinet.trainer import Run, TrainingError, call, model_folder, train
+
+
+class Quickstart:
+    """One quickstart run.
+
+    Args:
+        data: EmojiNet's folder; is built if it is not there.
+        out: folder of everything that is made from it.
+        recipe: hyper-parameters.
+        seeds: seeds of the fine-tuning runs.
+        fast: build the small pool.
+    """
+
+    def __init__(self, data: Path, out: Path, recipe: Recipe, seeds: list[int], fast: bool) -> None:
+        self.data, self.out, self.recipe, self.seeds, self.fast = data, out, recipe, seeds, fast
+        self.started = time.monotonic()
+
+    def run(self) -> str:
+        """Runs all steps.
+
+        Returns:
+            The table.
+        """
+        self.title("1/6 EmojiNet: download, draw, split")
+        build(self.data, self.data.parent / "emojinet-cache", self.fast)
+        self.title("2/6 pretrain a tiny CLIP on the pool (open_clip's trainer)")
+        clip = self.pretrain()
+        self.title("3/6 train a tiny captioner on the pool")
+        captioner.train(self.shards("emoji"), self.out / "captioner", self.recipe.captioner_epochs)
+        self.title("4/6 build anchors: caption, embed, retrieve, pack (arf anchors)")
+        anchors = self.anchors(clip)
+        self.title("5/6 fine-tune: FLYP and ARF, the same recipe (open_clip's trainer)")
+        runs = self.fine_tune(clip, anchors)
+        self.title("6/6 evaluate, also with WiSE-FT (arf evaluate)")
+        return self.evaluate(clip, runs, "test", self.out)
+
+    def title(self, text: str) -> None:
+        """Announces a step, with the time since the start."""
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        print(f"\n[{minutes:02d}:{seconds:02d}] {text}", flush=True)
+
+    def shards(self, kind: str) -> list[Path]:
+        """The pool's shards of a kind: "emoji" or "icons"."""
+        return sorted((self.data / "pool").glob(f"{kind}-*.tar"))
+
+    def pretrain(self) -> str:
+        """Pretrains the CLIP; returns what `--model` gets."""
+        untrained = model_folder(self.out / "clip-config")
+        emoji = "::".join(map(str, self.shards("emoji")))
+        run = Run(self.out / "pretraining", untrained, emoji, self.recipe.pretraining)
+        return model_folder(self.out / "clip", train(run, "pretrain"))
+
+    def anchors(self, clip: str) -> Path:
+        """Builds the anchor set of the task data."""
+        anchors = self.out / "anchors"
+        pool = "::".join(map(str, [*self.shards("emoji"), *self.shards("icons")]))
+        call(
+            [
+                *("arf", "anchors", "--task-data", self.task, "--pool", pool, "--out", str(anchors)),
+                *("--captioner", str(self.out / "captioner"), "--model", clip),
+                *("--k", str(self.recipe.neighbours), "--max-new-tokens", "20"),
+            ]
+        )
+        return anchors
+
+    @property
+    def task(self) -> str:
+        """The task's training shards."""
+        return "::".join(map(str, sorted((self.data / "task" / "train").glob("*.tar"))))
+
+    def fine_tune(self, clip: str, anchors: Path) -> dict[str, tuple[str, list[int]]]:
+        """Fine-tunes every arm with every seed, one run per core at a time.
+
+        Returns:
+            Checkpoint -> (arm, its seeds).
+        """
+        texts = self.data / "task"
+        flyp = (
+            *(
+                "--arf-classnames",
+                str(texts / "classnames.txt"),
+                "--arf-templates",
+                str(texts / "templates.txt"),
+            ),
+            "--arf-freeze-bn",
+        )
+        arms = {"flyp": flyp, "arf": (*flyp, "--arf-anchors", str(anchors))}
+        cores = len(os.sched_getaffinity(0))
+        jobs = [
+            (
+                arm,
+                seed,
+                Run(self.out / f"{arm}-{seed}", clip, self.task, self.recipe.fine_tuning, seed, flags),
+            )
+            for seed in self.seeds
+            for arm, flags in arms.items()
+        ]
+        with ThreadPoolExecutor(cores) as pool:
+            # One thread per run: several small runs side by side finish sooner than one after the other.
+            done = [
+                pool.submit(train, run, f"{arm} seed {seed}", 1, position)
+                for position, (arm, seed, run) in enumerate(jobs)
+            ]
+            weights = [future.result() for future in done]
+        return {str(path): (arm, [seed]) for path, (arm, seed, _) in zip(weights, jobs, strict=True)}
+
+    def evaluate(self, clip: str, runs: dict[str, tuple[str, list[int]]], half: str, out: Path) -> str:
+        """Evaluates everything on the validation or test sets and writes the results.
+
+        Returns:
+            The table.
+        """
+        before = clip.removeprefix("local-dir:") + "/open_clip_model.safetensors"
+        names = {before: ("before", [0]), **runs}
+        names |= {f"{path}+wise": (f"{arm}+wise", seeds) for path, (arm, seeds) in runs.items()}
+        figures = out / f"accuracy-{half}.json"
+        stage = Stage(
+            out, f"evaluate-{half}", {p: Path(p.removesuffix("+wise")).stat().st_mtime_ns for p in names}
+        )
+        if not stage.done:
+            sets = str(self.data / "evaluation" / half)
+            wise = ("--wise", str(self.recipe.wise))
+            call(
+                [
+                    "arf",
+                    "evaluate",
+                    before,
+                    *runs,
+                    *wise,
+                    "--model",
+                    clip,
+                    "--data",
+                    sets,
+                    "--json",
+                    str(figures),
+                ]
+            )
+            stage.finish()
+        return report.write(out, read_json(figures), names)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fast", action="store_true", help="a smoke run of about 3 minutes")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="fine-tuning seeds (default: 0 1 2; with --fast: 0)"
+    )
+    parser.add_argument("--data", type=Path, help="EmojiNet's folder (default: data/emojinet[-fast])")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/quickstart[-fast])")
+    args = parser.parse_args()
+    suffix = "-fast" if args.fast else ""
+    quickstart = Quickstart(
+        args.data or Path(f"data/emojinet{suffix}"),
+        args.out or Path(f"runs/quickstart{suffix}"),
+        FAST if args.fast else FULL,
+        args.seeds or ([0] if args.fast else [0, 1, 2]),
+        args.fast,
+    )
+    try:
+        table = quickstart.run()
+    except (DownloadError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    quickstart.title(f"done; {quickstart.out}/results.json and results.png hold the figures\n")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

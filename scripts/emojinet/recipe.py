@@ -1,0 +1,94 @@
+"""All hyper-parameters in one place. They were chosen on the validation sets only; docs/emojinet.md says how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# open_clip's model configuration: a ResNet-10 and a text tower of two layers, for 48-pixel images.
+MODEL = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "timm_model_name": "resnet10t",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+            "image_size": 48,
+        },
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 2},
+    },
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Arguments of one run of open_clip's trainer.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch_size: samples per step.
+        lr: peak learning rate; warm-up, then cosine.
+        warmup: steps of warm-up.
+        scale: smallest share of an image's area that a random crop keeps.
+        weight_decay: AdamW's.
+        samples: samples per epoch, drawn with replacement from the shards; 0 takes each sample once.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: int
+    scale: float
+    weight_decay: float = 0.1
+    samples: int = 0
+
+    def arguments(self) -> list[str]:
+        """As flags of open_clip's trainer."""
+        return [
+            *("--epochs", str(self.epochs)),
+            *("--batch-size", str(self.batch_size)),
+            *("--lr", str(self.lr)),
+            *("--wd", str(self.weight_decay)),
+            *("--warmup", str(self.warmup)),
+            *("--aug-cfg", f"scale=({self.scale},1.0)"),
+            *(("--dataset-resampled", "--train-num-samples", str(self.samples)) if self.samples else ()),
+        ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the quickstart runs.
+
+    Attributes:
+        pretraining: the tiny CLIP, on the pool's emoji.
+        captioner_epochs: the captioner, on the same.
+        neighbours: pool pairs retrieved per task image (k).
+        fine_tuning: the same for every arm.
+        wise: WiSE-FT's alpha.
+    """
+
+    pretraining: Training
+    captioner_epochs: int
+    neighbours: int
+    fine_tuning: Training
+    wise: float = 0.5
+
+
+FULL = Recipe(
+    pretraining=Training(epochs=16, batch_size=128, lr=1e-3, warmup=60, scale=0.6),
+    captioner_epochs=8,
+    neighbours=10,
+    fine_tuning=Training(epochs=15, batch_size=64, lr=3e-4, warmup=10, scale=0.6),
+)
+FAST = Recipe(
+    pretraining=Training(epochs=2, batch_size=128, lr=1e-3, warmup=10, scale=0.6),
+    captioner_epochs=1,
+    neighbours=2,
+    fine_tuning=Training(epochs=2, batch_size=64, lr=3e-4, warmup=2, scale=0.6),
+)

