@@ -6,41 +6,16 @@ import json
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 from support import data
+from support.environments import SITE, make_environment, pip
 
 ROOT = Path(__file__).parents[2]
-SITE = Path(site.getsitepackages()[0])
-
-
-def make_environment(folder: Path) -> Path:
-    """A fresh virtual environment that sees this one's libraries, but runs none of its start-up files."""
-    venv.create(folder, with_pip=False)
-    (own,) = folder.glob("lib/python*/site-packages")
-    (own / "libraries.pth").write_text(f"{SITE}\n")
-    return folder / "bin" / "python"
-
-
-def pip(python: Path, *argv: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "-q",
-        "--python",
-        str(python),
-        *argv,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def hooks_active(python: Path) -> bool:

@@ -37,7 +37,9 @@ class Inputs:
             members = {member.name: tar.extractfile(member).read() for member in tar}
         for extension, content in changes.items():
             members[f"000000.{extension}"] = content
-        data.write_tar(self.pairs, {name: content for name, content in members.items() if content is not None})
+        data.write_tar(
+            self.pairs, {name: content for name, content in members.items() if content is not None}
+        )
 
 
 def no_anchors(inputs):
@@ -130,7 +132,11 @@ def id_in_two_shards(inputs):
     other.parent.mkdir()
     shutil.copy(inputs.task.folder / "task-0000.tar", other)
     inputs.train_data = f"{inputs.task.urls}::{other}"
-    return "The id 'task-0000/000000' occurs twice in the task data", "/task/task-0000.tar", "/other/task-0000.tar"
+    return (
+        "The id 'task-0000/000000' occurs twice in the task data",
+        "/task/task-0000.tar",
+        "/other/task-0000.tar",
+    )
 
 
 def more_workers_than_task_shards(inputs):
@@ -175,7 +181,14 @@ def missing_task_shard(inputs):
 
 BREAKAGES = [
     *(no_anchors, empty_anchors, wrong_columns, not_parquet, captions_of_other_data, one_missing_caption),
-    *(caption_not_utf8, caption_with_null, truncated_pair_image, truncated_tar, path_escape, pair_without_text),
+    *(
+        caption_not_utf8,
+        caption_with_null,
+        truncated_pair_image,
+        truncated_tar,
+        path_escape,
+        pair_without_text,
+    ),
     *(pair_text_not_utf8, key_twice, id_in_two_shards, more_workers_than_task_shards),
     *(more_workers_than_pair_shards, coca, template_without_a_place, shards_without_text, missing_task_shard),
     class_names_of_other_data,

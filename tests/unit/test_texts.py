@@ -1,0 +1,130 @@
+"""Class prompts, caption look-ups, and the joint text on its way through a tokenizer."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support import data
+
+from arf_plugin.data.captions import open_captions
+from arf_plugin.data.prompts import ClassPrompts, choose, load_prompts
+from arf_plugin.data.texts import JointTokenizer, TaskTexts
+from arf_plugin.errors import FlagError, MissingCaptionError, TaskDataError
+
+
+def test_templates_are_drawn_evenly_and_reproducibly():
+    prompts = ClassPrompts(["cat"], [f"{number} {{c}}" for number in range(4)])
+    drawn = [prompts(0, f"id{number}", seed=1, epoch=0) for number in range(4000)]
+    counts = collections.Counter(drawn)
+    assert set(counts) == {f"{number} cat" for number in range(4)}
+    assert all(abs(count - 1000) < 150 for count in counts.values())
+    assert drawn == [prompts(0, f"id{number}", seed=1, epoch=0) for number in range(4000)]
+    for changed in ({"seed": 2, "epoch": 0}, {"seed": 1, "epoch": 1}):
+        assert drawn != [prompts(0, f"id{number}", **changed) for number in range(4000)]
+
+
+@pytest.mark.parametrize("cls", [3, "x", b"\xff", None, -1, b"1.5"])
+def test_a_class_that_is_no_index_is_named(cls):
+    if cls is None:
+        with pytest.raises(TaskDataError, match="has no 'cls'"):
+            TaskTexts(ClassPrompts(["a", "b", "c"], ["{c}"]), None)("s/1", None, "text")
+        return
+    with pytest.raises(TaskDataError, match=r"s/1: cls is .* expected a class index from 0 to 2"):
+        ClassPrompts(["a", "b", "c"], ["{c}"])(cls, "s/1", 0, 0)
+
+
+def test_imagenet_lists_by_name():
+    prompts = load_prompts("imagenet", "imagenet")
+    assert len(prompts.classnames) == 1000 and len(prompts.templates) == 80
+    assert prompts.templates[0] == "a bad photo of a {c}."
+    expected = {template("tench") for template in open_clip.OPENAI_IMAGENET_TEMPLATES}
+    assert prompts(0, "x/0", 0, 0) in expected
+
+
+def test_both_placeholders_are_understood(tmp_path):
+    (tmp_path / "names").write_text("cat\ndog\n\n")
+    (tmp_path / "templates").write_text("one {}\none {c}\n")
+    prompts = load_prompts(str(tmp_path / "names"), str(tmp_path / "templates"))
+    assert prompts.templates == ["one {c}", "one {c}"] and prompts(b"1", "x/0", 0, 0) == "one dog"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "the file is empty"),
+        ("a\n\nb\n", "line 2 is empty"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_class_name_files_that_cannot_work(tmp_path, names, message):
+    path = tmp_path / "names"
+    if names is not None:
+        path.write_bytes(names if isinstance(names, bytes) else names.encode())
+    with pytest.raises(FlagError, match=message):
+        load_prompts(str(path), "imagenet")
+
+
+def test_several_captions_per_sample_in_file_order(tmp_path):
+    (tmp_path / "captions").mkdir()
+    table = {
+        "id": ["a/1", "a/2", "a/1", "ü/3"],
+        "caption": ["one", "two", "another", "naïve"],
+        "score": [0.1, 0.2, 0.3, 0.4],
+    }
+    pq.write_table(pa.table(table), tmp_path / "captions" / "part-00000.parquet")
+    data.write_captions(tmp_path, {"a/1": "late"}, "part-00001.parquet")
+    store = open_captions(str(tmp_path))
+    assert len(store) == 5
+    assert store.get("a/1") == ["one", "another", "late"] and store.get("ü/3") == ["naïve"]
+    assert store.get("a/9") == [] and "a/2" in store and "a/9" not in store
+    assert pickle.loads(pickle.dumps(store)).get("a/2") == ["two"]
+
+
+def test_captions_of_thousands_of_samples(tmp_path):
+    captions = {f"shard-{number % 7}/{number}": f"caption {number}" for number in range(5000)}
+    data.write_captions(tmp_path, captions)
+    store = open_captions(str(tmp_path))
+    assert {identity: store.get(identity) for identity in captions} == {k: [v] for k, v in captions.items()}
+
+
+def test_the_cache_follows_changes_and_survives_damage(tmp_path):
+    data.write_captions(tmp_path, {"a/1": "old"})
+    first = open_captions(str(tmp_path))
+    assert open_captions(str(tmp_path)).path == first.path
+    first.path.write_bytes(first.path.read_bytes()[:-100])
+    assert open_captions(str(tmp_path)).get("a/1") == ["old"]
+    data.write_captions(tmp_path, {"a/1": "newer"})
+    assert open_captions(str(tmp_path)).get("a/1") == ["newer"]
+
+
+def test_joint_text_reaches_the_tokenizer_as_two_rows(tmp_path):
+    data.write_captions(tmp_path, {"a/1": "a grey cat on a mat"})
+    texts = TaskTexts(ClassPrompts(["cat"], ["a photo of a {c}."]), open_captions(str(tmp_path)))
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    joint = JointTokenizer(tokenizer)
+    expected = tokenizer(["a photo of a cat.", "a grey cat on a mat"])
+    text = texts("a/1", b"0", None)
+    for call in (joint(text)[0], joint([text])[0]):  # open_clip's WebDataset and CSV pipelines
+        assert torch.equal(call, expected)
+    assert joint.context_length == 77 and pickle.loads(pickle.dumps(joint)).context_length == 77
+
+
+def test_a_missing_caption_is_an_error_or_the_prompt(tmp_path):
+    data.write_captions(tmp_path, {"a/1": "a caption"})
+    store = open_captions(str(tmp_path))
+    with pytest.raises(MissingCaptionError, match="No caption for task sample a/2"):
+        TaskTexts(None, store)("a/2", None, "own")
+    assert TaskTexts(None, store, "prompt")("a/2", None, "own") == "own\0own"
+
+
+def test_choose_is_uniform_and_trivial_for_one_option():
+    assert choose(1, "anything") == 0
+    counts = collections.Counter(choose(3, "x", number) for number in range(3000))
+    assert all(abs(counts[option] - 1000) < 120 for option in range(3))
