@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Two processes may write the same file at once: each has a temporary name of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}@{socket.gethostname()}@{path.name}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -30,10 +31,29 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_incomplete(folder: Path) -> None:
-    """Removes what killed processes left behind in a folder."""
+def remove_incomplete(folder: Path, *, all_hosts: bool = True) -> None:
+    """Removes what killed processes left behind in a folder.
+
+    Args:
+        folder: the folder; those below are left alone.
+        all_hosts: removes every temporary file; otherwise only those of processes of this host that are gone, for
+            folders that another stage may be writing to.
+    """
     for path in folder.glob(f"{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        pid, _, rest = path.name.removeprefix(_TEMPORARY).partition("@")
+        here = rest.startswith(f"{socket.gethostname()}@")
+        if all_hosts or (here and not (pid.isdigit() and _is_alive(int(pid)))):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import replacing, write_json
+from arf_plugin.anchors.files import digest, replacing, write_json
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.pipeline.device import pick_device, pick_dtype
 from arf_plugin.pipeline.embedder import load_model, model_identity, unit_fp16
+from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.source import RawSample, Source, map_ordered
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
@@ -134,7 +135,7 @@ class EmbedStage(Stage):
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Notes the model beside the vectors, so that a search can refuse vectors of another model."""
         identity = model_identity(self._model_name, self._pretrained)
-        write_json(self.out / "model.json", {"model": identity, "format": "clip-retrieval"})
+        write_json(self.out / ORIGIN, {"model": identity, "config_digest": digest(self.config())})
         return {"model": identity["name"]}
 
     def _batches(

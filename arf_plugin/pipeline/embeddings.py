@@ -18,6 +18,8 @@ from arf_plugin.errors import PoolError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+ORIGIN = "model.json"  # written by arf embed beside the vectors
+
 
 @dataclass(frozen=True)
 class EmbeddingFile:
@@ -104,8 +106,12 @@ class Embeddings:
     @cached_property
     def model(self) -> dict[str, Any] | None:
         """The model's identity, if the folder was written by ``arf embed``."""
-        path = self.folder / "model.json"
-        return json.loads(path.read_text(encoding="utf-8"))["model"] if path.exists() else None
+        return self._origin.get("model")
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        path = self.folder / ORIGIN
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def columns(self, file: EmbeddingFile, names: list[str]) -> pa.Table:
         """Reads metadata columns of a file; those it lacks are filled with nulls."""
@@ -120,9 +126,14 @@ class Embeddings:
         return table.select(names)
 
     def fingerprint(self) -> list[Any]:
-        """Names, sizes and times of change of all files, as JSON."""
+        """What changes when the vectors do, as JSON: for our own folders what they were made of, else the files."""
         paths = [path for file in self.files for path in (file.vectors, file.metadata)]
-        return [[str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
+        made_of = self._origin.get("config_digest")
+        times = [None if made_of else path.stat().st_mtime_ns for path in paths]
+        sizes = [
+            [str(p.relative_to(self.folder)), p.stat().st_size, t] for p, t in zip(paths, times, strict=True)
+        ]
+        return [made_of, *sizes]
 
 
 def check_unit(vectors: np.ndarray, path: Path, first: int) -> None:

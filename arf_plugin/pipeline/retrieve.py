@@ -250,9 +250,8 @@ def select(query: np.ndarray, row: np.ndarray, similarity: np.ndarray, selection
         query, row, similarity = query[keep], row[keep], similarity[keep]
     order = np.lexsort((query, -similarity, row))
     query, row, similarity = query[order], row[order], similarity[order]
-    rows, starts = np.unique(row, return_index=True)
-    ends = np.append(starts[1:], len(row))
-    best = similarity[starts] if len(rows) else similarity[:0]
+    rows, starts, counts = np.unique(row, return_index=True, return_counts=True)
+    ends, best = starts + counts, similarity[starts]
     if selection.max_pairs is not None and len(rows) > selection.max_pairs:
         kept = np.sort(np.lexsort((rows, -best))[: selection.max_pairs])
         rows, starts, ends, best = rows[kept], starts[kept], ends[kept], best[kept]

@@ -215,12 +215,13 @@ def _claim(stage: Stage, shards: list[Shard]) -> None:
     """Records configuration and artifacts, or compares the configuration with the recorded one."""
     path = stage.work / "config.json"
     config = json.loads(json.dumps(stage.config()))
-    if not path.exists():
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if recorded == config:
+        return
+    if recorded is None or not any((stage.work / "done").glob("*.json")):  # nothing done that could be mixed
+        _clear(stage)
         write_json(stage.work / "plan.json", [str(p.relative_to(stage.out)) for p in stage.artifacts(shards)])
         write_json(path, config)
-        return
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    if recorded == config:
         return
     lines = [f"  {line}" for line in differences(recorded, config)]
     if len(lines) > 10:
@@ -306,6 +307,7 @@ def _finish(stage: Stage, shards: list[Shard], options: RunOptions) -> dict[str,
     summary |= stage.finalize(shards) | {"finished": True}
     for folder in {path.parent for path in stage.artifacts(shards)} | {stage.work, stage.work / "done"}:
         remove_incomplete(folder)
+    remove_incomplete(stage.out, all_hosts=False)
     write_json(stage.work / "finished.json", summary)
     return summary
 
