@@ -93,7 +93,7 @@ setup(
     extras_require={
         "captions": ["transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "tenacity", "requests"],
-        "evaluation": ["clip-benchmark", "matplotlib", "torchmetrics"],
+        "evaluation": ["clip-benchmark", "matplotlib", "requests", "torchmetrics"],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
         "dev": ["pytest", "ruff", "mypy", "pandas-stubs", "types-requests", "types-tqdm"],
