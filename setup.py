@@ -96,7 +96,7 @@ setup(
         "evaluation": ["clip-benchmark", "matplotlib", "requests", "torchmetrics"],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
-        "dev": ["pytest", "ruff", "mypy", "pandas-stubs", "types-requests", "types-tqdm"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-requests", "types-tqdm"],
     },
     entry_points={"console_scripts": ["arf = arf_plugin.cli.main:main"]},
     cmdclass={"build_py": BuildWithStartupFile, "editable_wheel": EditableWithStartupFile},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -85,7 +84,7 @@ def test_flyp_alone_trains_on_class_shards(train, tmp_path, prompts):
 @pytest.mark.parametrize("half", ["captions", "pairs"])
 def test_either_half_may_be_missing(train, tmp_path, task, anchors, half):
     (tmp_path / "half").mkdir()
-    os.symlink(anchors / half, tmp_path / "half" / half)
+    (tmp_path / "half" / half).symlink_to(anchors / half)
     run = train.forked(
         "--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", tmp_path / "half"
     )
@@ -137,7 +136,7 @@ def test_csv_task_data(train, tmp_path, anchors, prompts, own_text):
         rows.append([str(path), *(["an own text"] if own_text else []), str(number % 4)])
     (tmp_path / "task.csv").write_text("\n".join("\t".join(row) for row in [header, *rows]) + "\n")
     data.write_captions(tmp_path / "anchors", captions)
-    os.symlink(anchors / "pairs", tmp_path / "anchors" / "pairs")
+    (tmp_path / "anchors" / "pairs").symlink_to(anchors / "pairs")
     flags = ["--train-data", tmp_path / "task.csv", "--arf-anchors", tmp_path / "anchors"]
     run = train.forked(*flags, *([] if own_text else prompts))
     assert batches(run) == [(16, 32), (32, 32)]

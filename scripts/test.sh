@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the environment and runs lint, types and tests. What follows is handed to pytest:
+#
+#   scripts/test.sh                          everything but the slow tests
+#   scripts/test.sh -m slow                  the slow tests alone
+#   scripts/test.sh tests/unit -k captions   some of them
+#
+# SKIP_LINT=1 leaves lint and types out; JOBS sets the number of test processes (default: 2).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/env.sh
+make_environment captions,retrieval,evaluation,emojinet,dev
+
+# The older of the two open_clip releases that the tests run: its files alone, beside the environment.
+older=.venvs/open_clip_torch-2.32.0
+if [ ! -d "$older" ]; then
+    "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$older.incomplete" \
+        open_clip_torch==2.32.0
+    mv "$older.incomplete" "$older"
+fi
+
+if [ -z "${SKIP_LINT:-}" ]; then
+    "$VENV/bin/ruff" check .
+    "$VENV/bin/ruff" format --check .
+    "$VENV/bin/mypy"
+fi
+
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+marker=(-m "not slow")
+case " $* " in *" -m "*) marker=() ;; esac
+exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --durations 10 "${marker[@]}" "$@"
