@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,27 +42,45 @@ def test_equal_inputs_give_equal_bytes(arf, inputs: Inputs, undisturbed: Path, t
     assert folder_bytes(tmp_path / "A") == folder_bytes(undisturbed)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_and_resumed_it_ends_with_the_same_bytes(
-    inputs: Inputs, undisturbed: Path, tmp_path: Path, kills: int
-):
-    """SIGKILL at moments of its work, then once to the end."""
-    words = [sys.executable, "-m", "arf_plugin.cli.main", *command(inputs, tmp_path / "A")]
-    rng = random.Random(0)
-    log = (tmp_path / "log").open("w")
-    for _ in range(kills):
-        process = subprocess.Popen(words, stderr=log, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        # The first sign of work, and then a random while: starting Python takes most of the time.
-        markers = len(list((tmp_path / "A").rglob("done/*.json")))
-        while process.poll() is None and len(list((tmp_path / "A").rglob("done/*.json"))) <= markers:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    unfinished = not (tmp_path / "A/work/pack/finished.json").exists()
-    assert unfinished, "the kills came too late to show anything"
-    subprocess.run(words, check=True, stderr=log, stdout=log)
-    assert folder_bytes(tmp_path / "A") == folder_bytes(undisturbed)
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_every_stage_killed_at_random_ends_with_the_same_bytes(inputs: Inputs, tmp_path: Path, kills: int):
+    def stages(out: Path) -> list[list[str]]:
+        model = ["--model", inputs.clip]
+        caption = ["--captioner", inputs.captioner, "--min-new-tokens", "3", "--max-new-tokens", "6"]
+        words = [
+            ["caption", "--task-data", inputs.task, *caption, "--out", out / "A"],
+            ["embed", "--task-data", inputs.task, *model, "--out", out / "task"],
+            ["embed", "--pool", inputs.pool, *model, "--out", out / "pool"],
+            [
+                "retrieve",
+                "--queries",
+                out / "task",
+                "--pool",
+                out / "pool",
+                "--k",
+                "3",
+                "--out",
+                out / "hits",
+            ],
+            ["pack", "--retrieved", out / "hits", "--shard-size", "5", "--out", out / "A"],
+        ]
+        return [[str(word) for word in stage] for stage in words]
+
+    runs = [(0, argv) for argv in stages(tmp_path / "whole")] + [
+        (kills, argv) for argv in stages(tmp_path / "killed")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "support.kill_and_resume", "0"],
+        input=json.dumps(runs),
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    landed = json.loads(done.stdout)
+    assert sum(landed) >= 2 * kills, f"too few kills landed to show anything: {landed}"
+    assert folder_bytes(tmp_path / "killed") == folder_bytes(tmp_path / "whole")
 
 
 @pytest.mark.slow
