@@ -18,7 +18,7 @@ from arf_plugin.errors import AnchorSetError, ArfError
 
 NAMED = 5  # examples per kind of error
 SHOWN = 20  # errors in the report for people; the JSON report has them all
-Advance = Callable[[str], None]
+Advance = Callable[[str], object]
 
 
 @dataclass
@@ -33,11 +33,15 @@ class Captions:
 
 @dataclass
 class Pairs:
-    """The pairs of a set: their number, shards and bytes, and the errors that were found."""
+    """The pairs of a set: their number, shards and bytes, and the errors that were found.
+
+    ``repeated`` counts the images whose bytes another pair has too; None if images were not read.
+    """
 
     count: int = 0
     shards: list[str] = field(default_factory=list)
     image_bytes: int = 0
+    repeated: int | None = None
     errors: list[str] = field(default_factory=list)
 
 
@@ -148,6 +152,7 @@ def check_pairs(anchors: str, *, decode: bool = False, advance: Advance | None =
     if not shards:
         return None
     pairs = Pairs(shards=shards)
+    digests: set[str] = set()
     for url in shards:
         try:
             scan = scan_shard(url, AnchorSetError, texts=True, decode=decode)
@@ -159,10 +164,13 @@ def check_pairs(anchors: str, *, decode: bool = False, advance: Advance | None =
                 advance(url)
         pairs.count += len(scan.keys)
         pairs.image_bytes += scan.image_bytes
+        digests.update(scan.digests)
         for key in scan.without_image:
             pairs.errors.append(f"{url}, pair {key}: has no image (KEY.jpg, .jpeg, .png or .webp)")
         for problems in (scan.unreadable, scan.bad_texts):
             pairs.errors += [f"{url}, pair {key}: {reason}" for key, reason in problems.items()]
+    if decode:
+        pairs.repeated = pairs.count - len(digests)
     if not pairs.count and not pairs.errors:
         pairs.errors.append(
             f"The {len(shards)} tars in {anchors}/pairs hold no pair. Build them with: arf pack"
@@ -218,7 +226,16 @@ def check_anchor_set(
         if captions.repeated:
             report.warnings.append(f"{captions.repeated} captions repeat another one of the same sample")
     if pairs is not None:
-        report.pairs = {"count": pairs.count, "shards": len(pairs.shards), "image_bytes": pairs.image_bytes}
+        report.pairs = {
+            "count": pairs.count,
+            "shards": len(pairs.shards),
+            "image_bytes": pairs.image_bytes,
+            "repeated": pairs.repeated,
+        }
+        if pairs.repeated:
+            report.warnings.append(
+                f"{pairs.repeated} pairs repeat the image of another pair, so that pairs may be their own negatives"
+            )
         report.errors += pairs.errors
     if train_data is not None:
         try:

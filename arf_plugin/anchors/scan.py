@@ -7,16 +7,18 @@ in size or time is scanned again. Only local shards are cached.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from arf_plugin.anchors.files import digest, write_json
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -32,6 +34,7 @@ class ShardScan:
         unreadable: reason per key of a damaged image.
         bad_texts: reason per key of an unusable ``txt``, if texts were read.
         image_bytes: size of all images.
+        digests: digest of each image's bytes, in the order of ``keys``, if images were decoded.
     """
 
     url: str
@@ -42,6 +45,7 @@ class ShardScan:
     unreadable: dict[str, str] = field(default_factory=dict)
     bad_texts: dict[str, str] = field(default_factory=dict)
     image_bytes: int = 0
+    digests: list[str] = field(default_factory=list)
 
 
 def scan_shard(
@@ -74,7 +78,7 @@ def scan_shard(
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
     scan = ShardScan(url)
     seen: set[str] = set()
-    read = ("txt",) if texts else ()
+    read = [*(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else [])]
     for sample in scan_samples(url, error, read=read, images=True, decode=decode):
         if sample.key in seen:
             raise error(
@@ -87,6 +91,8 @@ def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardSc
             continue
         scan.keys.append(sample.key)
         scan.image_bytes += sample.image.size
+        if sample.image.data is not None:
+            scan.digests.append(hashlib.blake2b(sample.image.data, digest_size=12).hexdigest())
         scan.without_class += "cls" not in sample.members
         text = sample.members.get("txt")
         scan.without_text += text is None

@@ -11,17 +11,14 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
+from arf_plugin.anchors.headers import Header, StrictInfo, walk_headers
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.errors import ArfError, TaskDataError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 _SPLIT = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
@@ -64,19 +61,6 @@ class Sample:
     def image(self) -> Member | None:
         """The member that open_clip takes as the image."""
         return next((self.members[ext] for ext in IMAGE_EXTENSIONS if ext in self.members), None)
-
-
-class _StrictInfo(tarfile.TarInfo):
-    """A header that is damaged or cut off is an error; tarfile would take it for the end and say nothing."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as cause:
-            if type(cause).__name__ in ("EOFHeaderError", "EmptyHeaderError"):
-                raise  # the regular ends: a block of zeros, or no block at all
-            raise tarfile.ReadError(f"damaged header at byte {tar.offset}: {cause}") from cause
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -138,38 +122,31 @@ def scan_tar(
     Raises:
         error: if the tar is missing, empty, cut off or corrupt; for escaping names, links and devices.
     """
-    with open_shard(url, error) as file:
-        seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
-        last = "the start"
-        try:
-            with tarfile.open(fileobj=file, mode="r:" if seekable else "r|*", tarinfo=_StrictInfo) as tar:
-                for info in tar:
-                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-                    last = f"member {info.name!r}"
-                    if not _accept(info, url, error):
-                        continue
-                    split = split_name(info.name)
-                    if split is None:
-                        continue
-                    key, ext = split
-                    examine = images and ext in IMAGE_EXTENSIONS
-                    data = problem = None
-                    if ext in read or (examine and not seekable):
-                        data = _read_member(tar, info)
-                    if examine and data is not None:
-                        problem = image_problem(io.BytesIO(data), 0, info.size, decode)
-                    elif examine:
-                        problem = image_problem(file, info.offset_data, info.size, decode)
-                    offset = info.offset_data if seekable else -1
-                    kept = data if ext in read else None
-                    yield Member(info.name, key, ext, offset, info.size, kept, problem)
-        except _BROKEN as cause:
-            if isinstance(cause, ArfError):
-                raise
-            raise error(
-                f"{url} is cut off or corrupt after {last}: {cause}.\n"
-                "Expected a whole tar; copy or download it again, or leave it out."
-            ) from cause
+    last = "the start"
+    try:
+        with open_shard(url, error) as file:
+            seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
+            for header, load in _seekable(file) if seekable else _stream(file):
+                last = f"member {header.name!r}"
+                split = split_name(header.name)
+                if not _accept(header, url, error) or split is None:
+                    continue
+                key, ext = split
+                examine = images and ext in IMAGE_EXTENSIONS
+                data = problem = None
+                if ext in read or (examine and not seekable):
+                    data = load()
+                if examine and data is not None:
+                    problem = image_problem(io.BytesIO(data), 0, header.size, decode)
+                elif examine:
+                    problem = image_problem(file, header.offset, header.size, decode)
+                kept = data if ext in read else None
+                yield Member(header.name, key, ext, header.offset, header.size, kept, problem)
+    except _BROKEN as cause:
+        raise error(
+            f"{url} is cut off or corrupt after {last}: {cause}.\n"
+            "Expected a whole tar; copy or download it again, or leave it out."
+        ) from cause
 
 
 def scan_samples(
@@ -195,30 +172,49 @@ def scan_samples(
         yield sample
 
 
-def _accept(info: tarfile.TarInfo, url: str, error: type[ArfError]) -> bool:
+def _seekable(file: IO[bytes]) -> Iterator[tuple[Header, Callable[[], bytes]]]:
+    """Yields headers, each with a function that reads the data."""
+    for header in walk_headers(file):
+
+        def load(header: Header = header) -> bytes:
+            file.seek(header.offset)
+            return file.read(header.size)
+
+        yield header, load
+
+
+def _stream(file: IO[bytes]) -> Iterator[tuple[Header, Callable[[], bytes]]]:
+    """As :func:`_seekable`, for what can be read only once; the offset is -1."""
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictInfo) as tar:
+        for info in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+
+            def load(info: tarfile.TarInfo = info) -> bytes:
+                member = tar.extractfile(info)
+                data = member.read() if member is not None else b""
+                if len(data) != info.size:
+                    raise tarfile.ReadError(f"unexpected end of data in {info.name!r}")
+                return data
+
+            yield Header(info.name, info.type, -1, info.size), load
+
+
+def _accept(header: Header, url: str, error: type[ArfError]) -> bool:
     """True for members that webdataset reads; raises for those that no data set should have."""
-    parts = info.name.replace("\\", "/").split("/")
-    if info.name.startswith(("/", "\\")) or ".." in parts:
+    name = header.name
+    if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
         raise error(
-            f"{url} has a member whose name leaves the folder: {info.name!r}.\n"
+            f"{url} has a member whose name leaves the folder: {name!r}.\n"
             "Expected names below the tar's root; the tar is broken or hostile: leave it out or repack it."
         )
-    if info.isdir():
+    if header.type == tarfile.DIRTYPE:
         return False
-    if info.type not in _PLAIN_TYPES:
+    if header.type not in _PLAIN_TYPES:
         raise error(
-            f"{url} has a member that is not a regular file: {info.name!r} (tar type {info.type!r}).\n"
+            f"{url} has a member that is not a regular file: {name!r} (tar type {header.type!r}).\n"
             "Expected files only, no links and no devices; pack it again (tar --dereference)."
         )
-    return not _SKIPPED.match(info.name)
-
-
-def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    data = file.read() if file is not None else b""
-    if len(data) != info.size:
-        raise tarfile.ReadError(f"unexpected end of data in {info.name!r}")
-    return data
+    return not _SKIPPED.match(name)
 
 
 def _is_compressed(file: IO[bytes]) -> bool:

@@ -76,7 +76,7 @@ def scan_task_ids(
     *,
     images: bool = False,
     decode: bool = False,
-    advance: Callable[[str], None] | None = None,
+    advance: Callable[[str], object] | None = None,
 ) -> TaskScan:
     """Lists the ids of the task data by the headers of its tars, or by the rows of its CSV.
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             args.csv_separator,
             missing_caption=args.arf_missing_caption,
             full=args.full,
-            advance=lambda url: bar.update(1) and None,
+            advance=lambda url: bar.update(1),
         )
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False))

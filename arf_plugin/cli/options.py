@@ -118,7 +118,7 @@ def task_source(args: argparse.Namespace) -> Source:
     if is_csv(args.task_data, args.dataset_type):
         return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
     with tqdm(desc="task data", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
-        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update(1) and None)
+        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update(1))
     return TarSource(expand_urls(args.task_data), TaskDataError)
 
 

@@ -154,7 +154,7 @@ def build_anchors(build: Build, options: RunOptions, restart: Collection[str] = 
     return summaries
 
 
-def plan_anchors(build: Build, advance: Callable[[str], None] | None = None) -> dict[str, Any]:
+def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -> dict[str, Any]:
     """Returns what :func:`build_anchors` would do, with counts, from the headers of all tars.
 
     Args:

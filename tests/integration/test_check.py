@@ -135,6 +135,13 @@ def test_a_caption_file_that_is_no_parquet(check, anchors: Path):
     assert "part-00000.parquet is no readable parquet file" in only_error(check(status=1))
 
 
+def test_repeated_pair_images_are_found_by_full(check, anchors: Path):
+    write_tar(anchors / "pairs/000001.tar", [("x.jpg", drawing(3)), ("x.txt", b"again")])
+    assert check(status=0)["pairs"]["repeated"] is None
+    report = check("--full", status=0)
+    assert report["pairs"]["repeated"] == 1 and "1 pairs repeat the image" in report["warnings"][0]
+
+
 def test_every_bad_pair_is_named(check, anchors: Path):
     write_tar(anchors / "pairs/000001.tar", [
         ("cut.jpg", drawing(0)[:300]), ("cut.txt", b"t"), ("mute.jpg", drawing(1)), ("latin.jpg", drawing(2)),

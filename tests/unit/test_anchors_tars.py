@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
+from arf_plugin.anchors.headers import _plain, walk_headers
 from arf_plugin.anchors.tars import scan_samples, scan_tar, split_name
 from arf_plugin.errors import PoolError, TaskDataError
 
@@ -177,3 +178,40 @@ def test_missing_empty_and_foreign_files(tmp_path: Path):
         list(scan_tar(str(tmp_path / "text.tar")))
     with pytest.raises(TaskDataError, match="cannot be opened"):
         list(scan_tar(str(tmp_path)))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_quick_headers_agree_with_tarfile(tmp_path: Path, form: int):
+    """Long names, directories, prefixes, names in other scripts, empty files."""
+    path = tmp_path / "x.tar"
+    names = [
+        "a.jpg",
+        "d/e.f.txt",
+        "x" * 98 + ".a",
+        "y" * 60 + "/" + "z" * 60 + ".b",
+        "ünïcode/æ.txt",
+        " odd name .c",
+    ]
+    if form != tarfile.USTAR_FORMAT:
+        names += ["long/" * 40 + "w" * 120 + ".txt"]
+    with tarfile.open(path, "w", format=form) as tar:
+        directory = tarfile.TarInfo("d/")
+        directory.type = tarfile.DIRTYPE
+        tar.addfile(directory)
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime, info.uid = number * 300, number * 10**8, number * 10**5
+            tar.addfile(info, io.BytesIO(b"x" * info.size))
+    with path.open("rb") as file:
+        found = list(walk_headers(file))
+    with tarfile.open(path) as tar:
+        expected = [(info.name, info.type, info.offset_data, info.size) for info in tar]
+    assert [tuple(header) for header in found] == expected
+    with path.open("rb") as file:
+        file.seek(found[1].offset - 512)
+        assert _plain(file.read(512), found[1].offset - 512) == found[1], "the quick way is not taken"
+
+
+def test_a_failing_command_is_reported(tmp_path: Path):
+    with pytest.raises(TaskDataError, match="is cut off or corrupt after the start"):
+        list(scan_tar("pipe:cat /nowhere/x.tar"))
