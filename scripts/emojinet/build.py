@@ -27,6 +27,9 @@ from emojinet.split import MONO_VENDORS, Sample, split
 
 TASK_SHARDS = 4
 POOL_SHARD_SIZE = 1000
+# Texts per drawing in pretraining: a small pool seen many times is learned by heart if each image has one text only.
+PRETRAINING_VARIANTS = 5
+PRETRAINING_SHARDS = 16
 # A smoke run's pool: every eighth unrelated icon of these sets.
 FAST_UNRELATED = ("flat-color-icons",)
 # Rises whenever this package would write other bytes from the same sources.
@@ -98,6 +101,24 @@ def write_pool(
         shards = max(2, round(len(records) / POOL_SHARD_SIZE))
         sizes |= write.write_shards(out / "pool", prefix, records, shards)
     write.write_sizes(out / "pool", sizes)
+
+
+def write_pretraining(
+    out: Path, samples: list[Sample], pngs: dict[str, bytes], concepts: dict[str, Concept]
+) -> None:
+    """Writes the pool's emoji for pretraining: each drawing several times, with another text each time."""
+    records = [
+        (
+            f"{s.key}_{variant}",
+            {"png": pngs[s.key], "txt": texts.caption(concepts[s.code], s.vendor, variant).encode()},
+        )
+        for s in samples
+        if s.place == "pool"
+        for variant in range(PRETRAINING_VARIANTS)
+    ]
+    records.sort(key=lambda record: unit_hash("order", record[0]))
+    folder = out / "pretraining"
+    write.write_sizes(folder, write.write_shards(folder, "", records, PRETRAINING_SHARDS))
 
 
 def write_evaluation(
@@ -172,6 +193,7 @@ def build(out: Path, cache: Path, fast: bool = False) -> dict:
     write_text(out / "task" / "classnames.txt", "\n".join(CLASS_NAMES[c] for c in names["fine_tuned"]) + "\n")
     write_text(out / "task" / "templates.txt", "\n".join(texts.TEMPLATES) + "\n")
     write_pool(out, samples, pngs, concepts, {s.name: images[s.name] for s in unrelated_sets})
+    write_pretraining(out, samples, pngs, concepts)
     evaluation = write_evaluation(out, samples, pngs, concepts, names)
     write_text(out / "ATTRIBUTION.md", attribution())
     rows = sorted({s.code for s in samples}, key=lambda code: unit_hash("contact", code))[:40]

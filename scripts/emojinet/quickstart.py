@@ -70,8 +70,8 @@ class Quickstart:
     def pretrain(self) -> str:
         """Pretrains the CLIP; returns what `--model` gets."""
         untrained = model_folder(self.out / "clip-config")
-        emoji = "::".join(map(str, self.shards("emoji")))
-        run = Run(self.out / "pretraining", untrained, emoji, self.recipe.pretraining)
+        pairs = "::".join(map(str, sorted((self.data / "pretraining").glob("*.tar"))))
+        run = Run(self.out / "pretraining", untrained, pairs, self.recipe.pretraining)
         return model_folder(self.out / "clip", train(run, "pretrain"))
 
     def anchors(self, clip: str) -> Path:

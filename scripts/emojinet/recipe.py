@@ -37,7 +37,7 @@ class Training:
         warmup: steps of warm-up.
         scale: smallest share of an image's area that a random crop keeps.
         weight_decay: AdamW's.
-        samples: samples per epoch, drawn with replacement from the shards; 0 takes each sample once.
+        samples: samples per epoch; 0 takes all.
     """
 
     epochs: int
@@ -57,7 +57,7 @@ class Training:
             *("--wd", str(self.weight_decay)),
             *("--warmup", str(self.warmup)),
             *("--aug-cfg", f"scale=({self.scale},1.0)"),
-            *(("--dataset-resampled", "--train-num-samples", str(self.samples)) if self.samples else ()),
+            *(("--train-num-samples", str(self.samples)) if self.samples else ()),
         ]
 
 
@@ -81,13 +81,13 @@ class Recipe:
 
 
 FULL = Recipe(
-    pretraining=Training(epochs=16, batch_size=128, lr=1e-3, warmup=60, scale=0.6),
+    pretraining=Training(epochs=15, batch_size=64, lr=1e-3, warmup=100, scale=0.6, samples=5120),
     captioner_epochs=8,
     neighbours=10,
     fine_tuning=Training(epochs=15, batch_size=64, lr=3e-4, warmup=10, scale=0.6),
 )
 FAST = Recipe(
-    pretraining=Training(epochs=2, batch_size=128, lr=1e-3, warmup=10, scale=0.6),
+    pretraining=Training(epochs=2, batch_size=64, lr=1e-3, warmup=10, scale=0.6, samples=1024),
     captioner_epochs=1,
     neighbours=2,
     fine_tuning=Training(epochs=2, batch_size=64, lr=3e-4, warmup=2, scale=0.6),

@@ -51,14 +51,22 @@ GROUP_WORDS = {
 NAME_NOISE = re.compile(r"\b(\d+px|wordmark|original|icon|type|alt|\d+)\b")
 
 
-def caption(concept: Concept, vendor: str) -> str:
-    """The pool's text for one drawing: a sentence over label and keywords, a category word in every other one."""
+def caption(concept: Concept, vendor: str, variant: int = 0) -> str:
+    """A text for one drawing: a phrase over label and keywords, a category word in every other one.
+
+    Args:
+        concept: what is drawn.
+        vendor: who drew it; each vendor's drawing has texts of its own.
+        variant: 0 is the pool's text; pretraining sees further ones.
+    """
 
     def pick(options: tuple[str, ...], purpose: str) -> str:
-        return options[int(unit_hash("caption", purpose, vendor, concept.code) * len(options))]
+        return options[int(unit_hash("caption", purpose, vendor, concept.code, variant) * len(options))]
 
     words = concept.keywords or (concept.label,)
-    templates = WITH_CATEGORY if unit_hash("category", vendor, concept.code) < 0.5 else WITHOUT_CATEGORY
+    templates = (
+        WITH_CATEGORY if unit_hash("category", vendor, concept.code, variant) < 0.5 else WITHOUT_CATEGORY
+    )
     return pick(templates, "template").format(
         label=concept.label,
         category=CLASS_NAMES.get(concept.subgroup) or GROUP_WORDS[concept.group],
