@@ -34,11 +34,11 @@ def exact_search(
     """
     import torch
 
-    query = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(device)
+    query = _on_device(queries, device)
     best_scores = torch.empty((len(query), 0), device=device)
     best_rows = torch.empty((len(query), 0), dtype=torch.int64, device=device)
     for first, vectors in pool:
-        block = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(device)
+        block = _on_device(vectors, device)
         scores, rows = _top_k(query @ block.T, k)
         # Rows of earlier blocks are lower and come first, so a stable sort keeps them first among equals.
         best_scores = torch.cat([best_scores, scores], dim=1)
@@ -48,6 +48,13 @@ def exact_search(
         if advance is not None:
             advance(len(block))
     return best_rows.cpu().numpy(), best_scores.cpu().numpy()
+
+
+def _on_device(vectors: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copies vectors as they are stored, which may be half the bytes, and converts them to fp32 over there."""
+    import torch
+
+    return torch.from_numpy(np.array(vectors)).to(device).float()
 
 
 def _top_k(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
