@@ -62,17 +62,26 @@ def scan_shard(
     Raises:
         error: see :func:`arf_plugin.anchors.tars.scan_tar`; also for a key that occurs twice.
     """
-    cached = _cache_path(url, texts, decode)
-    if cached is not None and cached.exists():
-        try:
-            return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"])
-        except (ValueError, KeyError, TypeError, OSError):
-            pass  # a damaged cache file is as good as none
+    known = cached_scan(url, texts=texts, decode=decode)
+    if known is not None:
+        return known
     scan = _scan(url, error, texts, decode)
+    cached = _cache_path(url, texts, decode)
     if cached is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
             write_json(cached, {"scan": asdict(scan)})
     return scan
+
+
+def cached_scan(url: str, *, texts: bool = False, decode: bool = False) -> ShardScan | None:
+    """Finds the scan of a shard in the cache; None if it is not there, or the shard has changed."""
+    cached = _cache_path(url, texts, decode)
+    if cached is None or not cached.exists():
+        return None
+    try:
+        return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None  # a damaged cache file is as good as none
 
 
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:

@@ -62,6 +62,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs all stages, or shows the plan."""
+    from tqdm import tqdm
+
     from arf_plugin.anchors.task import expand_urls
     from arf_plugin.errors import PoolError
     from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
         local_rank=options.local_rank(),
     )
     if args.dry_run:
-        plan = plan_anchors(build)
+        with tqdm(desc="pool", unit=" tars", disable=not sys.stderr.isatty(), leave=False) as bar:
+            plan = plan_anchors(build, advance=lambda url: bar.update(1))
         if args.json:
             options.show(plan, True, "plan")
             return 0

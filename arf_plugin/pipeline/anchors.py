@@ -163,17 +163,22 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
     """
     from arf_plugin.anchors.scan import scan_shard
 
-    plans = [describe(make()) for make in (build.caption,) if build.captioner is not None]
     result: dict[str, Any] = {"out": str(build.out), "work": str(build.work)}
+    plans = [] if build.captioner is None else [describe(build.caption())]
     if build.pool is not None:
-        plans += [describe(build.embed_task()), describe(build.embed_pool())]
         pairs = 0
         for url in build.pool:
             scan = scan_shard(url, PoolError)
             pairs += len(scan.keys) - scan.without_text
             if advance is not None:
                 advance(url)
+        plans += [describe(build.embed_task()), describe(build.embed_pool())]
         result["pool"] = {"tars": len(build.pool), "pairs": pairs}
+        queries = plans[-2]["samples"]
+        if queries is not None:
+            result["pairs_at_most"] = min(
+                build.selection.k * queries, build.selection.max_pairs or pairs, pairs
+            )
     for plan in plans:
         plan.pop("config")
     return result | {"stages": plans}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIGIN = "model.json"  # written by arf embed beside the vectors
+_CHECKED_AT_ONCE = 65536
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,10 @@ def check_unit(vectors: np.ndarray, path: Path, first: int) -> None:
     Raises:
         PoolError: naming the first bad row.
     """
-    norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
-    bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))
+    starts = range(0, len(vectors), _CHECKED_AT_ONCE)
+    blocks = (vectors[start : start + _CHECKED_AT_ONCE].astype(np.float32) for start in starts)
+    norms = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks] or [np.ones(0)])
+    bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))  # a comparison with NaN is false
     if len(bad):
         raise PoolError(
             f"{path}, row {bad[0]} (row {first + bad[0]} of the folder) has norm {norms[bad[0]]:g}; expected finite "

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from arf_plugin.anchors.files import digest
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
+from arf_plugin.anchors.scan import cached_scan
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import read_csv_ids
 from arf_plugin.errors import ArfError, PoolError
@@ -85,8 +86,13 @@ class TarSource:
     salvage: bool = False
 
     def shards(self) -> list[Shard]:
-        """One shard per tar, named ``00000`` and so on, weighted by its bytes."""
-        return [Shard(i, f"{i:05d}", url, weight=_file_size(url)) for i, url in enumerate(self.urls)]
+        """One shard per tar, named ``00000`` and so on, weighted by its bytes; counted if it was scanned before."""
+        shards = []
+        for i, url in enumerate(self.urls):
+            scan = cached_scan(url)
+            samples = len(scan.keys) + len(scan.without_image) if scan else None
+            shards.append(Shard(i, f"{i:05d}", url, _file_size(url), samples))
+        return shards
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields the samples of a tar."""

@@ -153,8 +153,13 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
         StageError: for a changed configuration, too many rejected samples, or a file that cannot be written.
     """
     options = options or RunOptions()
+    if options.restart and options.world > 1:
+        raise StageError(
+            f"--restart with {options.world} ranks: one would throw away what another has just done.\n"
+            "Start a single process with --restart, stop it once it is at work, then start all ranks without it."
+        )
     try:
-        if options.restart and options.rank == 0:
+        if options.restart:
             _clear(stage)
         shards = stage.plan()
         _claim(stage, shards)

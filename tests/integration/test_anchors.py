@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import fsspec
 import pytest
-from support.building import folder_bytes
+from support.building import drawing, folder_bytes
 from support.building_fixtures import Inputs
+
+from arf_plugin.anchors.task import expand_urls
 
 
 def command(inputs: Inputs, out: Path, *more: object) -> list[str]:
@@ -103,7 +107,8 @@ def test_two_ranks_together_give_the_bytes_of_one(inputs: Inputs, undisturbed: P
 def test_a_dry_run_counts_and_writes_nothing(arf, inputs: Inputs, tmp_path: Path):
     out, _ = arf(*command(inputs, tmp_path / "A", "--dry-run", "--json"))
     plan = json.loads(out)
-    assert plan["pool"] == {"tars": 4, "pairs": 48}
+    assert plan["pool"] == {"tars": 4, "pairs": 48} and plan["pairs_at_most"] == 48
+    assert [stage["samples"] for stage in plan["stages"]] == [21, 21, 48]
     assert [stage["shards"] for stage in plan["stages"]] == [3, 3, 4]
     assert not (tmp_path / "A").exists()
     out, _ = arf(*command(inputs, tmp_path / "A", "--dry-run"))
@@ -122,6 +127,40 @@ def test_either_half_alone(arf, inputs: Inputs, tmp_path: Path):
     ]
     arf("check", tmp_path / "C", "--train-data", inputs.task)
     arf("check", tmp_path / "P")
+
+
+def test_a_csv_as_task_data(arf, inputs: Inputs, tmp_path: Path):
+    paths = []
+    for i in range(9):
+        path = tmp_path / "images" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(drawing(i, "PNG"))
+        paths.append(str(path))
+    csv = tmp_path / "train.tsv"
+    csv.write_text("\n".join(["filepath\ttitle", *(f"{path}\tt" for path in paths)]) + "\n")
+    arf("anchors", "--task-data", csv, "--captioner", inputs.captioner, "--min-new-tokens", 3, "--pool", inputs.pool,
+        "--model", inputs.clip, "--k", 2, "--out", tmp_path / "A")  # fmt: skip
+    out, _ = arf("check", tmp_path / "A", "--train-data", csv, "--json")
+    assert json.loads(out)["coverage"]["covered"] == 9
+    with tarfile.open(tmp_path / "A/pairs/000000.tar") as tar:
+        member = tar.extractfile("000000000.json")
+        assert member is not None
+        assert set(json.loads(member.read())["queries"]) <= set(paths)
+
+
+def test_pools_behind_urls_and_commands(arf, inputs: Inputs, undisturbed: Path, tmp_path: Path):
+    """fsspec's memory file system stands for s3 and the like; commands are read from front to back."""
+    local = expand_urls(inputs.pool)
+    memory = fsspec.filesystem("memory")
+    for path in local:
+        memory.pipe(f"/pool/{Path(path).name}", Path(path).read_bytes())
+    remote = "memory://pool/pool-{00..03}.tar"
+    piped = "::".join(f"pipe:cat {path}" for path in local)
+    for name, pool in (("remote", remote), ("piped", piped)):
+        out = tmp_path / name
+        arf("anchors", "--task-data", inputs.task, "--pool", pool, "--model", inputs.clip, "--k", 3,
+            "--shard-size", 10, "--out", out)  # fmt: skip
+        assert folder_bytes(out / "pairs") == folder_bytes(undisturbed / "pairs")
 
 
 def test_a_changed_k_is_refused_and_restarts_from_retrieve(arf, inputs: Inputs, tmp_path: Path):

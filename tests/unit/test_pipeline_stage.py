@@ -122,6 +122,11 @@ def test_restart_leaves_nothing_of_the_earlier_run(tmp_path: Path):
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
 
+def test_restart_with_several_ranks_is_refused(tmp_path: Path):
+    with pytest.raises(StageError, match="--restart with 2 ranks"):
+        run_stage(Doubling(tmp_path, NUMBERS), RunOptions(restart=True, world=2))
+
+
 def test_rejects_are_listed_and_too_many_stop_the_run(tmp_path: Path):
     numbers = [[1, -2], [3, 4]]
     with pytest.raises(StageError, match=r"rejected 1 of 4 samples \(25\.0%\).*\n  -2: is negative"):
