@@ -33,10 +33,20 @@ class Quickstart:
         recipe: hyper-parameters.
         seeds: seeds of the fine-tuning runs.
         fast: build the small pool.
+        half: evaluate on the "test" or the "validation" sets.
     """
 
-    def __init__(self, data: Path, out: Path, recipe: Recipe, seeds: list[int], fast: bool) -> None:
-        self.data, self.out, self.recipe, self.seeds, self.fast = data, out, recipe, seeds, fast
+    def __init__(
+        self, data: Path, out: Path, recipe: Recipe, seeds: list[int], fast: bool = False, half: str = "test"
+    ) -> None:
+        self.data, self.out, self.recipe, self.seeds, self.fast, self.half = (
+            data,
+            out,
+            recipe,
+            seeds,
+            fast,
+            half,
+        )
         self.started = time.monotonic()
 
     def run(self) -> str:
@@ -50,13 +60,13 @@ class Quickstart:
         self.title("2/6 pretrain a tiny CLIP on the pool (open_clip's trainer)")
         clip = self.pretrain()
         self.title("3/6 train a tiny captioner on the pool")
-        captioner.train(self.shards("emoji"), self.out / "captioner", self.recipe.captioner_epochs)
+        captioner.train(self.pairs, self.out / "captioner", self.recipe.captioner_steps)
         self.title("4/6 build anchors: caption, embed, retrieve, pack (arf anchors)")
         anchors = self.anchors(clip)
         self.title("5/6 fine-tune: FLYP and ARF, the same recipe (open_clip's trainer)")
         runs = self.fine_tune(clip, anchors)
         self.title("6/6 evaluate, also with WiSE-FT (arf evaluate)")
-        return self.evaluate(clip, runs, "test", self.out)
+        return self.evaluate(clip, runs)
 
     def title(self, text: str) -> None:
         """Announces a step, with the time since the start."""
@@ -67,11 +77,17 @@ class Quickstart:
         """The pool's shards of a kind: "emoji" or "icons"."""
         return sorted((self.data / "pool").glob(f"{kind}-*.tar"))
 
+    @property
+    def pairs(self) -> list[Path]:
+        """The shards that the CLIP and the captioner are trained on."""
+        return sorted((self.data / "pretraining").glob("*.tar"))
+
     def pretrain(self) -> str:
         """Pretrains the CLIP; returns what `--model` gets."""
         untrained = model_folder(self.out / "clip-config")
-        pairs = "::".join(map(str, sorted((self.data / "pretraining").glob("*.tar"))))
-        run = Run(self.out / "pretraining", untrained, pairs, self.recipe.pretraining)
+        run = Run(
+            self.out / "pretraining", untrained, "::".join(map(str, self.pairs)), self.recipe.pretraining
+        )
         return model_folder(self.out / "clip", train(run, "pretrain"))
 
     def anchors(self, clip: str) -> Path:
@@ -86,6 +102,11 @@ class Quickstart:
             ]
         )
         return anchors
+
+    @property
+    def results(self) -> Path:
+        """Where figures go: validation figures have a folder of their own."""
+        return self.out if self.half == "test" else self.out / self.half
 
     @property
     def task(self) -> str:
@@ -128,8 +149,8 @@ class Quickstart:
             weights = [future.result() for future in done]
         return {str(path): (arm, [seed]) for path, (arm, seed, _) in zip(weights, jobs, strict=True)}
 
-    def evaluate(self, clip: str, runs: dict[str, tuple[str, list[int]]], half: str, out: Path) -> str:
-        """Evaluates everything on the validation or test sets and writes the results.
+    def evaluate(self, clip: str, runs: dict[str, tuple[str, list[int]]]) -> str:
+        """Evaluates everything and writes the results.
 
         Returns:
             The table.
@@ -137,12 +158,12 @@ class Quickstart:
         before = clip.removeprefix("local-dir:") + "/open_clip_model.safetensors"
         names = {before: ("before", [0]), **runs}
         names |= {f"{path}+wise": (f"{arm}+wise", seeds) for path, (arm, seeds) in runs.items()}
-        figures = out / f"accuracy-{half}.json"
+        figures = self.results / "accuracy.json"
         stage = Stage(
-            out, f"evaluate-{half}", {p: Path(p.removesuffix("+wise")).stat().st_mtime_ns for p in names}
+            self.results, "evaluate", {p: Path(p.removesuffix("+wise")).stat().st_mtime_ns for p in names}
         )
         if not stage.done:
-            sets = str(self.data / "evaluation" / half)
+            sets = str(self.data / "evaluation" / self.half)
             wise = ("--wise", str(self.recipe.wise))
             call(
                 [
@@ -160,7 +181,7 @@ class Quickstart:
                 ]
             )
             stage.finish()
-        return report.write(out, read_json(figures), names)
+        return report.write(self.results, read_json(figures), names)
 
 
 def main() -> int:
@@ -174,6 +195,11 @@ def main() -> int:
     )
     parser.add_argument("--data", type=Path, help="EmojiNet's folder (default: data/emojinet[-fast])")
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/quickstart[-fast])")
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="evaluate on the validation sets, for choosing hyper-parameters; results go to OUT/validation",
+    )
     args = parser.parse_args()
     suffix = "-fast" if args.fast else ""
     quickstart = Quickstart(
@@ -182,13 +208,14 @@ def main() -> int:
         FAST if args.fast else FULL,
         args.seeds or ([0] if args.fast else [0, 1, 2]),
         args.fast,
+        "validation" if args.validation else "test",
     )
     try:
         table = quickstart.run()
     except (DownloadError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    quickstart.title(f"done; {quickstart.out}/results.json and results.png hold the figures\n")
+    quickstart.title(f"done; {quickstart.results}/results.json and results.png hold the figures\n")
     print(table)
     return 0
 

@@ -67,14 +67,14 @@ class Recipe:
 
     Attributes:
         pretraining: the tiny CLIP, on the pool's emoji.
-        captioner_epochs: the captioner, on the same.
+        captioner_steps: the captioner, on the same.
         neighbours: pool pairs retrieved per task image (k).
         fine_tuning: the same for every arm.
         wise: WiSE-FT's alpha.
     """
 
     pretraining: Training
-    captioner_epochs: int
+    captioner_steps: int
     neighbours: int
     fine_tuning: Training
     wise: float = 0.5
@@ -82,13 +82,13 @@ class Recipe:
 
 FULL = Recipe(
     pretraining=Training(epochs=15, batch_size=64, lr=1e-3, warmup=100, scale=0.6, samples=5120),
-    captioner_epochs=8,
+    captioner_steps=600,
     neighbours=10,
     fine_tuning=Training(epochs=15, batch_size=64, lr=3e-4, warmup=10, scale=0.6),
 )
 FAST = Recipe(
     pretraining=Training(epochs=2, batch_size=64, lr=1e-3, warmup=10, scale=0.6, samples=1024),
-    captioner_epochs=1,
+    captioner_steps=60,
     neighbours=2,
     fine_tuning=Training(epochs=2, batch_size=64, lr=3e-4, warmup=2, scale=0.6),
 )

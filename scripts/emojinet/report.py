@@ -154,7 +154,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             error_kw={"lw": 0.8},
         )
         for place, height, std in zip(places, heights, spread, strict=True):
-            axes.text(place, height + std + 0.6, f"{height:.0f}", ha="center", va="bottom", fontsize=7)
+            axes.text(place, height + std, f"{height:.0f}", ha="center", va="bottom", fontsize=7)
+    tallest = max(result["arms"][arm][m] + result["std"][arm][m] for arm in ARMS for m in METRICS)
+    axes.set_ylim(0, 1.1 * tallest + 1)
     axes.set_xticks(range(len(METRICS)), METRICS.values())
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_title(
