@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from arf_plugin.cli import options
 from arf_plugin.cli.caption import add_captioner_options, generation
@@ -95,17 +96,23 @@ def run(args: argparse.Namespace) -> int:
             return 0
         stages = plan.pop("stages")
         options.show(plan, False, "plan")
-        for stage in stages:
-            options.show(stage, False, f"stage {stage['stage']}")
+        _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
         return 0
     summaries = build_anchors(build, options.run_options(args), RESTART.get(args.restart, ()))
     if args.json:
         options.show({"out": str(args.out), "stages": summaries}, True, "done")
         return 0
-    for summary in summaries:
-        options.show(summary, False, f"stage {summary['stage']}")
+    _table(summaries, ("stage", "samples", "kept", "rejected", "captions", "pairs", "out"))
     print(
         f"The anchor set is in {args.out}. Look at it with: arf check {args.out} --train-data DATA",
         file=sys.stderr,
     )
     return 0
+
+
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Prints one row per stage; what a stage does not have is left blank."""
+    cells = [list(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -25,7 +25,9 @@ class Progress:
         self.stage, self.unit, self.interval = stage, unit, interval
         terminal = sys.stderr.isatty()
         # Where nobody watches, tqdm only counts: carriage returns make logs unreadable.
-        self._bar = tqdm(desc=stage, total=total, unit=f" {unit}", disable=not terminal, smoothing=0.1)
+        self._bar = tqdm(
+            desc=stage, total=total, unit=f" {unit}", disable=not terminal, smoothing=0.1, dynamic_ncols=True
+        )
         self._total, self._done, self._terminal = total, 0, terminal
         self._started = self._printed = time.monotonic()
 
