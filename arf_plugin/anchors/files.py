@@ -31,6 +31,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Returns the folder for what can be derived again: ``ARF_CACHE_DIR``, else ``~/.cache/arf-plugin``."""
+    return Path(os.environ.get("ARF_CACHE_DIR") or Path.home() / ".cache" / "arf-plugin")
+
+
 def remove_incomplete(folder: Path, *, all_hosts: bool = True) -> None:
     """Removes what killed processes left behind in a folder.
 

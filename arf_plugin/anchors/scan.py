@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from arf_plugin.anchors.files import digest, write_json
+from arf_plugin.anchors.files import cache_folder, digest, write_json
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
@@ -79,7 +78,7 @@ def cached_scan(url: str, *, texts: bool = False, decode: bool = False) -> Shard
     if cached is None or not cached.exists():
         return None
     try:
-        return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"])
+        return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"] | {"url": url})
     except (ValueError, KeyError, TypeError, OSError):
         return None  # a damaged cache file is as good as none
 
@@ -130,6 +129,5 @@ def _cache_path(url: str, texts: bool, decode: bool) -> Path | None:
         stat = path.stat()
     except OSError:
         return None
-    root = Path(os.environ.get("ARF_CACHE_DIR") or Path.home() / ".cache" / "arf-plugin")
-    name = digest([_FORMAT, str(path.absolute()), url, stat.st_size, stat.st_mtime_ns, texts, decode])
-    return root / "scans" / f"{name[:40]}.json"
+    name = digest([_FORMAT, str(path.absolute()), stat.st_size, stat.st_mtime_ns, texts, decode])
+    return cache_folder() / "scans" / f"{name[:40]}.json"

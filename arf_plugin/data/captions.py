@@ -22,15 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from arf_plugin.anchors.files import cache_folder
 from arf_plugin.errors import AnchorSetError
 
 FORMAT = "arf-captions-1"
 REBUILD = "rebuild the captions with: arf caption ..."
-
-
-def cache_folder() -> Path:
-    """The folder for derived files: ``ARF_CACHE_DIR``, else ``~/.cache/arf-plugin``."""
-    return Path(os.environ.get("ARF_CACHE_DIR") or Path.home() / ".cache" / "arf-plugin")
 
 
 class CaptionStore:
