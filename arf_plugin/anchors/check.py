@@ -111,13 +111,11 @@ def check_captions(anchors: str) -> Captions | None:
     Raises:
         AnchorSetError: naming the file, and the row, of what is wrong.
     """
-    import fsspec
     import pyarrow.compute as pc
 
     from arf_plugin.data.captions import read_caption_files
 
-    fs, root = fsspec.core.url_to_fs(anchors)
-    files = sorted(fs.glob(f"{root.rstrip('/')}/captions/*.parquet"))
+    fs, files = _files(anchors, "captions/*.parquet")
     if not files:
         return None
     table = read_caption_files(fs, files)
@@ -146,11 +144,10 @@ def check_pairs(anchors: str, *, decode: bool = False, advance: Advance | None =
         The pairs with all errors found: images that are missing or unreadable, texts that are missing, empty or not
         UTF-8, damaged tars.
     """
-    from arf_plugin.data.pairs import list_pair_shards
-
-    shards = list_pair_shards(anchors)
-    if not shards:
+    fs, files = _files(anchors, "pairs/*.tar")
+    if not files:
         return None
+    shards = [fs.unstrip_protocol(name) if is_remote(anchors) else name for name in files]
     pairs = Pairs(shards=shards)
     digests: set[str] = set()
     for url in shards:
@@ -255,6 +252,14 @@ def check_anchor_set(
             if captions is not None:
                 _report_coverage(report, task, captions, missing_caption)
     return report
+
+
+def _files(anchors: str, pattern: str) -> tuple[Any, list[str]]:
+    """The set's file system, and its files of a pattern in order."""
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(anchors)
+    return fs, sorted(fs.glob(f"{root.rstrip('/')}/{pattern}"))
 
 
 def _require_folder(anchors: str) -> None:
