@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arf_plugin.anchors.captions import read_caption_files
 from arf_plugin.anchors.manifest import read_manifest
 from arf_plugin.anchors.scan import scan_shard
 from arf_plugin.anchors.tars import is_remote
@@ -112,8 +113,6 @@ def check_captions(anchors: str) -> Captions | None:
         AnchorSetError: naming the file, and the row, of what is wrong.
     """
     import pyarrow.compute as pc
-
-    from arf_plugin.data.captions import read_caption_files
 
     fs, files = _files(anchors, "captions/*.parquet")
     if not files:

@@ -30,7 +30,8 @@ COMMANDS = (
 EPILOG = """\
 examples:
   arf doctor                                  is the plugin active, and does it fit this open_clip?
-  arf anchors --task 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS
+  arf anchors --task-data 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS \\
+      --captioner Salesforce/blip-image-captioning-base --model ViT-B-16 --pretrained openai
   arf check ANCHORS --train-data 'task/{000..099}.tar'
   torchrun --nproc_per_node 8 -m open_clip_train.main --arf-anchors ANCHORS --train-data ...
 """
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"arf {args.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"arf {args.command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

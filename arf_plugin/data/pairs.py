@@ -20,10 +20,10 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.errors import AnchorSetError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SHUFFLE_BUFFER = 2000
 
 

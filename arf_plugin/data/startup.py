@@ -42,7 +42,8 @@ def check_anchor_set(config: ArfConfig) -> None:
     if not is_folder:
         found = "is a file" if fs.exists(root) else "does not exist"
         raise AnchorSetError(
-            f"--arf-anchors {config.anchors} {found}; expected a folder with captions/*.parquet, pairs/*.tar or both.\n{BUILD}"
+            f"--arf-anchors {config.anchors} {found}; expected a folder with captions/*.parquet, "
+            f"pairs/*.tar or both.\n{BUILD}"
         )
     halves = {
         "captions/*.parquet": (
@@ -56,7 +57,8 @@ def check_anchor_set(config: ArfConfig) -> None:
             ", ".join(sorted(name.rsplit("/", 1)[-1] for name in fs.ls(root, detail=False))[:8]) or "nothing"
         )
         raise AnchorSetError(
-            f"--arf-anchors {config.anchors} is empty: no captions/*.parquet and no pairs/*.tar (found: {content}).\n{BUILD}"
+            f"--arf-anchors {config.anchors} is empty: no captions/*.parquet and no pairs/*.tar "
+            f"(found: {content}).\n{BUILD}"
         )
     if not any(there and weight for there, weight in halves.values()):
         only = next(name for name, (there, _) in halves.items() if there)
@@ -94,7 +96,9 @@ def check_data(
         else:
             _check_texts(args, config, scan)
         if captions is not None:
-            _check_coverage(config, scan.ids, captions)
+            # Training skips unreadable images, and no captioner could have described them.
+            readable = [identity for identity in scan.ids if identity not in scan.unreadable]
+            _check_coverage(config, readable, captions)
     else:
         logging.warning(
             "ARF: the task data is remote, so its ids are not checked before the first step; see `arf check`."
@@ -137,7 +141,8 @@ def _check_texts(args: Any, config: ArfConfig, scan: TaskScan) -> None:
     if scan.unreadable:
         name, reason = next(iter(scan.unreadable.items()))
         logging.warning(
-            f"ARF: {len(scan.unreadable)} of {total} task images are unreadable and will be skipped, first: {name} {reason}"
+            f"ARF: {len(scan.unreadable)} of {total} task images are unreadable and will be skipped, "
+            f"first: {name} {reason}"
         )
 
 
@@ -153,8 +158,8 @@ def _check_csv_texts(args: Any, config: ArfConfig) -> None:
     empty = frame.index[frame[column].isna()]
     if len(empty):
         raise TaskDataError(
-            f"{args.train_data}, row {empty[0] + 1}: column '{column}' is empty ({len(empty)} rows are); open_clip would "
-            "train on the text 'nan'. Fill it in or remove the row."
+            f"{args.train_data}, row {empty[0] + 1}: column '{column}' is empty ({len(empty)} rows are); open_clip "
+            "would train on the text 'nan'. Fill it in or remove the row."
         )
 
 
@@ -208,6 +213,6 @@ def _refuse(url: str, problems: Iterable[tuple[str, str]]) -> None:
         key, reason = listed[0]
         more = f" ({len(listed) - 1} more in this shard)" if len(listed) > 1 else ""
         raise AnchorSetError(
-            f"{url}, pair {key}: {reason}{more}.\nExpected a whole image and a UTF-8 text per pair: remove or replace the "
-            "pair, or run `arf pack` again. `arf check` lists all of them."
+            f"{url}, pair {key}: {reason}{more}.\nExpected a whole image and a UTF-8 text per pair: remove or replace "
+            "the pair, or run `arf pack` again. `arf check` lists all of them."
         )

@@ -6,10 +6,12 @@ them, and `JointTokenizer` takes them apart where the pipeline calls the tokeniz
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from arf_plugin.anchors.ids import sample_id
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.data.captions import CaptionStore
 from arf_plugin.data.prompts import ClassPrompts, choose
 from arf_plugin.errors import MissingCaptionError, TaskDataError
@@ -113,6 +115,11 @@ class JoinedSamples:
             own = sample.get("txt")
             try:
                 text = self.texts(identity, sample.get("cls"), None if own is None else own.decode("utf-8"))
+            except MissingCaptionError:
+                image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), b"")
+                if image_problem(io.BytesIO(image), 0, len(image), decode=True) is None:
+                    raise
+                continue  # no captioner could describe it, and open_clip would skip it too
             except UnicodeDecodeError as error:
                 raise TaskDataError(
                     f"Sample {identity}: its txt is not UTF-8 ({error.reason} at byte {error.start}). Re-encode it."

@@ -249,3 +249,18 @@ def test_two_processes_stop_together_with_one_message(tmp_path, train, task, anc
     run = train(*flags, nproc=2, check=False)
     assert run.status != 0 and run.output.count("arf-plugin: error: No caption for task sample") == 1
     assert "Train Epoch" not in run.output
+
+
+def test_an_unreadable_task_image_needs_no_caption(tmp_path, train, task, anchors):
+    """No captioner could describe it and open_clip skips it, so it does not stop the run."""
+    inputs = Inputs(tmp_path / "inputs", task, anchors)
+    one_missing_caption(inputs)
+    shard = inputs.task.folder / "task-0001.tar"
+    with tarfile.open(shard) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    members["000011.png"] = members["000011.png"][:200]
+    data.write_tar(shard, members)
+    flags = ["--train-data", inputs.train_data, "--train-num-samples", 32, "--arf-anchors", inputs.anchors]
+    run = train.forked(*flags)
+    assert "1 of 32 task images are unreadable and will be skipped, first: task-0001/000011" in run.output
+    assert run.output.count("Train Epoch") == 4

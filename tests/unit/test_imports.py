@@ -30,6 +30,8 @@ def test_the_training_path_needs_no_retrieval_and_no_captioner():
 
 
 def test_the_core_never_imports_the_hooks():
-    core = ", ".join(f"arf_plugin.{name}" for name in ("data.loader", "data.pairs", "data.startup", "losses.anchored"))
+    core = ", ".join(
+        f"arf_plugin.{name}" for name in ("data.loader", "data.pairs", "data.startup", "losses.anchored")
+    )
     found = imported(f"import {core}")
     assert not {name for name in found if name.startswith(("arf_plugin.hooks", "open_clip_train"))}
