@@ -60,7 +60,8 @@ class Quickstart:
         self.title("2/6 pretrain a tiny CLIP on the pool (open_clip's trainer)")
         clip = self.pretrain()
         self.title("3/6 train a tiny captioner on the pool")
-        captioner.train(self.pairs, self.out / "captioner", self.recipe.captioner_steps)
+        weights = self.out / "clip" / "open_clip_model.safetensors"
+        captioner.train(self.pairs, weights, self.out / "captioner", self.recipe.captioner_steps)
         self.title("4/6 build anchors: caption, embed, retrieve, pack (arf anchors)")
         anchors = self.anchors(clip)
         self.title("5/6 fine-tune: FLYP and ARF, the same recipe (open_clip's trainer)")
@@ -97,7 +98,8 @@ class Quickstart:
         call(
             [
                 *("arf", "anchors", "--task-data", self.task, "--pool", pool, "--out", str(anchors)),
-                *("--captioner", str(self.out / "captioner"), "--model", clip),
+                *("--captioner", str(self.out / "captioner"), "--prompt", captioner.IMAGE_TOKEN),
+                *("--model", clip),
                 *("--k", str(self.recipe.neighbours), "--max-new-tokens", "20"),
             ]
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 # open_clip's model configuration: a ResNet-10 and a text tower of two layers, for 48-pixel images.
-MODEL = {
+MODEL: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 128,
         "vision_cfg": {
@@ -67,7 +68,7 @@ class Recipe:
 
     Attributes:
         pretraining: the tiny CLIP, on the pool's emoji.
-        captioner_steps: the captioner, on the same.
+        captioner_steps: steps of the captioner's training, on the same.
         neighbours: pool pairs retrieved per task image (k).
         fine_tuning: the same for every arm.
         wise: WiSE-FT's alpha.
@@ -82,7 +83,7 @@ class Recipe:
 
 FULL = Recipe(
     pretraining=Training(epochs=15, batch_size=64, lr=1e-3, warmup=100, scale=0.6, samples=5120),
-    captioner_steps=600,
+    captioner_steps=800,
     neighbours=10,
     fine_tuning=Training(epochs=15, batch_size=64, lr=3e-4, warmup=10, scale=0.6),
 )
