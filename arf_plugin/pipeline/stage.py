@@ -134,8 +134,14 @@ def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
             rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
         if "SLURM_ARRAY_TASK_COUNT" in env:
             step = int(env.get("SLURM_ARRAY_TASK_STEP", "1") or 1)
-            task = (int(env["SLURM_ARRAY_TASK_ID"]) - int(env.get("SLURM_ARRAY_TASK_MIN", "0"))) // step
-            rank, world = task * world + rank, int(env["SLURM_ARRAY_TASK_COUNT"]) * world
+            low, count = int(env.get("SLURM_ARRAY_TASK_MIN", "0")), int(env["SLURM_ARRAY_TASK_COUNT"])
+            high = int(env.get("SLURM_ARRAY_TASK_MAX", low + (count - 1) * step))
+            if (high - low) // step + 1 != count:  # their shares would overlap, and other shards be nobody's
+                raise StageError(
+                    f"This SLURM array has {count} tasks with numbers from {low} to {high}: there are gaps between "
+                    "them.\nSubmit it with numbers in a row, such as --array=0-7; what is finished is skipped."
+                )
+            rank, world = (int(env["SLURM_ARRAY_TASK_ID"]) - low) // step * world + rank, count * world
         return rank, world
     except (KeyError, ValueError) as cause:
         raise StageError(
@@ -162,9 +168,11 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
         if options.restart:
             _clear(stage)
         shards = stage.plan()
-        _claim(stage, shards)
+        lock = FileLock(stage.work / "stage.lock")
+        with lock:  # ranks start together, and the slower must not clear away what the faster has begun
+            _claim(stage, shards)
         _process(stage, shards, options)
-        with FileLock(stage.work / "finish.lock"):  # the last ranks may come to the end together
+        with lock:  # the last ranks may come to the end together
             finished = stage.work / "finished.json"
             if finished.exists():
                 summary = json.loads(finished.read_text(encoding="utf-8"))

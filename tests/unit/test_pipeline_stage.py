@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from support.building import folder_bytes
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
+from arf_plugin.pipeline import stage as stage_module
 from arf_plugin.pipeline.stage import (
     Outcome,
     RunOptions,
@@ -171,6 +174,27 @@ def test_ranks_share_the_shards_and_the_last_one_finalizes(tmp_path: Path):
     assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
 
 
+def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Path, monkeypatch):
+    """Two ranks find an empty folder; one of them is held up for as long as the other needs for all its shards."""
+    clear, starting = stage_module._clear, threading.Event()
+
+    def slow_clear(stage: Stage) -> None:
+        if threading.current_thread() is slow:
+            starting.set()
+            time.sleep(0.5)
+        clear(stage)
+
+    monkeypatch.setattr(stage_module, "_clear", slow_clear)
+    share = (Doubling(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
+    slow = threading.Thread(target=run_stage, args=share)
+    slow.start()
+    assert starting.wait(10)
+    run_stage(Doubling(tmp_path, NUMBERS), RunOptions(rank=1, world=2))
+    slow.join()
+    assert len(list((tmp_path / "work/doubling/done").iterdir())) == len(NUMBERS)
+    assert (tmp_path / "work/doubling/finished.json").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StageError, match="cannot go on"):
@@ -206,6 +230,17 @@ def test_describe_writes_nothing(tmp_path: Path):
 )
 def test_ranks_are_read_from_torchrun_and_slurm(environment: dict[str, str], expected: tuple[int, int]):
     assert ranks(environment) == expected
+
+
+def test_an_array_with_gaps_is_refused():
+    """SLURM tells its tasks of `--array=0,2,3` that there are three, from 0 to 3, with a step of 1."""
+    gaps = {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "3",
+            "SLURM_ARRAY_TASK_STEP": "1", "SLURM_ARRAY_TASK_ID": "2"}  # fmt: skip
+    with pytest.raises(StageError, match="3 tasks with numbers from 0 to 3"):
+        ranks(gaps)
+    assert ranks(gaps | {"SLURM_ARRAY_TASK_COUNT": "4"}) == (2, 4)
+    alone = {f"SLURM_ARRAY_TASK_{name}": "7" for name in ("ID", "MIN", "MAX")}
+    assert ranks(alone | {"SLURM_ARRAY_TASK_COUNT": "1"}) == (0, 1)
 
 
 def test_ranks_that_make_no_sense_are_refused():
