@@ -53,10 +53,16 @@ class Embeddings:
         """The files that hold at least one row.
 
         Raises:
-            PoolError: if files are missing, damaged, of different lengths or dimensions.
+            PoolError: if files are missing, damaged, of different lengths or dimensions, or not all written yet.
         """
         import pyarrow.parquet as pq
 
+        work = self.folder / "work" / "embed"
+        if (work / "config.json").exists() and not (work / "finished.json").exists():
+            raise PoolError(
+                f"{self.folder} is not finished: arf embed was interrupted, or other ranks are still at work. Wait for "
+                "them, or run it again to the end."
+            )
         name = "img_emb" if self.modality == "image" else "text_emb"
         vectors = sorted((self.folder / name).glob("*.npy"))
         metadata = sorted((self.folder / "metadata").glob("*.parquet"))

@@ -187,6 +187,21 @@ def test_damaged_embedding_folders_are_refused(tmp_path: Path):
         _ = Embeddings(folder).files
 
 
+def test_a_half_embedded_folder_is_refused(
+    arf, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One of two ranks has done its share: whole files, but not all of them."""
+    words = ("embed", "--pool", inputs.pool, "--model", inputs.clip, "--out", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    arf(*words)
+    with pytest.raises(PoolError, match="is not finished"):
+        _ = Embeddings(tmp_path).rows
+    monkeypatch.setenv("RANK", "1")
+    arf(*words)
+    assert Embeddings(tmp_path).rows == 48
+
+
 def test_vectors_that_are_not_unit_are_named(tmp_path: Path):
     vectors = unit_vectors(20, 8, seed=0)
     vectors[13] = np.nan
