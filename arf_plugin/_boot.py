@@ -34,7 +34,7 @@ def guard(params: ModuleType) -> None:
     def parse_args(args: Any) -> Any:
         from arf_plugin import hooks
 
-        if not wants_arf(args):
+        if not wants_arf(sys.argv[1:] if args is None else args):
             hooks.deactivate()  # only matters where one process trains twice
             return original(args)
         return hooks.parse_args(params, original, args)
