@@ -43,9 +43,9 @@ def evaluate(
         EvaluationError: for checkpoints or sets that cannot be evaluated.
     """
     import open_clip
-    from tqdm import tqdm
 
     from arf_plugin.pipeline.device import pick_device
+    from arf_plugin.pipeline.progress import Progress
 
     if wise is not None and len(checkpoints) < 2:
         raise EvaluationError(
@@ -80,11 +80,10 @@ def evaluate(
 
     accuracy: dict[str, dict[str, float]] = {name: {} for name in models}
     samples = {}
-    with tqdm(desc="evaluate", unit=" images") as bar:
+    with Progress("evaluate") as progress:
         for name, dataset in sets.items():
-            bar.set_postfix_str(name)
             scores, samples[name] = top1(
-                models, preprocess, tokenizer, dataset, target, batch_size, bar.update
+                models, preprocess, tokenizer, dataset, target, batch_size, progress.advance
             )
             for checkpoint, score in scores.items():
                 accuracy[checkpoint][name] = score

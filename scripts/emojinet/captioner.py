@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from emojinet.files import bar
 from emojinet.recipe import MODEL
 
 if TYPE_CHECKING:
@@ -162,8 +161,8 @@ def train(shards: Sequence[Path], clip: Path, out: Path, steps: int, seed: int =
     passes = steps * BATCH_SIZE // len(texts) + 1
     order = torch.cat([torch.randperm(len(texts)) for _ in range(passes)])
     embed = model.get_input_embeddings()
-    with tqdm(range(steps), desc="train captioner", unit="step") as bar:
-        for step in bar:
+    with bar(iterable=range(steps), desc="train captioner", unit="step") as shown:
+        for step in shown:
             batch = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
             rows = [torch.tensor(tokens[i]) for i in batch.tolist()]
             target = torch.nn.utils.rnn.pad_sequence(
@@ -184,7 +183,7 @@ def train(shards: Sequence[Path], clip: Path, out: Path, steps: int, seed: int =
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.2f}")
+            shown.set_postfix(loss=f"{loss.item():.2f}")
     save(model, tokenizer, out)
 
 

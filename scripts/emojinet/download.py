@@ -12,9 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
-from emojinet.files import replacing
+from emojinet.files import bar, replacing
 from emojinet.sources import Source
 
 MAX_MEMBER_BYTES = 200 * 2**20
@@ -95,9 +93,9 @@ def download(sources: tuple[Source, ...], cache: Path) -> Path:
     def one(source: Source) -> None:
         unpack(source, fetch(source, cache, npm), folder)
 
-    with ThreadPoolExecutor(4) as pool, tqdm(total=len(sources), desc="download", unit="package") as bar:
+    with ThreadPoolExecutor(4) as pool, bar(total=len(sources), desc="download", unit="package") as shown:
         for _ in pool.map(one, sources):
-            bar.update()
+            shown.update()
     return folder
 
 

@@ -8,9 +8,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from tqdm import tqdm
-
-from emojinet.files import replacing
+from emojinet.files import bar, replacing
 
 SIZE = 64
 
@@ -64,7 +62,7 @@ def draw_set(name: str, documents: dict[str, str], folder: Path, processes: int 
     pool = multiprocessing.get_context("spawn").Pool(processes or os.cpu_count())
     with replacing(target) as temporary, pool, tarfile.open(temporary, "w") as tar:
         drawn = pool.imap(_draw_named, work, chunksize=16)
-        for icon, png in tqdm(drawn, total=len(work), desc=f"draw {name}", unit="icon"):
+        for icon, png in bar(iterable=drawn, total=len(work), desc=f"draw {name}", unit="icon"):
             if png:
                 add_bytes(tar, f"{icon}.png", png)
     return target

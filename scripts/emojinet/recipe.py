@@ -83,7 +83,7 @@ class Recipe:
 
 FULL = Recipe(
     pretraining=Training(epochs=15, batch_size=64, lr=1e-3, warmup=100, scale=0.6, samples=5120),
-    captioner_steps=800,
+    captioner_steps=400,
     neighbours=10,
     fine_tuning=Training(epochs=15, batch_size=64, lr=3e-4, warmup=10, scale=0.6),
 )

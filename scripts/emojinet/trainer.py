@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from emojinet.files import replacing, write_json
+from emojinet.files import bar, replacing, write_json
 from emojinet.recipe import MODEL, Training
 
 STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?Loss: ([\d.]+) \([^)]*\)\s*$")
@@ -89,7 +87,7 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / "console.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
-    with log.open("wb") as stream, tqdm(desc=title, unit="image", position=position, mininterval=0.5) as bar:
+    with log.open("wb") as stream, bar(desc=title, unit="image", position=position) as shown:
         process = subprocess.Popen(
             run.command(),
             stdin=subprocess.DEVNULL,
@@ -104,11 +102,11 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
                 stream.flush()
                 if match := STEP.search(line.rstrip()):
                     epoch, done, size = (int(match[i]) for i in (1, 2, 3))
-                    bar.total = size * run.training.epochs
-                    bar.set_postfix_str(
+                    shown.total = size * run.training.epochs
+                    shown.set_postfix_str(
                         f"epoch {epoch + 1}/{run.training.epochs}, loss {float(match[4]):.3f}"
                     )
-                    bar.update(epoch * size + done - bar.n)
+                    shown.update(epoch * size + done - shown.n)
             status = process.wait()
         finally:
             process.terminate()
