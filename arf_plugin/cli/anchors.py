@@ -11,7 +11,7 @@ from arf_plugin.cli import options
 from arf_plugin.cli.caption import add_captioner_options, generation
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
-from arf_plugin.cli.retrieve import add_selection_options, selection
+from arf_plugin.cli.retrieve import add_selection_options, exclusion, selection
 
 EXAMPLES = """\
   arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         model=args.model or "",
         pretrained=args.pretrained,
         selection=selection(args),
+        exclusion=exclusion(args),
+        memory=args.memory,
         salvage=args.salvage,
         shard_size=args.shard_size,
         caption_batch_size=args.caption_batch_size,

@@ -94,6 +94,15 @@ def positive(text: str) -> int:
     return value
 
 
+def byte_size(text: str) -> int:
+    """Type of a flag that takes a number of bytes, such as ``500M`` or ``1.5G`` (powers of 1024)."""
+    number, unit = text[:-1], text[-1:].upper()
+    try:
+        return int(float(number) * 1024 ** ("KMGT".index(unit) + 1)) if unit in "KMGT" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500M or 4G") from None
+
+
 def run_options(args: argparse.Namespace) -> RunOptions:
     """Run options from the command line and the environment's ranks."""
     from arf_plugin.pipeline.stage import RunOptions, ranks

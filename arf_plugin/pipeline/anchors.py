@@ -20,10 +20,12 @@ from typing import Any
 from arf_plugin.errors import PoolError, StageError
 from arf_plugin.pipeline.caption import CaptionStage
 from arf_plugin.pipeline.captioner import Generation
+from arf_plugin.pipeline.duplicates import Exclusion
 from arf_plugin.pipeline.embed import EmbedStage
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.pack import PackStage
-from arf_plugin.pipeline.retrieve import RetrieveStage, Selection
+from arf_plugin.pipeline.retrieve import MEMORY, RetrieveStage
+from arf_plugin.pipeline.selection import Selection
 from arf_plugin.pipeline.source import Source, TarSource
 from arf_plugin.pipeline.stage import RunOptions, Stage, describe, run_stage
 
@@ -41,6 +43,8 @@ class Build:
         pool: URLs of the pool's tars; None leaves pair anchors out.
         model, pretrained: open_clip model of the search.
         selection: which hits become pairs.
+        exclusion: images that no pair may show.
+        memory: bytes that the search may allocate.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
         caption_batch_size, embed_batch_size, device, precision, workers, local_rank: how to compute.
@@ -55,6 +59,8 @@ class Build:
     model: str = ""
     pretrained: str | None = None
     selection: Selection = field(default_factory=Selection)
+    exclusion: Exclusion | None = None
+    memory: int = MEMORY
     salvage: bool = False
     shard_size: int = 1000
     caption_batch_size: int = 32
@@ -110,7 +116,16 @@ class Build:
         """The stage retrieve."""
         queries, pool = Embeddings(self.work / "task"), Embeddings(self.work / "pool")
         out = self.work / "retrieve"
-        return RetrieveStage(out, queries, pool, self.selection, device=self.device, rank=self.local_rank)
+        return RetrieveStage(
+            out,
+            queries,
+            pool,
+            self.selection,
+            exclusion=self.exclusion,
+            memory=self.memory,
+            device=self.device,
+            rank=self.local_rank,
+        )
 
     def pack(self) -> Stage:
         """The stage pack."""

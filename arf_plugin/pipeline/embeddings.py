@@ -6,6 +6,7 @@ Row i of a folder is row i of its vector files in order of their names, and of i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,28 @@ class EmbeddingFile:
     def load(self) -> np.ndarray:
         """The vectors [rows, d], memory-mapped."""
         return np.load(self.vectors, mmap_mode="r", allow_pickle=False)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the vectors in order as (the folder's row number of the first, vectors [m, d]).
+
+        They are read, not mapped: what a process has mapped counts as its memory until the system wants it back.
+        """
+        mapped = self.load()
+        if not (isinstance(mapped, np.memmap) and mapped.flags.c_contiguous):
+            for start in range(0, self.rows, size):
+                yield self.first + start, mapped[start : start + size]
+            return
+        with self.vectors.open("rb") as file:
+            file.seek(mapped.offset)
+            for start in range(0, self.rows, size):
+                shape = (min(size, self.rows - start), mapped.shape[1])
+                vectors = np.fromfile(file, mapped.dtype, shape[0] * shape[1])
+                yield self.first + start, vectors.reshape(shape)
+
+    def check_unit(self) -> None:
+        """Checks all vectors; see :func:`check_unit`."""
+        for first, vectors in self.blocks(_CHECKED_AT_ONCE):
+            check_unit(vectors, self.vectors, self.first, first - self.first)
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,15 @@ class Embeddings:
         path = self.folder / ORIGIN
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Reads vectors [n, d] of the folder's rows [n], in any order."""
+        found = np.empty((len(rows), self.dimension), self.files[0].load().dtype)
+        for file in self.files:
+            inside = (rows >= file.first) & (rows < file.first + file.rows)
+            if inside.any():
+                found[inside] = file.load()[rows[inside] - file.first]
+        return found
+
     def columns(self, file: EmbeddingFile, names: list[str]) -> pa.Table:
         """Reads metadata columns of a file; those it lacks are filled with nulls."""
         import pyarrow as pa
@@ -132,6 +164,19 @@ class Embeddings:
                 table = table.add_column(position, name, pa.nulls(file.rows, pa.string()))
         return table.select(names)
 
+    def take(self, rows: np.ndarray, names: list[str]) -> pa.Table:
+        """Reads metadata columns of the folder's rows [n], which ascend."""
+        import pyarrow as pa
+
+        tables = []
+        for file in self.files:
+            low, high = np.searchsorted(rows, [file.first, file.first + file.rows])
+            if low < high:
+                tables.append(self.columns(file, names).take(rows[low:high] - file.first))
+        return pa.concat_tables(
+            tables or [self.columns(self.files[0], names)[:0]], promote_options="permissive"
+        )
+
     def fingerprint(self) -> list[Any]:
         """What changes when the vectors do, as JSON: for our own folders what they were made of, else the files."""
         paths = [path for file in self.files for path in (file.vectors, file.metadata)]
@@ -143,18 +188,44 @@ class Embeddings:
         return [made_of, *sizes]
 
 
-def check_unit(vectors: np.ndarray, path: Path, first: int) -> None:
+def same_model(one: Embeddings, other: Embeddings) -> None:
+    """Checks that two folders can be compared.
+
+    Raises:
+        PoolError: for vectors of different dimensions or, where both folders name their model, of different models.
+    """
+    if one.dimension != other.dimension:
+        raise PoolError(
+            f"{one.folder} has vectors of dimension {one.dimension}, {other.folder} of {other.dimension}. "
+            "Embed both with the same model."
+        )
+    if one.model and other.model and one.model != other.model:
+        raise PoolError(
+            f"{one.folder} was embedded with {one.model}, {other.folder} with {other.model}. "
+            "Embed both with the same model and weights."
+        )
+
+
+def check_unit(vectors: np.ndarray, path: Path, first: int, skipped: int = 0) -> None:
     """Checks that vectors [n, d] are finite and of unit norm, to the precision of fp16.
+
+    Args:
+        vectors: some or all vectors of a file.
+        path: the file.
+        first: the folder's row number of the file's first vector.
+        skipped: vectors of the file before these.
 
     Raises:
         PoolError: naming the first bad row.
     """
     starts = range(0, len(vectors), _CHECKED_AT_ONCE)
     blocks = (vectors[start : start + _CHECKED_AT_ONCE].astype(np.float32) for start in starts)
-    norms = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks] or [np.ones(0)])
+    squares = np.concatenate([np.einsum("nd,nd->n", block, block) for block in blocks] or [np.ones(0)])
+    norms = np.sqrt(squares)
     bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))  # a comparison with NaN is false
     if len(bad):
+        row = skipped + bad[0]
         raise PoolError(
-            f"{path}, row {bad[0]} (row {first + bad[0]} of the folder) has norm {norms[bad[0]]:g}; expected finite "
-            f"vectors of unit norm ({len(bad)} of {len(norms)} rows in this file are not). Embed this folder again."
+            f"{path}, row {row} (row {first + row} of the folder) has norm {norms[bad[0]]:g}; expected finite vectors "
+            f"of unit norm ({len(bad)} of {len(norms)} vectors looked at are not). Embed this folder again."
         )

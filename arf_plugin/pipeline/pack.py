@@ -139,6 +139,7 @@ class PackStage(Stage):
                 "pool_key": row["image_path"],
                 "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
                 "queries": row["queries"],
+                "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"]],
                 "query_count": row["query_count"],
             }
             tar = moved.get(shard_name(row["tar"]), row["tar"])

@@ -2,59 +2,35 @@
 
 Paper: section 3.3, image-text anchor retrieval. The paper leaves open how many neighbours are taken and whether a pair
 may be chosen twice; here each image chooses its ``k`` nearest pairs, and the anchor set holds each chosen pair once
-(ours, not the paper's).
+(ours, not the paper's). Queries may also be texts, such as captions or class prompts (``arf embed --captions``).
 
 Writes ``hits/hits_NNNNN.parquet`` (query, row, similarity; best first), ``pairs.parquet`` (the chosen pool rows with
-all that the stage pack needs) and ``retrieve.json`` (counts and settings).
+all that the stage pack needs), ``dropped.parquet`` (what was kept out of the anchors, and why) and ``retrieve.json``
+(counts and settings).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from arf_plugin.anchors.files import digest, replacing, write_json
-from arf_plugin.errors import FlagError, PoolError
+from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.device import pick_device
-from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit
-from arf_plugin.pipeline.knn import exact_search
+from arf_plugin.pipeline.duplicates import Dropped, Exclusion, exact_duplicates, near_duplicates
+from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
+from arf_plugin.pipeline.knn import block_sizes, exact_search
+from arf_plugin.pipeline.selection import Chosen, Hits, Selection, draw, select
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
-QUERY_BLOCK = 2048
-POOL_BLOCK = 16384
+MEMORY = 2**30  # bytes, unless told
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
 POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which hits become pair anchors.
-
-    Attributes:
-        k: neighbours per query.
-        min_similarity: hits below are dropped; None keeps all.
-        max_pairs: keeps the most similar pairs if there are more.
-        random: draws as many pairs at random from the pool instead, as a control.
-        seed: of that draw.
-    """
-
-    k: int = 10
-    min_similarity: float | None = None
-    max_pairs: int | None = None
-    random: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise FlagError(f"--k {self.k}: expected at least 1 neighbour per query.")
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise FlagError(f"--max-pairs {self.max_pairs}: expected at least 1.")
-        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
-            raise FlagError(f"--min-similarity {self.min_similarity}: a cosine lies between -1 and 1.")
 
 
 class RetrieveStage(Stage):
@@ -64,7 +40,9 @@ class RetrieveStage(Stage):
         out: folder of hits and pairs.
         queries: embeddings of the task data.
         pool: embeddings of the pool.
-        selection: see :class:`Selection`.
+        selection: see :class:`arf_plugin.pipeline.selection.Selection`.
+        exclusion: images that no pair may show.
+        memory: bytes that the search may allocate; see :func:`arf_plugin.pipeline.knn.block_sizes`.
         device: see :mod:`arf_plugin.pipeline.device`.
         rank: this process's rank, which picks its GPU.
     """
@@ -79,28 +57,26 @@ class RetrieveStage(Stage):
         pool: Embeddings,
         selection: Selection | None = None,
         *,
+        exclusion: Exclusion | None = None,
+        memory: int = MEMORY,
         device: str = "auto",
         rank: int = 0,
     ) -> None:
         super().__init__(out)
         self._queries, self._pool = queries, pool
-        self._selection = selection or Selection()
+        self._selection, self._exclusion = selection or Selection(), exclusion
         self._device_name, self._rank = device, rank
-        if queries.dimension != pool.dimension:
-            raise PoolError(
-                f"{queries.folder} has vectors of dimension {queries.dimension}, {pool.folder} of {pool.dimension}. "
-                "Embed both with the same model."
-            )
-        if queries.model and pool.model and queries.model != pool.model:
-            raise PoolError(
-                f"{queries.folder} was embedded with {queries.model}, {pool.folder} with {pool.model}. "
-                "Embed both with the same model and weights."
-            )
+        same_model(queries, pool)
+        if exclusion is not None:
+            exclusion.check(pool)
+        self._query_block, self._pool_block = block_sizes(memory, pool.dimension, self._selection.k)
 
     def config(self) -> dict[str, Any]:
-        """Selection and the contents of both folders."""
+        """Selection, exclusion and the contents of all folders."""
         return {
             "selection": asdict(self._selection),
+            "exclude": [digest(folder.fingerprint()) for folder in self._excluded()],
+            "exclude_similarity": self._exclusion.similarity if self._exclusion else None,
             "modality": [self._queries.modality, self._pool.modality],
             "queries": digest(self._queries.fingerprint()),
             "pool": digest(self._pool.fingerprint()),
@@ -121,7 +97,7 @@ class RetrieveStage(Stage):
         """Picks the device and checks all vectors of the pool."""
         self._device = pick_device(self._device_name, self._rank)
         for file in self._pool.files:
-            check_unit(file.load(), file.vectors, file.first)
+            file.check_unit()
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Searches for the queries of one file."""
@@ -129,11 +105,9 @@ class RetrieveStage(Stage):
         import pyarrow.parquet as pq
 
         file: EmbeddingFile = shard.source
-        vectors = file.load()
-        check_unit(vectors, file.vectors, file.first)
+        file.check_unit()
         rows, similarities = [], []
-        for start in range(0, file.rows, QUERY_BLOCK):
-            block = vectors[start : start + QUERY_BLOCK]
+        for _, block in file.blocks(self._query_block):
             found = exact_search(block, self._pool_blocks(), self._selection.k, self._device)
             rows.append(found[0])
             similarities.append(found[1])
@@ -156,28 +130,26 @@ class RetrieveStage(Stage):
         """Selects the pairs and writes them with their provenance."""
         import pyarrow.parquet as pq
 
-        hits = [pq.read_table(path) for path in self.artifacts(shards)]
-        query = np.concatenate([table["query_row"].to_numpy() for table in hits])
-        row = np.concatenate([table["row"].to_numpy() for table in hits])
-        similarity = np.concatenate([table["similarity"].to_numpy() for table in hits])
-        chosen = select(query, row, similarity, self._selection)
+        tables = [
+            pq.read_table(path, columns=["query_row", "row", "similarity"]) for path in self.artifacts(shards)
+        ]
+        hits = Hits.of(
+            *(np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names)
+        )
+        kept, dropped = self._drop(hits)
+        chosen = select(kept, self._selection)
         info: dict[str, Any] = {
             "pairs": len(chosen.rows),
             "queries": self._queries.rows,
+            "queries_with_pairs": len(np.unique(chosen.queries)),
             "pool_rows": self._pool.rows,
-            "hits": len(row),
+            "hits": len(hits.row),
+            "dropped": dict(sorted(Counter(item.reason for item in dropped).items())),
             "selection": asdict(self._selection),
             "model": self._pool.model,
         }
-        if len(chosen.rows) == 0:
-            raise PoolError(
-                f"No hit reaches --min-similarity {self._selection.min_similarity} (best: {similarity.max():.3f})."
-            )
         if self._selection.random:
-            rng = np.random.default_rng(self._selection.seed)
-            drawn = np.sort(rng.choice(self._pool.rows, size=len(chosen.rows), replace=False))
-            empty = np.zeros(len(drawn) + 1, dtype=np.int64)
-            chosen = Chosen(drawn, np.full(len(drawn), np.nan, np.float32), empty, np.zeros(0, np.int64))
+            chosen = draw(self._random_rows(len(chosen.rows)))
         else:
             info["similarity"] = {
                 "min": round(float(chosen.similarity.min()), 4),
@@ -185,29 +157,70 @@ class RetrieveStage(Stage):
                 "max": round(float(chosen.similarity.max()), 4),
             }
         self._write_pairs(chosen)
+        self._write_dropped(dropped)
         write_json(self.out / "retrieve.json", info)
         return info
 
+    def _drop(self, hits: Hits) -> tuple[Hits, list[Dropped]]:
+        """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""
+        floor = self._selection.min_similarity
+        kept = hits if floor is None else hits.where(hits.similarity >= floor)
+        if len(kept.row) == 0:
+            raise PoolError(f"No hit reaches --min-similarity {floor} (best: {hits.similarity.max():.3f}).")
+        device = pick_device(self._device_name, self._rank)
+        rows = kept.candidates(self._selection.cap_by)
+        dropped: list[Dropped] = []
+
+        def drop(found: list[Dropped]) -> None:
+            nonlocal rows
+            dropped.extend(found)
+            rows = rows[~np.isin(rows, [item.row for item in found])]
+
+        if self._exclusion is not None:
+            drop(self._exclusion.near(self._pool, rows, device))
+        drop(exact_duplicates(self._pool, rows))
+        if self._selection.near_duplicates is not None:
+            drop(near_duplicates(self._pool, rows, self._selection.near_duplicates, device))
+        if len(rows) == 0:
+            raise PoolError(
+                f"All {len(dropped)} pairs that the queries found are near excluded images. Raise --k, or "
+                "--exclude-similarity if these are not the same images."
+            )
+        return kept.where(np.isin(kept.row, rows)), dropped
+
+    def _random_rows(self, count: int) -> np.ndarray:
+        """Draws rows of the pool, as many as were chosen; excluded images stay out of the control, too."""
+        order = np.random.default_rng(self._selection.seed).permutation(self._pool.rows)
+        if self._exclusion is None:
+            return order[:count]
+        device = pick_device(self._device_name, self._rank)
+        drawn = order[:0]
+        while len(drawn) < count and len(order):
+            some, order = order[: count - len(drawn)], order[count - len(drawn) :]
+            near = [item.row for item in self._exclusion.near(self._pool, some, device)]
+            drawn = np.concatenate([drawn, some[~np.isin(some, near)]])
+        return drawn
+
+    def _excluded(self) -> tuple[Embeddings, ...]:
+        return self._exclusion.folders if self._exclusion else ()
+
     def _pool_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         for file in self._pool.files:
-            vectors = file.load()
-            for start in range(0, file.rows, POOL_BLOCK):
-                yield file.first + start, vectors[start : start + POOL_BLOCK]
+            yield from file.blocks(self._pool_block)
 
     def _write_pairs(self, chosen: Chosen) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         ids = pa.chunked_array([query_ids(self._queries, file) for file in self._queries.files], pa.string())
-        tables = []
-        for file in self._pool.files:
-            low, high = np.searchsorted(chosen.rows, [file.first, file.first + file.rows])
-            if low < high:
-                tables.append(self._pool.columns(file, POOL_COLUMNS).take(chosen.rows[low:high] - file.first))
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = self._pool.take(chosen.rows, POOL_COLUMNS)
         counts = np.diff(chosen.starts)
         named = [
             ids.take(chosen.queries[start : start + min(count, QUERIES_NAMED)]).to_pylist()
+            for start, count in zip(chosen.starts[:-1], counts, strict=True)
+        ]
+        cosines = [
+            chosen.similarities[start : start + min(count, QUERIES_NAMED)]
             for start, count in zip(chosen.starts[:-1], counts, strict=True)
         ]
         similarity = pa.array(chosen.similarity, pa.float32(), mask=np.isnan(chosen.similarity))
@@ -215,53 +228,25 @@ class RetrieveStage(Stage):
         table = table.append_column("similarity", similarity)
         table = table.append_column("query_count", pa.array(counts, pa.int64()))
         table = table.append_column("queries", pa.array(named, pa.list_(pa.string())))
+        table = table.append_column("query_similarities", pa.array(cosines, pa.list_(pa.float32())))
         with replacing(self.out / "pairs.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
+    def _write_dropped(self, dropped: list[Dropped]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-@dataclass(frozen=True)
-class Chosen:
-    """Selected pool rows, ascending, with the queries that chose them.
-
-    Attributes:
-        rows: [n] pool rows.
-        similarity: [n] similarity to the nearest query.
-        starts: [n + 1]; the queries of row i are ``queries[starts[i]:starts[i + 1]]``, nearest first.
-        queries: query rows.
-    """
-
-    rows: np.ndarray
-    similarity: np.ndarray
-    starts: np.ndarray
-    queries: np.ndarray
-
-
-def select(query: np.ndarray, row: np.ndarray, similarity: np.ndarray, selection: Selection) -> Chosen:
-    """Selects unique pool rows from hits.
-
-    Args:
-        query: [hits] query rows.
-        row: [hits] pool rows.
-        similarity: [hits] their cosines.
-        selection: floor and cap. The cap keeps the most similar rows; ties go to the lower row.
-    """
-    if selection.min_similarity is not None:
-        keep = similarity >= selection.min_similarity
-        query, row, similarity = query[keep], row[keep], similarity[keep]
-    order = np.lexsort((query, -similarity, row))
-    query, row, similarity = query[order], row[order], similarity[order]
-    rows, starts, counts = np.unique(row, return_index=True, return_counts=True)
-    ends, best = starts + counts, similarity[starts]
-    if selection.max_pairs is not None and len(rows) > selection.max_pairs:
-        kept = np.sort(np.lexsort((rows, -best))[: selection.max_pairs])
-        rows, starts, ends, best = rows[kept], starts[kept], ends[kept], best[kept]
-    spans = [query[start:end] for start, end in zip(starts, ends, strict=True)]
-    return Chosen(
-        rows,
-        best,
-        np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int64),
-        np.concatenate(spans) if spans else query[:0],
-    )
+        ordered = sorted(dropped, key=lambda item: item.row)
+        rows = np.array([item.row for item in ordered], np.int64)
+        columns = {
+            "row": rows,
+            "image_path": self._pool.take(rows, ["image_path"])["image_path"],
+            "reason": pa.array([item.reason for item in ordered], pa.string()),
+            "near": pa.array([str(item.near) for item in ordered], pa.string()),
+            "similarity": pa.array([item.similarity for item in ordered], pa.float32()),
+        }
+        with replacing(self.out / "dropped.parquet") as temporary:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
 def query_ids(queries: Embeddings, file: EmbeddingFile) -> Any:

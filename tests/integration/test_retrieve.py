@@ -64,7 +64,7 @@ def test_floor_and_cap(arf, folders: tuple[Path, Path], tmp_path: Path):
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, :4]
     kept = {int(row) for q in range(30) for row in nearest[q] if scores[q, row] >= 0.6}
     assert {pair["row"] for pair in floor} == kept and 0 < len(kept) < 120
-    arf(*common, "--max-pairs", 7, "--out", tmp_path / "cap")
+    arf(*common, "--max-pairs", 7, "--cap-by", "similarity", "--out", tmp_path / "cap")
     best = {
         int(row): max(scores[q, row] for q in range(30) if row in nearest[q]) for row in np.unique(nearest)
     }
