@@ -34,6 +34,10 @@ class PoolError(ArfError):
     """A pool, its embeddings or its index that cannot be used for retrieval."""
 
 
+class ServiceError(ArfError):
+    """A knn service that cannot be reached, is set up for something else, or answers nonsense."""
+
+
 class StageError(ArfError):
     """A stage of anchor building that cannot start, resume or go on."""
 
