@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.building import unit_vectors
 
-from arf_plugin.pipeline.knn import exact_search
+from arf_plugin.errors import FlagError
+from arf_plugin.pipeline.knn import block_sizes, exact_search, top_k
 
 CPU = torch.device("cpu")
 
@@ -51,3 +52,23 @@ def test_k_beyond_the_pool_returns_the_whole_pool():
     queries, pool = unit_vectors(2, 8, seed=0), unit_vectors(5, 8, seed=1)
     rows, _ = exact_search(queries, in_blocks(pool, 2), 50, CPU)
     assert sorted(rows[0].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_chunks_find_what_a_full_sort_finds(k: int):
+    """Wide rows are searched by chunks; few distinct scores make ties everywhere, also across chunks."""
+    for seed, distinct in ((0, 4), (1, 50), (2, 10**6)):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randint(0, distinct, (20, 3001), generator=generator).float()
+        expected_values, expected = scores.sort(dim=1, descending=True, stable=True)
+        values, columns = top_k(scores, k)
+        assert columns.tolist() == expected[:, :k].tolist()
+        assert values.tolist() == expected_values[:, :k].tolist()
+
+
+def test_blocks_fit_the_memory_and_too_little_is_refused():
+    assert block_sizes(1 << 34, 512, 10) == (4096, 16384)
+    small = block_sizes(1 << 26, 512, 10)
+    assert small[0] * small[1] * 4 < 1 << 26 and small < (4096, 16384)
+    with pytest.raises(FlagError, match=r"--memory 1M .* expected at least \d+M"):
+        block_sizes(1 << 20, 512, 10)
