@@ -16,7 +16,7 @@
 #   ARF_SLURM_NODES    nodes, each a slurmd of its own              (2)
 #   ARF_SLURM_CPUS     CPUs that each node claims to have           (4)
 #   ARF_SLURM_MINUTES  time limit of the whole cluster              (60)
-#   ARF_SLURM_PORT     first port to try                            (36817)
+#   ARF_SLURM_PORT     first port to try                            (26817)
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin # where Debian keeps daemons
 
@@ -24,7 +24,7 @@ dir=${ARF_SLURM_DIR:-${TMPDIR:-/tmp}/arf-slurm-$(id -u)}
 nodes=${ARF_SLURM_NODES:-2}
 cpus=${ARF_SLURM_CPUS:-4}
 minutes=${ARF_SLURM_MINUTES:-60}
-first_port=${ARF_SLURM_PORT:-36817}
+first_port=${ARF_SLURM_PORT:-26817}
 
 die() {
     echo "local_cluster.sh: $*" >&2
@@ -33,11 +33,11 @@ die() {
 
 need() {
     local tool missing=()
-    for tool in munged slurmctld slurmd scontrol sbatch setsid flock; do
+    for tool in munged slurmctld slurmd scontrol sbatch setsid flock ss; do
         command -v "$tool" >/dev/null || missing+=("$tool")
     done
     [ ${#missing[@]} -eq 0 ] ||
-        die "not installed: ${missing[*]}. On Debian and Ubuntu: apt-get install slurm-wlm munge util-linux"
+        die "not installed: ${missing[*]}. On Debian and Ubuntu: apt-get install slurm-wlm munge util-linux iproute2"
 }
 
 # ours PID: is this a process of this cluster? A pid file may be left over, and its number may be another's by now.
@@ -51,12 +51,12 @@ pid_of() { cat "$dir/$1.pid" 2>/dev/null || true; }
 
 is_up() { [ -f "$dir/slurm.conf" ] && ours "$(pid_of slurmctld)" && scontrol ping 2>/dev/null | grep -q UP; }
 
-# free_ports N: the first N free ports from first_port on.
+# free_ports N: the first N free ports from first_port on. Below 32768, where outgoing connections take theirs.
 free_ports() {
     local port=$first_port found=0
     while [ "$found" -lt "$1" ]; do
         [ "$port" -le 65535 ] || die "no free ports from $first_port on"
-        if ! (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+        if [ -z "$(ss -Htan "sport = :$port")" ]; then
             echo "$port"
             found=$((found + 1))
         fi

@@ -1,0 +1,329 @@
+"""Anchor building and training on a real SLURM, which these tests start on this machine.
+
+Needs Debian's packages slurm-wlm and munge; see scripts/slurm/local_cluster.sh.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import building
+from support.building import folder_bytes
+from support.building_fixtures import Inputs
+
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
+
+SHARDS = 60
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin"),
+        reason="needs SLURM: apt-get install slurm-wlm munge",
+    ),
+]
+
+
+def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """A cluster of two nodes in a folder of its own.
+
+    Args:
+        folder: its scratch folder; short, as sockets need short names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "ARF_SLURM_DIR": str(folder),
+            "ARF_SLURM_MINUTES": "30",
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def script(
+        self, *argv: object, check: bool = True, **variables: object
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs ``local_cluster.sh`` with these arguments."""
+        return self.run(SCRIPTS / "local_cluster.sh", *argv, check=check, **variables)
+
+    def run(self, *argv: object, check: bool = True, **variables: object) -> subprocess.CompletedProcess[str]:
+        """Runs a command on the machine that jobs are submitted from."""
+        env = self.env | {name: str(value) for name, value in variables.items()}
+        done = subprocess.run(
+            list(map(str, argv)),
+            env=env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert not check or done.returncode == 0, f"{argv}\n{done.stdout}{done.stderr}{self.logs()}"
+        return done
+
+    def submit(
+        self, script: str, *flags: object, stage_flags: tuple[object, ...] = (), **variables: object
+    ) -> str:
+        """Submits a job script; returns the job's id."""
+        words = ("sbatch", "--parsable", "--cpus-per-task=1", *flags, SCRIPTS / script, *stage_flags)
+        return self.run(*words, **variables).stdout.strip()
+
+    def jobs(self, job: str) -> list[dict[str, str]]:
+        """What SLURM says of a job, or of all tasks of an array."""
+        lines = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()
+        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+
+    def wait(self, job: str, state: str = "COMPLETED", seconds: float = 240) -> list[dict[str, str]]:
+        """Waits until a job, or every task of an array, has ended, as it should."""
+
+        def ended() -> bool:
+            return all(j["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") for j in self.jobs(job))
+
+        until(ended, f"job {job}: {self.jobs(job)}", seconds)
+        jobs = self.jobs(job)
+        assert {j["JobState"] for j in jobs} == {state}, f"{jobs}\n{self.logs()}"
+        return jobs
+
+    def logs(self) -> str:
+        return "".join(
+            f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("arf-*.log"))
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="arf-slurm-"))
+    made = Cluster(folder)
+    made.script("start")
+    yield made
+    made.script("stop")
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Task data of many small shards, to be shared and interrupted, and what one process makes of it."""
+
+    task: str
+    captions: dict[str, bytes]
+    vectors: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def work(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    from arf_plugin.cli.main import main
+
+    folder = tmp_path_factory.mktemp("work")
+    task = building.write_task(folder / "task", shards=SHARDS, per_shard=12)
+    assert main(["caption", "--task-data", task, *caption_flags(inputs), "--out", str(folder / "A")]) == 0
+    assert main(["embed", "--task-data", task, "--model", inputs.clip, "--out", str(folder / "E")]) == 0
+    return Work(task, folder_bytes(folder / "A"), folder_bytes(folder / "E"))
+
+
+GENERATION = (
+    "--min-new-tokens",
+    "3",
+    "--max-new-tokens",
+    "20",
+    "--num-beams",
+    "3",
+)  # beams: not too quick to kill
+
+
+def caption_flags(inputs: Inputs) -> tuple[str, ...]:
+    return ("--captioner", inputs.captioner, *GENERATION)
+
+
+def submit_captions(cluster: Cluster, inputs: Inputs, work: Work, out: Path, array: str) -> str:
+    return cluster.submit(
+        "caption.sbatch",
+        f"--array={array}",
+        stage_flags=GENERATION,
+        TASK_DATA=work.task,
+        CAPTIONER=inputs.captioner,
+        OUT=out,
+    )
+
+
+def test_four_array_tasks_give_the_bytes_of_one_process(
+    cluster: Cluster, inputs: Inputs, work: Work, tmp_path: Path
+):
+    jobs = cluster.wait(submit_captions(cluster, inputs, work, tmp_path / "A", "0-3"))
+    assert len(jobs) == 4
+    assert folder_bytes(tmp_path / "A") == work.captions
+    job = cluster.submit(
+        "embed.sbatch", "--array=5-8", TASK_DATA=work.task, MODEL=inputs.clip, OUT=tmp_path / "E"
+    )
+    assert len(cluster.wait(job)) == 4
+    assert folder_bytes(tmp_path / "E") == work.vectors
+
+
+def test_tasks_of_srun_within_an_array_give_the_bytes_of_one_process(
+    cluster: Cluster, inputs: Inputs, work: Work, tmp_path: Path
+):
+    job = cluster.submit(
+        "embed.sbatch",
+        "--array=0-1",
+        "--ntasks=2",
+        TASK_DATA=work.task,
+        MODEL=inputs.clip,
+        OUT=tmp_path / "E",
+    )
+    assert len(cluster.wait(job)) == 2
+    assert folder_bytes(tmp_path / "E") == work.vectors
+
+
+def test_two_processes_of_torchrun_give_the_bytes_of_one(inputs: Inputs, work: Work, tmp_path: Path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for argv, out, expected in (
+        (["caption", *caption_flags(inputs)], tmp_path / "A", work.captions),
+        (["embed", "--model", inputs.clip], tmp_path / "E", work.vectors),
+    ):
+        stage = [*torchrun, "-m", "arf_plugin.cli.main", *argv, "--task-data", work.task, "--out", str(out)]
+        done = subprocess.run(stage, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert folder_bytes(out) == expected
+
+
+def test_an_array_with_gaps_fails_and_says_why(cluster: Cluster, inputs: Inputs, work: Work, tmp_path: Path):
+    job = submit_captions(cluster, inputs, work, tmp_path / "A", "0,2")
+    cluster.wait(job, "FAILED")
+    assert "there are gaps between them" in (cluster.folder / f"arf-caption-{job}_2.log").read_text()
+
+
+def kill_step(cluster: Cluster, task: str) -> None:
+    """Kills the process of a task's step outright, as a machine short of memory would."""
+    (job,) = cluster.jobs(task)
+    listed = cluster.run("scontrol", "listpids", f"{job['JobId']}.0", job["NodeList"]).stdout.splitlines()[1:]
+    (pid,) = [line.split()[0] for line in listed if line.split()[3] == "0"]
+    os.kill(int(pid), signal.SIGKILL)
+
+
+# How a task may end before its work does, and the state that it is then in.
+INTERRUPTIONS: dict[str, tuple[Callable[[Cluster, str], object], str]] = {
+    "its step is killed": (kill_step, "FAILED"),
+    "it is requeued while it runs": (
+        lambda cluster, task: cluster.run("scontrol", "requeue", task),
+        "PENDING",
+    ),
+    "its time is nearly up": (
+        lambda cluster, task: cluster.run("scancel", "--signal=USR1", "--batch", task),
+        "PENDING",
+    ),
+}
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+def test_an_interrupted_array_task_goes_on_and_ends_with_the_same_bytes(
+    cluster: Cluster, inputs: Inputs, work: Work, tmp_path: Path, interruption: str
+):
+    out, done = tmp_path / "A", tmp_path / "A/work/caption/done"
+    array = submit_captions(cluster, inputs, work, out, "0-1")
+    task = f"{array}_1"  # the array's last task; its own job id is the array's
+    mine = [f"{number:05d}.json" for number in range(1, SHARDS, 2)]
+    until(lambda: (done / mine[1]).exists(), "the first two shards")
+    interrupt, state = INTERRUPTIONS[interruption]
+    interrupt(cluster, task)
+    until(lambda: cluster.jobs(task)[0]["JobState"] == state, f"{task} to be {state}")
+    before = {name: (done / name).stat().st_mtime_ns for name in mine if (done / name).exists()}
+    assert 2 <= len(before) < len(mine), "the interruption came too late to show anything"
+    if state == "FAILED":
+        cluster.run("scontrol", "requeue", task)
+    jobs = {job["ArrayTaskId"]: job for job in cluster.wait(array)}
+    assert (jobs["0"]["Restarts"], jobs["1"]["Restarts"]) == ("0", "1"), (
+        "only the interrupted task starts again"
+    )
+    assert {name: (done / name).stat().st_mtime_ns for name in before} == before, (
+        "what was finished was done again"
+    )
+    assert folder_bytes(out) == work.captions
+
+
+def test_the_whole_chain_gives_the_bytes_of_arf_anchors(
+    cluster: Cluster, inputs: Inputs, arf, tmp_path: Path
+):
+    generation = ("--min-new-tokens", "3", "--max-new-tokens", "6")
+    settings = {"TASK_DATA": inputs.task, "POOL": inputs.pool, "CAPTIONER": inputs.captioner, "MODEL": inputs.clip,
+                "K": 3, "SHARD_SIZE": 10, "CAPTION_FLAGS": " ".join(generation), "ARRAY": "0-3"}  # fmt: skip
+    one = ["anchors", "--task-data", inputs.task, "--pool", inputs.pool, "--captioner", inputs.captioner, *generation,
+           "--model", inputs.clip, "--k", 3, "--shard-size", 10]  # fmt: skip
+    arf(*one, "--out", tmp_path / "one")
+    settings |= {"OUT": tmp_path / "A", "GPU_SBATCH": "--cpus-per-task=1", "CPU_SBATCH": "--cpus-per-task=1"}
+    lines = cluster.run(SCRIPTS / "anchors.sh", **settings).stdout.splitlines()
+    jobs = dict(line.split()[:2] for line in lines)
+    assert list(jobs) == ["caption", "embed-task", "embed-pool", "retrieve", "pack"]
+    for job in jobs.values():
+        cluster.wait(job)
+    assert len(list((tmp_path / "A/work/logs").iterdir())) == 3 * 4 + 2
+    shutil.rmtree(tmp_path / "A/work/logs")
+    assert folder_bytes(tmp_path / "A") == folder_bytes(tmp_path / "one")
+    _, err = arf(*one, "--out", tmp_path / "A")  # the two ways are one and the same work
+    assert err.count("nothing left to do") == 5
+
+
+def test_what_comes_after_a_failed_stage_is_cancelled(cluster: Cluster, inputs: Inputs, tmp_path: Path):
+    settings = {
+        "TASK_DATA": inputs.task,
+        "POOL": inputs.pool,
+        "MODEL": "no-such-model",
+        "OUT": tmp_path / "A",
+    }
+    settings |= {"GPU_SBATCH": "--cpus-per-task=1", "ARRAY": "0"}
+    lines = cluster.run(SCRIPTS / "anchors.sh", **settings).stdout.splitlines()
+    jobs = dict(line.split()[:2] for line in lines)
+    cluster.wait(jobs["embed-pool"], "FAILED")
+    cluster.wait(jobs["pack"], "CANCELLED")
+
+
+def test_training_on_two_nodes_and_on_from_a_checkpoint(
+    cluster: Cluster, task: Any, anchors: Path, train: Any, tmp_path: Path
+):
+    flags = ("--model", "tiny-vit", "--device", "cpu", "--batch-size", 4, "--workers", 0, "--lr", "1e-3", "--warmup", 1,
+             "--train-num-samples", 32, "--save-frequency", 1, "--log-every-n-steps", 1)  # fmt: skip
+    variables = {
+        name: value for name, value in train.env.items() if os.environ.get(name) != value and name != "PATH"
+    }
+    variables |= {"ANCHORS": anchors, "TRAIN_DATA": task.urls, "LOGS": tmp_path / "logs", "NAME": "run"}
+
+    def run(*more: object) -> str:
+        job = cluster.submit(
+            "train.sbatch", "--nodes=2", "--ntasks-per-node=1", stage_flags=(*flags, *more), **variables
+        )
+        (ended,) = cluster.wait(job)
+        assert ended["NumNodes"] == "2"
+        return (cluster.folder / f"arf-train-{job}.log").read_text()
+
+    log = run("--epochs", 1)
+    assert log.count("ARF is on") == 1 and "Pair_anchor_loss" in log and "Caption_anchor_loss" in log
+    # A step takes 4 samples and 4 pairs on either node.
+    assert "Train Epoch: 0 [64/64 (100%)]" in log, log
+    assert (tmp_path / "logs/run/checkpoints/epoch_1.pt").exists()
+    log = run("--epochs", 2)
+    assert "resuming checkpoint" in log and "Train Epoch: 1" in log and "Train Epoch: 0" not in log, log
+    assert (tmp_path / "logs/run/checkpoints/epoch_2.pt").exists()
