@@ -11,7 +11,7 @@ from arf_plugin.cli import options
 from arf_plugin.cli.caption import add_captioner_options, generation
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
-from arf_plugin.cli.retrieve import add_selection_options, exclusion, selection
+from arf_plugin.cli.retrieve import add_search_options, add_selection_options, exclusion, search, selection
 
 EXAMPLES = """\
   arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
@@ -52,6 +52,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
     )
     add_selection_options(parser)
+    add_search_options(parser)
     add_pack_options(parser)
     options.add_device_options(parser, batch_size=256)
     parser.add_argument(
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         pretrained=args.pretrained,
         selection=selection(args),
         exclusion=exclusion(args),
-        memory=args.memory,
+        search=search(args),
         salvage=args.salvage,
         shard_size=args.shard_size,
         caption_batch_size=args.caption_batch_size,

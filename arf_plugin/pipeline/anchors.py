@@ -23,8 +23,9 @@ from arf_plugin.pipeline.captioner import Generation
 from arf_plugin.pipeline.duplicates import Exclusion
 from arf_plugin.pipeline.embed import EmbedStage
 from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.pack import PackStage
-from arf_plugin.pipeline.retrieve import MEMORY, RetrieveStage
+from arf_plugin.pipeline.retrieve import RetrieveStage
 from arf_plugin.pipeline.selection import Selection
 from arf_plugin.pipeline.source import Source, TarSource
 from arf_plugin.pipeline.stage import RunOptions, Stage, describe, run_stage
@@ -44,7 +45,7 @@ class Build:
         model, pretrained: open_clip model of the search.
         selection: which hits become pairs.
         exclusion: images that no pair may show.
-        memory: bytes that the search may allocate.
+        search: how to search; its device and rank are those below.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
         caption_batch_size, embed_batch_size, device, precision, workers, local_rank: how to compute.
@@ -60,7 +61,7 @@ class Build:
     pretrained: str | None = None
     selection: Selection = field(default_factory=Selection)
     exclusion: Exclusion | None = None
-    memory: int = MEMORY
+    search: Search = field(default_factory=Search)
     salvage: bool = False
     shard_size: int = 1000
     caption_batch_size: int = 32
@@ -122,9 +123,7 @@ class Build:
             pool,
             self.selection,
             exclusion=self.exclusion,
-            memory=self.memory,
-            device=self.device,
-            rank=self.local_rank,
+            search=replace(self.search, device=self.device, rank=self.local_rank),
         )
 
     def pack(self) -> Stage:

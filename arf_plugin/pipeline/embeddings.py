@@ -36,22 +36,23 @@ class EmbeddingFile:
         """The vectors [rows, d], memory-mapped."""
         return np.load(self.vectors, mmap_mode="r", allow_pickle=False)
 
-    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the vectors in order as (the folder's row number of the first, vectors [m, d]).
+    def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the file's vectors from start to stop as (the folder's row number of the first, vectors [m, d]).
 
         They are read, not mapped: what a process has mapped counts as its memory until the system wants it back.
         """
         mapped = self.load()
+        stop = self.rows if stop is None else stop
         if not (isinstance(mapped, np.memmap) and mapped.flags.c_contiguous):
-            for start in range(0, self.rows, size):
-                yield self.first + start, mapped[start : start + size]
+            for first in range(start, stop, size):
+                yield self.first + first, mapped[first : min(first + size, stop)]
             return
         with self.vectors.open("rb") as file:
-            file.seek(mapped.offset)
-            for start in range(0, self.rows, size):
-                shape = (min(size, self.rows - start), mapped.shape[1])
+            file.seek(mapped.offset + start * mapped.strides[0])
+            for first in range(start, stop, size):
+                shape = (min(size, stop - first), mapped.shape[1])
                 vectors = np.fromfile(file, mapped.dtype, shape[0] * shape[1])
-                yield self.first + start, vectors.reshape(shape)
+                yield self.first + first, vectors.reshape(shape)
 
     def check_unit(self) -> None:
         """Checks all vectors; see :func:`check_unit`."""

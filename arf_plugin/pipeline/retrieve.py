@@ -12,7 +12,7 @@ all that the stage pack needs), ``dropped.parquet`` (what was kept out of the an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from arf_plugin.anchors.files import digest, replacing, write_json
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.device import pick_device
 from arf_plugin.pipeline.duplicates import Dropped, Exclusion, exact_duplicates, near_duplicates
-from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
-from arf_plugin.pipeline.knn import block_sizes, exact_search
+from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit, same_model
+from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.selection import Chosen, Hits, Selection, draw, select
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
-MEMORY = 2**30  # bytes, unless told
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
 POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption"]
 
@@ -42,9 +41,7 @@ class RetrieveStage(Stage):
         pool: embeddings of the pool.
         selection: see :class:`arf_plugin.pipeline.selection.Selection`.
         exclusion: images that no pair may show.
-        memory: bytes that the search may allocate; see :func:`arf_plugin.pipeline.knn.block_sizes`.
-        device: see :mod:`arf_plugin.pipeline.device`.
-        rank: this process's rank, which picks its GPU.
+        search: how to search, and on which device to compare pairs.
     """
 
     name = "retrieve"
@@ -58,22 +55,22 @@ class RetrieveStage(Stage):
         selection: Selection | None = None,
         *,
         exclusion: Exclusion | None = None,
-        memory: int = MEMORY,
-        device: str = "auto",
-        rank: int = 0,
+        search: Search | None = None,
     ) -> None:
         super().__init__(out)
         self._queries, self._pool = queries, pool
         self._selection, self._exclusion = selection or Selection(), exclusion
-        self._device_name, self._rank = device, rank
+        self._search = search or Search()
         same_model(queries, pool)
         if exclusion is not None:
             exclusion.check(pool)
-        self._query_block, self._pool_block = block_sizes(memory, pool.dimension, self._selection.k)
+        self._k = min(self._selection.k, pool.rows)
+        self._backend = self._search.open(pool, self._k)
 
     def config(self) -> dict[str, Any]:
-        """Selection, exclusion and the contents of all folders."""
+        """Search, selection, exclusion and the contents of all folders."""
         return {
+            "search": self._backend.config(),
             "selection": asdict(self._selection),
             "exclude": [digest(folder.fingerprint()) for folder in self._excluded()],
             "exclude_similarity": self._exclusion.similarity if self._exclusion else None,
@@ -83,10 +80,14 @@ class RetrieveStage(Stage):
         }
 
     def plan(self) -> list[Shard]:
-        """One shard per vector file of the queries."""
+        """One shard per vector file of the queries, or several where a search is slow."""
+        spans = []
+        for file in self._queries.files:
+            step = self._backend.queries_per_shard or file.rows
+            spans += [(file, start, min(start + step, file.rows)) for start in range(0, file.rows, step)]
         return [
-            Shard(i, f"{i:05d}", file, float(file.rows), file.rows)
-            for i, file in enumerate(self._queries.files)
+            Shard(i, f"{i:05d}", span, float(span[2] - span[1]), span[2] - span[1])
+            for i, span in enumerate(spans)
         ]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
@@ -94,26 +95,27 @@ class RetrieveStage(Stage):
         return [self.out / "hits" / f"hits_{shard.name}.parquet" for shard in shards]
 
     def prepare(self) -> None:
-        """Picks the device and checks all vectors of the pool."""
-        self._device = pick_device(self._device_name, self._rank)
-        for file in self._pool.files:
-            file.check_unit()
+        """Makes ready for the search, and tries it with the first query."""
+        file = self._queries.files[0]
+        probe = np.array(file.load()[:1])
+        check_unit(probe, file.vectors, file.first)
+        self._backend.prepare(probe[0], self._k)
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
-        """Searches for the queries of one file."""
+        """Searches for the queries of a file, or of a part of it."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file: EmbeddingFile = shard.source
-        file.check_unit()
+        file: EmbeddingFile
+        file, start, stop = shard.source
         rows, similarities = [], []
-        for _, block in file.blocks(self._query_block):
-            found = exact_search(block, self._pool_blocks(), self._selection.k, self._device)
+        for first, block in file.blocks(self._backend.queries_at_once, start, stop):
+            check_unit(block, file.vectors, file.first, first - file.first)
+            found = self._backend.search(block, self._k)
             rows.append(found[0])
             similarities.append(found[1])
             advance(len(block))
-        k = rows[0].shape[1]
-        query = np.repeat(np.arange(file.first, file.first + file.rows), k)
+        query = np.repeat(np.arange(file.first + start, file.first + stop), self._k)
         table = pa.table(
             {
                 "query": query_ids(self._queries, file).take(query - file.first),
@@ -124,7 +126,7 @@ class RetrieveStage(Stage):
         )
         with replacing(self.artifacts([shard])[0]) as temporary:
             pq.write_table(table, temporary, compression="zstd")
-        return Outcome(samples=file.rows, kept=file.rows)
+        return Outcome(samples=stop - start, kept=stop - start)
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Selects the pairs and writes them with their provenance."""
@@ -145,6 +147,7 @@ class RetrieveStage(Stage):
             "pool_rows": self._pool.rows,
             "hits": len(hits.row),
             "dropped": dict(sorted(Counter(item.reason for item in dropped).items())),
+            "search": self._backend.config(),
             "selection": asdict(self._selection),
             "model": self._pool.model,
         }
@@ -167,7 +170,7 @@ class RetrieveStage(Stage):
         kept = hits if floor is None else hits.where(hits.similarity >= floor)
         if len(kept.row) == 0:
             raise PoolError(f"No hit reaches --min-similarity {floor} (best: {hits.similarity.max():.3f}).")
-        device = pick_device(self._device_name, self._rank)
+        device = pick_device(self._search.device, self._search.rank)
         rows = kept.candidates(self._selection.cap_by)
         dropped: list[Dropped] = []
 
@@ -193,7 +196,7 @@ class RetrieveStage(Stage):
         order = np.random.default_rng(self._selection.seed).permutation(self._pool.rows)
         if self._exclusion is None:
             return order[:count]
-        device = pick_device(self._device_name, self._rank)
+        device = pick_device(self._search.device, self._search.rank)
         drawn = order[:0]
         while len(drawn) < count and len(order):
             some, order = order[: count - len(drawn)], order[count - len(drawn) :]
@@ -203,10 +206,6 @@ class RetrieveStage(Stage):
 
     def _excluded(self) -> tuple[Embeddings, ...]:
         return self._exclusion.folders if self._exclusion else ()
-
-    def _pool_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for file in self._pool.files:
-            yield from file.blocks(self._pool_block)
 
     def _write_pairs(self, chosen: Chosen) -> None:
         import pyarrow as pa

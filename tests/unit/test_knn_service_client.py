@@ -206,7 +206,7 @@ def test_bad_queries_are_refused_before_anything_is_sent():
     with serving() as (service, client):
         with pytest.raises(PoolError, match="Query 3 has norm nan"):
             rows_of(client, bad)
-        with pytest.raises(PoolError, match="Query 0 has norm 1.999"):
+        with pytest.raises(PoolError, match=r"Query 0 has norm 1\.999"):
             rows_of(client, 2 * QUERIES)
     assert service.requests == []
 

@@ -1,0 +1,310 @@
+"""The ways to search a pool: exact blocked search, a faiss index, and a clip-retrieval service.
+
+All return pool rows and cosines, best first, ties by ascending row. Where the pool's vectors are at hand, cosines are
+computed from them and not taken from an approximate index.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from arf_plugin.anchors.files import digest
+from arf_plugin.errors import FlagError, PoolError, ServiceError
+from arf_plugin.pipeline.device import pick_device
+from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, open_index, open_pool
+from arf_plugin.pipeline.knn import block_sizes, exact_search
+from arf_plugin.pipeline.knn_service import KnnClient, Service, check_queries
+from arf_plugin.pipeline.knn_service_check import check_service
+
+MEMORY = 2**30  # bytes, unless told
+CANDIDATES_PER_NEIGHBOUR = 4
+_RANKED_AT_ONCE = 256  # queries
+_SAMPLED = 1 << 20  # bytes at either end of an index that stand for its contents
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Attributes:
+        backend: ``exact``, ``faiss`` or ``service``.
+        memory: bytes that exact search may allocate; see :func:`arf_plugin.pipeline.knn.block_sizes`.
+        device, rank: of exact search; see :mod:`arf_plugin.pipeline.device`.
+        index, parameters, candidates: see :class:`FaissBackend`.
+        service: see :class:`ServiceBackend`.
+    """
+
+    backend: str = "exact"
+    memory: int = MEMORY
+    device: str = "auto"
+    rank: int = 0
+    index: Path | None = None
+    parameters: str | None = None
+    candidates: int | None = None
+    service: Service | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("exact", "faiss", "service"):
+            raise FlagError(f"--backend {self.backend}: expected exact, faiss or service.")
+        if (self.backend == "service") != (self.service is not None):
+            raise FlagError("--backend service and --service-url belong together: give both, or neither.")
+        if self.backend != "faiss" and (self.index or self.parameters or self.candidates):
+            raise FlagError("--index, --search-parameters and --candidates are for --backend faiss.")
+
+    def pool(self, folder: Path) -> Embeddings:
+        """Opens a pool for this search: an embedding folder, or an index folder if that will do."""
+        return open_pool(folder, index_suffices=self.backend != "exact")
+
+    def open(self, pool: Embeddings, k: int) -> Backend:
+        """Returns the back end for a pool and k neighbours per query."""
+        if self.service is not None:
+            return ServiceBackend(pool, self.service)
+        if self.backend == "faiss":
+            return FaissBackend(pool, self.index, parameters=self.parameters, candidates=self.candidates)
+        return ExactBackend(pool, k, memory=self.memory, device=self.device, rank=self.rank)
+
+
+class Backend(ABC):
+    """A way to search a pool.
+
+    Args:
+        pool: the pool's rows.
+
+    Attributes:
+        queries_at_once: queries per call of :meth:`search`.
+        queries_per_shard: queries after which hits are saved; None for a whole file.
+    """
+
+    queries_at_once: int = 1024
+    queries_per_shard: ClassVar[int | None] = None
+
+    def __init__(self, pool: Embeddings) -> None:
+        self.pool = pool
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Returns, as JSON, what determines the hits beside queries and pool."""
+
+    @abstractmethod
+    def prepare(self, probe: np.ndarray, k: int) -> None:
+        """Opens what is searched and checks it with one query [d]."""
+
+    @abstractmethod
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k nearest rows of the pool.
+
+        Args:
+            queries: [n, d], unit norm.
+            k: neighbours per query, at most the pool's rows.
+
+        Returns:
+            Rows [n, k] int64 and cosines [n, k] fp32, best first.
+        """
+
+
+class ExactBackend(Backend):
+    """Compares every query with every vector of the pool; see :func:`arf_plugin.pipeline.knn.exact_search`."""
+
+    def __init__(self, pool: Embeddings, k: int, *, memory: int, device: str, rank: int) -> None:
+        super().__init__(pool)
+        self._device_name, self._rank = device, rank
+        self.queries_at_once, self._pool_block = block_sizes(memory, pool.dimension, k)
+
+    def config(self) -> dict[str, Any]:
+        """The name alone."""
+        return {"backend": "exact"}
+
+    def prepare(self, probe: np.ndarray, k: int) -> None:
+        """Picks the device and checks all vectors of the pool."""
+        self._device = pick_device(self._device_name, self._rank)
+        for file in self.pool.files:
+            file.check_unit()
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See the base class."""
+        return exact_search(queries, self._blocks(), k, self._device)
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        for file in self.pool.files:
+            yield from file.blocks(self._pool_block)
+
+
+class FaissBackend(Backend):
+    """Searches a memory-mapped faiss index whose row i is row i of the pool.
+
+    Args:
+        pool: the pool; with vectors, the hits of an approximate index are ranked again on them.
+        index: the index; ``image.index`` of the pool if that is an index folder.
+        parameters: search parameters as faiss writes them, such as ``nprobe=64`` or ``efSearch=200``.
+        candidates: hits per query that an approximate index is asked for; four times k by default.
+    """
+
+    def __init__(
+        self,
+        pool: Embeddings,
+        index: Path | None = None,
+        *,
+        parameters: str | None = None,
+        candidates: int | None = None,
+    ) -> None:
+        super().__init__(pool)
+        path = index or pool.folder
+        self._path = path / f"{pool.modality}.index" if path.is_dir() else path
+        self._parameters, self._candidates = parameters, candidates
+        if not self._path.is_file():
+            raise PoolError(
+                f"{self._path} does not exist. Expected a faiss index; build one with: arf index --embeddings "
+                f"{pool.folder} --out DIR, and name it with --index DIR."
+            )
+
+    def config(self) -> dict[str, Any]:
+        """Index and settings."""
+        return {
+            "backend": "faiss",
+            "index": _sampled_digest(self._path),
+            "parameters": self._parameters,
+            "candidates": self._candidates,
+            "ranked_on_vectors": not isinstance(self.pool, IndexFolder),
+        }
+
+    def prepare(self, probe: np.ndarray, k: int) -> None:
+        """Opens the index and compares it with pool and query."""
+        index = open_index(self._path)
+        import faiss
+
+        if index.ntotal != self.pool.rows:
+            raise PoolError(
+                f"{self._path} has {index.ntotal} vectors, {self.pool.folder} has {self.pool.rows} rows; expected one "
+                "for one. Build the index of this folder again with: arf index"
+            )
+        if index.d != len(probe):
+            raise PoolError(
+                f"{self._path} holds vectors of dimension {index.d}, the queries have {len(probe)}. Embed both with "
+                "the same model."
+            )
+        if self._parameters:
+            space: Any = faiss.ParameterSpace()
+            try:
+                space.set_index_parameters(index, self._parameters)
+            except RuntimeError as cause:
+                raise FlagError(
+                    f"--search-parameters {self._parameters}: faiss cannot set that for this kind of index "
+                    f"({type(index).__name__}); expected names such as nprobe=64 (IVF) or efSearch=200 (HNSW)."
+                ) from cause
+        self._index = index
+        self._rerank = not isinstance(index, faiss.IndexFlat) and not isinstance(self.pool, IndexFolder)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See the base class."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        wanted = k
+        if self._rerank:
+            wanted = min(max(k, self._candidates or CANDIDATES_PER_NEIGHBOUR * k), self.pool.rows)
+        similarities, rows = self._index.search(queries, wanted)
+        found = (rows >= 0).sum(axis=1)
+        if (found < k).any():
+            raise PoolError(
+                f"{self._path} found {found.min()} neighbours for a query, {k} were asked for: it looks at too few of "
+                "its vectors. Let it look at more, with --search-parameters nprobe=64 (IVF) or efSearch=200 (HNSW), or "
+                "ask for fewer with --k."
+            )
+        if self._rerank:
+            return rank_on_vectors(self.pool, queries, rows, k)
+        return in_order(rows, similarities, k)
+
+
+class ServiceBackend(Backend):
+    """Asks a clip-retrieval service and finds its hits in the pool by their keys.
+
+    Args:
+        pool: the pool that the service's index was built from; with vectors, cosines are computed from them.
+        service: where it is.
+    """
+
+    queries_per_shard = 1024  # some tens of seconds
+
+    def __init__(self, pool: Embeddings, service: Service) -> None:
+        super().__init__(pool)
+        self.client = KnnClient(service)
+        self.queries_at_once = self.queries_per_shard
+
+    def config(self) -> dict[str, Any]:
+        """The index's name; the service may move, but its index must not change."""
+        return {
+            "backend": "service",
+            "index": self.client.service.index,
+            "ranked_on_vectors": not isinstance(self.pool, IndexFolder),
+        }
+
+    def prepare(self, probe: np.ndarray, k: int) -> None:
+        """Checks the service, and that it holds this pool's vectors."""
+        self._keys = KeyRows(self.pool)
+        check_queries(probe[None])
+        hits = check_service(self.client, probe, k)
+        rows = self._keys.rows([hit.key for hit in hits])
+        if isinstance(self.pool, IndexFolder):
+            return
+        stored = self.pool.vectors(rows).astype(np.float32) @ probe.astype(np.float32)
+        said = np.array([hit.similarity for hit in hits], np.float32)
+        if np.abs(stored - said).mean() > 0.1:  # compressed indexes are off by less
+            raise ServiceError(
+                f"The service gives a pair the similarity {said[0]:.3f} ({hits[0].key!r}), the vectors of "
+                f"{self.pool.folder} give {stored[0]:.3f}: its index holds other vectors. Was it built with another "
+                "model, or from texts? Serve an index of this folder: arf index"
+            )
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See the base class."""
+        answers = list(self.client.search(queries, k))
+        rows = self._keys.rows([hit.key for hits in answers for hit in hits]).reshape(len(queries), k)
+        if not isinstance(self.pool, IndexFolder):
+            return rank_on_vectors(self.pool, queries, rows, k)
+        similarities = np.array([[hit.similarity for hit in hits] for hits in answers], np.float32)
+        return in_order(rows, similarities, k)
+
+
+def in_order(rows: np.ndarray, similarities: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts hits [n, m] to the k best, ties by ascending row."""
+    order = np.lexsort((rows, -similarities), axis=1)[:, :k]
+    return (
+        np.take_along_axis(rows, order, axis=1).astype(np.int64),
+        np.take_along_axis(similarities, order, axis=1).astype(np.float32),
+    )
+
+
+def rank_on_vectors(
+    pool: Embeddings, queries: np.ndarray, rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes the cosines of candidates from the stored vectors and keeps the k best.
+
+    Args:
+        pool: with vectors.
+        queries: [n, d].
+        rows: [n, m] candidates; -1 for none.
+        k: how many to keep.
+    """
+    similarities = np.full(rows.shape, -np.inf, np.float32)
+    for start in range(0, len(queries), _RANKED_AT_ONCE):
+        part = slice(start, start + _RANKED_AT_ONCE)
+        needed, inverse = np.unique(np.maximum(rows[part], 0), return_inverse=True)
+        vectors = pool.vectors(needed).astype(np.float32)[inverse.reshape(rows[part].shape)]
+        found = np.einsum("nd,nmd->nm", queries[part].astype(np.float32), vectors)
+        similarities[part] = np.where(rows[part] >= 0, found, -np.inf)
+    return in_order(rows, similarities, k)
+
+
+def _sampled_digest(path: Path) -> str:
+    """Digest of a large file's size, beginning and end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        parts = [file.read(_SAMPLED)]
+        file.seek(max(0, size - _SAMPLED))
+        parts.append(file.read(_SAMPLED))
+    return digest([size, *(part.hex() for part in parts)])
