@@ -86,15 +86,13 @@ class Quickstart:
     def pretrain(self) -> str:
         """Pretrains the CLIP; returns what `--model` gets."""
         untrained = model_folder(self.out / "clip-config")
-        run = Run(
-            self.out / "pretraining", untrained, "::".join(map(str, self.pairs)), self.recipe.pretraining
-        )
+        run = Run(self.out / "pretraining", untrained, pattern(self.pairs), self.recipe.pretraining)
         return model_folder(self.out / "clip", train(run, "pretrain"))
 
     def anchors(self, clip: str) -> Path:
         """Builds the anchor set of the task data."""
         anchors = self.out / "anchors"
-        pool = "::".join(map(str, [*self.shards("emoji"), *self.shards("icons")]))
+        pool = f"{pattern(self.shards('emoji'))}::{pattern(self.shards('icons'))}"
         call(
             [
                 *("arf", "anchors", "--task-data", self.task, "--pool", pool, "--out", str(anchors)),
@@ -113,7 +111,7 @@ class Quickstart:
     @property
     def task(self) -> str:
         """The task's training shards."""
-        return "::".join(map(str, sorted((self.data / "task" / "train").glob("*.tar"))))
+        return pattern(sorted((self.data / "task" / "train").glob("*.tar")))
 
     def fine_tune(self, clip: str, anchors: Path) -> dict[str, tuple[str, list[int]]]:
         """Fine-tunes every arm with every seed, one run per core at a time.
@@ -184,6 +182,12 @@ class Quickstart:
             )
             stage.finish()
         return report.write(self.results, read_json(figures), names)
+
+
+def pattern(shards: list[Path]) -> str:
+    """Writes shards that are numbered through as one pattern: `a/emoji-{000..004}.tar`."""
+    first, last = shards[0], shards[-1]
+    return f"{first.parent}/{first.stem[:-3]}{{{first.stem[-3:]}..{last.stem[-3:]}}}.tar"
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def model_folder(folder: Path, weights: Path | None = None) -> str:
 
 def call(command: Sequence[str]) -> None:
     """Runs another command of this environment, its output on the terminal."""
-    print("+ " + " ".join(command), flush=True)
+    print("+ " + shlex.join(command), flush=True)
     status = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]]).returncode
     if status:
-        raise TrainingError(f"`{' '.join(command)}` failed ({status})")
+        raise TrainingError(f"`{shlex.join(command)}` failed ({status})")
