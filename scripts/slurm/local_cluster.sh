@@ -181,7 +181,8 @@ stop() {
     done
     pid=$(pid_of expire)
     if [ "$pid" != "$$" ] && ours "$pid"; then
-        kill -- "-$pid" 2>/dev/null || true
+        kill -- "-$pid" 2>/dev/null || kill "$pid" 2>/dev/null || true # with its sleep
+        until_true 5 gone "$pid" || true
     fi
     rm -f "$dir"/*.pid "$dir"/munge.socket*
 }
@@ -210,7 +211,7 @@ case $command in
         ;;
     expire) # the time limit, in a process of its own: expire FOLDER MINUTES
         dir=${1%/} SLURM_CONF=${1%/}/slurm.conf
-        sleep $(($2 * 60))
+        sleep "$2m"
         stop
         ;;
     help | -h | --help) usage ;;

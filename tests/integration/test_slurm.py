@@ -6,6 +6,7 @@ Needs Debian's packages slurm-wlm and munge; see scripts/slurm/local_cluster.sh.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -301,7 +302,7 @@ def test_what_comes_after_a_failed_stage_is_cancelled(cluster: Cluster, inputs: 
     cluster.wait(jobs["pack"], "CANCELLED")
 
 
-def test_training_on_two_nodes_and_on_from_a_checkpoint(
+def test_training_on_two_nodes_and_requeued_on_one(
     cluster: Cluster, task: Any, anchors: Path, train: Any, tmp_path: Path
 ):
     flags = ("--model", "tiny-vit", "--device", "cpu", "--batch-size", 4, "--workers", 0, "--lr", "1e-3", "--warmup", 1,
@@ -311,19 +312,34 @@ def test_training_on_two_nodes_and_on_from_a_checkpoint(
     }
     variables |= {"ANCHORS": anchors, "TRAIN_DATA": task.urls, "LOGS": tmp_path / "logs", "NAME": "run"}
 
-    def run(*more: object) -> str:
-        job = cluster.submit(
-            "train.sbatch", "--nodes=2", "--ntasks-per-node=1", stage_flags=(*flags, *more), **variables
-        )
-        (ended,) = cluster.wait(job)
-        assert ended["NumNodes"] == "2"
-        return (cluster.folder / f"arf-train-{job}.log").read_text()
+    checkpoints = tmp_path / "logs/run/checkpoints"
 
-    log = run("--epochs", 1)
-    assert log.count("ARF is on") == 1 and "Pair_anchor_loss" in log and "Caption_anchor_loss" in log
-    # A step takes 4 samples and 4 pairs on either node.
-    assert "Train Epoch: 0 [64/64 (100%)]" in log, log
-    assert (tmp_path / "logs/run/checkpoints/epoch_1.pt").exists()
-    log = run("--epochs", 2)
-    assert "resuming checkpoint" in log and "Train Epoch: 1" in log and "Train Epoch: 0" not in log, log
-    assert (tmp_path / "logs/run/checkpoints/epoch_2.pt").exists()
+    def submit(*more: object, nodes: int, processes: int) -> tuple[str, Path]:
+        job = cluster.submit(
+            "train.sbatch",
+            f"--nodes={nodes}",
+            stage_flags=(*flags, *more),
+            PROCS_PER_NODE=processes,
+            **variables,
+        )
+        return job, cluster.folder / f"arf-train-{job}.log"
+
+    job, log = submit("--epochs", 1, nodes=2, processes=1)
+    (ended,) = cluster.wait(job)
+    text = log.read_text()
+    assert ended["NumNodes"] == "2" and text.count("ARF is on") == 1, text
+    assert "Pair_anchor_loss" in text and "Caption_anchor_loss" in text
+    assert "Train Epoch: 0 [64/64 (100%)]" in text, text  # a step takes 4 samples and 4 pairs on either node
+    assert (checkpoints / "epoch_1.pt").exists()
+
+    job, log = submit("--epochs", 30, nodes=1, processes=2)
+    until(lambda: (checkpoints / "epoch_3.pt").exists(), "the third epoch")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)  # as SLURM does when time is nearly up
+    (ended,) = cluster.wait(job)
+    text = log.read_text()
+    assert ended["Restarts"] == "1" and "DUE TO JOB REQUEUE" in text
+    resumed = [
+        int(epoch) for epoch in re.findall(r"resuming checkpoint '.*epoch_latest.pt' \(epoch (\d+)\)", text)
+    ]
+    assert len(resumed) == 4 and resumed[0] == 1 and 3 <= resumed[-1] < 30, text  # both processes, twice
+    assert "Train Epoch: 0 " not in text and (checkpoints / "epoch_30.pt").exists()
