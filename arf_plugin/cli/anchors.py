@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.cli import options
-from arf_plugin.cli.caption import add_captioner_options, generation
+from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, scoring
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
 from arf_plugin.cli.retrieve import add_search_options, add_selection_options, exclusion, search, selection
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         task=options.task_source(args),
         captioner=args.captioner,
         generation=generation(args),
+        cleaning=cleaning(args),
+        scoring=scoring(args),
         pool=expand_urls(args.pool, PoolError) if args.pool else None,
         model=args.model or "",
         pretrained=args.pretrained,

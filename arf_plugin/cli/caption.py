@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 from arf_plugin.cli import options
 
 if TYPE_CHECKING:
-    from arf_plugin.pipeline.captioner import Generation
+    from arf_plugin.pipeline.caption_cleaning import Cleaning
+    from arf_plugin.pipeline.caption_score import Scoring
+    from arf_plugin.pipeline.generation import Generation
 
 EXAMPLES = """\
   arf caption --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base --out ANCHORS
   arf caption --task-data train.csv --csv-separator , --captioner ./my-captioner --num-beams 3 --out ANCHORS
   arf caption ... --top-p 0.9 --captions-per-image 5       five sampled captions per image
+  arf caption ... --captioner open_clip:coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k
+  arf caption ... --score-model ViT-B-16 --score-pretrained openai --min-score 0.2
 """
 
 
@@ -43,7 +47,8 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
         "--captioner",
         required=required,
         metavar="NAME",
-        help="folder in the Hugging Face layout, or a model name on the hub: BLIP, GIT, VisionEncoderDecoder, ...",
+        help="folder in the Hugging Face layout, or a model name on the hub: BLIP, GIT, VisionEncoderDecoder, ...; or "
+        "open_clip:MODEL@PRETRAINED, a CoCa model of open_clip",
     )
     group.add_argument("--prompt", default="", help="text before the caption, for models that take one")
     group.add_argument(
@@ -57,11 +62,39 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
     )
     group.add_argument("--captions-per-image", type=options.positive, default=1, metavar="N")
     group.add_argument("--caption-seed", type=int, default=0, metavar="N", help="of the sampling")
+    group = parser.add_argument_group("caption clean-up and score")
+    group.add_argument(
+        "--strip-prefix",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="remove this at the front of captions, beside 'there is', 'this is', 'the image shows' and the like; may "
+        "be given several times",
+    )
+    group.add_argument(
+        "--raw-captions",
+        action="store_true",
+        help="keep boilerplate and repeated words as the captioner says them",
+    )
+    group.add_argument(
+        "--min-words",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="drop shorter captions (%(default)s)",
+    )
+    group.add_argument(
+        "--score-model",
+        metavar="M",
+        help="open_clip model that adds the column score: the cosine to the image",
+    )
+    group.add_argument("--score-pretrained", metavar="P", help="its open_clip tag or checkpoint file")
+    group.add_argument("--min-score", type=float, metavar="COS", help="drop captions that score less")
 
 
 def generation(args: argparse.Namespace) -> Generation:
     """Generation settings from the command line."""
-    from arf_plugin.pipeline.captioner import Generation
+    from arf_plugin.pipeline.generation import Generation
 
     return Generation(
         num_beams=args.num_beams,
@@ -75,6 +108,26 @@ def generation(args: argparse.Namespace) -> Generation:
     )
 
 
+def cleaning(args: argparse.Namespace) -> Cleaning:
+    """Clean-up settings from the command line."""
+    from arf_plugin.pipeline.caption_cleaning import Cleaning
+
+    clean = not args.raw_captions
+    return Cleaning(clean, tuple(args.strip_prefix), clean, args.min_words)
+
+
+def scoring(args: argparse.Namespace) -> Scoring | None:
+    """Score settings from the command line."""
+    from arf_plugin.errors import FlagError
+    from arf_plugin.pipeline.caption_score import Scoring
+
+    if args.score_model:
+        return Scoring(args.score_model, args.score_pretrained, args.min_score)
+    if args.min_score is not None or args.score_pretrained:
+        raise FlagError("--min-score and --score-pretrained need --score-model, the model that scores.")
+    return None
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
     from arf_plugin.pipeline.caption import CaptionStage
@@ -84,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         options.task_source(args),
         args.captioner,
         generation(args),
+        cleaning=cleaning(args),
+        scoring=scoring(args),
         batch_size=args.batch_size,
         device=args.device,
         precision=args.precision,

@@ -19,10 +19,12 @@ from typing import Any
 
 from arf_plugin.errors import PoolError, StageError
 from arf_plugin.pipeline.caption import CaptionStage
-from arf_plugin.pipeline.captioner import Generation
+from arf_plugin.pipeline.caption_cleaning import Cleaning
+from arf_plugin.pipeline.caption_score import Scoring
 from arf_plugin.pipeline.duplicates import Exclusion
 from arf_plugin.pipeline.embed import EmbedStage
 from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.generation import Generation
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.pack import PackStage
 from arf_plugin.pipeline.retrieve import RetrieveStage
@@ -41,6 +43,7 @@ class Build:
         task: task data.
         captioner: captioner of the caption anchors; None leaves them out.
         generation: settings of the captioner.
+        cleaning, scoring: how captions are cleaned and scored.
         pool: URLs of the pool's tars; None leaves pair anchors out.
         model, pretrained: open_clip model of the search.
         selection: which hits become pairs.
@@ -56,6 +59,8 @@ class Build:
     task: Source
     captioner: str | None = None
     generation: Generation = field(default_factory=Generation)
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    scoring: Scoring | None = None
     pool: list[str] | None = None
     model: str = ""
     pretrained: str | None = None
@@ -97,6 +102,8 @@ class Build:
             self.task,
             self.captioner,
             self.generation,
+            cleaning=self.cleaning,
+            scoring=self.scoring,
             work=self.work / "caption",
             batch_size=self.caption_batch_size,
             device=self.device,

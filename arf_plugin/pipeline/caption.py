@@ -6,16 +6,18 @@ the image features near where pretraining put them.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import update_manifest
-from arf_plugin.pipeline.captioner import Captioner, Generation, captioner_identity
+from arf_plugin.pipeline.caption_cleaning import Cleaning
+from arf_plugin.pipeline.caption_score import CaptionScorer, Scoring
+from arf_plugin.pipeline.captioner import captioner_identity, load_captioner
 from arf_plugin.pipeline.device import pick_device, pick_dtype
+from arf_plugin.pipeline.generation import Generation, ImageCaptioner
 from arf_plugin.pipeline.source import RawSample, Source, map_ordered
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
@@ -26,13 +28,15 @@ _Batch = tuple[list[RawSample], list["PIL.Image.Image"]]
 
 
 class CaptionStage(Stage):
-    """Writes ``captions/part-NNNNN.parquet`` (columns id, caption), one part per task shard, sorted by id.
+    """Writes ``captions/part-NNNNN.parquet``, one part per task shard, with columns id, caption and perhaps score.
 
     Args:
         out: the anchor set.
         task: task data.
-        captioner: model folder or hub name.
+        captioner: model folder or hub name, or ``open_clip:MODEL@PRETRAINED``.
         generation: settings of the generation.
+        cleaning: how captions are cleaned.
+        scoring: the model that scores them; None leaves the column out.
         work: folder of the bookkeeping.
         batch_size: images per batch.
         device, precision: see :mod:`arf_plugin.pipeline.device`.
@@ -49,6 +53,8 @@ class CaptionStage(Stage):
         captioner: str,
         generation: Generation | None = None,
         *,
+        cleaning: Cleaning | None = None,
+        scoring: Scoring | None = None,
         work: Path | None = None,
         batch_size: int = 32,
         device: str = "auto",
@@ -61,7 +67,9 @@ class CaptionStage(Stage):
         self._generation = generation or Generation()
         self._batch_size, self._workers = batch_size, workers
         self._device_name, self._precision, self._rank = device, precision, rank
-        self._captioner: Captioner | None = None
+        self._clean, self._scoring = cleaning or Cleaning(), scoring
+        self._captioner: ImageCaptioner | None = None
+        self._scorer: CaptionScorer | None = None
 
     def config(self) -> dict[str, Any]:
         """Captioner, generation settings and task data; batch size and device are free to change."""
@@ -69,6 +77,8 @@ class CaptionStage(Stage):
             "captioner": captioner_identity(self._name),
             "precision": self._precision,
             "generation": self._generation.config(),
+            "cleaning": self._clean.config(),
+            "score": self._scoring.config() if self._scoring else None,
             "task": self._task.fingerprint(),
         }
 
@@ -81,37 +91,65 @@ class CaptionStage(Stage):
         return [self.out / "captions" / f"part-{shard.name}.parquet" for shard in shards]
 
     def prepare(self) -> None:
-        """Loads the captioner."""
+        """Loads the captioner, and the model that scores."""
         device = pick_device(self._device_name, self._rank)
         dtype = pick_dtype(self._precision, device)
-        self._captioner = Captioner(self._name, device, dtype, self._generation)
+        self._captioner = load_captioner(self._name, device, dtype, self._generation)
+        if self._scoring is not None:
+            self._scorer = CaptionScorer(self._scoring, device, dtype)
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Captions a shard."""
         import torch
 
-        captioner = self._captioner
+        captioner, scorer = self._captioner, self._scorer
         assert captioner is not None, "prepare() comes first"
+
+        def prepare(batch: _Batch) -> tuple[dict[str, Any], Any]:
+            return captioner.inputs(batch[1]), scorer.pixels(batch[1]) if scorer else None
+
         torch.manual_seed(self._generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
         outcome = Outcome()
-        rows: list[tuple[str, str]] = []
-        batches = self._batches(shard, outcome)
+        rows: list[tuple[str, str, float | None]] = []
         # One thread prepares the next batches while the model generates.
-        prepared = map_ordered(lambda batch: captioner.inputs(batch[1]), batches, workers=1, ahead=3)
+        prepared = map_ordered(prepare, self._batches(shard, outcome), workers=1, ahead=3)
         for (samples, _), inputs in prepared:
             if isinstance(inputs, Exception):
                 raise inputs
-            for sample, captions in zip(samples, captioner.captions(inputs), strict=True):
-                cleaned = dict.fromkeys(filter(None, map(clean_caption, captions)))  # unique, in order
-                if cleaned:
-                    outcome.kept += 1
-                    rows += [(sample.id, caption) for caption in cleaned]
-                else:
-                    outcome.reject(sample.id, "the captioner said nothing")
+            said = captioner.captions(inputs[0])
+            cleaned = [list(dict.fromkeys(filter(None, map(self._clean, group)))) for group in said]
+            scores = (
+                scorer.scores(inputs[1], cleaned) if scorer else [[None] * len(group) for group in cleaned]
+            )
+            for i, sample in enumerate(samples):
+                pairs = list(zip(cleaned[i], scores[i], strict=True))
+                self._keep(sample, said[i], pairs, rows, outcome)
             advance(len(samples))
-        rows.sort()
-        write_captions(self.artifacts([shard])[0], rows)
+        rows.sort(key=lambda row: row[:2])
+        write_captions(self.artifacts([shard])[0], rows, scored=scorer is not None)
         return outcome
+
+    def _keep(
+        self,
+        sample: RawSample,
+        said: list[str],
+        pairs: Sequence[tuple[str, float | None]],
+        rows: list[tuple[str, str, float | None]],
+        outcome: Outcome,
+    ) -> None:
+        """Adds the good captions of a sample to the rows, or rejects the sample if there is none."""
+        least = self._scoring.min_score if self._scoring else None
+        good = [pair for pair in pairs if least is None or (pair[1] is not None and pair[1] >= least)]
+        if good:
+            outcome.kept += 1
+            rows += [(sample.id, *pair) for pair in good]
+        elif pairs:
+            best = max(pairs, key=lambda pair: pair[1] or -1.0)
+            outcome.reject(sample.id, f"scores at most {best[1]:.3f} (--min-score {least:g}): {best[0]!r}")
+        elif any(text.strip() for text in said):
+            outcome.reject(sample.id, f"nothing is left of {said[0][:200]!r}")
+        else:
+            outcome.reject(sample.id, "the captioner said nothing")
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Notes the captions in the anchor set's manifest."""
@@ -125,6 +163,8 @@ class CaptionStage(Stage):
             "captioner": Path(self._name).name if Path(self._name).is_dir() else self._name,
             "captioner_identity": config["captioner"],
             "generation": config["generation"],
+            "cleaning": config["cleaning"],
+            "score": config["score"],
             "task_digest": self._task.digest(),
         }
         update_manifest(self.out, "captions", entry)
@@ -149,25 +189,25 @@ class CaptionStage(Stage):
             yield samples, images
 
 
-def clean_caption(text: str) -> str:
-    """Drops control characters and joins runs of white space; captions end up in one line of a parquet file."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
-
-
-def write_captions(path: Path, rows: list[tuple[str, str]]) -> None:
+def write_captions(path: Path, rows: list[tuple[str, str, float | None]], scored: bool = False) -> None:
     """Writes one part of a captions folder.
 
     Args:
         path: parquet file.
-        rows: (id, caption), sorted.
+        rows: (id, caption, score), sorted.
+        scored: whether to write the scores.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([("id", pa.string()), ("caption", pa.string())])
-    table = pa.table({"id": [row[0] for row in rows], "caption": [row[1] for row in rows]}, schema=schema)
+    columns = {
+        "id": pa.array([row[0] for row in rows], pa.string()),
+        "caption": pa.array([row[1] for row in rows], pa.string()),
+    }
+    if scored:
+        columns["score"] = pa.array([row[2] for row in rows], pa.float32())
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
 def _decode(sample: RawSample) -> PIL.Image.Image:

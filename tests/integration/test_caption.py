@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import open_clip
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_git, write_tar
 from support.building_fixtures import Inputs
 
-from arf_plugin.pipeline.captioner import Captioner, Generation, captioner_identity
+from arf_plugin.pipeline.captioner import Captioner, captioner_identity
+from arf_plugin.pipeline.generation import Generation
 
 LENGTH = ("--min-new-tokens", 3, "--max-new-tokens", 6)
 
@@ -26,7 +28,7 @@ def captions_of(anchors: Path) -> list[tuple[str, str]]:
 
 def test_every_task_image_gets_the_captioners_caption(arf, inputs: Inputs, tmp_path: Path):
     out, _ = arf("caption", "--task-data", inputs.task, "--captioner", inputs.captioner, "--out", tmp_path, *LENGTH,
-                 "--batch-size", 4, "--json")  # fmt: skip
+                 "--raw-captions", "--batch-size", 4, "--json")  # fmt: skip
     summary = json.loads(out)
     assert (summary["samples"], summary["captions"], summary["rejected"]) == (21, 21, 0)
     found = captions_of(tmp_path)
@@ -133,3 +135,37 @@ def test_other_captioners(kind: str, inputs: Inputs, tmp_path: Path):
         captions = captioner.captions(captioner.inputs(images))
         assert [len(group) for group in captions] == [1, 1, 1]
         assert all(isinstance(group[0], str) for group in captions)
+
+
+def test_scores_are_cosines_and_the_floor_holds(arf, inputs: Inputs, tmp_path: Path):
+    common = ("caption", "--task-data", inputs.task, "--captioner", inputs.captioner, *LENGTH, "--num-beams", 3,
+              "--captions-per-image", 3, "--score-model", inputs.clip, "--batch-size", 4)  # fmt: skip
+    arf(*common, "--out", tmp_path / "A")
+    parts = sorted((tmp_path / "A/captions").iterdir())
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    model, _, preprocess = open_clip.create_model_and_transforms(inputs.clip)
+    tokenizer = open_clip.get_tokenizer(inputs.clip)
+    for row in rows[::7]:  # one by one, in the test's own loop
+        image = Image.open(io.BytesIO(drawing(int(row["id"].split("/")[1])))).convert("RGB")
+        with torch.no_grad():
+            cosine = torch.cosine_similarity(
+                model.eval().encode_image(preprocess(image)[None]),
+                model.encode_text(tokenizer([row["caption"]])),
+            )
+        assert row["score"] == pytest.approx(cosine.item(), abs=1e-5)
+
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["id"]] = max(best.get(row["id"], -1), row["score"])
+    floor = sorted(best.values())[4]
+    common = (*common, "--min-score", floor, "--out", tmp_path / "B")
+    _, err = arf(*common, status=1)
+    assert "rejected 4 of 21" in err and "scores at most" in err
+    arf(*common, "--max-bad-fraction", 0.5)
+    kept = [tuple(row.values()) for part in sorted((tmp_path / "B/captions").iterdir())
+            for row in pq.read_table(part).to_pylist()]  # fmt: skip
+    assert kept == [tuple(row.values()) for row in rows if row["score"] >= floor]
+    assert 0 < len(kept) < len(rows)
+    _, err = arf("caption", "--task-data", inputs.task, "--captioner", inputs.captioner, "--min-score", 0.2,
+                 "--out", tmp_path / "C", status=1)  # fmt: skip
+    assert "need --score-model" in err

@@ -96,6 +96,33 @@ def save_tiny_clip(folder: Path, seed: int = 0) -> str:
     return f"local-dir:{folder}"
 
 
+def save_tiny_coca(folder: Path) -> str:
+    """A CoCa with random weights in open_clip's local folder layout; returns its name as a captioner."""
+    import torch
+    from open_clip.coca_model import CoCa
+    from safetensors.torch import save_file
+
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    model = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8,
+                       "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8,
+                       "output_tokens": True},
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**text, "mlp_ratio": 2, "dim_head": 16, "n_queries": 8, "attn_pooler_heads": 2},
+        "custom_text": True,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    torch.manual_seed(4)
+    built = CoCa(**{name: value for name, value in model.items() if name != "custom_text"})
+    with torch.no_grad():  # so small a model says the same of every image unless its words weigh more
+        built.text_decoder.text_projection.mul_(30)
+    weights = {name: value.contiguous() for name, value in built.state_dict().items()}
+    save_file(weights, str(folder / "open_clip_model.safetensors"))
+    return f"open_clip:local-dir:{folder}"
+
+
 def save_tiny_captioner(folder: Path) -> str:
     """A VisionEncoderDecoder with random weights and a word-level tokenizer, in the Hugging Face layout."""
     import torch
