@@ -45,9 +45,9 @@ def fetch(source: Source, cache: Path, npm: str) -> Path:
     if archive.is_file() and integrity(archive) == source.integrity:
         return archive
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache.resolve()) as scratch:
         spec = f"{source.package}@{source.version}"
-        command = [npm, "pack", spec, "--pack-destination", scratch, "--silent"]
+        command = [npm, "pack", spec, "--pack-destination", scratch, "--loglevel", "error"]
         run = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
         packed = list(Path(scratch).glob("*.tgz"))
         if run.returncode or len(packed) != 1:
