@@ -207,6 +207,8 @@ def main() -> int:
         help="evaluate on the validation sets, for choosing hyper-parameters; results go to OUT/validation",
     )
     args = parser.parse_args()
+    # Before torch is loaded: threads that wait must not spin, or training crawls where other programs run too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     suffix = "-fast" if args.fast else ""
     quickstart = Quickstart(
         args.data or Path(f"data/emojinet{suffix}"),
