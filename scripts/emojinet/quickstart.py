@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from emojinet.build import build
 from emojinet.download import DownloadError
 from emojinet.files import Stage, read_json
 from emojinet.recipe import FAST, FULL, Recipe
-from emojinet.trainer import Run, TrainingError, call, model_folder, train
+from emojinet.trainer import Run, TrainingError, call, model_folder, stop_all, train
 
 
 class Quickstart:
@@ -209,6 +210,7 @@ def main() -> int:
     args = parser.parse_args()
     # Before torch is loaded: threads that wait must not spin, or training crawls where other programs run too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    signal.signal(signal.SIGTERM, lambda *_: (stop_all(), sys.exit(143)))
     suffix = "-fast" if args.fast else ""
     quickstart = Quickstart(
         args.data or Path(f"data/emojinet{suffix}"),

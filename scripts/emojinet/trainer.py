@@ -18,6 +18,9 @@ from emojinet.recipe import MODEL, Training
 STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?Loss: ([\d.]+) \([^)]*\)\s*$")
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 class TrainingError(Exception):
     """A training run that failed."""
 
@@ -97,6 +100,7 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
             env=environment,
         )
         assert process.stdout is not None
+        _running.add(process)
         try:
             for line in process.stdout:
                 stream.write(line)
@@ -111,12 +115,19 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
             status = process.wait()
         finally:
             process.terminate()
+            _running.discard(process)
     if status or not run.checkpoint.is_file():
         tail = b"\n".join(log.read_bytes().splitlines()[-15:]).decode(errors="replace")
         raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{tail}")
     strip_optimizer(run.checkpoint, run.weights)
     shutil.rmtree(run.checkpoint.parent)
     return run.weights
+
+
+def stop_all() -> None:
+    """Ends the trainings that are under way, of all threads; each goes on at its last full epoch next time."""
+    for process in list(_running):
+        process.terminate()
 
 
 def strip_optimizer(checkpoint: Path, out: Path) -> None:
