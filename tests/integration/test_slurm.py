@@ -341,5 +341,5 @@ def test_training_on_two_nodes_and_requeued_on_one(
     resumed = [
         int(epoch) for epoch in re.findall(r"resuming checkpoint '.*epoch_latest.pt' \(epoch (\d+)\)", text)
     ]
-    assert len(resumed) == 4 and resumed[0] == 1 and 3 <= resumed[-1] < 30, text  # both processes, twice
+    assert len(resumed) == 4 and resumed[0] == 1 and 1 < resumed[-1] < 30, text  # both processes, twice
     assert "Train Epoch: 0 " not in text and (checkpoints / "epoch_30.pt").exists()
