@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -26,6 +27,13 @@ def coca(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_coca(tmp_path_factory.mktemp("coca"))
 
 
+@functools.cache
+def loaded(name: str):
+    """The model as open_clip loads it: model, preprocessing, tokenizer."""
+    model, _, preprocess = open_clip.create_model_and_transforms(name.removeprefix("open_clip:"))
+    return model.eval(), preprocess, open_clip.get_tokenizer(name.removeprefix("open_clip:"))
+
+
 def images(count: int) -> list[Image.Image]:
     return [Image.open(io.BytesIO(drawing(i))).convert("RGB") for i in range(count)]
 
@@ -37,8 +45,7 @@ def say(name: str, count: int = 4, **settings) -> list[list[str]]:
 
 def by_loop(name: str, index: int, beams: int, length: int, shortest: int) -> list[str]:
     """Beam search for one image with lists: (log-probability, words), those that have ended stay as they are."""
-    model, _, preprocess = open_clip.create_model_and_transforms(name.removeprefix("open_clip:"))
-    tokenizer = open_clip.get_tokenizer(name.removeprefix("open_clip:"))
+    model, preprocess, tokenizer = loaded(name)
     start, end = 49406, 49407
     pixels = preprocess(images(index + 1)[index])[None]
     found = [(0.0, [start])]
@@ -49,7 +56,7 @@ def by_loop(name: str, index: int, beams: int, length: int, shortest: int) -> li
                 if words[-1] == end:
                     grown.append((score, words))
                     continue
-                out = model.eval()(pixels, torch.tensor([words]), output_labels=False)["logits"][0, -1]
+                out = model(pixels, torch.tensor([words]), output_labels=False)["logits"][0, -1]
                 out[start] = -torch.inf
                 if len(words) <= shortest:
                     out[end] = -torch.inf

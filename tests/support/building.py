@@ -116,8 +116,9 @@ def save_tiny_coca(folder: Path) -> str:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
     torch.manual_seed(4)
     built = CoCa(**{name: value for name, value in model.items() if name != "custom_text"})
-    with torch.no_grad():  # so small a model says the same of every image unless its words weigh more
-        built.text_decoder.text_projection.mul_(30)
+    for name, value in built.named_parameters():  # CoCa leaves some of its weights uninitialized
+        if value.dim() > 1:
+            torch.nn.init.normal_(value, std=3 if name == "text_decoder.text_projection" else 0.3)
     weights = {name: value.contiguous() for name, value in built.state_dict().items()}
     save_file(weights, str(folder / "open_clip_model.safetensors"))
     return f"open_clip:local-dir:{folder}"
