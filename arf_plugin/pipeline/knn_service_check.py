@@ -76,7 +76,8 @@ def _second_look(client: KnnClient, probe: np.ndarray, k: int, cause: ServerFaul
             ) from cause
     raise ServiceError(
         f"{where} fails (500) for a sound query of dimension {len(probe)}: {cause}. Its vectors have another "
-        "dimension, its image.index is missing or its metadata has fewer rows than the index; its log says which."
+        "dimension, its image.index is missing, or its metadata has fewer rows than the index or rows without an "
+        "image_path; its log says which."
     ) from cause
 
 
