@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from arf_plugin.errors import ServiceError
-from arf_plugin.pipeline.knn_service import Hit, KnnClient, PassingFault, ServerFault, names
+from arf_plugin.pipeline.knn_replies import Hit, PassingFault, ServerFault, names
+from arf_plugin.pipeline.knn_service import KnnClient
 
 # Widths of published CLIP models and of the small ones of this project.
 DIMENSIONS = (128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)
