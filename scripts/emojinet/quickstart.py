@@ -227,6 +227,8 @@ def main() -> int:
         return 1
     quickstart.title(f"done; {quickstart.results}/results.json and results.png hold the figures\n")
     print(table)
+    if args.fast:
+        print("This was a smoke run: its models have hardly been trained, and its figures mean nothing.")
     return 0
 
 
