@@ -184,7 +184,8 @@ def map_ordered(
 
     Args:
         function: what to apply.
-        items: consumed by the calling thread, at most ``ahead`` beyond what was yielded.
+        items: consumed by the calling thread, at most ``ahead`` beyond what was yielded, and no further than it takes
+            for the next result to be there.
         workers: threads; 0 applies the function in the calling thread.
         ahead: bound on the items in flight, which bounds memory.
     """
@@ -204,7 +205,7 @@ def map_ordered(
         try:
             for item in items:
                 pending.append((item, pool.submit(guarded, item)))
-                if len(pending) >= ahead:
+                if len(pending) >= ahead or pending[0][1].done():
                     oldest, future = pending.popleft()
                     yield oldest, future.result()
             while pending:
