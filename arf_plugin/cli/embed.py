@@ -11,6 +11,8 @@ EXAMPLES = """\
   arf embed --pool 'pool/{0000..0331}.tar' --model ViT-B-16 --pretrained openai --out EMB/pool
   arf embed --task-data 'task/{000..099}.tar' --model ViT-B-16 --pretrained openai --out EMB/task
   arf embed --pool ... --model local-dir:./my-clip --modality both --out EMB/pool
+  arf embed --captions ANCHORS --model ViT-B-16 --pretrained openai --out EMB/captions      queries by caption
+  arf embed --prompts imagenet --model ViT-B-16 --pretrained openai --out EMB/prompts       queries by class prompt
 """
 
 
@@ -19,13 +21,30 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser = options.add_parser(
         subparsers,
         "embed",
-        "embed a pool or task data with an open_clip model",
+        "embed a pool, task data, captions or class prompts with an open_clip model",
         "Writes an embedding folder in clip-retrieval's layout: img_emb/, text_emb/, metadata/.\n"
         "Run the same command again to resume; start it on several ranks to share the work.",
         EXAMPLES,
     )
     options.add_task_options(parser, required=False)
     parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::, instead of --task-data")
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="ANCHORS",
+        help="captions of an anchor set, as text queries of arf retrieve",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="CLASSNAMES",
+        help="file of class names, or imagenet: one text query per class, the mean over --templates",
+    )
+    parser.add_argument(
+        "--templates",
+        default="imagenet",
+        metavar="FILE",
+        help="of --prompts: file of templates, or imagenet (default)",
+    )
     parser.add_argument(
         "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
     )
@@ -54,9 +73,27 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.errors import FlagError, PoolError
     from arf_plugin.pipeline.embed import EmbedStage
     from arf_plugin.pipeline.source import Source, TarSource
+    from arf_plugin.pipeline.text_queries import CaptionTexts, EmbedTextsStage, PromptTexts, TextSource
 
-    if (args.pool is None) == (args.task_data is None):
-        raise FlagError("arf embed needs what to embed: one of --pool and --task-data.")
+    if sum(given is not None for given in (args.pool, args.task_data, args.captions, args.prompts)) != 1:
+        raise FlagError(
+            "arf embed needs what to embed: one of --pool, --task-data, --captions and --prompts."
+        )
+    if args.captions or args.prompts:
+        texts: TextSource = (
+            CaptionTexts(args.captions) if args.captions else PromptTexts(args.prompts, args.templates)
+        )
+        queries = EmbedTextsStage(
+            args.out,
+            texts,
+            args.model,
+            args.pretrained,
+            batch_size=args.batch_size,
+            device=args.device,
+            precision=args.precision,
+            rank=options.local_rank(),
+        )
+        return options.execute(queries, args)
     source: Source = (
         options.task_source(args)
         if args.task_data
