@@ -1,4 +1,4 @@
-"""Writes the generated tables into README.md, or checks that they are up to date.
+"""Writes the generated tables into README.md and docs/, or checks that they are up to date.
 
     python scripts/tables.py            rewrite what stands between the markers
     python scripts/tables.py --check    exit with status 1 if that would change something
@@ -16,17 +16,30 @@ from pathlib import Path
 from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "docs" / "quickstart" / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
+RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
 TESTED = ("2.32.0", "3.3.0")  # by every run of scripts/test.sh
-COLUMNS = {"id": "ID", "shift": "shift", "mono": "mono", "zero_shot": "zero-shot", "zero_shot_fine": "zero-shot fine"}
-ARMS = {"before": "before", "flyp": "FLYP", "arf": "ARF", "flyp+wise": "FLYP + WiSE-FT 0.5", "arf+wise": "ARF + WiSE-FT 0.5"}
+COLUMNS = {
+    "id": "ID",
+    "shift": "shift",
+    "mono": "mono",
+    "zero_shot": "zero-shot",
+    "zero_shot_fine": "zero-shot fine",
+}
+ARMS = {
+    "before": "before",
+    "flyp": "FLYP",
+    "arf": "ARF",
+    "flyp+wise": "FLYP + WiSE-FT 0.5",
+    "arf+wise": "ARF + WiSE-FT 0.5",
+}
 
 
 def versions() -> str:
     """Declared and tested releases."""
     return _table(
-        ["declared", "tested on every change"], [[f"`{PACKAGE}{SUPPORTED}`", ", ".join(f"`{v}`" for v in TESTED)]]
+        ["declared", "tested on every change"],
+        [[f"`{PACKAGE}{SUPPORTED}`", ", ".join(f"`{v}`" for v in TESTED)]],
     )
 
 
@@ -39,21 +52,22 @@ def hooks() -> str:
 def results() -> str:
     """The quickstart's figures: mean and sample standard deviation over seeds, and every seed."""
     found = json.loads(RESULTS.read_text())
-    rows = []
-    for arm, name in ARMS.items():
-        per_seed = [found["per_seed"][str(seed)][arm] for seed in found["seeds"]]
-        cells = []
-        for column in COLUMNS:
-            values = [run[column] for run in per_seed]
-            mean = sum(values) / len(values)
-            deviation = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-            cells.append(f"{mean:.1f}" if arm == "before" else f"{mean:.1f} ± {deviation:.1f}")
-        rows.append([name, *cells])
+    mean, deviation = found["arms"], found["std"]
+    rows = [
+        [
+            name,
+            *(
+                f"{mean[arm][c]:.1f}" + (f" ± {deviation[arm][c]:.1f}" if arm != "before" else "")
+                for c in COLUMNS
+            ),
+        ]
+        for arm, name in ARMS.items()
+    ]
     summary = _table(["top-1 %", *COLUMNS.values()], rows)
+    flyp, arf = found["per_seed"]["flyp"], found["per_seed"]["arf"]
     each = [
-        [str(seed), *(f"{run['flyp'][c]:.1f} → {run['arf'][c]:.1f}" for c in COLUMNS)]
-        for seed in found["seeds"]
-        for run in [found["per_seed"][str(seed)]]
+        [seed, *(f"{flyp[seed][column]:.1f} → {arf[seed][column]:.1f}" for column in COLUMNS)]
+        for seed in map(str, found["seeds"])
     ]
     return f"{summary}\n\nFLYP → ARF, seed by seed:\n\n{_table(['seed', *COLUMNS.values()], each)}"
 
@@ -64,25 +78,29 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def rewritten(text: str) -> str:
-    """README's text with fresh tables."""
+    """A page's text with fresh tables."""
     makers = {"versions": versions, "hooks": hooks, "results": results}
     return re.sub(
-        r"(<!-- generated: (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda match: match[1] + makers[match[2]]() + match[3],
+        r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",
         text,
         flags=re.DOTALL,
     )
 
 
 def main() -> int:
-    before = README.read_text(encoding="utf-8")
-    after = rewritten(before)
-    if "--check" in sys.argv:
-        if before != after:
-            print("README.md: generated tables are out of date; run: python scripts/tables.py", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if before == after:
+            continue
+        stale = 1
+        if "--check" in sys.argv:
+            print(f"{page.name}: tables are out of date; run: python scripts/tables.py", file=sys.stderr)
+        else:
+            page.write_text(after, encoding="utf-8")
+    return stale if "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from arf_plugin.cli import options
 EXAMPLES = """\
   arf evaluate logs/flyp/checkpoints/epoch_10.pt logs/arf/checkpoints/epoch_10.pt --model ViT-B-16 --data sets/imagenet
   arf evaluate --model ViT-B-16 --pretrained openai --data sets --json before.json       every set below a folder
-  arf evaluate original.pt tuned.pt --wise 0.5 --model local-dir:clip --data sets    also: the first mixed with the other
+  arf evaluate original.pt tuned.pt --wise 0.5 --model local-dir:clip --data sets    also: both mixed
 """
 
 

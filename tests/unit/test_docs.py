@@ -1,0 +1,41 @@
+"""Generated tables of the documentation are up to date, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_generated_tables_are_up_to_date():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/tables.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    text = page.read_text(encoding="utf-8")
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    assert all((page.parent / link).exists() for link in links), links
+    paths = set(re.findall(r"(?:arf_plugin|scripts|tests|docs)/[\w/.-]+\.(?:py|sh|md|png|json)", text))
+    missing = {path for path in paths if not (ROOT / path).exists()}
+    assert not missing - {"scripts/bench/NAME.py"}
+
+
+def test_every_arf_flag_is_in_the_readme_and_the_other_way_round():
+    import argparse
+
+    from arf_plugin.config import add_arf_flags
+
+    parser = argparse.ArgumentParser()
+    add_arf_flags(parser)
+    flags = set(re.findall(r"--arf-[a-z-]+", parser.format_help()))
+    assert flags == set(re.findall(r"--arf-[a-z-]+", (ROOT / "README.md").read_text(encoding="utf-8")))
