@@ -75,6 +75,16 @@ def test_a_flat_index_gives_what_exact_search_gives(retrieve, index, tmp_path: P
     assert ours.select(columns) == theirs.select(columns)
 
 
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16"])
+def test_ties_go_to_the_lower_row(arf, retrieve, tmp_path: Path, factory: str):
+    vectors = unit_vectors(20, 16, seed=4)
+    write_embeddings(tmp_path / "twins", np.tile(vectors, (3, 1)), parts=2)
+    write_embeddings(tmp_path / "each", vectors)
+    arf("index", "--embeddings", tmp_path / "twins", "--factory", factory, "--out", tmp_path / "I")
+    retrieve("H", "--backend", "faiss", "--index", tmp_path / "I", pool="twins", queries="each", k=3)
+    assert [row for _, row, _ in hits(tmp_path / "H")] == [i + 20 * n for i in range(20) for n in range(3)]
+
+
 def test_hits_of_a_compressed_index_are_ranked_on_the_stored_vectors(retrieve, index, tmp_path: Path):
     folder = index("PQ4x4", "I")
     retrieve("exact")

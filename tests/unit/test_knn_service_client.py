@@ -131,6 +131,21 @@ def test_one_query_that_always_fails_ends_the_search_with_its_own_error():
     assert threading.active_count() < 10
 
 
+def test_the_failure_that_ended_the_search_is_the_one_that_is_reported():
+    """Query 0 is still being tried again when query 3 fails for good; the others stop at once."""
+    busy, wrong = QUERIES[0].tolist(), QUERIES[3].tolist()
+
+    def failing(request, reply):
+        status = {str(busy): 503, str(wrong): 404}.get(str(request["embedding_input"]))
+        return (status, JSON, b"{}") if status else reply
+
+    with serving(failing, longest_pause=2, threads=4) as (_, client):
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="answered 404"):
+            rows_of(client)
+        assert time.monotonic() - started < 5
+
+
 def test_a_service_that_is_gone_is_given_up_after_the_patience():
     with serving() as (_, client):
         pass
