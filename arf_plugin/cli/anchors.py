@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.cli import options
+from arf_plugin.cli import options, processes
 from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, scoring
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
@@ -16,6 +16,7 @@ from arf_plugin.cli.retrieve import add_search_options, add_selection_options, e
 EXAMPLES = """\
   arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
       --pool 'pool/{0000..0331}.tar' --model ViT-B-16 --pretrained openai --k 10 --out ANCHORS
+  arf anchors ... --backend service --service-url http://127.0.0.1:1234   its index: that of WORK/pool (arf embed)
   arf anchors ... --dry-run                   what would be done, with counts
   arf anchors --task-data ... --captioner ... --out ANCHORS             captions alone
 """
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from arf_plugin.anchors.task import expand_urls
-    from arf_plugin.errors import PoolError
+    from arf_plugin.errors import FlagError, PoolError
     from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
 
     build = Build(
@@ -103,6 +104,12 @@ def run(args: argparse.Namespace) -> int:
         options.show(plan, False, "plan")
         _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
         return 0
+    if processes.wanted(args):
+        if args.restart:
+            raise FlagError(
+                "--restart with --processes: start again with --restart alone, or give another --out."
+            )
+        processes.share(args, stop_together=True)
     summaries = build_anchors(build, options.run_options(args), RESTART.get(args.restart, ()))
     if args.json:
         options.show({"out": str(args.out), "stages": summaries}, True, "done")

@@ -59,6 +59,7 @@ def _second_look(client: KnnClient, probe: np.ndarray, k: int, cause: ServerFaul
     where = f"Index {client.index!r} of {client.service.base}"
     if _answers(client, probe, 1, "image"):
         if _answers(client, probe, k, "image"):
+            client.proven = True
             return client.query(probe, k)
         raise ServiceError(
             f"{where} answers for one neighbour and fails for {k}: its metadata has fewer rows than its index, or {k} "
