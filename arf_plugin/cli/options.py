@@ -84,6 +84,13 @@ def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[
         help="stop if more than this fraction of the samples is rejected (default: %(default)s)",
     )
     group.add_argument("--json", action="store_true", help="print the summary as JSON")
+    group.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)",
+    )
 
 
 def positive(text: str) -> int:
@@ -105,10 +112,11 @@ def byte_size(text: str) -> int:
 
 def run_options(args: argparse.Namespace) -> RunOptions:
     """Run options from the command line and the environment's ranks."""
+    from arf_plugin.cli.processes import is_child
     from arf_plugin.pipeline.stage import RunOptions, ranks
 
     rank, world = ranks()
-    return RunOptions(bool(args.restart), args.max_bad_fraction, rank, world)
+    return RunOptions(bool(args.restart) and not is_child(), args.max_bad_fraction, rank, world)
 
 
 def local_rank() -> int:
@@ -133,11 +141,17 @@ def task_source(args: argparse.Namespace) -> Source:
 
 def execute(stage: Stage, args: argparse.Namespace) -> int:
     """Runs a stage, or shows its plan, and prints what came of it."""
-    from arf_plugin.pipeline.stage import describe, run_stage
+    from arf_plugin.cli import processes
+    from arf_plugin.pipeline.stage import clear, describe, run_stage
 
     if args.dry_run:
         show(describe(stage), args.json, "plan")
         return 0
+    if processes.wanted(args):
+        if args.restart:
+            clear(stage)
+        processes.share(args)
+        args.restart = False  # what is left is to finalize, if the last process has not, and to tell
     show(run_stage(stage, run_options(args)), args.json, "done")
     return 0
 

@@ -166,7 +166,7 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
         )
     try:
         if options.restart:
-            _clear(stage)
+            clear(stage)
         shards = stage.plan()
         lock = FileLock(stage.work / "stage.lock")
         with lock:  # ranks start together, and the slower must not clear away what the faster has begun
@@ -210,7 +210,7 @@ def _is_done(stage: Stage, shard: Shard) -> bool:
     return _marker(stage, shard).exists() and all(path.exists() for path in stage.artifacts([shard]))
 
 
-def _clear(stage: Stage) -> None:
+def clear(stage: Stage) -> None:
     """Removes an earlier run; markers first, so that a kill in the middle leaves nothing that looks finished."""
     shutil.rmtree(stage.work / "done", ignore_errors=True)
     (stage.work / "finished.json").unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def _claim(stage: Stage, shards: list[Shard]) -> None:
     if recorded == config:
         return
     if recorded is None or not any((stage.work / "done").glob("*.json")):  # nothing done that could be mixed
-        _clear(stage)
+        clear(stage)
         write_json(stage.work / "plan.json", [str(p.relative_to(stage.out)) for p in stage.artifacts(shards)])
         write_json(path, config)
         return

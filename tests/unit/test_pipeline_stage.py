@@ -176,7 +176,7 @@ def test_ranks_share_the_shards_and_the_last_one_finalizes(tmp_path: Path):
 
 def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Path, monkeypatch):
     """Two ranks find an empty folder; one of them is held up for as long as the other needs for all its shards."""
-    clear, starting = stage_module._clear, threading.Event()
+    clear, starting = stage_module.clear, threading.Event()
 
     def slow_clear(stage: Stage) -> None:
         if threading.current_thread() is slow:
@@ -184,7 +184,7 @@ def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Pa
             time.sleep(0.5)
         clear(stage)
 
-    monkeypatch.setattr(stage_module, "_clear", slow_clear)
+    monkeypatch.setattr(stage_module, "clear", slow_clear)
     share = (Doubling(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
     slow = threading.Thread(target=run_stage, args=share)
     slow.start()
