@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.cli import options
+from arf_plugin.cli import options, processes
 from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, scoring
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from arf_plugin.anchors.task import expand_urls
-    from arf_plugin.errors import PoolError
+    from arf_plugin.errors import FlagError, PoolError
     from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
 
     build = Build(
@@ -104,6 +104,12 @@ def run(args: argparse.Namespace) -> int:
         options.show(plan, False, "plan")
         _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
         return 0
+    if processes.wanted(args):
+        if args.restart:
+            raise FlagError(
+                "--restart with --processes: start again with --restart alone, or give another --out."
+            )
+        processes.share(args, stop_together=True)
     summaries = build_anchors(build, options.run_options(args), RESTART.get(args.restart, ()))
     if args.json:
         options.show({"out": str(args.out), "stages": summaries}, True, "done")
