@@ -27,6 +27,7 @@ class NoModel:
     """Stands where clip-retrieval keeps its model; refuses what would need one."""
 
     def __call__(self, *args: object, **settings: object) -> None:
+        """Tokenizes, prepares and encodes nothing."""
         raise RuntimeError(
             "this service was started without a CLIP model: send queries as embedding_input, or start it "
             "with --clip-model"
