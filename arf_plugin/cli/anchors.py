@@ -52,6 +52,16 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
     )
+    parser.add_argument(
+        "--query-by",
+        choices=("image", "caption", "prompt"),
+        default="image",
+        help="search the pool by task image (default), by its captions, or by class prompt",
+    )
+    parser.add_argument("--classnames", metavar="FILE", help="of --query-by prompt: class names, or imagenet")
+    parser.add_argument(
+        "--templates", default="imagenet", metavar="FILE", help="of --query-by prompt (imagenet)"
+    )
     add_selection_options(parser)
     add_search_options(parser)
     add_pack_options(parser)
@@ -70,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.anchors.task import expand_urls
     from arf_plugin.errors import FlagError, PoolError
     from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
+    from arf_plugin.pipeline.text_queries import PromptTexts
 
     build = Build(
         out=args.out,
@@ -83,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         model=args.model or "",
         pretrained=args.pretrained,
         selection=selection(args),
+        query_by=args.query_by,
+        prompts=PromptTexts(args.classnames, args.templates) if args.classnames else None,
         exclusion=exclusion(args),
         search=search(args),
         salvage=args.salvage,

@@ -6,7 +6,8 @@
     task data --embed----> WORK/task --+
     pool      --embed----> WORK/pool --+--retrieve--> WORK/retrieve --pack--> ANCHORS/pairs
 
-Either half may be left out: without a captioner there are no captions, without a pool no pairs.
+The pool may also be searched by the captions, or by class prompts; these are embedded in the task images' place. Either
+half may be left out: without a captioner there are no captions, without a pool no pairs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from arf_plugin.pipeline.retrieve import RetrieveStage
 from arf_plugin.pipeline.selection import Selection
 from arf_plugin.pipeline.source import Source, TarSource
 from arf_plugin.pipeline.stage import RunOptions, Stage, describe, run_stage
+from arf_plugin.pipeline.text_queries import CaptionTexts, EmbedTextsStage, PromptTexts
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Build:
         pool: URLs of the pool's tars; None leaves pair anchors out.
         model, pretrained: open_clip model of the search.
         selection: which hits become pairs.
+        query_by: what the pool is searched by: ``image``, ``caption`` or ``prompt``.
+        prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.text_queries.PromptTexts`.
         exclusion: images that no pair may show.
         search: how to search; its device and rank are those below.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
@@ -65,6 +69,8 @@ class Build:
     model: str = ""
     pretrained: str | None = None
     selection: Selection = field(default_factory=Selection)
+    query_by: str = "image"
+    prompts: PromptTexts | None = None
     exclusion: Exclusion | None = None
     search: Search = field(default_factory=Search)
     salvage: bool = False
@@ -83,6 +89,8 @@ class Build:
             raise StageError(
                 "Pairs are found with an open_clip model: add --model (and --pretrained) to --pool."
             )
+        if (self.query_by == "prompt") != (self.prompts is not None):
+            raise StageError("--query-by prompt and --classnames belong together: give both, or neither.")
 
     def stages(self) -> Iterator[Callable[[], Stage]]:
         """Yields the stages in order; a later one can be made only when the earlier ones are finished."""
@@ -113,8 +121,19 @@ class Build:
         )
 
     def embed_task(self) -> Stage:
-        """The stage embed for the task data."""
-        return self._embed("task", self.task, require_text=False)
+        """The stage embed for the queries: the task's images, or texts in their place."""
+        if self.query_by == "image":
+            return self._embed("task", self.task, require_text=False)
+        return EmbedTextsStage(
+            self.work / f"{self.query_by}s",
+            self.prompts or CaptionTexts(self.out),
+            self.model,
+            self.pretrained,
+            batch_size=self.embed_batch_size,
+            device=self.device,
+            precision=self.precision,
+            rank=self.local_rank,
+        )
 
     def embed_pool(self) -> Stage:
         """The stage embed for the pool."""
@@ -122,7 +141,11 @@ class Build:
 
     def retrieve(self) -> Stage:
         """The stage retrieve."""
-        queries, pool = Embeddings(self.work / "task"), Embeddings(self.work / "pool")
+        if self.query_by == "image":
+            queries = Embeddings(self.work / "task")
+        else:
+            queries = Embeddings(self.work / f"{self.query_by}s", "text")
+        pool = Embeddings(self.work / "pool")
         out = self.work / "retrieve"
         return RetrieveStage(
             out,
@@ -193,7 +216,15 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
             pairs += len(scan.keys) - scan.without_text
             if advance is not None:
                 advance(url)
-        plans += [describe(build.embed_task()), describe(build.embed_pool())]
+        if build.query_by == "caption":  # they may not have been generated yet
+            counts = [shard.samples for shard in build.task.shards()]
+            known = sum(count for count in counts if count is not None) if None not in counts else None
+            at_most = None if known is None else known * build.generation.captions_per_image
+            out = str(build.work / "captions")
+            plans.append({"stage": "embed", "out": out, "shards": len(counts), "samples": at_most})
+        else:
+            plans.append(describe(build.embed_task()))
+        plans.append(describe(build.embed_pool()))
         result["pool"] = {"tars": len(build.pool), "pairs": pairs}
         queries = plans[-2]["samples"]
         if queries is not None:
@@ -201,7 +232,7 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
                 build.selection.k * queries, build.selection.max_pairs or pairs, pairs
             )
     for plan in plans:
-        plan.pop("config")
+        plan.pop("config", None)
     return result | {"stages": plans}
 
 

@@ -75,6 +75,31 @@ def test_a_class_is_the_mean_of_its_prompts(arf, inputs: Inputs, pool: Path, enc
     assert [hit["query"] for hit in hits_of(tmp_path / "H")[::2]] == list(COLOURS)
 
 
+@pytest.mark.parametrize("query_by", ["caption", "prompt"])
+def test_anchors_of_text_queries(arf, inputs: Inputs, tmp_path: Path, query_by: str):
+    """The chain searches with texts, and its pairs are those that the stages find one by one."""
+    (tmp_path / "names.txt").write_text("\n".join(COLOURS))
+    (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
+    templates = ("--templates", tmp_path / "templates.txt")
+    more = ("--classnames", tmp_path / "names.txt", *templates) if query_by == "prompt" else ()
+    command = ("anchors", "--task-data", inputs.task, "--captioner", inputs.captioner, "--min-new-tokens", 3,
+               "--pool", inputs.pool, "--model", inputs.clip, "--k", 2, "--query-by", query_by, "--out", tmp_path / "A",
+               *more)  # fmt: skip
+    plan = json.loads(arf(*command, "--dry-run", "--json")[0])
+    assert plan["stages"][1]["samples"] == (21 if query_by == "caption" else len(COLOURS))
+    arf(*command)
+    texts = (
+        ("--captions", tmp_path / "A")
+        if query_by == "caption"
+        else ("--prompts", tmp_path / "names.txt", *templates)
+    )
+    arf("embed", *texts, "--model", inputs.clip, "--out", tmp_path / "Q")
+    arf("retrieve", "--queries", tmp_path / "Q", "--query-modality", "text", "--pool", tmp_path / "A/work/pool",
+        "--k", 2, "--out", tmp_path / "H")  # fmt: skip
+    chain = pq.read_table(tmp_path / "A/work/retrieve/pairs.parquet")
+    assert chain.equals(pq.read_table(tmp_path / "H/pairs.parquet"))
+
+
 def test_refusals(arf, inputs: Inputs, tmp_path: Path):
     common = ("embed", "--model", inputs.clip, "--out", tmp_path / "x")
     _, err = arf(*common, "--captions", tmp_path, status=1)
