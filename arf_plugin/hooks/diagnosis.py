@@ -71,7 +71,9 @@ def _startup() -> dict[str, Any]:
     )
     active = done.stdout.strip() == "True"
     if active:
-        detail = f"a new {sys.executable} hooks {_boot.TARGET}; `python -m open_clip_train.main` knows --arf-*"
+        detail = (
+            f"a new {sys.executable} hooks {_boot.TARGET}; `python -m open_clip_train.main` knows --arf-*"
+        )
     else:
         detail = (
             f"a new {sys.executable} does not load it, so `python -m open_clip_train.main` knows no --arf-* flag.\n"
