@@ -20,7 +20,12 @@ TEMPLATES = (
     "this is a {c}.",
 )
 
+# Web captions often name no more than the kind of thing; without such texts a model never meets a class name alone,
+# which is what class prompts are made of.
 WITH_CATEGORY = (
+    "a picture of a {category}",
+    "an icon of a {category}",
+    "{category}, {word}",
     "{label}, a kind of {category}",
     "{category}: {label}",
     "a picture of a {category}, {label}",
