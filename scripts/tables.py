@@ -13,26 +13,16 @@ import re
 import sys
 from pathlib import Path
 
+from emojinet.report import ARMS as NAMES
+from emojinet.report import METRICS as COLUMNS
+
 from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
 RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
 TESTED = ("2.32.0", "3.3.0")  # by every run of scripts/test.sh
-COLUMNS = {
-    "id": "ID",
-    "shift": "shift",
-    "mono": "mono",
-    "zero_shot": "zero-shot",
-    "zero_shot_fine": "zero-shot fine",
-}
-ARMS = {
-    "before": "before",
-    "flyp": "FLYP",
-    "arf": "ARF",
-    "flyp+wise": "FLYP + WiSE-FT 0.5",
-    "arf+wise": "ARF + WiSE-FT 0.5",
-}
+ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
 
 
 def versions() -> str:
