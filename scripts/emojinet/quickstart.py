@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,9 +91,9 @@ class Quickstart:
         run = Run(self.out / "pretraining", untrained, pattern(self.pairs), self.recipe.pretraining)
         return model_folder(self.out / "clip", train(run, "pretrain"))
 
-    def anchors(self, clip: str) -> Path:
-        """Builds the anchor set of the task data."""
-        anchors = self.out / "anchors"
+    def anchors(self, clip: str, name: str = "anchors", extra: Sequence[str] = ()) -> Path:
+        """Builds an anchor set of the task data; `extra` are further flags of `arf anchors`."""
+        anchors = self.out / name
         pool = f"{pattern(self.shards('emoji'))}::{pattern(self.shards('icons'))}"
         call(
             [
@@ -100,6 +101,7 @@ class Quickstart:
                 *("--captioner", str(self.out / "captioner"), "--prompt", captioner.IMAGE_TOKEN),
                 *("--model", clip),
                 *("--k", str(self.recipe.neighbours), "--max-new-tokens", "20"),
+                *extra,
             ]
         )
         return anchors
@@ -120,26 +122,12 @@ class Quickstart:
         Returns:
             Checkpoint -> (arm, its seeds).
         """
-        texts = self.data / "task"
-        flyp = (
-            *(
-                "--arf-classnames",
-                str(texts / "classnames.txt"),
-                "--arf-templates",
-                str(texts / "templates.txt"),
-            ),
-            "--arf-freeze-bn",
-        )
-        arms = {"flyp": flyp, "arf": (*flyp, "--arf-anchors", str(anchors))}
+        arms = {"flyp": None, "arf": anchors}
         cores = len(os.sched_getaffinity(0))
         jobs = [
-            (
-                arm,
-                seed,
-                Run(self.out / f"{arm}-{seed}", clip, self.task, self.recipe.fine_tuning, seed, flags),
-            )
+            (arm, seed, self.fine_tuning(f"{arm}-{seed}", clip, seed, folder))
             for seed in self.seeds
-            for arm, flags in arms.items()
+            for arm, folder in arms.items()
         ]
         with ThreadPoolExecutor(cores) as pool:
             # One thread per run: several small runs side by side finish sooner than one after the other.
@@ -149,6 +137,17 @@ class Quickstart:
             ]
             weights = [future.result() for future in done]
         return {str(path): (arm, [seed]) for path, (arm, seed, _) in zip(weights, jobs, strict=True)}
+
+    def fine_tuning(self, name: str, clip: str, seed: int, anchors: Path | None) -> Run:
+        """One fine-tuning run: FLYP, or ARF if there are anchors. The two differ in one flag."""
+        texts = self.data / "task"
+        flags = (
+            *("--arf-classnames", str(texts / "classnames.txt")),
+            *("--arf-templates", str(texts / "templates.txt")),
+            "--arf-freeze-bn",
+            *(("--arf-anchors", str(anchors)) if anchors else ()),
+        )
+        return Run(self.out / name, clip, self.task, self.recipe.fine_tuning, seed, flags)
 
     def evaluate(self, clip: str, runs: dict[str, tuple[str, list[int]]]) -> str:
         """Evaluates everything and writes the results.
