@@ -46,6 +46,10 @@ class EvaluationError(ArfError):
     """A checkpoint or an evaluation set that cannot be evaluated."""
 
 
+class GridError(ArfError):
+    """A grid of `arf ablate` (its file, its folder or one of its runs) that cannot be used or has failed."""
+
+
 class MissingDependencyError(ArfError):
     """An optional library that the requested step needs is not installed."""
 
