@@ -76,7 +76,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["arf_plugin", "arf_plugin.*"]),
-    package_data={"arf_plugin": ["py.typed", "data/templates/*.txt"]},
+    package_data={"arf_plugin": ["py.typed", "data/templates/*.txt", "evaluation/suites/*.yaml"]},
     install_requires=[
         "open_clip_torch>=2.29",
         "torch>=2.1",
@@ -93,10 +93,10 @@ setup(
     extras_require={
         "captions": ["transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "tenacity", "requests"],
-        "evaluation": ["clip-benchmark", "matplotlib", "requests", "torchmetrics"],
+        "evaluation": ["clip-benchmark", "matplotlib", "pyyaml", "requests", "torchmetrics"],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-requests", "types-tqdm"],
+        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-requests", "types-tqdm"],
     },
     entry_points={"console_scripts": ["arf = arf_plugin.cli.main:main"]},
     cmdclass={"build_py": BuildWithStartupFile, "editable_wheel": EditableWithStartupFile},

@@ -1,0 +1,133 @@
+"""Result rows: one JSON object per line, one line per checkpoint (or mixture) and set, in percent.
+
+::
+
+    {"format": 1, "suite": "emojinet", "set": "shift/twemoji", "split": "test",
+     "checkpoint": "runs/arf-0/weights.pt", "digest": SHA-256 of the file,
+     "original": null, "original_digest": null, "alpha": null,          set for WiSE-FT mixtures alone
+     "model": "ViT-B-16", "pretrained": null, "images": 871, "expected_images": null, "classes": 21,
+     "metrics": {"top1": 43.2, "top5": 70.1, "mean_per_class": 40.0, "macro_f1": 39.1, "ece": 3.2},
+     "headline": "top1", "prompts": SHA-256 of class names and templates, "data": SHA-256 of what was read,
+     "device": "cpu", "precision": "fp32", "batch_size": 256, "classifier": "zero-shot" or "head",
+     "versions": {...}, "time": "2025-01-31T12:00:00+00:00"}
+
+Averages are not stored; they follow from the suite's definition when rows are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.errors import EvaluationError
+
+FORMAT = 1
+Row = dict[str, Any]
+
+# What makes two rows measurements of the same thing. The path of a checkpoint and the batch size do not.
+IDENTITY = (
+    *("digest", "original_digest", "alpha", "model", "set", "split"),
+    *("prompts", "data", "precision"),
+)
+_NEEDED = ("set", "checkpoint", "metrics", "headline")
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What a row measures: equal for rows of the same weights on the same images with the same prompts."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads rows in the file's order.
+
+    A last line that a killed process left unfinished is passed over.
+
+    Raises:
+        EvaluationError: if the file is missing, or a line is no row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as cause:
+        raise EvaluationError(
+            f"{path} cannot be read: {cause}. Expected rows that arf evaluate --out wrote."
+        ) from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as cause:
+            if number == len(lines):  # no newline behind it
+                warnings.warn(f"{path}: the last line is unfinished; it is measured again.", stacklevel=2)
+                continue
+            raise EvaluationError(f"{path}, line {number} is no JSON: {cause}. Remove the line.") from None
+        if not isinstance(row, dict) or row.get("format") != FORMAT:
+            found = row.get("format") if isinstance(row, dict) else row
+            raise EvaluationError(
+                f"{path}, line {number}: format is {found!r}, expected a row of format {FORMAT}."
+            )
+        missing = [name for name in _NEEDED if name not in row]
+        if missing:
+            raise EvaluationError(
+                f"{path}, line {number}: {', '.join(missing)} missing (found: {', '.join(row)})."
+            )
+        rows.append(row)
+    return rows
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Appends a row and writes it through to the disk; an unfinished last line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        _cut_unfinished(file)
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_unfinished(file: Any) -> None:
+    end = keep = file.seek(0, os.SEEK_END)
+    while keep:
+        start = max(0, keep - 65536)
+        file.seek(start)
+        newline = file.read(keep - start).rfind(b"\n")
+        if newline >= 0:
+            keep = start + newline + 1
+            break
+        keep = start
+    if keep < end:
+        file.truncate(keep)
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """Rows whose fields equal those named: ``select(rows, set="id", alpha=None)``."""
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+
+
+def by_set(rows: Iterable[Row], metric: str | None = None) -> dict[str, float]:
+    """Figures of one checkpoint by set: the headline of each row, or a named metric. Later rows win.
+
+    Raises:
+        EvaluationError: if the rows are of several checkpoints or alphas, or lack the metric.
+    """
+    figures: dict[str, float] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for row in rows:
+        seen.add((row["checkpoint"], row.get("alpha")))
+        name = metric or row["headline"]
+        if name not in row["metrics"]:
+            raise EvaluationError(
+                f"The row of {row['checkpoint']} on '{row['set']}' has no metric {name!r} "
+                f"(found: {', '.join(row['metrics'])})."
+            )
+        figures[row["set"]] = row["metrics"][name]
+    if len(seen) > 1:
+        raise EvaluationError(
+            f"Rows of several checkpoints were taken for one: {sorted(map(str, seen))[:3]}."
+        )
+    return figures
