@@ -113,7 +113,8 @@ def byte_size(text: str) -> int:
 def run_options(args: argparse.Namespace) -> RunOptions:
     """Run options from the command line and the environment's ranks."""
     from arf_plugin.cli.processes import is_child
-    from arf_plugin.pipeline.stage import RunOptions, ranks
+    from arf_plugin.pipeline.ranks import ranks
+    from arf_plugin.pipeline.stage import RunOptions
 
     rank, world = ranks()
     return RunOptions(bool(args.restart) and not is_child(), args.max_bad_fraction, rank, world)

@@ -45,6 +45,7 @@ class CaptionStage(Stage):
     """
 
     name = "caption"
+    shard_inputs = "task"
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class EmbedStage(Stage):
     """
 
     name = "embed"
+    shard_inputs = "inputs"
 
     def __init__(
         self,

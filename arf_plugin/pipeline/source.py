@@ -64,8 +64,8 @@ class Source(Protocol):
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields a shard's samples in order."""
 
-    def fingerprint(self) -> list[Any]:
-        """Returns what changes when the inputs change: names, sizes and times of change, as JSON."""
+    def fingerprint(self) -> Any:
+        """Returns what changes when the inputs change, as JSON; a list if it has one entry per shard."""
 
     def digest(self) -> str:
         """Returns a digest of the inputs' names and sizes, which stays the same when they are copied."""
@@ -126,7 +126,7 @@ class TarSource:
                 problem=problem,
             )
 
-    def fingerprint(self) -> list[Any]:
+    def fingerprint(self) -> Any:
         """Name, size and time of change of every tar."""
         return [_file_fingerprint(url) for url in self.urls]
 
@@ -166,9 +166,9 @@ class CsvSource:
             size = len(image) if image is not None else 0
             yield RawSample(path, path, "", Path(path).suffix.lstrip("."), -1, size, image, None, problem)
 
-    def fingerprint(self) -> list[Any]:
+    def fingerprint(self) -> Any:
         """Name, size and time of change of the file, and how it is read."""
-        return [_file_fingerprint(self.path), self.image_column, self.separator]
+        return {"file": _file_fingerprint(self.path), "columns": [self.image_column, self.separator]}
 
     def digest(self) -> str:
         """The image paths."""

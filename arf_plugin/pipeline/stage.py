@@ -18,11 +18,10 @@ refusal to mix two configurations in one folder. All bookkeeping is below ``<out
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,6 +93,9 @@ class Stage(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str] = "images"
+    shard_inputs: ClassVar[str] = (
+        ""  # entry of the configuration that may list the shards' inputs, one by one
+    )
 
     def __init__(self, out: Path, work: Path | None = None) -> None:
         self.out = out
@@ -121,32 +123,6 @@ class Stage(ABC):
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Called when all shards are done; returns entries for the summary."""
         return {}
-
-
-def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
-    """Returns (rank, world size) as torchrun, srun or a SLURM array tells them; (0, 1) otherwise."""
-    env = os.environ if environment is None else environment
-    try:
-        if "RANK" in env and "WORLD_SIZE" in env:
-            return int(env["RANK"]), int(env["WORLD_SIZE"])
-        rank, world = 0, 1
-        if "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone; SLURM_NTASKS is also set in the batch script
-            rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        if "SLURM_ARRAY_TASK_COUNT" in env:
-            step = int(env.get("SLURM_ARRAY_TASK_STEP", "1") or 1)
-            low, count = int(env.get("SLURM_ARRAY_TASK_MIN", "0")), int(env["SLURM_ARRAY_TASK_COUNT"])
-            high = int(env.get("SLURM_ARRAY_TASK_MAX", low + (count - 1) * step))
-            if (high - low) // step + 1 != count:  # their shares would overlap, and other shards be nobody's
-                raise StageError(
-                    f"This SLURM array has {count} tasks with numbers from {low} to {high}: there are gaps between "
-                    "them.\nSubmit it with numbers in a row, such as --array=0-7; what is finished is skipped."
-                )
-            rank, world = (int(env["SLURM_ARRAY_TASK_ID"]) - low) // step * world + rank, count * world
-        return rank, world
-    except (KeyError, ValueError) as cause:
-        raise StageError(
-            f"The environment's rank variables (RANK or SLURM_*) make no sense: {cause!r}."
-        ) from cause
 
 
 def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]:
@@ -236,6 +212,9 @@ def _claim(stage: Stage, shards: list[Shard]) -> None:
         write_json(stage.work / "plan.json", [str(p.relative_to(stage.out)) for p in stage.artifacts(shards)])
         write_json(path, config)
         return
+    if _is_mended(stage, shards, recorded, config):
+        write_json(path, config)
+        return
     lines = [f"  {line}" for line in differences(recorded, config)]
     if len(lines) > 10:
         lines = [*lines[:10], f"  ... {len(lines)} differences in all"]
@@ -243,6 +222,19 @@ def _claim(stage: Stage, shards: list[Shard]) -> None:
         f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
         + "\n".join(lines)
         + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
+    )
+
+
+def _is_mended(stage: Stage, shards: list[Shard], old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether nothing but inputs of shards that are still to do has changed, as when a damaged tar was replaced."""
+    name = stage.shard_inputs
+    before, now = old.get(name), new.get(name)
+    if not (isinstance(before, list) and isinstance(now, list) and len(before) == len(now) == len(shards)):
+        return False
+    if old | {name: None} != new | {name: None}:
+        return False
+    return all(
+        a == b or not _is_done(stage, shards[i]) for i, (a, b) in enumerate(zip(before, now, strict=True))
     )
 
 

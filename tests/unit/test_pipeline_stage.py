@@ -17,6 +17,7 @@ from support.building import folder_bytes
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
 from arf_plugin.pipeline import stage as stage_module
+from arf_plugin.pipeline.ranks import ranks
 from arf_plugin.pipeline.stage import (
     Outcome,
     RunOptions,
@@ -24,7 +25,6 @@ from arf_plugin.pipeline.stage import (
     Stage,
     describe,
     differences,
-    ranks,
     run_stage,
 )
 
@@ -199,6 +199,30 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(StageError, match="cannot go on"):
         run_stage(Doubling(tmp_path / "out", NUMBERS))
+
+
+class PerShard(Doubling):
+    """Its configuration has an entry per shard."""
+
+    shard_inputs = "inputs"
+
+
+def test_inputs_of_shards_that_are_still_to_do_may_change(tmp_path: Path):
+    """As when a damaged tar is replaced; those of finished shards may not."""
+
+    def stage(*versions: int) -> PerShard:
+        built = PerShard(tmp_path, NUMBERS)
+        settings = built.config()
+        built.config = lambda: settings | {"inputs": list(versions)}  # type: ignore[method-assign]
+        return built
+
+    assert len(NUMBERS) == 4
+    run_stage(stage(0, 0, 0, 0), RunOptions(rank=0, world=2))  # does shards 0 and 2
+    with pytest.raises(StageError, match=r"inputs\[2\]: 0 -> 7"):
+        run_stage(stage(0, 0, 7, 0), RunOptions(rank=1, world=2))
+    assert run_stage(stage(0, 7, 0, 7), RunOptions(rank=1, world=2))["finished"]
+    with pytest.raises(StageError, match=r"inputs\[1\]: 7 -> 0"):
+        run_stage(stage(0, 0, 0, 7))
 
 
 def test_describe_writes_nothing(tmp_path: Path):
