@@ -50,6 +50,10 @@ class GridError(ArfError):
     """A grid of `arf ablate` (its file, its folder or one of its runs) that cannot be used or has failed."""
 
 
+class ReportError(ArfError):
+    """Runs, results or an anchor set that no report can be made of."""
+
+
 class MissingDependencyError(ArfError):
     """An optional library that the requested step needs is not installed."""
 
