@@ -2,27 +2,34 @@
 
 Source: Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022, section 3:
 theta = (1 - alpha) * theta_original + alpha * theta_fine-tuned.
+
+Checkpoints are mixed tensor by tensor. Whatever their size and that of the optimizer state in them, the memory needed
+is that of a few of their largest tensors (:mod:`arf_plugin.evaluation.tensor_files`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import difference, read_weights, write_weights
+from arf_plugin.evaluation.head import PREFIX
+from arf_plugin.evaluation.tensor_files import TensorInfo, WeightsFile, require_space, write_order, writing
 
 if TYPE_CHECKING:
     import torch
 
+ALPHAS = tuple(number / 10 for number in range(11))
+_GROUP = 64 << 20  # bytes of tensors read between opening a checkpoint and giving its pages back
+_CHUNK = 1 << 20  # elements whose fp64 sums are held at a time
+
 
 def interpolate(
-    original: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float
+    original: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], alpha: float
 ) -> dict[str, torch.Tensor]:
-    """Mixes two sets of weights tensor by tensor: ``(1 - alpha) * original + alpha * tuned``.
-
-    Sums are taken in fp64 and returned in the dtype of ``tuned``; at 0 and 1 the result is bit-equal to the end
-    point. Integer tensors (BatchNorm's counters) are taken from the nearer end point.
+    """Mixes two sets of weights in memory, by :func:`mix`.
 
     Args:
         original: tensors by name.
@@ -32,27 +39,190 @@ def interpolate(
     Raises:
         EvaluationError: if the names or shapes differ, or alpha is outside [0, 1].
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise EvaluationError(
-            f"alpha is {alpha}. Expected a number from 0 (the first) to 1 (the second checkpoint)."
-        )
-    problems = difference(original, tuned)
-    if problems:
-        raise EvaluationError(
-            f"The two checkpoints are of different architectures; in the second, {'; '.join(problems[:3])}"
-            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. Only one model's weights can be mixed."
-        )
-    mixed = {}
-    for name, end in tuned.items():
-        start = original[name]
-        if alpha in (0.0, 1.0) or not end.is_floating_point():
-            mixed[name] = (start if alpha < 0.5 else end).clone()
-        else:
-            mixed[name] = ((1.0 - alpha) * start.double() + alpha * end.double()).to(end.dtype)
+    check_alpha(alpha)
+    _check_same(
+        {name: TensorInfo.of(tensor) for name, tensor in original.items()},
+        {name: TensorInfo.of(tensor) for name, tensor in tuned.items()},
+    )
+    return {name: mix(original[name], end, alpha) for name, end in tuned.items()}
+
+
+def mix(start: torch.Tensor, end: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Mixes one tensor: ``(1 - alpha) * start + alpha * end``.
+
+    Sums are taken in fp64 and rounded once, to the dtype of `end`. At 0 and 1 the result is the end point, bit by bit.
+    Integer tensors (BatchNorm's counters) are taken from the nearer end point.
+
+    Returns:
+        A tensor of its own, contiguous, of the shape of both.
+    """
+    import torch
+
+    if _is_copy(alpha, end.dtype):
+        return (start if alpha < 0.5 else end).clone(memory_format=torch.contiguous_format)
+    mixed = torch.empty(end.shape, dtype=end.dtype)
+    target, left, right = mixed.view(-1), start.reshape(-1), end.reshape(-1)
+    for i in range(0, target.numel(), _CHUNK):
+        part = slice(i, i + _CHUNK)
+        target[part] = (1.0 - alpha) * left[part].double() + alpha * right[part].double()
     return mixed
 
 
 def interpolate_files(original: Path, tuned: Path, alpha: float, out: Path) -> None:
-    """Mixes two checkpoints and writes the result atomically; see :func:`interpolate`."""
-    weights = interpolate(read_weights(original), read_weights(tuned), alpha)
-    write_weights(out, weights, f"{original.stem} and {tuned.stem} at {alpha:g}")
+    """Mixes two checkpoints and writes the result; see :func:`write_mixtures`."""
+    write_mixtures(WeightsFile(original), WeightsFile(tuned), {alpha: out})
+
+
+def write_mixtures(
+    original: WeightsFile,
+    tuned: WeightsFile,
+    targets: Mapping[float, Path],
+    advance: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes checkpoints along the line, reading both ends once for all of them.
+
+    Args:
+        original: weights before fine-tuning.
+        tuned: weights after it.
+        targets: files by alpha; each appears under its name when all are whole.
+        advance: told of every tensor's bytes that are written, for a progress bar.
+
+    Raises:
+        EvaluationError: if the checkpoints are of different architectures, an alpha is outside [0, 1], or the disk is
+            too full.
+    """
+    check_pair(original, tuned)
+    names = write_order(tuned.tensors)
+    contents = {alpha: mixed_tensors(original, tuned, alpha, names) for alpha in targets}
+    sizes = {path: sum(info.bytes for info in contents[alpha].values()) for alpha, path in targets.items()}
+    for folder in {path.parent for path in targets.values()}:
+        here = [size for path, size in sizes.items() if path.parent == folder]
+        require_space(folder, sum(here), f"{len(here)} checkpoint(s)")
+    with ExitStack() as stack:
+        write = {}
+        for alpha, path in targets.items():
+            name = f"{original.path.stem} and {tuned.path.stem} at {alpha:g}"
+            write[alpha] = stack.enter_context(writing(path, contents[alpha], name))
+        for alpha, tensor in _stream(original, tuned, names, list(targets)):
+            write[alpha](tensor)
+            advance(tensor.numel() * tensor.element_size())
+
+
+def load_mixture(
+    model: torch.nn.Module, original: WeightsFile, tuned: WeightsFile, alpha: float
+) -> torch.nn.Module:
+    """Loads the mixture of two checkpoints into a model, with no copy of the whole in between.
+
+    Args:
+        model: a model of their architecture, on any device.
+        original: weights before fine-tuning.
+        tuned: weights after it.
+        alpha: 0 is the original, 1 the fine-tuned model.
+
+    Raises:
+        EvaluationError: if one of the three is of another architecture, or alpha is outside [0, 1].
+    """
+    import torch
+
+    check_alpha(alpha)
+    check_pair(original, tuned)
+    own = model.state_dict()  # shares its memory with the model
+    names = [
+        name for name in tuned.tensors if not name.startswith(PREFIX)
+    ]  # the head is no part of the model
+    _check_same(
+        {name: TensorInfo.of(tensor) for name, tensor in own.items()},
+        {name: tuned.tensors[name] for name in names},
+        f"--model and {tuned.path}",
+    )
+    with torch.no_grad():
+        for name, (_, tensor) in zip(names, _stream(original, tuned, names, [alpha]), strict=True):
+            own[name].copy_(tensor)
+    return model
+
+
+def mixed_tensors(
+    original: WeightsFile, tuned: WeightsFile, alpha: float, names: Sequence[str]
+) -> dict[str, TensorInfo]:
+    """Types and shapes of a mixture's tensors, in the order of `names`; see :func:`mix`."""
+    check_alpha(alpha)
+    nearer = original if alpha < 0.5 else tuned
+    return {
+        name: (nearer if _is_copy(alpha, tuned.tensors[name].dtype) else tuned).tensors[name]
+        for name in names
+    }
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises an EvaluationError unless alpha is a number from 0 to 1."""
+    if not 0.0 <= alpha <= 1.0:
+        raise EvaluationError(
+            f"alpha is {alpha}. Expected a number from 0 (the first) to 1 (the second checkpoint)."
+        )
+
+
+def check_pair(original: WeightsFile, tuned: WeightsFile) -> None:
+    """Raises an EvaluationError unless both are weights of one architecture, with heads for the same classes."""
+    heads = [any(name.startswith(PREFIX) for name in file.tensors) for file in (original, tuned)]
+    if heads[0] != heads[1]:
+        having, other = (original, tuned) if heads[0] else (tuned, original)
+        raise EvaluationError(
+            f"{having.path} has a classification head and {other.path} has none, so they cannot be mixed. Give two "
+            "checkpoints with a head (arf probe makes the one before fine-tuning), or two without."
+        )
+    _check_same(original.tensors, tuned.tensors, f"{original.path} and {tuned.path}")
+    classes = f"{PREFIX}classnames"
+    if classes in tuned.tensors:
+        with original.opened() as start, tuned.opened() as end:
+            same = start[classes].tolist() == end[classes].tolist()
+        if not same:
+            raise EvaluationError(
+                f"The heads of {original.path} and {tuned.path} are for different class names. "
+                "Mix checkpoints of one task."
+            )
+
+
+def _stream(
+    original: WeightsFile, tuned: WeightsFile, names: Sequence[str], alphas: Sequence[float]
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Yields every mixture of every tensor: names in the given order, for each of them all alphas."""
+    for group in _groups(names, tuned.tensors):
+        with original.opened() as starts, tuned.opened() as ends:
+            for name in group:
+                for alpha in alphas:
+                    yield alpha, mix(starts[name], ends[name], alpha)
+            del starts, ends  # the last references to the mapped files
+
+
+def _groups(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name in names:
+        if group and size + tensors[name].bytes > _GROUP:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += tensors[name].bytes
+    if group:
+        yield group
+
+
+def _is_copy(alpha: float, dtype: torch.dtype) -> bool:
+    return alpha in (0.0, 1.0) or not dtype.is_floating_point
+
+
+def _check_same(
+    original: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], which: str = "The two checkpoints"
+) -> None:
+    problems = [f"'{name}' is missing" for name in original if name not in tuned]
+    problems += [
+        f"'{name}' is {list(tuned[name].shape)} and not {list(info.shape)}"
+        for name, info in original.items()
+        if name in tuned and tuned[name].shape != info.shape
+    ]
+    problems += [f"'{name}' is not expected" for name in tuned if name not in original]
+    if problems:
+        raise EvaluationError(
+            f"{which} are of different architectures; in the second, {'; '.join(problems[:3])}"
+            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. Only one model's weights can be mixed."
+        )

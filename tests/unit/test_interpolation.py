@@ -1,0 +1,283 @@
+"""Interpolation: exact end points, files that torch and safetensors read, little memory, bad input named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+
+from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.interpolation import (
+    interpolate,
+    interpolate_files,
+    load_mixture,
+    mix,
+    write_mixtures,
+)
+from arf_plugin.evaluation.tensor_files import WeightsFile
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """A tiny open_clip model with BatchNorm in its image tower."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def ends(clip, tmp_path_factory):
+    """A model before and after a real step of training, saved as open_clip's trainer saves them."""
+    folder = tmp_path_factory.mktemp("ends")
+    torch.manual_seed(0)
+    model = open_clip.create_model(clip)
+    torch.save({"epoch": 0, "name": "before", "state_dict": model.state_dict()}, folder / "before.pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    images, texts, scale = model(torch.randn(4, 3, 32, 32), torch.randint(1, 49407, (4, 16)))
+    torch.nn.functional.cross_entropy(scale * images @ texts.T, torch.arange(4)).backward()
+    optimizer.step()
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    content = {"epoch": 1, "name": "after", "state_dict": state, "optimizer": optimizer.state_dict()}
+    torch.save(content, folder / "after.pt")
+    return folder / "before.pt", folder / "after.pt"
+
+
+def logits(clip: str, path) -> torch.Tensor:
+    """Logits of fixed images and texts, of a checkpoint as open_clip itself loads it."""
+    model = open_clip.create_model(clip)
+    open_clip.load_checkpoint(model, str(path))
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(5, 3, 32, 32, generator=generator)
+    texts = torch.randint(1, 49407, (7, 16), generator=generator)
+    with torch.no_grad():
+        found, described, scale = model(images, texts)
+    return scale * found @ described.T
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_logits_at_the_end_points_are_those_of_the_end_points(clip, ends, tmp_path, alpha, suffix):
+    interpolate_files(*ends, alpha, tmp_path / f"out{suffix}")
+    assert torch.equal(logits(clip, tmp_path / f"out{suffix}"), logits(clip, ends[int(alpha)]))
+    assert not torch.equal(logits(clip, tmp_path / f"out{suffix}"), logits(clip, ends[1 - int(alpha)]))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_streamed_files_hold_what_mixing_in_memory_gives(ends, tmp_path, suffix):
+    targets = {alpha: tmp_path / f"{alpha}{suffix}" for alpha in (0.0, 0.1, 0.5, 1.0)}
+    write_mixtures(*map(WeightsFile, ends), targets)
+    before = torch.load(ends[0], weights_only=True)["state_dict"]
+    after = torch.load(ends[1], weights_only=True)["state_dict"]
+    after = {name.removeprefix("module."): tensor for name, tensor in after.items()}
+    for alpha, path in targets.items():
+        if suffix == ".pt":
+            found = torch.load(path, weights_only=True)["state_dict"]
+            mapped = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+            assert all(torch.equal(found[name], mapped[name]) for name in found)
+            assert zipfile.ZipFile(path).testzip() is None
+        else:
+            found = safetensors.torch.load_file(path)
+        expected = interpolate(before, after, alpha)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
+    counter = next(name for name in after if name.endswith("num_batches_tracked"))
+    assert [int(found[counter]), int(after[counter]), int(before[counter])] == [1, 1, 0]
+
+
+def test_every_type_and_shape_survives(tmp_path):
+    tensors = {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 3),
+        "half": torch.randn(3, 5).half(),
+        "bfloat": torch.randn(4).bfloat16(),
+        "double": torch.randn(2, 2).double(),
+        "transposed": torch.randn(3, 4).T,
+        "flags": torch.tensor([True, False, True]),
+        "counts": torch.arange(3),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+    }
+    torch.save(tensors, tmp_path / "a.pt")
+    for suffix in (".pt", ".safetensors"):
+        interpolate_files(tmp_path / "a.pt", tmp_path / "a.pt", 0.3, tmp_path / f"out{suffix}")
+        with WeightsFile(tmp_path / f"out{suffix}").opened() as found:
+            for name, tensor in tensors.items():
+                assert found[name].dtype == tensor.dtype
+                assert found[name].shape == tensor.shape
+                torch.testing.assert_close(found[name], tensor)
+                if suffix == ".pt" and tensor.numel():
+                    assert found[name].data_ptr() % 64 == 0
+
+
+def test_equal_weights_are_equal_bytes(ends, tmp_path):
+    for name in ("a.pt", "b.pt"):
+        interpolate_files(*ends, 0.5, tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_a_mixture_is_loaded_into_a_model(clip, ends, tmp_path):
+    interpolate_files(*ends, 0.4, tmp_path / "out.pt")
+    model = load_mixture(open_clip.create_model(clip), *map(WeightsFile, ends), 0.4)
+    expected = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sums_are_rounded_once():
+    start, end = torch.randn(5000), torch.randn(5000)
+    expected = torch.tensor([0.7 * a + 0.3 * b for a, b in zip(start.tolist(), end.tolist(), strict=True)])
+    assert torch.equal(mix(start, end, 0.3), expected)
+
+
+def test_files_of_before_torch_1_6_are_read(ends, tmp_path):
+    state = torch.load(ends[0], weights_only=True)
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    interpolate_files(tmp_path / "old.pt", ends[1], 0.0, tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, state["state_dict"][name]) for name, tensor in found.items())
+
+
+MEMORY = """
+    import sys, torch
+    from pathlib import Path
+    from arf_plugin.evaluation.interpolation import write_mixtures
+    from arf_plugin.evaluation.tensor_files import WeightsFile
+
+    def resident(field):  # ru_maxrss would count the process that this one was forked from, too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    libraries = resident("VmRSS")
+    out = sys.argv[3:]
+    write_mixtures(*(WeightsFile(Path(path)) for path in sys.argv[1:3]), {float(Path(o).stem): Path(o) for o in out})
+    print(libraries, resident("VmHWM"))
+"""
+
+
+def peak(*argv: object) -> tuple[int, int]:
+    """Interpolates in a process of its own; returns the bytes resident after imports, and at the peak."""
+    script = [sys.executable, "-c", textwrap.dedent(MEMORY), *map(str, argv)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    libraries, highest = map(int, done.stdout.split())
+    return libraries, highest
+
+
+def save_large(path, layers: int, seed: int) -> int:
+    """Saves a checkpoint of 20 MB layers with AdamW's state beside them; returns the bytes of its weights."""
+    torch.manual_seed(seed)
+    layer = torch.randn(5_000_000)
+    weights = {f"layers.{n}.weight": layer + n for n in range(layers)}
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(weights, path)
+    else:
+        state = {n: {"exp_avg": w * 0.1, "exp_avg_sq": w * w} for n, w in enumerate(weights.values())}
+        torch.save({"epoch": 1, "name": "large", "state_dict": weights, "optimizer": {"state": state}}, path)
+    return 4 * 5_000_000 * layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_interpolating_a_checkpoint_of_1_gb_takes_less_than_1_3_gb(tmp_path, suffix):
+    paths = [tmp_path / f"{name}{suffix}" for name in ("original", "tuned")]
+    assert [save_large(path, 50, seed) for seed, path in enumerate(paths)] == [10**9, 10**9]
+    libraries, highest = peak(*paths, tmp_path / f"0.5{suffix}")
+    print(f"{suffix}: {highest / 1e9:.2f} GB at the peak, {libraries / 1e9:.2f} GB of it libraries")
+    assert highest < 1.3e9
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    paths = [tmp_path / f"{name}.pt" for name in ("original", "tuned")]
+    size, _ = (save_large(path, 15, seed) for seed, path in enumerate(paths))
+    libraries, highest = peak(*paths, tmp_path / "0.25.pt", tmp_path / "0.75.pt")
+    assert (
+        highest - libraries < 1.3 * size
+    )  # about as much for any size; two models and a result would be 3 * size
+
+
+def test_another_architecture_is_named(tmp_path, ends, clip):
+    torch.save({"state_dict": {"visual.other": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(
+        EvaluationError, match=r"before.pt and .*other.pt are of different architectures"
+    ) as error:
+        interpolate_files(ends[0], tmp_path / "other.pt", 0.5, tmp_path / "out.pt")
+    assert "is missing" in str(error.value)
+    with pytest.raises(EvaluationError, match=r"'w' is \[3\] and not \[2\]"):
+        interpolate({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, 0.5)
+    other = WeightsFile(tmp_path / "other.pt")
+    with pytest.raises(EvaluationError, match=r"--model and .*other.pt are of different architectures"):
+        load_mixture(open_clip.create_model(clip), other, other, 0.5)
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha_outside_zero_to_one_is_refused(ends, tmp_path, alpha):
+    with pytest.raises(EvaluationError, match=f"alpha is {alpha}"):
+        interpolate_files(*ends, alpha, tmp_path / "out.pt")
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_bad_files_are_named(ends, tmp_path, capsys):
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    torch.save({"state_dict": {"w": [1, 2]}}, tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    torch.save([torch.zeros(1)], tmp_path / "bare.pt")
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x10" * 100)
+    (tmp_path / "cut.pt").write_bytes(ends[1].read_bytes()[:5000])
+    for name, message in (
+        ("missing.pt", "There is no checkpoint at"),
+        ("evil.pt", "cannot be read as a checkpoint"),
+        ("list.pt", "holds no weights"),
+        ("none.pt", "holds no weights"),
+        ("bare.pt", "holds no weights"),
+        ("damaged.safetensors", "cannot be read as a checkpoint"),
+        ("cut.pt", "cannot be read as a checkpoint"),
+    ):
+        with pytest.raises(EvaluationError, match=message) as error:
+            interpolate_files(ends[0], tmp_path / name, 0.5, tmp_path / "out.pt")
+        assert name in str(error.value)
+    assert "executed" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*out.pt"))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(ends, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(EvaluationError, match=r"1 checkpoint\(s\) needs? .* GB free"):
+        interpolate_files(*ends, 0.5, tmp_path / "out.pt")
+
+
+def test_heads_are_mixed_if_they_are_for_the_same_classes(tmp_path):
+    def save(name: str, digest: int | None, value: float):
+        head = {} if digest is None else {
+            "arf_head.weight": torch.full((3, 2), value),
+            "arf_head.bias": torch.full((3,), value),
+            "arf_head.classnames": torch.full((32,), digest, dtype=torch.uint8),
+        }  # fmt: skip
+        torch.save({"state_dict": {"w": torch.zeros(2), **head}}, tmp_path / name)
+        return tmp_path / name
+
+    probe, tuned = save("probe.pt", 7, 0.0), save("tuned.pt", 7, 1.0)
+    interpolate_files(probe, tuned, 0.25, tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert found["arf_head.bias"].tolist() == [0.25] * 3
+    assert found["arf_head.classnames"].tolist() == [7] * 32
+    with pytest.raises(EvaluationError, match=r"tuned.pt has a classification head and .*bare.pt has none"):
+        interpolate_files(save("bare.pt", None, 0.0), tuned, 0.5, tmp_path / "no.pt")
+    with pytest.raises(EvaluationError, match="for different class names"):
+        interpolate_files(save("other.pt", 8, 0.0), tuned, 0.5, tmp_path / "no.pt")
