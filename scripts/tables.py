@@ -53,13 +53,18 @@ def results() -> str:
         ]
         for arm, name in ARMS.items()
     ]
-    summary = _table(["top-1 %", *COLUMNS.values()], rows)
+    return _table(["top-1 %", *COLUMNS.values()], rows)
+
+
+def seeds() -> str:
+    """The same, FLYP and ARF seed by seed."""
+    found = json.loads(RESULTS.read_text())
     flyp, arf = found["per_seed"]["flyp"], found["per_seed"]["arf"]
     each = [
-        [seed, *(f"{flyp[seed][column]:.1f} → {arf[seed][column]:.1f}" for column in COLUMNS)]
+        [f"seed {seed}", *(f"{flyp[seed][column]:.1f} → {arf[seed][column]:.1f}" for column in COLUMNS)]
         for seed in map(str, found["seeds"])
     ]
-    return f"{summary}\n\nFLYP → ARF, seed by seed:\n\n{_table(['seed', *COLUMNS.values()], each)}"
+    return _table(["FLYP → ARF", *COLUMNS.values()], each)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -69,7 +74,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    makers = {"versions": versions, "hooks": hooks, "results": results}
+    makers = {"versions": versions, "hooks": hooks, "results": results, "seeds": seeds}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",
