@@ -16,6 +16,16 @@ Anchor-based Robust Fine-tuning (arf-plugin):
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 
+BASELINES = """\
+Other ways to fine-tune robustly, on the same data. Two more need no flag of their own:
+  zero-shot distillation: --distill-model and --distill-pretrained with the starting model as the teacher, beside
+      --arf-classnames. With --arf-anchors every term is distilled.
+  plain mixing: --train-data 'task/{..}.tar::ANCHORS/pairs/{..}.tar' --dataset-resampled
+      --train-data-upsampling-factors 1::1 --arf-classnames FILE. Samples with a `cls` get class prompts, the others
+      keep their own `txt`. A factor weighs each shard of its part, not the part as a whole. Only pairs can be mixed:
+      caption anchors have no images of their own.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class ArfConfig:
@@ -31,6 +41,8 @@ class ArfConfig:
         classnames: File of class names, one per line, or ``imagenet``.
         templates: File of prompt templates, one per line, or ``imagenet``.
         freeze_bn: Keep BatchNorm layers on their pretrained statistics.
+        l2sp: Weight of the L2-SP penalty, a baseline; 0 is off.
+        head: Checkpoint of ``arf probe`` to go on from with cross-entropy (LP-FT), a baseline.
     """
 
     anchors: str | None = None
@@ -42,6 +54,8 @@ class ArfConfig:
     classnames: str | None = None
     templates: str | None = None
     freeze_bn: bool = False
+    l2sp: float = 0.0
+    head: str | None = None
 
 
 # Flags that mean nothing without an anchor set, by their argparse destination.
@@ -106,7 +120,25 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
     )
+    _add_baseline_flags(parser)
     parser.epilog = EPILOG
+
+
+def _add_baseline_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Anchor-based Robust Fine-tuning (arf-plugin), baselines", BASELINES)
+    group.add_argument(
+        "--arf-l2sp",
+        type=_weight,
+        metavar="W",
+        help="L2-SP (Li et al. 2018): adds W/2 times the squared distance of all trained parameters from where the run "
+        "started; biases, norms and the logit scale count. Goes with every loss, ARF's too (default: 0, off).",
+    )
+    group.add_argument(
+        "--arf-head",
+        metavar="CHECKPOINT",
+        help="LP-FT (Kumar et al. 2022): trains with cross-entropy on each sample's `cls` from the weights and the "
+        "linear head of CHECKPOINT, made by `arf probe`. The text tower rests. Needs the probe's --arf-classnames.",
+    )
 
 
 def resolve(args: argparse.Namespace) -> ArfConfig:
@@ -137,7 +169,7 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
         raise FlagError(
             "--arf-templates given without --arf-classnames: templates need class names to fill in."
         )
-    if "arf_classnames" in given:
+    if "arf_classnames" in given and "arf_head" not in given:
         given.setdefault("arf_templates", "imagenet")
     config = ArfConfig(**{name.removeprefix("arf_"): value for name, value in given.items()})
     if config.anchors and config.caption_weight == 0 and config.pair_weight == 0:
@@ -145,6 +177,7 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
             "--arf-caption-weight 0 and --arf-pair-weight 0 leave no anchors; drop --arf-anchors instead."
         )
     _check_trainer(args, config)
+    _check_baselines(args, config)
     for field in dataclasses.fields(ArfConfig):
         setattr(args, f"arf_{field.name}", getattr(config, field.name))
     return config
@@ -165,6 +198,48 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
             "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
+        )
+
+
+def _check_baselines(args: Any, config: ArfConfig) -> None:
+    distill = [getattr(args, name, None) is not None for name in ("distill_model", "distill_pretrained")]
+    if any(distill) and not all(distill):
+        raise FlagError(
+            "--distill-model and --distill-pretrained belong together: with one of them open_clip distils nothing, and "
+            "does not say so.\nGive both; beside --distill-model local-dir:FOLDER any --distill-pretrained will do, "
+            "since the folder brings its weights along."
+        )
+    if any(distill) and getattr(args, "siglip", False):
+        raise FlagError("--distill-model with --siglip: open_clip distils the loss of CLIP only. Drop one.")
+    if any(distill) and getattr(args, "accum_freq", 1) > 1:
+        raise FlagError(
+            f"--distill-model with --accum-freq {args.accum_freq}: open_clip distils without accumulation only.\n"
+            "Use --accum-freq 1, with a larger --batch-size if memory allows."
+        )
+    start_is_known = getattr(args, "pretrained", None) or ":" in args.model or config.head
+    if config.l2sp and getattr(args, "resume", None) and not start_is_known:
+        raise FlagError(
+            "--arf-l2sp holds the weights to those that training started from, which --resume alone does not tell.\n"
+            "Name them with --pretrained, as when the run began."
+        )
+    if config.head is None:
+        return
+    for flag, given, why in (
+        (
+            "--arf-anchors",
+            config.anchors,
+            "anchors need the contrastive loss, which the head takes the place of",
+        ),
+        ("--arf-templates", config.templates, "a head trains on class indices, not on prompts"),
+        ("--distill-model", any(distill), "the teacher's texts are none that a head trains on"),
+        ("--torchscript", getattr(args, "torchscript", False), "a compiled model cannot be given a head"),
+    ):
+        if given:
+            raise FlagError(f"--arf-head and {flag} do not go together: {why}. Drop one.")
+    if config.classnames is None:
+        raise FlagError(
+            "--arf-head needs --arf-classnames: the file that `arf probe --classnames` was given, so that the classes "
+            "of head and data are known to be the same."
         )
 
 

@@ -83,7 +83,11 @@ def parse():
         parser.add_argument("--model", default="ViT-B-32")
         parser.add_argument("--train-data")
         parser.add_argument("--dataset-type", default="auto")
-        parser.add_argument("--use-bn-sync", action="store_true")
+        for flag in ("--use-bn-sync", "--siglip", "--torchscript"):
+            parser.add_argument(flag, action="store_true")
+        for flag in ("--pretrained", "--resume", "--distill-model", "--distill-pretrained"):
+            parser.add_argument(flag)
+        parser.add_argument("--accum-freq", type=int, default=1)
         config.add_arf_flags(parser)
         return config.resolve(parser.parse_args(list(map(str, argv))))
 

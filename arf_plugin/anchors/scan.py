@@ -17,7 +17,7 @@ from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -30,6 +30,7 @@ class ShardScan:
         without_image: keys of the others.
         without_text: number of samples that have an image but no ``txt``.
         without_class: number of samples that have an image but no ``cls``.
+        without_both: keys of the samples that have an image but neither.
         unreadable: reason per key of a damaged image.
         bad_texts: reason per key of an unusable ``txt``, if texts were read.
         image_bytes: size of all images.
@@ -41,6 +42,7 @@ class ShardScan:
     without_image: list[str] = field(default_factory=list)
     without_text: int = 0
     without_class: int = 0
+    without_both: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     bad_texts: dict[str, str] = field(default_factory=dict)
     image_bytes: int = 0
@@ -104,6 +106,8 @@ def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardSc
         scan.without_class += "cls" not in sample.members
         text = sample.members.get("txt")
         scan.without_text += text is None
+        if text is None and "cls" not in sample.members:
+            scan.without_both.append(sample.key)
         if sample.image.problem:
             scan.unreadable[sample.key] = sample.image.problem
         if texts:

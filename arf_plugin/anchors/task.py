@@ -25,6 +25,8 @@ class TaskScan:
         without_image: ids of samples without an image, which training passes over.
         without_text: number of samples with an image but without ``txt``.
         without_class: number of samples with an image but without ``cls``.
+        without_both: ids of samples with an image but neither.
+        half_classed: shards in which some samples have a ``cls`` and some have none.
         unreadable: reason per id of a damaged image, which training passes over with a warning.
     """
 
@@ -33,6 +35,8 @@ class TaskScan:
     without_image: list[str] = field(default_factory=list)
     without_text: int = 0
     without_class: int = 0
+    without_both: list[str] = field(default_factory=list)
+    half_classed: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
@@ -123,6 +127,9 @@ def scan_task_ids(
         scan.unreadable |= {sample_id(url, key): reason for key, reason in shard.unreadable.items()}
         scan.without_text += shard.without_text
         scan.without_class += shard.without_class
+        scan.without_both += [sample_id(url, key) for key in shard.without_both]
+        if 0 < shard.without_class < len(shard.keys):
+            scan.half_classed.append(url)
         scan.shards += 1
         if advance is not None:
             advance(url)

@@ -48,17 +48,55 @@ class ClassPrompts:
         Raises:
             TaskDataError: ``cls`` is no class index.
         """
-        try:
-            index = int(cls.decode() if isinstance(cls, bytes) else cls)  # type: ignore[call-overload]
-        except (ValueError, UnicodeDecodeError):
-            index = -1
-        if not 0 <= index < len(self.classnames):
-            raise TaskDataError(
-                f"Sample {sample_id}: cls is {cls!r}, expected a class index from 0 to {len(self.classnames) - 1} "
-                f"(--arf-classnames has {len(self.classnames)} names). Use the class names of this data set."
-            )
+        index = class_index(cls, sample_id, len(self.classnames))
         template = self.templates[choose(len(self.templates), "template", seed, epoch, sample_id)]
         return template.replace("{c}", self.classnames[index])
+
+
+class ClassIndices:
+    """Stands in for `ClassPrompts` where a head classifies: the class index itself, as text.
+
+    Args:
+        classes: Number of classes.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, cls: object, sample_id: str, seed: int, epoch: int) -> str:
+        """The index in decimal; see `class_index` for errors. Seed and epoch are there for the common interface."""
+        return str(class_index(cls, sample_id, self.classes))
+
+
+def class_index(cls: object, sample_id: str, classes: int) -> int:
+    """Reads the ``cls`` of a sample, as a number or its decimal text.
+
+    Raises:
+        TaskDataError: It is no class index below ``classes``.
+    """
+    try:
+        index = int(cls.decode() if isinstance(cls, bytes) else cls)  # type: ignore[call-overload]
+    except (ValueError, UnicodeDecodeError):
+        index = -1
+    if not 0 <= index < classes:
+        raise TaskDataError(
+            f"Sample {sample_id}: cls is {cls!r}, expected a class index from 0 to {classes - 1} "
+            f"({classes} class names were given). Use the class names of this data set."
+        )
+    return index
+
+
+def load_classnames(classnames: str, flag: str = "--arf-classnames") -> list[str]:
+    """Reads class names from a file, or open_clip's ImageNet list by the name ``imagenet``.
+
+    Raises:
+        FlagError: A file that cannot be read, or has an empty line.
+    """
+    if classnames == "imagenet":
+        from open_clip import IMAGENET_CLASSNAMES
+
+        return list(IMAGENET_CLASSNAMES)
+    return _lines(classnames, flag)
 
 
 def load_prompts(classnames: str, templates: str) -> ClassPrompts:
@@ -67,12 +105,7 @@ def load_prompts(classnames: str, templates: str) -> ClassPrompts:
     Raises:
         FlagError: A file that cannot be read, is empty, or holds a template without a placeholder.
     """
-    if classnames == "imagenet":
-        from open_clip import IMAGENET_CLASSNAMES
-
-        names = list(IMAGENET_CLASSNAMES)
-    else:
-        names = _lines(classnames, "--arf-classnames")
+    names = load_classnames(classnames)
     if templates == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 

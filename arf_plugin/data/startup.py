@@ -20,7 +20,7 @@ from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_task_ids
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.pairs import list_pair_shards
-from arf_plugin.data.texts import missing_caption_message
+from arf_plugin.data.texts import missing_caption_message, missing_class_message
 from arf_plugin.errors import AnchorSetError, MissingCaptionError, TaskDataError
 
 BUILD = "Build one with `arf anchors`, look at it with `arf check`."
@@ -123,10 +123,7 @@ def _check_texts(args: Any, config: ArfConfig, scan: TaskScan) -> None:
     total = len(scan.ids)
     if config.classnames:
         if scan.without_class:
-            raise TaskDataError(
-                f"{scan.without_class} of {total} task samples have no 'cls', which --arf-classnames needs.\n"
-                "Write the class index beside each image (KEY.cls), or drop --arf-classnames."
-            )
+            _check_mixture(config, scan)
     elif scan.without_text == total:
         hint = (
             "they have 'cls': give --arf-classnames FILE"
@@ -143,6 +140,28 @@ def _check_texts(args: Any, config: ArfConfig, scan: TaskScan) -> None:
         logging.warning(
             f"ARF: {len(scan.unreadable)} of {total} task images are unreadable and will be skipped, "
             f"first: {name} {reason}"
+        )
+
+
+def _check_mixture(config: ArfConfig, scan: TaskScan) -> None:
+    """Some samples have no class: plain mixing if they have a text and all their shard is like them."""
+    total = len(scan.ids)
+    if config.head or scan.without_class == total:
+        raise TaskDataError(
+            f"{scan.without_class} of {total} task samples have no 'cls', which "
+            f"{'--arf-head' if config.head else '--arf-classnames'} needs.\n"
+            "Write the class index beside each image (KEY.cls), or drop the flag."
+        )
+    if scan.without_both:
+        raise TaskDataError(missing_class_message(scan.without_both[0], len(scan.without_both)))
+    logging.info(
+        f"ARF: plain mixing: {total - scan.without_class} task samples have a class and get class prompts, "
+        f"{scan.without_class} have none and keep their own text."
+    )
+    if scan.half_classed:
+        logging.warning(
+            f"ARF: {len(scan.half_classed)} shards hold samples of both kinds, first: {scan.half_classed[0]}. Mixed "
+            "data has shards of its own as a rule; did some samples lose their 'cls'?"
         )
 
 

@@ -10,10 +10,12 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.data.captions import CaptionStore
-from arf_plugin.data.prompts import ClassPrompts, choose
+from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose
 from arf_plugin.errors import MissingCaptionError, TaskDataError
 
 SEPARATOR = "\0"
@@ -23,26 +25,29 @@ class TaskTexts:
     """Builds the joint text of a task sample.
 
     Args:
-        prompts: Class prompts; None to use the sample's own text.
+        prompts: Class prompts, or class indices for a head; None to use the sample's own text.
         captions: Caption anchors; None if that term is off.
         missing_caption: ``error`` or ``prompt``.
         seed: The run's seed, for the choice among templates and among several captions.
         epoch: Reads the current epoch, also in a loader worker.
+        mix: Whether a sample without a class keeps its own text beside others' class prompts (plain mixing).
     """
 
     def __init__(
         self,
-        prompts: ClassPrompts | None,
+        prompts: ClassPrompts | ClassIndices | None,
         captions: CaptionStore | None,
         missing_caption: str = "error",
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        mix: bool = True,
     ) -> None:
         self.prompts = prompts
         self.captions = captions
         self.missing_caption = missing_caption
         self.seed = seed
         self.epoch = epoch
+        self.mix = mix
 
     def __call__(self, identity: str, cls: object | None, text: str | None) -> str | None:
         """Joins the texts of one sample.
@@ -57,7 +62,7 @@ class TaskTexts:
             which open_clip skips.
 
         Raises:
-            TaskDataError: The sample has no ``cls``, or one that is no class index.
+            TaskDataError: The sample has a ``cls`` that is no class index, or none and no text in its place.
             MissingCaptionError: The sample has no caption, and that is an error.
         """
         prompt = self._prompt(identity, cls, text)
@@ -66,14 +71,10 @@ class TaskTexts:
         return f"{prompt}{SEPARATOR}{self._caption(identity, prompt)}"
 
     def _prompt(self, identity: str, cls: object | None, text: str | None) -> str | None:
-        if self.prompts is None:
+        if self.prompts is None or (self.mix and cls is None and text is not None):
             return None if text is None else text.replace(SEPARATOR, " ")
         if cls is None:
-            raise TaskDataError(
-                f"Sample {identity} has no 'cls', which --arf-classnames needs to build its class prompt.\n"
-                "Write the class index beside each image (KEY.cls, or a column 'cls' of the CSV), "
-                "or drop --arf-classnames to train on the samples' own texts."
-            )
+            raise TaskDataError(missing_class_message(identity))
         return self.prompts(cls, identity, self.seed, self.epoch())
 
     def _caption(self, identity: str, prompt: str) -> str:
@@ -84,6 +85,16 @@ class TaskTexts:
         if self.missing_caption == "prompt":
             return prompt
         raise MissingCaptionError(missing_caption_message(identity))
+
+
+def missing_class_message(identity: str, count: int = 1) -> str:
+    """Says what to do about a task sample without a class, where class prompts or a head need one."""
+    others = f" (and {count - 1} more samples)" if count > 1 else ""
+    return (
+        f"Sample {identity} has no 'cls'{others}, which --arf-classnames needs, and no 'txt' that could be mixed in.\n"
+        "Write the class index beside each image (KEY.cls, or a column 'cls' of the CSV), "
+        "or drop --arf-classnames to train on the samples' own texts."
+    )
 
 
 def missing_caption_message(identity: str, count: int = 1) -> str:
@@ -151,6 +162,17 @@ class JointTokenizer:
         """Tokenizes one joint text, alone or in a list."""
         joint = texts if isinstance(texts, str) else texts[0]
         return self.tokenizer(joint.split(SEPARATOR), *args, **kwargs)[None]
+
+
+class LabelTokenizer:
+    """Takes the tokenizer's place where a head classifies: the text is a class index, the result ``[1]``, int64.
+
+    open_clip takes ``[0]`` of it for one sample, so the texts of a batch are its labels, ``[B]``.
+    """
+
+    def __call__(self, texts: str | list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Converts one class index, alone or in a list."""
+        return torch.tensor([int(texts if isinstance(texts, str) else texts[0])])
 
 
 class CsvTexts:

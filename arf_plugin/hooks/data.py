@@ -15,14 +15,15 @@ from typing import Any
 import pandas as pd
 
 from arf_plugin.anchors.task import is_csv
+from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
-from arf_plugin.data.prompts import load_prompts
+from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_anchor_set, check_data
-from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, TaskTexts
+from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.errors import ArfError
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.table import rows
@@ -51,7 +52,7 @@ def _training_data(
 ) -> AnchoredData:
     config = session.config
     _on_every_rank(args, lambda: check_anchor_set(config))
-    prompts = load_prompts(config.classnames, config.templates or "imagenet") if config.classnames else None
+    prompts = _load_prompts(config)
     shards = list_pair_shards(config.anchors) if config.anchors and config.pair_weight else []
     pairs = (config.pair_batch_size or args.batch_size) if shards else 0
     # Whether there are captions is known after the check has read them; it changes no worker's share.
@@ -64,10 +65,13 @@ def _training_data(
     if args.rank == 0:
         _log(config, layout, captions, shards)
     shared_epoch = SharedEpoch(epoch)
-    texts = TaskTexts(prompts, captions, config.missing_caption, args.seed, shared_epoch.get)
-    task = _task_data(
-        original, session, args, texts, preprocess_fns, epoch, tokenizer, task_workers, joint=layout.captions
+    texts = TaskTexts(
+        prompts, captions, config.missing_caption, args.seed, shared_epoch.get, mix=not config.head
     )
+    tokenize = (
+        JointTokenizer(tokenizer) if layout.captions else LabelTokenizer() if config.head else tokenizer
+    )
+    task = _task_data(original, session, args, texts, preprocess_fns, epoch, tokenize, task_workers)
     pair_loader = None
     if layout.pairs:
         pair_loader = build_pair_loader(
@@ -88,6 +92,14 @@ def _training_data(
     return AnchoredData(task, loader, shared_epoch)
 
 
+def _load_prompts(config: ArfConfig) -> ClassPrompts | ClassIndices | None:
+    if config.classnames is None:
+        return None
+    if config.head:
+        return ClassIndices(len(load_classnames(config.classnames)))
+    return load_prompts(config.classnames, config.templates or "imagenet")
+
+
 def _task_data(
     original: Callable[..., Any],
     session: Session,
@@ -97,7 +109,6 @@ def _task_data(
     epoch: int,
     tokenizer: Any,
     workers: int,
-    joint: bool,
 ) -> Any:
     """Lets open_clip build its pipeline of the training data alone."""
     training = copy.copy(args)
@@ -112,8 +123,7 @@ def _task_data(
     before = len(session.engine.applied)
     session.engine.apply(rows("building task data"), session.version, texts)
     try:
-        used = JointTokenizer(tokenizer) if joint else tokenizer
-        task = original(training, preprocess_fns, epoch=epoch, tokenizer=used)["train"]
+        task = original(training, preprocess_fns, epoch=epoch, tokenizer=tokenizer)["train"]
     finally:
         session.engine.undo(before)
     if is_csv(args.train_data, args.dataset_type):
@@ -143,9 +153,13 @@ def _on_every_rank(args: Any, check: Callable[[], None]) -> None:
     raise verdict if verdict is not None else SystemExit(1)
 
 
-def _log(config: Any, layout: BatchLayout, captions: CaptionStore | None, shards: list[str]) -> None:
+def _log(config: ArfConfig, layout: BatchLayout, captions: CaptionStore | None, shards: list[str]) -> None:
+    if config.l2sp:
+        logging.info(f"ARF: L2-SP holds the weights to where they start (weight {config.l2sp:g}).")
     if not config.anchors:
-        logging.info("ARF: no anchor set; training on class prompts alone (FLYP).")
+        trains_on = "class prompts alone (FLYP)" if config.classnames else "the samples' own texts"
+        trains_on = "class labels, through the head (LP-FT)" if config.head else trains_on
+        logging.info(f"ARF: no anchor set; training on {trains_on}.")
         return
     terms = [f"{layout.task} task pairs"]
     for name, there, size, weight in (

@@ -1,4 +1,4 @@
-"""open_clip_train.main.create_loss: open_clip's own loss, once per term."""
+"""open_clip_train.main.create_loss: open_clip's own loss once per term, or a baseline's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from arf_plugin.hooks.session import Session
 from arf_plugin.losses.anchored import AnchoredLoss
+from arf_plugin.losses.head import HeadLoss
+from arf_plugin.losses.l2sp import L2SPLoss
 
 
 def create_loss(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -15,10 +17,20 @@ def create_loss(original: Callable[..., Any], session: Session) -> Callable[...,
 
     @functools.wraps(original)
     def wrapped(args: Any) -> Any:
-        layout = session.need_layout(args)
-        if not (layout.captions or layout.pairs):
-            return original(args)
         config = session.config
-        return AnchoredLoss(lambda: original(args), layout, config.caption_weight, config.pair_weight)
+        loss = _loss(original, session, args)
+        if session.start is None or session.model is None:
+            return loss
+        start, session.start = session.start, None  # the loss keeps what it needs of it
+        return L2SPLoss(loss, session.model, start, config.l2sp, args.accum_freq)
 
     return wrapped
+
+
+def _loss(original: Callable[..., Any], session: Session, args: Any) -> Any:
+    config, layout = session.config, session.need_layout(args)
+    if config.head:
+        return HeadLoss()
+    if not (layout.captions or layout.pairs):
+        return original(args)
+    return AnchoredLoss(lambda: original(args), layout, config.caption_weight, config.pair_weight)

@@ -1,24 +1,36 @@
-"""open_clip_train.main.create_model_and_transforms: BatchNorm is the one layer that mixes samples of a batch."""
+"""open_clip_train.main.create_model_and_transforms: what is done to the model before it trains.
+
+BatchNorm is the one layer that mixes samples of a batch, so it is frozen or warned about. Two baselines need the
+model, too: L2-SP its starting point, LP-FT a head on it.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from arf_plugin.data.prompts import load_classnames
+from arf_plugin.errors import FlagError
 from arf_plugin.hooks.session import Session
+from arf_plugin.losses.head import LinearHead, attach_head
+from arf_plugin.losses.l2sp import starting_point
 
 
 def create_model_and_transforms(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """Freezes BatchNorm statistics if asked to; warns where anchors would change them."""
+    """Freezes BatchNorm statistics if asked to, or warns where anchors would change them; prepares baselines."""
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
+        if session.model is not None:  # the trainer's second model is a distillation teacher: left as it is
+            return result
+        session.model = result[0]
         names = [name for name, module in result[0].named_modules() if isinstance(module, _BatchNorm)]
         if session.config.freeze_bn:
             logging.info(
@@ -29,9 +41,38 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
                 f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their "
                 "batch statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
             )
+        if session.config.head:
+            _start_from_probe(result[0], session.config.head, session.config.classnames or "")
+        if session.config.l2sp:
+            session.start = starting_point(result[0])
         return result
 
     return wrapped
+
+
+def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:
+    """Loads weights and head of a checkpoint of ``arf probe`` into the model."""
+    # The one thing that training shares with evaluation is this format; no other run imports it.
+    from arf_plugin.evaluation.checkpoints import difference, read_weights
+    from arf_plugin.evaluation.head import PREFIX, split_head
+
+    weights, head = split_head(read_weights(Path(path)))
+    if head is None:
+        raise FlagError(f"--arf-head {path} has no head among its weights. Make one with: arf probe")
+    if not head.fits(load_classnames(classnames)):
+        raise FlagError(
+            f"--arf-head {path} was made for other classes ({len(head.bias)} of them) than --arf-classnames "
+            f"{classnames}.\nUse the file that `arf probe --classnames` was given; names and their order count."
+        )
+    problems = difference(model.state_dict(), weights)
+    if problems:
+        raise FlagError(
+            f"--arf-head {path} is a checkpoint of another architecture than --model: {'; '.join(problems[:3])}."
+        )
+    model.load_state_dict(weights)
+    parts = {name.removeprefix(PREFIX): tensor for name, tensor in head.tensors().items()}
+    attach_head(model, LinearHead(**parts).to(next(model.parameters()).device))
+    logging.info(f"ARF: LP-FT starts from the weights and the head of {path}; the text tower rests.")
 
 
 def freeze_batch_norm(model: nn.Module) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+from torch import nn
+
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.hooks.engine import Engine
@@ -19,12 +22,16 @@ class Session:
         engine: Applies the rows of later phases.
         version: Upstream's version.
         layout: Sizes of a batch, known once the data has been built.
+        model: The model that trains, known once it has been built.
+        start: Its parameters as training starts from them, by name, if the loss refers to them.
     """
 
     config: ArfConfig
     engine: Engine
     version: str
     layout: BatchLayout | None = None
+    model: nn.Module | None = None
+    start: dict[str, torch.Tensor] | None = None
 
     def need_layout(self, args: Any) -> BatchLayout:
         """The layout, or a plain one of task samples alone."""

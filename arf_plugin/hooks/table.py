@@ -32,7 +32,8 @@ ROWS = (
         versions=SUPPORTED,
         wrapper="arf_plugin.hooks.model:create_model_and_transforms",
         when="run",
-        why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact",
+        why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact; "
+        "baselines: gives the model a head, notes where it starts",
     ),
     Row(
         id="get-data",
@@ -50,7 +51,7 @@ ROWS = (
         versions=SUPPORTED,
         wrapper="arf_plugin.hooks.loss:create_loss",
         when="run",
-        why="applies the trainer's own loss once per term",
+        why="applies the trainer's own loss once per term; baselines: cross-entropy in its place, L2-SP beside it",
     ),
     Row(
         id="task-samples",

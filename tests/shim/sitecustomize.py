@@ -6,6 +6,7 @@ The trainer itself stays stock open_clip, started by the literal command line. W
 * ARF_TEST_FP64           makes float64 the default type, so that gradients can be compared to 1e-10
 * ARF_TEST_DDP_CPU        lets DistributedDataParallel run on CPU (open_clip passes device_ids=[cpu])
 * ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
+* ARF_TEST_RECORD_STEP    or of a later one, counted from 0
 """
 
 import os
@@ -41,7 +42,7 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
 
         def _forward(self, image=None, text=None):
             if torch.is_grad_enabled() and self.training:
-                _inputs.append((image.clone(), text.clone()))
+                _inputs.append((image.clone(), None if text is None else text.clone()))
                 _forward.model = self
             return _original_forward(self, image, text)
 
@@ -50,7 +51,8 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
 
         def _step(self, closure=None):
             path = Path(f"{os.environ['ARF_TEST_RECORD']}.{os.environ.get('RANK', 0)}")
-            if not path.exists():
+            _step.number = getattr(_step, "number", -1) + 1
+            if _step.number == int(os.environ.get("ARF_TEST_RECORD_STEP", 0)):
                 model = _forward.model
                 record = {
                     "inputs": list(_inputs),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,22 @@ def write_task(folder: Path, shards: int, per_shard: int, text: bool = True) -> 
     task.classnames.write_text("\n".join(CLASSNAMES) + "\n")
     task.templates.write_text("a photo of a {c}.\na drawing of a {c}.\n")
     return task
+
+
+def write_csv_task(folder: Path, count: int, texts: Sequence[str] | None = None) -> Path:
+    """Writes images and a CSV that names them, with classes and texts.
+
+    The order of a CSV depends on torch's seed alone; WebDataset's shuffle differs from run to run.
+    """
+    lines = ["filepath\ttitle\tcls"]
+    for number in range(count):
+        path = folder / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(number))
+        text = f"an own text number {number}" if texts is None else texts[number]
+        lines.append(f"{path}\t{text}\t{number % len(CLASSNAMES)}")
+    (folder / "task.csv").write_text("\n".join(lines) + "\n")
+    return folder / "task.csv"
 
 
 def write_captions(anchors: Path, captions: Mapping[str, str], name: str = "part-00000.parquet") -> Path:

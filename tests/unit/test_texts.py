@@ -13,8 +13,8 @@ import torch
 from support import data
 
 from arf_plugin.data.captions import open_captions
-from arf_plugin.data.prompts import ClassPrompts, choose, load_prompts
-from arf_plugin.data.texts import JointTokenizer, TaskTexts
+from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose, load_prompts
+from arf_plugin.data.texts import JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.errors import FlagError, MissingCaptionError, TaskDataError
 
 
@@ -29,11 +29,28 @@ def test_templates_are_drawn_evenly_and_reproducibly():
         assert drawn != [prompts(0, f"id{number}", **changed) for number in range(4000)]
 
 
+def test_a_sample_without_a_class_keeps_its_own_text_where_data_is_mixed():
+    prompts = ClassPrompts(["a", "b"], ["the {c}"])
+    mixed = TaskTexts(prompts, None)
+    assert mixed("s/1", b"1", "own") == "the b" and mixed("s/2", None, "own") == "own"
+    with pytest.raises(TaskDataError, match="s/2 has no 'cls'"):
+        TaskTexts(prompts, None, mix=False)("s/2", None, "own")
+
+
+def test_labels_take_the_place_of_tokens():
+    texts = TaskTexts(ClassIndices(3), None, mix=False)
+    for call in (texts("s/1", b"2", "own"), [texts("s/1", 2, None)]):  # open_clip's two pipelines
+        label = LabelTokenizer()(call)[0]
+        assert label.shape == () and label.dtype == torch.int64 and label == 2
+    with pytest.raises(TaskDataError, match="expected a class index from 0 to 2"):
+        texts("s/1", b"3", None)
+
+
 @pytest.mark.parametrize("cls", [3, "x", b"\xff", None, -1, b"1.5"])
 def test_a_class_that_is_no_index_is_named(cls):
     if cls is None:
-        with pytest.raises(TaskDataError, match="has no 'cls'"):
-            TaskTexts(ClassPrompts(["a", "b", "c"], ["{c}"]), None)("s/1", None, "text")
+        with pytest.raises(TaskDataError, match="s/1 has no 'cls'"):
+            TaskTexts(ClassPrompts(["a", "b", "c"], ["{c}"]), None)("s/1", None, None)
         return
     with pytest.raises(TaskDataError, match=r"s/1: cls is .* expected a class index from 0 to 2"):
         ClassPrompts(["a", "b", "c"], ["{c}"])(cls, "s/1", 0, 0)
