@@ -22,6 +22,7 @@ COMMANDS = (
     "anchors",
     "check",
     "train",
+    "probe",
     "evaluate",
     "interpolate",
     "doctor",
