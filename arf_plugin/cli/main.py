@@ -22,6 +22,7 @@ COMMANDS = (
     "anchors",
     "check",
     "train",
+    "ablate",
     "probe",
     "evaluate",
     "interpolate",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
 from arf_plugin import config
-from arf_plugin.errors import ArfError, IncompatibleUpstreamError
+from arf_plugin._boot import wants_arf
+from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
 from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.table import PACKAGE, rows
 from arf_plugin.hooks.versions import upstream_version
@@ -41,6 +44,43 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
         deactivate()
     _activate(config.resolve(args), version, params)
     return args
+
+
+def check_args(argv: Sequence[str]) -> Any:
+    """Parses and checks a trainer's command line as the trainer would, and runs nothing.
+
+    Args:
+        argv: the flags, without the program's name.
+
+    Returns:
+        The trainer's namespace.
+
+    Raises:
+        FlagError: What the trainer's parser, or ours, would say.
+    """
+    from open_clip_train import params
+
+    original = getattr(params.parse_args, "arf_original", params.parse_args)
+    ENGINE.apply(rows("parsing"), upstream_version(), None)
+    try:
+        with parsing_errors():
+            args = original(list(argv))
+    finally:
+        deactivate()
+    if wants_arf(argv):
+        config.resolve(args)
+    return args
+
+
+@contextlib.contextmanager
+def parsing_errors() -> Iterator[None]:
+    """Turns what an argparse parser prints before it exits into an error."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            yield
+    except SystemExit:
+        raise FlagError(output.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 def deactivate() -> None:

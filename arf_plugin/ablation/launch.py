@@ -1,0 +1,153 @@
+"""Runs open_clip's trainer in a process of its own and follows its log.
+
+The trainer writes into a file, not into a pipe of ours: if this program is killed, a training that is under way goes
+on undisturbed, and its folder stays locked until it ends. The next start finds the lock, follows the same log to its
+end and takes the finished run over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$")
+_POLL_SECONDS = 0.3
+
+_running: set[subprocess.Popen[bytes]] = set()
+_guard = threading.Lock()
+_stopping = threading.Event()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A progress line of the trainer.
+
+    Attributes:
+        epoch: from 0.
+        images: images of this epoch so far, anchors included.
+        epoch_images: images of a whole epoch.
+        loss: of the last step.
+    """
+
+    epoch: int
+    images: int
+    epoch_images: int
+    loss: float
+
+
+def trainer(processes: int = 1) -> list[str]:
+    """The beginning of a trainer's command line; its flags follow."""
+    # `--` keeps torchrun from reading --logs as an abbreviation of one of its own options.
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(processes), "-m", "--", "open_clip_train.main"]
+
+
+def parse_step(line: bytes) -> Step | None:
+    """Reads a line of the trainer's log; None for lines that do not tell progress."""
+    match = _STEP.search(line.rstrip())
+    return Step(int(match[1]), int(match[2]), int(match[3]), float(match[4])) if match else None
+
+
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    on_line: Callable[[bytes], object] = lambda line: None,
+    environment: Mapping[str, str] | None = None,
+) -> int | None:
+    """Runs a command with its output in a file, and hands on each line.
+
+    Args:
+        command: the command; begins with a program's path.
+        log: the file; what an earlier start left in it is kept as LOG.1.
+        on_line: called with each line.
+        environment: variables beside those of this process.
+
+    Returns:
+        The exit status; None if an earlier start's process was still at it and has ended, how is not known.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with (log.parent / ".lock").open("a") as lock:
+        if not _take(lock.fileno()):
+            _follow(log, on_line, lambda: not _take(lock.fileno()))
+            return None
+        if log.is_file():
+            log.replace(log.with_name(log.name + ".1"))
+        with log.open("wb") as stream, _guard:
+            if _stopping.is_set():
+                return 143
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                pass_fds=(
+                    lock.fileno(),
+                ),  # the lock lasts as long as the process, whatever becomes of this one
+            )
+            _running.add(process)
+        try:
+            _follow(log, on_line, lambda: process.poll() is None)
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            _running.discard(process)
+
+
+def stop_all() -> None:
+    """Ends what runs and starts nothing more; trainings go on after their last whole epoch next time."""
+    with _guard:
+        _stopping.set()
+        for process in list(_running):
+            process.terminate()
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    """The end of a log."""
+    if not log.is_file():
+        return "(there is no log)"
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 20_000))
+        return b"\n".join(stream.read().splitlines()[-count:]).decode(errors="replace")
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _follow(log: Path, on_line: Callable[[bytes], object], goes_on: Callable[[], bool]) -> None:
+    """Hands on a log's lines until what writes it has ended."""
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+        for line in _lines(stream.readline, goes_on):
+            on_line(line)
+
+
+def _lines(readline: Callable[[], bytes], goes_on: Callable[[], bool]) -> Iterator[bytes]:
+    part = b""
+    while True:
+        alive = goes_on()  # asked before reading: what was written before the end is read, too
+        while piece := readline():
+            part += piece
+            if part.endswith(b"\n"):
+                yield part
+                part = b""
+        if not alive:
+            if part:
+                yield part
+            return
+        time.sleep(_POLL_SECONDS)

@@ -1,0 +1,272 @@
+"""What a grid comes down to: one command per run, with its number of steps and the images it forwards."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.ablation import flags as flag_words
+from arf_plugin.ablation.config import Arm, Grid
+from arf_plugin.ablation.launch import trainer
+from arf_plugin.anchors.task import expand_urls
+from arf_plugin.errors import GridError
+
+ARF = [sys.executable, "-m", "arf_plugin.cli.main"]
+MISSING = "..."  # stands for what is not known before the anchors are built
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: an arm with a seed, or a candidate of an arm's choice.
+
+    Attributes:
+        grid: the grid.
+        folder: GRID.
+        arm: the arm, its flags complete.
+        seed: the seed.
+        candidate: number of the candidate, from 0; None for a run of the grid itself.
+        processes: torchrun's --nproc_per_node.
+    """
+
+    grid: Grid
+    folder: Path
+    arm: Arm
+    seed: int
+    candidate: int | None = None
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        """ARM-SEED, or ARM.CANDIDATE-SEED."""
+        middle = "" if self.candidate is None else f".{self.candidate}"
+        return f"{self.arm.name}{middle}-{self.seed}"
+
+    @property
+    def parent(self) -> Path:
+        """The folder above the run's."""
+        return self.folder / ("runs" if self.candidate is None else "candidates")
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.parent / self.name
+
+    @property
+    def weights(self) -> Path:
+        """The finished run's checkpoint: weights alone."""
+        return self.path / "weights.pt"
+
+    @property
+    def anchors(self) -> Path | None:
+        """The folder of its anchor set."""
+        return None if self.arm.anchors is None else self.grid.anchors[self.arm.anchors].path
+
+    @property
+    def head(self) -> Run | None:
+        """The run of the probe that it starts from."""
+        if self.arm.head is None:
+            return None
+        return Run(self.grid, self.folder, self.grid.arm(self.arm.head), self.seed)
+
+    @property
+    def original(self) -> Path:
+        """What WiSE-FT mixes it with: the model before, with the probe's head where it has one."""
+        return self.head.weights if self.head is not None else before(self.grid, self.folder).weights
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Epochs, batch size, workers, accumulation."""
+        return flag_words.counts(self.arm.flags)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the trainer."""
+        return self.counts["epochs"]
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """What the trainer leaves."""
+        return self.path / "checkpoints" / f"epoch_{self.epochs}.pt"
+
+    def command(self) -> list[str]:
+        """The command line, to be typed as it is."""
+        grid, task = self.grid, self.grid.task
+        model = ["--model", grid.model, *(("--pretrained", grid.pretrained) if grid.pretrained else ())]
+        texts = [*(("--classnames", task.classnames) if task.classnames else ())]
+        if self.arm.probe:
+            probe = [*ARF, "probe", *model, "--task-data", task.data, *texts]
+            return [
+                *probe,
+                "--seed",
+                str(self.seed),
+                "--out",
+                str(self.weights),
+                *flag_words.words(self.arm.flags),
+            ]
+        data, samples = self._train_data()
+        words = [*trainer(self.processes), *model, "--train-data", data, "--dataset-type", "webdataset"]
+        words += ["--train-num-samples", str(samples)] if samples else []
+        if self.arm.mix is not None:
+            words += ["--dataset-resampled", "--train-data-upsampling-factors", self._upsampling()]
+        words += ["--logs", str(self.parent), "--name", self.name, "--resume", "latest"]
+        words += ["--save-frequency", "1", "--delete-previous-checkpoint", "--seed", str(self.seed)]
+        words += [f"--arf-{word.removeprefix('--')}" if word == "--classnames" else word for word in texts]
+        words += ["--arf-templates", task.templates] if task.templates and self.head is None else []
+        if self.arm.mix is None and self.anchors is not None:
+            words += ["--arf-anchors", str(self.anchors)]
+        if self.head is not None:
+            words += ["--arf-head", str(self.head.weights)]
+        return words + flag_words.words(self.arm.flags)
+
+    def steps(self) -> int | None:
+        """Optimizer steps, counted as open_clip does; 0 for a probe, None where the samples are not known."""
+        if self.arm.probe or not self.arm.is_trained:
+            return 0
+        samples = self._train_data()[1]
+        if samples is None:
+            return None
+        batches = math.ceil(samples / (self.counts["batch-size"] * self.processes))
+        workers = max(1, self._task_workers())
+        micro_batches = math.ceil(batches / workers) * workers
+        return micro_batches // self.counts["accum-freq"] * self.epochs
+
+    def images(self) -> int | None:
+        """Images that the run forwards through the trained model, pair anchors included."""
+        steps = self.steps()
+        if steps is None:
+            return None
+        return (
+            steps * self.counts["accum-freq"] * (self.counts["batch-size"] + self._pairs()) * self.processes
+        )
+
+    def _pairs(self) -> int:
+        """Pair anchors in a batch."""
+        weight = self.arm.flags.get("arf-pair-weight")
+        if self.arm.anchors is None or self.arm.mix is not None or (weight and float(weight[0]) == 0):
+            return 0
+        folder = self.anchors
+        if folder is not None and folder.is_dir() and not _shards(folder):
+            return 0
+        return flag_words.number(self.arm.flags, "arf-pair-batch-size", self.counts["batch-size"])
+
+    def _task_workers(self) -> int:
+        """Loader workers of the task data, which open_clip rounds the number of batches up to."""
+        workers, batch, pairs = self.counts["workers"], self.counts["batch-size"], self._pairs()
+        if not pairs:
+            return workers
+        wanted = self.arm.flags.get("arf-workers")
+        share = int(wanted[0]) if wanted else min(max(round(workers * pairs / (batch + pairs)), 1), workers)
+        return max(workers - share, min(workers, 1))
+
+    def _train_data(self) -> tuple[str, int | None]:
+        """`--train-data` and the samples of an epoch."""
+        task = self.grid.task
+        samples = task.samples or count_samples(task.data)
+        if self.arm.mix is None:
+            return task.data, samples
+        shards = _shards(self.anchors) if self.anchors is not None else []
+        pairs = "::".join(map(str, shards)) or f"{self.anchors}/pairs/{MISSING}.tar"
+        # As many task samples as without mixing, so that `epochs` keeps its meaning.
+        return f"{task.data}::{pairs}", None if samples is None else round(samples / (1 - self.arm.mix))
+
+    def _upsampling(self) -> str:
+        """Factors that make pairs the wanted share of the samples.
+
+        open_clip draws shards by these weights and takes all samples of a shard, so a source's weight is its share over
+        its number of samples, for each of its names between ``::``.
+        """
+        assert self.arm.mix is not None and self.anchors is not None
+        task, shards = self.grid.task, _shards(self.anchors)
+        own = task.samples or count_samples(task.data)
+        pairs = count_samples("::".join(map(str, shards))) if shards else None
+        if not own or not pairs:
+            return MISSING
+        task_sources = task.data.count("::") + 1
+        weight_of_task = (1 - self.arm.mix) / own
+        weights = [weight_of_task] * task_sources + [self.arm.mix / pairs] * len(shards)
+        return "::".join(f"{weight / weight_of_task:.4g}" for weight in weights)
+
+
+def before(grid: Grid, folder: Path) -> Run:
+    """The run that stands for the model before fine-tuning."""
+    return Run(grid, folder, grid.before, grid.seeds[0])
+
+
+def final_runs(
+    grid: Grid, folder: Path, arms: Collection[str], seeds: Sequence[int], processes: int
+) -> Iterator[Run]:
+    """The runs of the grid, seed by seed, probes first as others may need them; arms as the file has them."""
+    for seed in seeds:
+        for arm in sorted(grid.arms, key=lambda arm: not arm.probe):
+            if arm.is_trained and arm.name in arms:
+                yield Run(grid, folder, arm, seed, processes=processes)
+
+
+def candidate_runs(grid: Grid, folder: Path, arms: Collection[str], processes: int) -> Iterator[Run]:
+    """The runs that choices are made from: every candidate, with the first seed."""
+    for arm in grid.arms:
+        if arm.choice is not None and arm.name in arms:
+            for index in range(len(arm.choice.over)):
+                yield Run(grid, folder, arm.with_candidate(index), grid.seeds[0], index, processes)
+
+
+def _shards(anchors: Path) -> list[Path]:
+    return sorted((anchors / "pairs").glob("*.tar"))
+
+
+def count_samples(data: str) -> int | None:
+    """Samples of task data, from ``sizes.json`` beside the shards or from the tars' headers (cached); None if missing.
+
+    Raises:
+        TaskDataError: a shard that is no tar.
+    """
+    from arf_plugin.anchors.scan import scan_shard
+
+    total = 0
+    for url in expand_urls(data):
+        path = Path(url)
+        sizes = path.parent / "sizes.json"
+        if sizes.is_file():
+            known: dict[str, Any] = json.loads(sizes.read_text())
+            if path.name in known:
+                total += int(known[path.name])
+                continue
+        if not path.is_file():
+            return None
+        total += len(scan_shard(url).keys)
+    return total
+
+
+def missing_inputs(runs: Sequence[Run]) -> list[str]:
+    """Local files and folders that the runs need and that are not there."""
+    wanted: dict[str, None] = {}
+    for run in runs:
+        task = run.grid.task
+        for url in expand_urls(task.data):
+            if "://" not in url:
+                wanted[url] = None
+        for file in (task.classnames, task.templates):
+            if file is not None and file != "imagenet":
+                wanted[file] = None
+        if run.grid.model.startswith("local-dir:"):
+            wanted[run.grid.model.removeprefix("local-dir:")] = None
+        if run.arm.anchors is not None and not run.grid.anchors[run.arm.anchors].is_built:
+            wanted[str(run.anchors)] = None
+    return [path for path in wanted if not Path(path).exists()]
+
+
+def known(names: Sequence[str] | None, all_names: Sequence[str], option: str) -> list[str]:
+    """A subset of names that an option gives; all of them without it.
+
+    Raises:
+        GridError: a name that is none of them.
+    """
+    for name in names or ():
+        if name not in all_names:
+            raise GridError(f"{option} {name}: not in this grid. Expected some of: {', '.join(all_names)}.")
+    return list(names or all_names)
