@@ -76,7 +76,14 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["arf_plugin", "arf_plugin.*"]),
-    package_data={"arf_plugin": ["py.typed", "data/templates/*.txt", "evaluation/suites/*.yaml", "ablation/configs/*.yaml"]},
+    package_data={
+        "arf_plugin": [
+            "py.typed",
+            "data/templates/*.txt",
+            "evaluation/suites/*.yaml",
+            "ablation/configs/*.yaml",
+        ]
+    },
     install_requires=[
         "open_clip_torch>=2.29",
         "torch>=2.1",
