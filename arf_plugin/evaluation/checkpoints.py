@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.head import Head, split_head
+from arf_plugin.evaluation.tensor_files import WeightsFile
 
 if TYPE_CHECKING:
     import torch
@@ -18,34 +20,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Nothing in the file is executed (``weights_only``). The prefix ``module.`` of distributed training is removed.
 
     Returns:
-        Tensors by name, on the CPU.
+        Tensors by name, on the CPU, mapped from the file: a page is read when it is used.
 
     Raises:
         EvaluationError: if the file is missing or holds no weights.
     """
-    import torch
-
-    if not path.is_file():
-        raise EvaluationError(f"There is no checkpoint at {path}. Expected a .pt or .safetensors file.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as cause:  # torch and safetensors raise many kinds for a damaged file
-        raise EvaluationError(
-            f"{path} cannot be read as a checkpoint: {str(cause).splitlines()[0] if str(cause) else cause!r}\n"
-            "Expected tensors only, as open_clip's trainer saves them."
-        ) from cause
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
-        raise EvaluationError(
-            f"{path} holds no weights (found: {found}). Expected a dict of tensors, or one under 'state_dict'."
-        )
-    return {name.removeprefix("module."): value for name, value in weights.items()}
+    with WeightsFile(path).opened() as weights:
+        return dict(weights)
 
 
 def write_weights(path: Path, weights: dict[str, torch.Tensor], name: str) -> None:
@@ -67,22 +48,24 @@ def write_weights(path: Path, weights: dict[str, torch.Tensor], name: str) -> No
             torch.save({"name": name, "state_dict": weights}, temporary)
 
 
-def load_into(model: torch.nn.Module, path: Path) -> torch.nn.Module:
+def load_into(model: torch.nn.Module, path: Path) -> Head | None:
     """Loads a checkpoint's weights into a model of the same architecture.
+
+    Returns:
+        The linear head that the checkpoint holds beside the model's weights, if any.
 
     Raises:
         EvaluationError: naming the first weights that do not fit.
     """
-    weights = read_weights(path)
-    own = model.state_dict()
-    problems = difference(own, weights)
+    weights, head = split_head(read_weights(path))
+    problems = difference(model.state_dict(), weights)
     if problems:
         raise EvaluationError(
             f"{path} is a checkpoint of another architecture than --model: {'; '.join(problems[:3])}"
             f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. Name the model it was trained with."
         )
     model.load_state_dict(weights)
-    return model
+    return head
 
 
 def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:

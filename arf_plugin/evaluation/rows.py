@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ IDENTITY = (
     *("digest", "original_digest", "alpha", "model", "set", "split"),
     *("prompts", "data", "precision"),
 )
+_NAMES = ("checkpoint", "original", "suite", "headline")  # how a measurement is listed
 _NEEDED = ("set", "checkpoint", "metrics", "headline")
 
 
@@ -102,6 +103,50 @@ def _cut_unfinished(file: Any) -> None:
         keep = start
     if keep < end:
         file.truncate(keep)
+
+
+class Results:
+    """Rows measured so far, and the file that new ones are appended to.
+
+    Args:
+        path: the file, or None.
+        known: rows that are there already.
+        writes: whether this process writes the file.
+    """
+
+    def __init__(self, path: Path | None, known: Collection[Row] = (), writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self._rows = {identity(row): row for row in known}
+        self._listed = {_listing(row) for row in known}
+
+    @staticmethod
+    def read(path: Path | None) -> list[Row]:
+        """Rows of a file that may not be there yet."""
+        return read_rows(path) if path is not None and path.exists() else []
+
+    def has(self, wanted: Row) -> bool:
+        """Whether what a row is to hold has been measured, be it of a copy of the checkpoint."""
+        return identity(wanted) in self._rows
+
+    def add(self, row: Row) -> None:
+        """Takes a row and appends it to the file."""
+        self._rows[identity(row)] = row
+        self._listed.add(_listing(row))
+        if self.path is not None and self.writes:
+            append_row(self.path, row)
+
+    def take(self, wanted: Row) -> Row:
+        """The finished row; one of a copy of the checkpoint is listed under the name that is wanted, too."""
+        row = {**self._rows[identity(wanted)], **{name: wanted[name] for name in _NAMES}}
+        if _listing(row) not in self._listed:
+            self._listed.add(_listing(row))
+            if self.path is not None and self.writes:
+                append_row(self.path, row)
+        return row
+
+
+def _listing(row: Row) -> tuple[Any, ...]:
+    return (*identity(row), *(row.get(name) for name in _NAMES))
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

@@ -1,90 +1,220 @@
-"""Evaluates checkpoints of one model on several sets."""
+"""Evaluates checkpoints and mixtures of one model on several sets, decoding each image once for all of them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import datetime
+import importlib.metadata
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import load_into, read_weights
-from arf_plugin.evaluation.interpolation import interpolate
-from arf_plugin.evaluation.sets import find_sets
-from arf_plugin.evaluation.zeroshot import top1
+from arf_plugin.evaluation import batches
+from arf_plugin.evaluation.candidates import Candidate, build, how_many_fit, load_all, weights_digest
+from arf_plugin.evaluation.distributed import Processes
+from arf_plugin.evaluation.metrics import Predictions, joined, measure
+from arf_plugin.evaluation.rows import FORMAT, Results, Row
+from arf_plugin.evaluation.sets import EvaluationSet
+from arf_plugin.evaluation.zeroshot import PRECISIONS, Classifier
+from arf_plugin.pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = ("arf-plugin", "open_clip_torch", "torch", "clip-benchmark", "torchmetrics")
 
 
 def evaluate(
-    checkpoints: Sequence[Path],
+    candidates: Sequence[Candidate | Path],
     model: str,
-    data: Sequence[Path],
+    sets: Sequence[EvaluationSet],
     *,
+    suite: str | None = None,
     pretrained: str | None = None,
-    wise: float | None = None,
+    out: Path | None = None,
     batch_size: int = 256,
     device: str = "auto",
-) -> dict[str, Any]:
-    """Measures top-1 accuracy of each checkpoint on each set.
+    precision: str = "fp32",
+    workers: int = 2,
+    models_at_once: int | None = None,
+) -> list[Row]:
+    """Measures every candidate on every set.
+
+    Under torchrun the processes share the batches; all of them return the same rows, and the first one writes.
 
     Args:
-        checkpoints: weights of `model`; without any, the model's own are evaluated under its name.
+        candidates: checkpoints of `model`, and mixtures of them; ``Candidate(None)`` is the model with its own weights.
         model: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
-        data: folders of sets, or of folders of sets.
-        pretrained: open_clip tag or file, if there are no checkpoints.
-        wise: also evaluate the first checkpoint mixed with each other one at this alpha.
+        sets: opened sets, each with a name of its own.
+        suite: the suite's name, kept in the rows.
+        pretrained: open_clip tag or file, for ``Candidate(None)``.
+        out: JSONL file that rows are appended to as sets are finished; what it holds is not measured again.
         batch_size: images per forward.
         device: ``auto``, or a torch device.
+        precision: "fp32", or "amp" as CLIP_benchmark has it by default (autocast: fp16 on a GPU, bf16 on the CPU).
+        workers: processes that decode images.
+        models_at_once: models in memory at a time; images are decoded once for each such group. By default, as many
+            as half of the free memory holds.
 
     Returns:
-        ``{"accuracy": {checkpoint: {set: percent}}, "samples": {set: count}}``. Mixed checkpoints are named
-        ``CHECKPOINT+wise``.
+        A row per candidate and set, candidate by candidate; see :mod:`arf_plugin.evaluation.rows`.
 
     Raises:
         EvaluationError: for checkpoints or sets that cannot be evaluated.
     """
-    import open_clip
-
     from arf_plugin.pipeline.device import pick_device
-    from arf_plugin.pipeline.progress import Progress
 
-    if wise is not None and len(checkpoints) < 2:
-        raise EvaluationError(
-            f"--wise mixes the first checkpoint with the others; {len(checkpoints)} were given."
-        )
-    sets = {}
-    for folder in data:
-        for found in find_sets(folder):
-            if found.name in sets:
-                raise EvaluationError(
-                    f"Two sets are called '{found.name}'. Name a folder above both with --data."
-                )
-            sets[found.name] = found
-    target = pick_device(device)
-    try:
-        built, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained, device=target
-        )
-        tokenizer = open_clip.get_tokenizer(model)
-    except Exception as cause:  # open_clip raises many kinds for names, files and downloads
-        raise EvaluationError(
-            f"open_clip cannot load the model {model!r} ({pretrained!r}): {cause}"
-        ) from cause
-    built.eval()
-    models = {str(path): load_into(copy.deepcopy(built), path) for path in checkpoints} or {model: built}
-    if wise is not None:
-        original = read_weights(checkpoints[0])
-        for path in checkpoints[1:]:
-            mixed = copy.deepcopy(built)
-            mixed.load_state_dict(interpolate(original, read_weights(path), wise))
-            models[f"{path}+wise"] = mixed
-
-    accuracy: dict[str, dict[str, float]] = {name: {} for name in models}
-    samples = {}
-    with Progress("evaluate") as progress:
-        for name, dataset in sets.items():
-            scores, samples[name] = top1(
-                models, preprocess, tokenizer, dataset, target, batch_size, progress.advance
+    if precision not in PRECISIONS:
+        raise EvaluationError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}.")
+    asked = list(dict.fromkeys(c if isinstance(c, Candidate) else Candidate(c) for c in candidates))
+    _check(asked, sets)
+    with Processes() as processes:
+        place = pick_device(device, processes.local_rank)
+        own = build(model, pretrained, place) if any(c.checkpoint is None for c in asked) else None
+        frame: Row = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
+        frame |= {"precision": precision, "batch_size": batch_size, "versions": versions()}
+        tasks = [
+            _Task(candidate, dataset, {**frame, **described, **describe_set(dataset)})
+            for candidate in asked
+            for described in [processes.share(describe(candidate, model, pretrained, own))]
+            for dataset in sets
+        ]
+        results = Results(out, processes.share(Results.read(out)), writes=processes.first)
+        todo = [task for task in tasks if not results.has(task.row)]
+        if todo:
+            runtime = _Runtime(
+                *(own or build(model, None, place)), place, precision == "amp", batch_size, workers, processes
             )
-            for checkpoint, score in scores.items():
-                accuracy[checkpoint][name] = score
-    return {"accuracy": accuracy, "samples": samples}
+            # The model's own weights come first: loading the others overwrites them.
+            left = sorted({task.candidate: 0 for task in todo}, key=lambda c: c.checkpoint is not None)
+            fitting = how_many_fit(runtime.model, place, processes.local_world)
+            size = models_at_once or processes.share(fitting)
+            groups = [left[start : start + size] for start in range(0, len(left), size)]
+            work = [[task for task in todo if task.candidate in group] for group in groups]
+            total = sum(dataset.images for part in work for dataset in _sets_of(part))
+            with Progress("evaluate", total, shown=processes.first) as progress:
+                for part in work:
+                    for task, found, classifier in _predict(part, runtime, progress.advance):
+                        figures = measure(found, len(task.dataset.classnames))
+                        results.add(
+                            {**task.row, "metrics": figures, "classifier": classifier, "time": _now()}
+                        )
+        return [results.take(task.row) for task in tasks]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One measurement: a candidate, a set, and the row without its figures."""
+
+    candidate: Candidate
+    dataset: EvaluationSet
+    row: Row
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """What all measurements share."""
+
+    model: torch.nn.Module
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Any
+    device: torch.device
+    amp: bool
+    batch_size: int
+    workers: int
+    processes: Processes
+
+
+def _predict(
+    tasks: Sequence[_Task], runtime: _Runtime, advance: Callable[[int], object]
+) -> Iterator[tuple[_Task, Predictions, str]]:
+    """Yields the predictions of tasks whose models are in memory together, set by set, and who made them."""
+    candidates = list(dict.fromkeys(task.candidate for task in tasks))
+    classifiers = {
+        candidate: Classifier(model, head, runtime.tokenizer, runtime.device, runtime.amp)
+        for candidate, (model, head) in zip(candidates, load_all(candidates, runtime.model), strict=True)
+    }
+    sets, processes = _sets_of(tasks), runtime.processes
+    plan = batches.plan([dataset.images for dataset in sets], runtime.batch_size)
+    share = plan[processes.rank :: processes.world]
+    stream = batches.decode(sets, share, runtime.preprocess, runtime.workers, runtime.device)
+    for index, dataset in enumerate(sets):
+        here = [task for task in tasks if task.dataset is dataset]
+        weights = {task.candidate: classifiers[task.candidate].weights(dataset) for task in here}
+        parts: dict[Candidate, list[tuple[int, Predictions]]] = {task.candidate: [] for task in here}
+        mine = sum(batch.dataset == index for batch in share)
+        for batch, images, target in itertools.islice(stream, mine):
+            for candidate, part in parts.items():
+                found = classifiers[candidate].predict(images, target, weights[candidate])
+                part.append((batch.number, found))
+            advance(len(target) * processes.world)
+        for task in here:
+            everyone = itertools.chain.from_iterable(processes.gather(parts[task.candidate]))
+            in_order = [found for _, found in sorted(everyone, key=lambda numbered: numbered[0])]
+            head = classifiers[task.candidate].uses_head(dataset)
+            yield task, joined(in_order), "head" if head else "zero-shot"
+
+
+def _sets_of(tasks: Sequence[_Task]) -> list[EvaluationSet]:
+    return list({task.dataset.name: task.dataset for task in tasks}.values())
+
+
+def _check(candidates: Sequence[Candidate], sets: Sequence[EvaluationSet]) -> None:
+    names = [dataset.name for dataset in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(f"Two sets are called '{name}'. Name a folder above both with --data.")
+    for candidate in candidates:
+        candidate.check()
+    for dataset in sets:
+        if problem := dataset.truncated():
+            warnings.warn(problem, stacklevel=3)
+
+
+def describe(candidate: Candidate, model: str, pretrained: str | None = None, own: Any = None) -> Row:
+    """A row's fields on a candidate; `own` is what :func:`build` returned, for the model's own weights."""
+    if candidate.checkpoint is None:
+        name, tag = candidate.name or model, pretrained
+    else:
+        name, tag = candidate.name or str(candidate.checkpoint), None
+    original = candidate.original_name or (str(candidate.original) if candidate.original else None)
+    return {
+        "checkpoint": name,
+        "digest": candidate.digest() if candidate.checkpoint else weights_digest(own[0]),
+        "original": original,
+        "original_digest": candidate.original_digest(),
+        "alpha": candidate.alpha,
+        "pretrained": tag,
+    }
+
+
+def describe_set(dataset: EvaluationSet) -> Row:
+    """A row's fields on a set."""
+    return {
+        "set": dataset.name,
+        "split": dataset.split,
+        "images": dataset.images,
+        "expected_images": dataset.expected_images,
+        "classes": len(dataset.classnames),
+        "headline": dataset.metric,
+        "prompts": dataset.prompts,
+        "data": dataset.samples.digest,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that figures depend on."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library.replace("-", "_")] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            found[library.replace("-", "_")] = "not installed"
+    return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,101 +1,110 @@
-"""Zero-shot accuracy of several models on the same images, which are decoded once for all of them.
+"""Classifiers of image features and their logits, computed as CLIP_benchmark computes them.
 
-Classifiers are built by CLIP_benchmark's own function, so figures compare with others' published ones. Its `accuracy`
-(1.6.2) fails with numpy 2.4, which no longer turns an array of one element into a float; top-1 is counted here.
+Zero-shot classifiers are built by CLIP_benchmark's own function and logits by the same operations in the same order,
+so that figures equal its own to the last image. Its `accuracy` (1.6.2) fails with numpy 2.4, which no longer turns an
+array of one element into a float; the counting is in :mod:`arf_plugin.evaluation.metrics`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.errors import MissingDependencyError
+from arf_plugin.evaluation.head import Head
+from arf_plugin.evaluation.metrics import Predictions, predictions
 from arf_plugin.evaluation.sets import EvaluationSet
 
 if TYPE_CHECKING:
     import torch
 
-
-def build_classifier(
-    model: torch.nn.Module, tokenizer: Any, dataset: EvaluationSet, device: torch.device
-) -> torch.Tensor:
-    """Builds a zero-shot classifier: per class, the mean of the unit text features over the templates.
-
-    Returns:
-        [dimension, classes], columns of unit norm, fp32.
-
-    Raises:
-        MissingDependencyError: without CLIP_benchmark.
-    """
-    try:
-        from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
-    except ImportError:
-        raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation") from None
-    with contextlib.redirect_stderr(io.StringIO()):  # its bar per class; ours counts images
-        return zero_shot_classifier(
-            model, tokenizer, list(dataset.classnames), list(dataset.templates), device.type, amp=False
-        )
+SCALE = 100.0  # CLIP_benchmark's logit scale, whatever the model's own is
+PRECISIONS = ("fp32", "amp")
 
 
-def top1(
-    models: Mapping[str, torch.nn.Module],
-    preprocess: Callable[[Any], torch.Tensor],
-    tokenizer: Any,
-    dataset: EvaluationSet,
-    device: torch.device,
-    batch_size: int = 256,
-    advance: Callable[[int], object] = lambda count: None,
-) -> tuple[dict[str, float], int]:
-    """Measures top-1 accuracy of every model on one set.
+class Classifier:
+    """A model as a classifier of any set: zero-shot, or by its linear head on the classes that it was made for.
 
     Args:
-        models: models in evaluation mode, on `device`, by name.
-        preprocess: PIL image to [3, H, W].
+        model: in evaluation mode, on `device`.
+        head: the checkpoint's linear head, if it has one.
         tokenizer: texts to [n, L].
-        dataset: the set.
-        device: where the models are.
-        batch_size: images per forward.
-        advance: told of every batch that is done, for a progress bar.
-
-    Returns:
-        Accuracy in percent by model name, and the number of images.
+        device: where the model is.
+        amp: under autocast, as CLIP_benchmark does by default (fp16 on a GPU, bf16 on the CPU).
     """
-    import torch
 
-    classifiers = {
-        name: build_classifier(model, tokenizer, dataset, device) for name, model in models.items()
-    }
-    correct = dict.fromkeys(models, 0)
-    total = 0
-    for images, numbers in _batches(dataset, preprocess, batch_size):
-        moved, target = images.to(device), numbers.to(device)
-        with torch.inference_mode():
-            for name, model in models.items():
-                features = torch.nn.functional.normalize(model.encode_image(moved), dim=-1)
-                correct[name] += int(((features @ classifiers[name]).argmax(dim=1) == target).sum())
-        total += len(numbers)
-        advance(len(numbers))
-    if not total:
-        raise EvaluationError(
-            f"The set '{dataset.name}' has no images (tars: {', '.join(map(str, dataset.shards))})."
-        )
-    return {name: 100.0 * count / total for name, count in correct.items()}, total
+    def __init__(
+        self, model: torch.nn.Module, head: Head | None, tokenizer: Any, device: torch.device, amp: bool
+    ) -> None:
+        self.model, self.head, self.tokenizer, self.device, self.amp = model, head, tokenizer, device, amp
+        self._columns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
 
+    def uses_head(self, dataset: EvaluationSet) -> bool:
+        """Whether the head classifies this set."""
+        return self.head is not None and self.head.fits(dataset.classnames)
 
-def _batches(
-    dataset: EvaluationSet, preprocess: Callable[[Any], torch.Tensor], batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    import torch
+    def weights(
+        self, dataset: EvaluationSet, advance: Callable[[int], object] = lambda count: None
+    ) -> torch.Tensor | Head:
+        """What :meth:`predict` needs for a set.
 
-    images: list[torch.Tensor] = []
-    numbers: list[int] = []
-    for image, number in dataset.images():
-        images.append(preprocess(image))
-        numbers.append(number)
-        if len(images) == batch_size:
-            yield torch.stack(images), torch.tensor(numbers)
-            images, numbers = [], []
-    if images:
-        yield torch.stack(images), torch.tensor(numbers)
+        A zero-shot classifier has per class the mean of the unit text features over the templates. Classes that an
+        earlier set had with the same templates are not computed again.
+
+        Args:
+            dataset: the set.
+            advance: told of each class.
+
+        Returns:
+            [dimension, classes], columns of unit norm; or the head.
+
+        Raises:
+            MissingDependencyError: without CLIP_benchmark.
+        """
+        import torch
+
+        if self.head is not None and self.uses_head(dataset):
+            advance(len(dataset.classnames))
+            return self.head
+        try:
+            from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
+        except ImportError:
+            raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation") from None
+        for name in dataset.classnames:
+            key = (name, dataset.templates)
+            if key not in self._columns:
+                with contextlib.redirect_stderr(io.StringIO()):  # its bar; ours counts images
+                    column = zero_shot_classifier(
+                        *(self.model, self.tokenizer, [name], list(dataset.templates)),
+                        *(self.device.type, self.amp),
+                    )
+                self._columns[key] = column[:, 0]
+            advance(1)
+        return torch.stack([self._columns[name, dataset.templates] for name in dataset.classnames], dim=1)
+
+    def predict(
+        self, images: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
+    ) -> Predictions:
+        """Classifies a batch.
+
+        Args:
+            images: [N, 3, H, W] on the model's device.
+            target: int64 [N] there, too.
+            weights: from :meth:`weights`.
+
+        Returns:
+            Predictions. Confidences are softmax probabilities at the model's own logit scale, or of the head's logits.
+        """
+        import torch
+
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=self.amp):
+            features = torch.nn.functional.normalize(self.model.encode_image(images), dim=-1)
+            if isinstance(weights, Head):
+                return predictions(weights.logits(features), target)
+            return predictions(SCALE * features @ weights, target, self._logit_scale() / SCALE)
+
+    def _logit_scale(self) -> float:
+        own = getattr(self.model, "logit_scale", None)
+        return SCALE if own is None else float(own.detach().float().exp())

@@ -17,16 +17,27 @@ class Progress:
         total: expected samples, if known; :meth:`expect` corrects it as shards finish.
         unit: what is counted.
         interval: seconds between two lines when standard error is not a terminal.
+        shown: False counts without showing anything, for all but one of several processes.
     """
 
     def __init__(
-        self, stage: str, total: int | None = None, unit: str = "images", interval: float = 60
+        self,
+        stage: str,
+        total: int | None = None,
+        unit: str = "images",
+        interval: float = 60,
+        shown: bool = True,
     ) -> None:
-        self.stage, self.unit, self.interval = stage, unit, interval
+        self.stage, self.unit, self.interval, self.shown = stage, unit, interval, shown
         terminal = sys.stderr.isatty()
         # Where nobody watches, tqdm only counts: carriage returns make logs unreadable.
         self._bar = tqdm(
-            desc=stage, total=total, unit=f" {unit}", disable=not terminal, smoothing=0.1, dynamic_ncols=True
+            desc=stage,
+            total=total,
+            unit=f" {unit}",
+            disable=not (terminal and shown),
+            smoothing=0.1,
+            dynamic_ncols=True,
         )
         self._total, self._done, self._terminal = total, 0, terminal
         self._started = self._printed = time.monotonic()
@@ -36,7 +47,7 @@ class Progress:
         self._done += count
         self._bar.update(count)
         now = time.monotonic()
-        if not self._terminal and now - self._printed >= self.interval:
+        if self.shown and not self._terminal and now - self._printed >= self.interval:
             self._printed = now
             print(self.line(), file=sys.stderr, flush=True)
 
@@ -63,5 +74,5 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if not self._terminal and self._done and kind is None:
+        if self.shown and not self._terminal and self._done and kind is None:
             print(self.line(), file=sys.stderr, flush=True)

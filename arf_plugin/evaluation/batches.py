@@ -1,0 +1,95 @@
+"""Decodes the images of several sets in worker processes, batch by batch, each image once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.sets import EvaluationSet
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbouring images of one set; batches of a set do not depend on how many processes share them.
+
+    Attributes:
+        number: place among all batches of all sets.
+        dataset: index of the set.
+        start: first image.
+        stop: the one behind the last.
+    """
+
+    number: int
+    dataset: int
+    start: int
+    stop: int
+
+
+def plan(sizes: Sequence[int], batch_size: int) -> list[Batch]:
+    """Cuts sets of the given sizes into batches."""
+    batches: list[Batch] = []
+    for dataset, size in enumerate(sizes):
+        for start in range(0, size, batch_size):
+            batches.append(Batch(len(batches), dataset, start, min(start + batch_size, size)))
+    return batches
+
+
+class _Decoder:
+    """What workers run: a map-style data set whose items are whole batches."""
+
+    def __init__(
+        self,
+        sets: Sequence[EvaluationSet],
+        batches: Sequence[Batch],
+        preprocess: Callable[[Any], torch.Tensor],
+    ) -> None:
+        self.sets, self.batches, self.preprocess = sets, batches, preprocess
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | EvaluationError:
+        import torch
+
+        batch = self.batches[index]
+        samples = self.sets[batch.dataset].samples
+        images, numbers = [], []
+        try:
+            for position in range(batch.start, batch.stop):
+                image, number = samples[position]
+                images.append(self.preprocess(image))
+                numbers.append(number)
+        except EvaluationError as error:
+            return error  # as a value: a worker's exception would come with its traceback in the message
+        return torch.stack(images), torch.tensor(numbers)
+
+
+def decode(
+    sets: Sequence[EvaluationSet],
+    batches: Sequence[Batch],
+    preprocess: Callable[[Any], torch.Tensor],
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """Yields batches in order: images [N, 3, H, W] and class numbers [N], on the device.
+
+    One set of workers serves all sets, so that they decode the next one while the classifier of this one is built.
+
+    Raises:
+        EvaluationError: naming the first image that cannot be read.
+    """
+    from torch.utils.data import DataLoader
+
+    decoder: Any = _Decoder(sets, batches, preprocess)
+    gpu = device.type == "cuda"
+    loader = DataLoader(decoder, batch_size=None, num_workers=min(workers, len(batches)), pin_memory=gpu)
+    for batch, item in zip(batches, loader, strict=True):
+        if isinstance(item, EvaluationError):
+            raise item
+        images, numbers = item
+        yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)

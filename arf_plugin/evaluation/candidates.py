@@ -1,0 +1,160 @@
+"""What is evaluated: checkpoints of one model, and mixtures of two of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arf_plugin.anchors.files import file_digest
+from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.checkpoints import load_into
+from arf_plugin.evaluation.head import PREFIX, Head, split_head
+from arf_plugin.evaluation.interpolation import check_alpha, load_mixture, mix
+from arf_plugin.evaluation.tensor_files import WeightsFile
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint, or its WiSE-FT mixture with another one.
+
+    Attributes:
+        checkpoint: the (fine-tuned) weights; None for those that come with the model.
+        original: the weights before fine-tuning, of a mixture.
+        alpha: share of `checkpoint` in the mixture, 0 to 1.
+        name: what rows call the checkpoint; its path if None.
+        original_name: what rows call the original; its path if None.
+    """
+
+    checkpoint: Path | None
+    original: Path | None = None
+    alpha: float | None = None
+    name: str | None = None
+    original_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.original is None) != (self.alpha is None) or (self.original and not self.checkpoint):
+            raise EvaluationError("A mixture needs two checkpoints and an alpha.")
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+
+    def check(self) -> None:
+        """Raises an EvaluationError if a file is missing."""
+        for path in (self.checkpoint, self.original):
+            if path is not None and not path.is_file():
+                raise EvaluationError(
+                    f"There is no checkpoint at {path}. Expected a .pt or .safetensors file."
+                )
+
+    def digest(self) -> str | None:
+        """SHA-256 of the checkpoint's file."""
+        return _digest(self.checkpoint)
+
+    def original_digest(self) -> str | None:
+        """SHA-256 of the original's file."""
+        return _digest(self.original)
+
+    def load(self, model: torch.nn.Module) -> Head | None:
+        """Loads the weights into a model of the architecture.
+
+        Returns:
+            The linear head that comes with them, if any.
+
+        Raises:
+            EvaluationError: if they are of another architecture, or no weights at all.
+        """
+        if self.checkpoint is None:
+            return None
+        if self.original is None or self.alpha is None:
+            return load_into(model, self.checkpoint)
+        original, tuned = WeightsFile(self.original), WeightsFile(self.checkpoint)
+        load_mixture(model, original, tuned, self.alpha)
+        with original.opened() as start, tuned.opened() as end:
+            head = {n: mix(start[n], end[n], self.alpha) for n in end if n.startswith(PREFIX)}
+        return split_head(head)[1]
+
+
+def build(model: str, pretrained: str | None, device: torch.device) -> tuple[torch.nn.Module, Any, Any]:
+    """Builds a model by open_clip, in evaluation mode.
+
+    Returns:
+        The model, its preprocessing for evaluation, and its tokenizer.
+
+    Raises:
+        EvaluationError: if open_clip cannot.
+    """
+    import open_clip
+
+    try:
+        built, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained=pretrained, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as cause:  # open_clip raises many kinds for names, files and downloads
+        raise EvaluationError(
+            f"open_clip cannot load the model {model!r} ({pretrained!r}): {cause}"
+        ) from cause
+    return built.eval(), preprocess, tokenizer
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of a model's weights, for those that come without a file."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def load_all(
+    candidates: Sequence[Candidate], model: torch.nn.Module
+) -> list[tuple[torch.nn.Module, Head | None]]:
+    """A model per candidate; the last one takes the given model's own memory."""
+    loaded = []
+    for number, candidate in enumerate(candidates):
+        own = model if number == len(candidates) - 1 else copy.deepcopy(model)
+        loaded.append((own, candidate.load(own)))
+    return loaded
+
+
+def how_many_fit(model: torch.nn.Module, device: torch.device, processes: int) -> int:
+    """How many copies of a model fit in half of the memory that is free, at least one."""
+    import torch
+
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
+    return max(1, int(free / 2 / max(size, 1)))
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _digest(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    status = path.stat()
+    return _digest_of(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(path: Path, modified: int, size: int) -> str:
+    """The original of a sweep is in many mixtures; it is read once, unless it has changed."""
+    return file_digest(path)

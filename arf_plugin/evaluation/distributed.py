@@ -1,0 +1,77 @@
+"""Several processes evaluate together, as torchrun starts them: each takes a share of the batches.
+
+Images and weights never travel; counts and confidences do, over gloo, which works with and without GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that torchrun started, or this one alone. A context: leaving it leaves the group.
+
+    Attributes:
+        rank: this process's number.
+        world: number of processes.
+        local_rank: number on its machine, which picks its GPU.
+        local_world: processes on its machine.
+    """
+
+    def __init__(self) -> None:
+        env = os.environ
+        # MASTER_ADDR tells torchrun from a stage's --processes and from SLURM, whose tasks evaluate on their own.
+        together = "MASTER_ADDR" in env and "RANK" in env and int(env.get("WORLD_SIZE", "1")) > 1
+        self.world = int(env["WORLD_SIZE"]) if together else 1
+        self.rank = int(env["RANK"]) if together else 0
+        self.local_rank = int(env.get("LOCAL_RANK", "0")) if together else 0
+        self.local_world = int(env.get("LOCAL_WORLD_SIZE", "1")) if together else 1
+        self._joined = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads and writes results."""
+        return self.rank == 0
+
+    def __enter__(self) -> Processes:
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if not dist.is_initialized():
+                dist.init_process_group("gloo")
+                self._joined = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._joined:
+            import torch.distributed as dist
+
+            if kind is None:
+                dist.barrier()
+            dist.destroy_process_group()
+
+    def share(self, value: T) -> T:
+        """The first process's value, in every process."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        boxes: list[T | None] = [None] * self.world
+        dist.all_gather_object(boxes, value)
+        return [box for box in boxes if box is not None]

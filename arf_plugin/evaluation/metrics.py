@@ -1,0 +1,123 @@
+"""Metrics over the predictions on one set, all in percent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arf_plugin.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+BINS = 15
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A model's answers on N images of a set.
+
+    Attributes:
+        target: int64 [N], true class numbers.
+        predicted: int64 [N], class of the largest logit.
+        among_top: bool [N], whether the true class is among the five largest logits; all True below five classes.
+        confidence: float32 [N], the predicted class's probability.
+    """
+
+    target: torch.Tensor
+    predicted: torch.Tensor
+    among_top: torch.Tensor
+    confidence: torch.Tensor
+
+
+def predictions(logits: torch.Tensor, target: torch.Tensor, scale: float = 1.0) -> Predictions:
+    """Reduces logits to what the metrics need.
+
+    Args:
+        logits: [N, classes].
+        target: int64 [N].
+        scale: factor on the logits before the softmax.
+
+    Returns:
+        Tensors on the CPU.
+    """
+    import torch
+
+    logits = logits.float()
+    # As CLIP_benchmark counts: argmax for top-1, topk for top-5.
+    top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+    confidence = torch.softmax(scale * logits, dim=1).amax(dim=1)
+    among = (top == target[:, None]).any(dim=1)
+    return Predictions(target.cpu(), logits.argmax(dim=1).cpu(), among.cpu(), confidence.cpu())
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of several batches as one."""
+    import torch
+
+    return Predictions(
+        torch.cat([part.target for part in parts]),
+        torch.cat([part.predicted for part in parts]),
+        torch.cat([part.among_top for part in parts]),
+        torch.cat([part.confidence for part in parts]),
+    )
+
+
+def measure(found: Predictions, classes: int) -> dict[str, float]:
+    """Computes all metrics of a set.
+
+    Args:
+        found: predictions on all its images.
+        classes: number of classes, C.
+
+    Returns:
+        In percent: `top1`; `top5` from five classes on; `mean_per_class`, the mean recall of the classes that occur
+        (scikit-learn's balanced accuracy); `macro_f1`, the mean F1 of the classes that occur or are predicted
+        (scikit-learn's f1_score with average="macro"); `ece`, see :func:`calibration_error`.
+    """
+    import torch
+
+    hits = found.target == found.predicted
+    images = len(found.target)
+    occurs = torch.bincount(found.target, minlength=classes)
+    guessed = torch.bincount(found.predicted, minlength=classes)
+    right = torch.bincount(found.target[hits], minlength=classes)
+    recall = (right[occurs > 0].double() / occurs[occurs > 0]).mean()
+    either = occurs + guessed
+    f1 = (2 * right[either > 0].double() / either[either > 0]).mean()
+    top5 = {"top5": 100.0 * int(found.among_top.sum()) / images} if classes >= TOP else {}
+    return {
+        "top1": 100.0 * int(hits.sum()) / images,
+        **top5,
+        "mean_per_class": 100.0 * float(recall),
+        "macro_f1": 100.0 * float(f1),
+        "ece": 100.0 * calibration_error(found.confidence, hits),
+    }
+
+
+def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
+    """Expected calibration error over all images of a set, 15 bins of equal width.
+
+    The mean over bins of |accuracy - mean confidence|, weighted by the bins' shares of images (Guo et al., "On
+    calibration of modern neural networks", ICML 2017, equation 3).
+
+    Args:
+        confidence: float [N], probabilities of the predicted classes.
+        correct: bool [N].
+
+    Returns:
+        A fraction from 0 to 1.
+
+    Raises:
+        MissingDependencyError: without torchmetrics.
+    """
+    try:
+        from torchmetrics.functional.classification import binary_calibration_error
+    except ImportError:
+        raise MissingDependencyError("torchmetrics", "Evaluation", "evaluation") from None
+    # torchmetrics gives a confidence of exactly 1, which fp32 often rounds to, a sixteenth bin of its own. Just below
+    # 1 it falls into the last one. Its multi-class form reduces to this one, and wants all probabilities.
+    below = confidence.double().clamp(max=1.0 - 2.0**-24)
+    return float(binary_calibration_error(below, correct.long(), n_bins=BINS, norm="l1"))

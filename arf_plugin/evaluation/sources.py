@@ -1,0 +1,180 @@
+"""Finds the sets of a suite below a data root."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.evaluation.samples import BuilderSamples
+from arf_plugin.evaluation.sets import EvaluationSet, open_folders, open_list, open_webdataset
+from arf_plugin.evaluation.suites import SetEntry, Source, Suite
+
+# CLIP_benchmark's builders over torchvision's layout, and whether they know splits.
+BUILDERS = {
+    **dict.fromkeys(("imagenet1k-unverified", "imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r"), True),
+    **dict.fromkeys(("imagenet-o", "objectnet", "pets", "cars", "flowers", "food101", "fgvc_aircraft"), True),
+    **dict.fromkeys(("dtd", "cifar10", "cifar100", "mnist", "stl10", "gtsrb", "country211", "fer2013"), True),
+    **dict.fromkeys(("pcam", "renderedsst2"), True),
+    **dict.fromkeys(("caltech101", "eurosat", "sun397"), False),
+}  # fmt: skip
+_V2_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of a suite.
+
+    Attributes:
+        sets: opened sets, in the suite's order.
+        missing: for each set that was not found, the places where it was looked for.
+    """
+
+    sets: list[EvaluationSet]
+    missing: dict[str, list[str]]
+
+
+def find_suite(suite: Suite, root: Path, split: str = "test", only: Sequence[str] = ()) -> Found:
+    """Opens the sets of a suite below a folder.
+
+    Args:
+        suite: the suite.
+        root: the data root.
+        split: which part of the data.
+        only: names or patterns of sets; all if empty.
+
+    Raises:
+        EvaluationError: for a root that is missing, a name in `only` that is no set, or a set that is malformed.
+    """
+    if not root.is_dir():
+        raise EvaluationError(
+            f"There is no folder {root}. Expected the data root of the suite '{suite.name}'."
+        )
+    for pattern in only:
+        if not fnmatch.filter(suite.sets, pattern):
+            raise EvaluationError(
+                f"{pattern!r} is no set of the suite '{suite.name}'. Expected some of {', '.join(suite.sets)}."
+            )
+    sets, missing = [], {}
+    for name, entry in suite.sets.items():
+        if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
+            continue
+        opened, places = find_set(entry, root, split)
+        if opened is None:
+            missing[name] = places
+        else:
+            sets.append(opened)
+    return Found(sets, missing)
+
+
+def missing_text(suite: Suite, found: Found) -> str:
+    """Says which sets were not found, and where they were looked for."""
+    lines = [f"  {name}: no {' and no '.join(places)}" for name, places in found.missing.items()]
+    return f"{len(lines)} of the sets of '{suite.name}' are not there:\n" + "\n".join(lines)
+
+
+def find_set(entry: SetEntry, root: Path, split: str) -> tuple[EvaluationSet | None, list[str]]:
+    """Opens a set from the first of its sources that is there.
+
+    Returns:
+        The set or None, and the places that were looked at.
+
+    Raises:
+        EvaluationError: if what is there is malformed, or has another number of classes than the suite says.
+    """
+    places: list[str] = []
+    for source in entry.sources:
+        opened = _open(entry, source, root, split, places)
+        if opened is not None:
+            return _dressed(entry, source, opened), places
+    return None, places
+
+
+def _open(entry: SetEntry, source: Source, root: Path, split: str, places: list[str]) -> EvaluationSet | None:
+    at = source.at.replace("{split}", split)
+    if source.layout == "webdataset":
+        inner = "test" if "{split}" in source.at else split
+        cleaned = at.replace("/", "-")
+        for place in dict.fromkeys((at, cleaned, f"wds_{cleaned}", f"wds/{at}")):
+            if (root / place / inner / "nshards.txt").is_file():
+                return replace(open_webdataset(root / place, entry.name, inner), split=split)
+        places.append(str(root / at / inner / "nshards.txt"))
+        return None
+    path = root / at
+    if not (path.is_file() if source.layout == "list" else path.is_dir()):
+        places.append(f"{path}{'' if source.layout == 'list' else '/'}")
+        return None
+    if source.layout == "builder":
+        return _build(entry.name, source.name, path, split)
+    return (open_list if source.layout == "list" else open_folders)(path, entry.name, split)
+
+
+def _dressed(entry: SetEntry, source: Source, opened: EvaluationSet) -> EvaluationSet:
+    """Puts the suite's own texts, metric and counts on a set."""
+    names = entry.classnames or opened.classnames
+    expected = entry.classes if entry.classes is not None else len(opened.classnames)
+    for count, what in ((len(opened.classnames), f"{opened.place} has"), (len(names), "'classnames' has")):
+        if count != expected:
+            raise EvaluationError(
+                f"The set '{entry.name}': {what} {count} classes, expected {expected}. Is it another data set, or a "
+                "part of it? Make a suite of your own for it (a YAML file), or evaluate it with --data."
+            )
+    dressed = replace(
+        opened,
+        classnames=names,
+        templates=entry.templates or opened.templates,
+        metric=entry.metric,
+        expected_images=source.images,
+    )
+    return dressed.restricted(entry.subset) if entry.subset else dressed
+
+
+def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:
+    """Opens a data set by CLIP_benchmark's builder; nothing is downloaded."""
+    if builder not in BUILDERS:
+        raise EvaluationError(
+            f"The set '{name}': CLIP_benchmark's builder {builder!r} cannot be used here, expected one of "
+            f"{', '.join(BUILDERS)}. Export other sets with clip_benchmark_export_wds."
+        )
+    try:
+        from clip_benchmark.datasets.builder import build_dataset
+    except ImportError:
+        raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation") from None
+    if builder == "imagenetv2":
+        _whole_v2(root)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # that splits are ignored: rows say it
+            dataset: Any = build_dataset(builder, root=str(root), transform=None, split=split, download=False)
+    except Exception as cause:  # torchvision raises many kinds
+        raise EvaluationError(
+            f"The set '{name}': CLIP_benchmark's builder {builder!r} cannot read {root}: {cause}"
+        ) from cause
+    folders = getattr(dataset, "class_to_idx", None)
+    if builder != "objectnet" and folders is not None and len(folders) != len(dataset.classes):
+        raise EvaluationError(
+            f"The set '{name}': {root} has {len(folders)} folders, expected one for each of "
+            f"{len(dataset.classes)} classes. Class numbers would be wrong; copy the data set again."
+        )
+    samples = BuilderSamples(dataset, builder, len(dataset.classes))
+    part = split if BUILDERS[builder] else "all"
+    return EvaluationSet(
+        name, tuple(dataset.classes), tuple(dataset.templates), samples, part, place=str(root)
+    )
+
+
+def _whole_v2(root: Path) -> None:
+    """Refuses what CLIP_benchmark would answer with a download and an unsafe extraction."""
+    folder = root / "ImageNetV2-matched-frequency"
+    count = sum(1 for _ in folder.glob("**/*.jpeg")) if folder.is_dir() else 0
+    if count != _V2_IMAGES:
+        raise EvaluationError(
+            f"{folder} has {count:,} images, expected {_V2_IMAGES:,}. Extract "
+            "imagenetv2-matched-frequency.tar.gz and give its folder this name."
+        )
