@@ -188,6 +188,8 @@ def build_anchors(build: Build, options: RunOptions, restart: Collection[str] = 
     Returns:
         The stages' summaries.
     """
+    if build.pool is not None and not (build.work / "retrieve/work/retrieve/finished.json").exists():
+        build.search.check()
     summaries = []
     for make in build.stages():
         stage = make()

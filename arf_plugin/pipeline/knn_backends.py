@@ -21,7 +21,7 @@ from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, open_index, open_pool
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 from arf_plugin.pipeline.knn_service import KnnClient, Service, check_queries
-from arf_plugin.pipeline.knn_service_check import check_service
+from arf_plugin.pipeline.knn_service_check import check_index, check_service
 
 MEMORY = 2**30  # bytes, unless told
 CANDIDATES_PER_NEIGHBOUR = 4
@@ -61,6 +61,19 @@ class Search:
     def pool(self, folder: Path) -> Embeddings:
         """Opens a pool for this search: an embedding folder, or an index folder if that will do."""
         return open_pool(folder, index_suffices=self.backend != "exact")
+
+    def check(self) -> None:
+        """Finds out what would stop the search, long before there is anything to search.
+
+        Raises:
+            MissingDependencyError: without the library that the back end needs.
+            PoolError: if the index that was named is not one.
+            ServiceError: if no service answers, or not with the index that was named.
+        """
+        if self.service is not None:
+            check_index(KnnClient(self.service))
+        elif self.index is not None:
+            open_index(self.index / "image.index" if self.index.is_dir() else self.index)
 
     def open(self, pool: Embeddings, k: int) -> Backend:
         """Returns the back end for a pool and k neighbours per query."""

@@ -30,6 +30,24 @@ def check_service(client: KnnClient, probe: np.ndarray, k: int) -> list[Hit]:
     Raises:
         ServiceError: saying what to change.
     """
+    check_index(client)
+    try:
+        hits = client.query(probe, k)
+    except ServerFault as cause:
+        hits = _second_look(client, probe, k, cause)
+    client.proven = True
+    return hits
+
+
+def check_index(client: KnnClient) -> None:
+    """Checks that the service answers and has the index.
+
+    Args:
+        client: gets its ``index`` set if there is only one.
+
+    Raises:
+        ServiceError: saying what to change.
+    """
     found = client.indices()
     address = client.service.base
     if not found:
@@ -46,12 +64,6 @@ def check_service(client: KnnClient, probe: np.ndarray, k: int) -> list[Hit]:
         raise ServiceError(
             f"{address} has no index {client.index!r}. Choose one with --service-index: {names(found)}"
         )
-    try:
-        hits = client.query(probe, k)
-    except ServerFault as cause:
-        hits = _second_look(client, probe, k, cause)
-    client.proven = True
-    return hits
 
 
 def _second_look(client: KnnClient, probe: np.ndarray, k: int, cause: ServerFault) -> list[Hit]:

@@ -1,8 +1,6 @@
 """EmojiNet's anchors through a real clip-retrieval service, and the fine-tune that uses them.
 
-scripts/quickstart.sh                                first: data, models, and anchors by exact search
-.venv/bin/python scripts/emojinet/service.py         then this: some minutes, and more for clip-retrieval's environment
-.venv/bin/python scripts/emojinet/service.py --fast  after scripts/quickstart.sh --fast
+scripts/emojinet/service.sh starts it.
 
 Serves the embeddings that the quickstart made of the pool (scripts/knn_service.sh), runs `arf anchors` with
 `--backend service` from the start, compares what both searches chose, and fine-tunes ARF, seed 0, on the result.

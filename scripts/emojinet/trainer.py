@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ from pathlib import Path
 from emojinet.files import bar, replacing, write_json
 from emojinet.recipe import MODEL, Training
 
-STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?Loss: ([\d.]+) \([^)]*\)\s*$")
+from arf_plugin.ablation import launch
+from arf_plugin.ablation.launch import stop_all
+from arf_plugin.ablation.runs import strip
 
-
-_running: set[subprocess.Popen[bytes]] = set()
+__all__ = ["Run", "TrainingError", "call", "model_folder", "stop_all", "train"]
 
 
 class TrainingError(Exception):
@@ -57,10 +57,8 @@ class Run:
 
     def command(self) -> list[str]:
         """The command line."""
-        # `--` keeps torchrun from reading --logs as an abbreviation of one of its own options.
         return [
-            *(str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "1"),
-            *("-m", "--", "open_clip_train.main"),
+            *launch.trainer(),
             *("--model", self.model, "--train-data", self.data, "--dataset-type", "webdataset"),
             *("--logs", str(self.folder.parent), "--name", self.folder.name, "--resume", "latest"),
             *("--save-frequency", "1", "--delete-previous-checkpoint", "--log-every-n-steps", "4"),
@@ -88,53 +86,24 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
     if run.weights.is_file():
         print(f"{run.folder} is complete")
         return run.weights
-    run.folder.mkdir(parents=True, exist_ok=True)
+    launch.remove_torn_checkpoints(run.checkpoint.parent)
     log = run.folder / "console.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
-    with log.open("wb") as stream, bar(desc=title, unit="image", position=position) as shown:
-        process = subprocess.Popen(
-            run.command(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        assert process.stdout is not None
-        _running.add(process)
-        try:
-            for line in process.stdout:
-                stream.write(line)
-                stream.flush()
-                if match := STEP.search(line.rstrip()):
-                    epoch, done, size = (int(match[i]) for i in (1, 2, 3))
-                    shown.total = size * run.training.epochs
-                    shown.set_postfix_str(
-                        f"epoch {epoch + 1}/{run.training.epochs}, loss {float(match[4]):.3f}"
-                    )
-                    shown.update(epoch * size + done - shown.n)
-            status = process.wait()
-        finally:
-            process.terminate()
-            _running.discard(process)
+    environment = {"OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
+    with bar(desc=title, unit="image", position=position) as shown:
+
+        def follow(line: bytes) -> None:
+            step = launch.parse_step(line)
+            if step is not None:
+                shown.total = step.epoch_images * run.training.epochs
+                shown.set_postfix_str(f"epoch {step.epoch + 1}/{run.training.epochs}, loss {step.loss:.3f}")
+                shown.update(step.epoch * step.epoch_images + step.images - shown.n)
+
+        status = launch.run_logged(run.command(), log, follow, environment)
     if status or not run.checkpoint.is_file():
-        tail = b"\n".join(log.read_bytes().splitlines()[-15:]).decode(errors="replace")
-        raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{tail}")
-    strip_optimizer(run.checkpoint, run.weights)
+        raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{launch.last_lines(log)}")
+    strip(run.checkpoint, run.weights, run.folder.name)
     shutil.rmtree(run.checkpoint.parent)
     return run.weights
-
-
-def stop_all() -> None:
-    """Ends the trainings that are under way, of all threads; each goes on at its last full epoch next time."""
-    for process in list(_running):
-        process.terminate()
-
-
-def strip_optimizer(checkpoint: Path, out: Path) -> None:
-    """Copies a checkpoint's weights alone: a third of its size."""
-    from arf_plugin.evaluation.checkpoints import read_weights, write_weights
-
-    write_weights(out, read_weights(checkpoint), checkpoint.parent.parent.name)
 
 
 def model_folder(folder: Path, weights: Path | None = None) -> str:

@@ -178,6 +178,18 @@ def test_a_changed_k_is_refused_and_restarts_from_retrieve(arf, inputs: Inputs, 
     arf("check", tmp_path / "A")
 
 
+def test_a_search_that_cannot_work_is_refused_before_anything_is_built(arf, inputs: Inputs, tmp_path: Path):
+    """Captions and embeddings may take days; what only the search needs is looked at first."""
+    words = command(inputs, tmp_path / "A")
+    nobody = ("--backend", "service", "--service-url", "http://127.0.0.1:9", "--service-patience", 0.1)
+    _, err = arf(*words, *nobody, status=1)
+    assert "127.0.0.1:9" in err
+    (tmp_path / "image.index").write_bytes(b"not an index")
+    _, err = arf(*words, "--backend", "faiss", "--index", tmp_path, status=1)
+    assert "image.index is not a faiss index" in err
+    assert not (tmp_path / "A").exists()
+
+
 def test_refusals(arf, inputs: Inputs, tmp_path: Path):
     def refused(expected: str, *more: object):
         _, err = arf("anchors", "--task-data", inputs.task, "--out", tmp_path / "A", *more, status=1)
