@@ -101,7 +101,8 @@ def check_data(
             _check_coverage(config, readable, captions)
     else:
         logging.warning(
-            "ARF: the task data is remote, so its ids are not checked before the first step; see `arf check`."
+            "ARF: the task data is remote, so its ids are not checked before the first step; see `arf check`. With "
+            "--arf-classnames, samples without 'cls' would train on their own 'txt'."
         )
     if pair_shards:
         _check_pairs(pair_shards, pair_batch * args.world_size)

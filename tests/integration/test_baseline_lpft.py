@@ -18,6 +18,7 @@ from arf_plugin.evaluation.checkpoints import read_weights, write_weights
 from arf_plugin.evaluation.head import Head, names_digest, split_head
 
 IMAGES = 16
+OLDEST = Path(__file__).parents[2] / ".venvs" / "open_clip_torch-2.32.0"  # scripts/test.sh puts it there
 
 
 @pytest.fixture
@@ -56,9 +57,13 @@ def adamw_step(model: torch.nn.Module, head: list[torch.nn.Parameter], loss: tor
 
 
 @pytest.mark.parametrize(
-    ("nproc", "accum_freq"), [(1, 1), (1, 2), (2, 1)], ids=["plain", "accumulation", "two-processes"]
+    ("nproc", "accum_freq", "open_clip_folder"),
+    [(1, 1, None), (1, 2, None), (2, 1, None), (1, 1, OLDEST)],
+    ids=["plain", "accumulation", "two-processes", "open_clip-2.32"],
 )
-def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe, nproc, accum_freq):
+def test_one_step_equals_one_written_by_hand(
+    tmp_path, train, task, start, probe, nproc, accum_freq, open_clip_folder
+):
     """All 16 images are one step, however they are dealt out; in fp64."""
     csv = data.write_csv_task(tmp_path / "csv", IMAGES)
     run = train(
@@ -68,6 +73,7 @@ def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe
         nproc=nproc,
         batch_size=IMAGES // nproc // accum_freq,
         env={"ARF_TEST_FP64": "1"},
+        open_clip=open_clip_folder,
     )
     weights, head = split_head(read_weights(probe))
     model = open_clip.create_model("tiny-vit").double()
