@@ -43,10 +43,7 @@ def build(
     for words in chosen.build:
         say(f"anchors {chosen.name}: arf {shlex.join(words)}")
         log = chosen.path / "build.log"
-        status = run_logged([*ARF, *words], log, environment=environment)
-        if status is None:  # an earlier start's command has just ended; the stage tells how it went
-            status = run_logged([*ARF, *words], log, environment=environment)
-        if status:
+        if run_logged([*ARF, *words], log, environment=environment):
             raise GridError(
                 f"The anchor set '{chosen.name}' could not be built; the end of {log}:\n{last_lines(log)}"
             )

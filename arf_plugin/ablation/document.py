@@ -190,10 +190,10 @@ def parse(path: Path, name: str) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as cause:
         raise GridError(f"{name} cannot be read: {cause}. Expected a YAML file.") from cause
-    except yaml.MarkedYAMLError as cause:
-        mark = cause.problem_mark or cause.context_mark
+    except yaml.YAMLError as cause:
+        mark = getattr(cause, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise GridError(f"{name}{place}: this is not YAML: {cause.problem or cause.context}.") from cause
+        raise GridError(f"{name}{place}: this is not YAML: {getattr(cause, 'problem', None) or cause}.") from cause
     if node is None:
         raise GridError(f"{name} is empty. Expected a grid; `arf ablate --list` names ready ones.")
     _refuse_tags(node, name, set())

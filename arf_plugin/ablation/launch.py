@@ -15,15 +15,17 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$")
+_EPOCH = re.compile(r"epoch_(\d+)\.pt")
 _POLL_SECONDS = 0.3
 
 _running: set[subprocess.Popen[bytes]] = set()
-_guard = threading.Lock()
+_guard = threading.RLock()  # a signal handler may stop all while its thread starts one
 _stopping = threading.Event()
 
 
@@ -62,23 +64,28 @@ def run_logged(
     log: Path,
     on_line: Callable[[bytes], object] = lambda line: None,
     environment: Mapping[str, str] | None = None,
-) -> int | None:
+    left: Callable[[], bool] = lambda: True,
+) -> int:
     """Runs a command with its output in a file, and hands on each line.
+
+    If a process that an earlier start left behind is still at it, that one is followed to its end first.
 
     Args:
         command: the command; begins with a program's path.
         log: the file; what an earlier start left in it is kept as LOG.1.
         on_line: called with each line.
         environment: variables beside those of this process.
+        left: whether there is anything to do; called when no other process is at it.
 
     Returns:
-        The exit status; None if an earlier start's process was still at it and has ended, how is not known.
+        The exit status; 0 if there was nothing left to do.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with (log.parent / ".lock").open("a") as lock:
         if not _take(lock.fileno()):
             _follow(log, on_line, lambda: not _take(lock.fileno()))
-            return None
+        if not left():
+            return 0
         if log.is_file():
             log.replace(log.with_name(log.name + ".1"))
         with log.open("wb") as stream, _guard:
@@ -90,9 +97,8 @@ def run_logged(
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
-                pass_fds=(
-                    lock.fileno(),
-                ),  # the lock lasts as long as the process, whatever becomes of this one
+                # The lock lasts as long as the process, whatever becomes of this one.
+                pass_fds=(lock.fileno(),),
             )
             _running.add(process)
         try:
@@ -113,6 +119,11 @@ def stop_all() -> None:
             process.terminate()
 
 
+def is_stopping() -> bool:
+    """Whether everything has been told to end."""
+    return _stopping.is_set()
+
+
 def last_lines(log: Path, count: int = 15) -> str:
     """The end of a log."""
     if not log.is_file():
@@ -120,6 +131,18 @@ def last_lines(log: Path, count: int = 15) -> str:
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 20_000))
         return b"\n".join(stream.read().splitlines()[-count:]).decode(errors="replace")
+
+
+def remove_torn_checkpoints(folder: Path) -> int | None:
+    """Removes checkpoints that a killed trainer was writing; returns the epoch of the last whole one."""
+    epochs = []
+    for path in folder.glob("epoch_*.pt"):
+        match = _EPOCH.fullmatch(path.name)
+        if match is None or not zipfile.is_zipfile(path):
+            path.unlink()
+        else:
+            epochs.append(int(match[1]))
+    return max(epochs, default=None)
 
 
 def _take(descriptor: int) -> bool:

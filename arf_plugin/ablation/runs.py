@@ -12,16 +12,14 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.ablation.launch import Step, last_lines, parse_step, run_logged
+from arf_plugin.ablation.launch import Step, last_lines, parse_step, remove_torn_checkpoints, run_logged
 from arf_plugin.ablation.plan import Run
 from arf_plugin.anchors.files import digest, file_digest, write_json
 from arf_plugin.anchors.task import expand_urls
@@ -29,7 +27,6 @@ from arf_plugin.errors import GridError
 from arf_plugin.pipeline.embedder import model_identity
 
 PACKAGES = ("arf-plugin", "open_clip_torch", "torch", "webdataset", "timm", "numpy")
-_EPOCH = re.compile(r"epoch_(\d+)\.pt")
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -101,8 +98,8 @@ def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[st
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "settings.json").is_file():
         write_json(path / "settings.json", settings(run))
-    resumed_at = _remove_torn_checkpoints(path / "checkpoints")
     last: list[Step] = []
+    resumed_at: list[int | None] = []
 
     def follow(line: bytes) -> None:
         step = parse_step(line)
@@ -112,16 +109,20 @@ def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[st
 
     log = path / "console.log"
     result = run.weights if run.arm.probe else run.last_checkpoint
-    if not result.is_file():
-        status = run_logged(run.command(), log, follow, environment)
-        if status or not result.is_file():
-            what = f"ended with status {status}" if status else f"left no {result.relative_to(path)}"
-            raise GridError(f"{run.name} {what}; the end of {log}:\n{last_lines(log)}")
+
+    def left() -> bool:
+        resumed_at.append(remove_torn_checkpoints(path / "checkpoints"))
+        return not result.is_file()
+
+    status = run_logged(run.command(), log, follow, environment, left)
+    if status or not result.is_file():
+        what = f"ended with status {status}" if status else f"left no {result.relative_to(path)}"
+        raise GridError(f"{run.name} {what}; the end of {log}:\n{last_lines(log)}")
     if not run.arm.probe:
         strip(run.last_checkpoint, run.weights, run.name)
     record = describe(run) | {
         "seconds": round(time.monotonic() - started, 1),
-        "resumed_at_epoch": resumed_at,
+        "resumed_at_epoch": resumed_at[0] if resumed_at else None,
         "loss": last[0].loss if last else None,
     }
     write_json(path / "run.json", record)
@@ -184,18 +185,6 @@ def strip(checkpoint: Path, out: Path, name: str) -> None:
 def discard(run: Run) -> None:
     """Throws a run away."""
     shutil.rmtree(run.path, ignore_errors=True)
-
-
-def _remove_torn_checkpoints(folder: Path) -> int | None:
-    """Removes checkpoints that a killed trainer was writing; returns the epoch of the last whole one."""
-    epochs = []
-    for path in folder.glob("epoch_*.pt"):
-        match = _EPOCH.fullmatch(path.name)
-        if match is None or not zipfile.is_zipfile(path):
-            path.unlink()
-        else:
-            epochs.append(int(match[1]))
-    return max(epochs, default=None)
 
 
 def _digest_of(name: str | None) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from arf_plugin.ablation.launch import stop_all
+from arf_plugin.ablation.launch import is_stopping, stop_all
 from arf_plugin.ablation.plan import Run
 from arf_plugin.ablation.progress import Board
 from arf_plugin.ablation.runs import execute, is_finished
@@ -101,7 +101,7 @@ def run_all(runs: Sequence[Run], where: Places, title: str) -> dict[str, str]:
                     execute(run, progress.advance, environment)
             except ArfError as error:
                 failures[run.name] = str(error)
-                board.say(f"{run.name}: failed\n{error}")
+                board.say(f"{run.name}: stopped" if is_stopping() else f"{run.name}: failed\n{error}")
             finally:
                 free.put(environment)
                 finished[run.name].set()

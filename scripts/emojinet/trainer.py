@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from emojinet.files import bar, replacing, write_json
-from emojinet.recipe import MODEL, Training
-
 from arf_plugin.ablation import launch
 from arf_plugin.ablation.launch import stop_all
 from arf_plugin.ablation.runs import strip
+from emojinet.files import bar, replacing, write_json
+from emojinet.recipe import MODEL, Training
 
 __all__ = ["Run", "TrainingError", "call", "model_folder", "stop_all", "train"]
 
@@ -86,7 +85,6 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
     if run.weights.is_file():
         print(f"{run.folder} is complete")
         return run.weights
-    launch.remove_torn_checkpoints(run.checkpoint.parent)
     log = run.folder / "console.log"
     environment = {"OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
     with bar(desc=title, unit="image", position=position) as shown:
@@ -98,7 +96,11 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
                 shown.set_postfix_str(f"epoch {step.epoch + 1}/{run.training.epochs}, loss {step.loss:.3f}")
                 shown.update(step.epoch * step.epoch_images + step.images - shown.n)
 
-        status = launch.run_logged(run.command(), log, follow, environment)
+        def left() -> bool:
+            launch.remove_torn_checkpoints(run.checkpoint.parent)
+            return not run.checkpoint.is_file()
+
+        status = launch.run_logged(run.command(), log, follow, environment, left)
     if status or not run.checkpoint.is_file():
         raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{launch.last_lines(log)}")
     strip(run.checkpoint, run.weights, run.folder.name)
