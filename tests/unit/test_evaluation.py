@@ -1,71 +1,61 @@
-"""Evaluation agrees with a direct computation; interpolation has exact end points; bad input is named."""
+"""Evaluation agrees with a direct computation, however it is shared out; bad checkpoints are named."""
 
 from __future__ import annotations
 
 import io
-import json
+import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from support import building
+from support.evaluation import NAMES, TEMPLATES, save_checkpoint, save_config, write_folders, write_set
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import read_weights
-from arf_plugin.evaluation.interpolation import interpolate, interpolate_files
+from arf_plugin.evaluation import run
+from arf_plugin.evaluation.candidates import Candidate
+from arf_plugin.evaluation.head import names_digest
+from arf_plugin.evaluation.interpolation import interpolate_files
+from arf_plugin.evaluation.rows import read_rows, select
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets
-
-NAMES = [f"{colour} thing" for colour in building.COLOURS]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
-    """A tiny open_clip model with random weights."""
-    folder = tmp_path_factory.mktemp("clip")
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    vision = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return f"local-dir:{folder}"
+    """A tiny open_clip model without weights."""
+    return save_config(tmp_path_factory.mktemp("clip"))
 
 
-def checkpoint(clip: str, path, seed: int, prefix: str = ""):
-    torch.manual_seed(seed)
-    # Larger than at the start of training, so that the images' features differ and so do the predictions.
-    weights = {k: 5 * v if v.ndim > 1 else v for k, v in open_clip.create_model(clip).state_dict().items()}
-    torch.save({"epoch": 1, "state_dict": {prefix + k: v for k, v in weights.items()}, "optimizer": {}}, path)
-    return path
+@pytest.fixture(scope="module")
+def paths(clip, tmp_path_factory) -> list[Path]:
+    """Three checkpoints of it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [save_checkpoint(clip, folder / f"{seed}.pt", seed) for seed in range(3)]
 
 
 @pytest.fixture
-def images(tmp_path):
-    """A set of two tars of drawings with six classes."""
-    root = tmp_path / "sets" / "shapes"
-    for shard in range(2):
-        members = []
-        for n in range(9 * shard, 9 * shard + 9):
-            members += [(f"{n:03d}.jpg", building.drawing(n)), (f"{n:03d}.cls", str(n % 6).encode())]
-        building.write_tar(root / "test" / f"{shard}.tar", members)
-    (root / "test" / "nshards.txt").write_text("2\n")
-    (root / "classnames.txt").write_text("\n".join(NAMES) + "\n")
-    (root / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}.\nthis is a {c}\n")
-    return root
+def sets(tmp_path):
+    """Two sets: 18 drawings in two tars, and twelve in folders with other prompts."""
+    write_set(tmp_path / "sets" / "shapes")
+    write_folders(tmp_path / "folders")
+    return [*find_sets(tmp_path / "sets"), *find_sets(tmp_path / "folders")]
 
 
 def direct(clip: str, path) -> float:
-    """Top-1 in percent, by hand."""
+    """Top-1 in percent on the drawings, by hand."""
     from PIL import Image
 
     model, _, preprocess = open_clip.create_model_and_transforms(clip)
-    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    open_clip.load_checkpoint(model, str(path))
     model.eval()
     tokenizer = open_clip.get_tokenizer(clip)
     hits = 0
     with torch.no_grad():
         columns = []
         for name in NAMES:
-            texts = model.encode_text(tokenizer([f"a drawing of a {name}.", f"this is a {name}"]))
+            texts = model.encode_text(tokenizer([template.format(c=name) for template in TEMPLATES]))
             mean = torch.nn.functional.normalize(texts, dim=-1).mean(0)
             columns.append(mean / mean.norm())
         for n in range(18):
@@ -74,53 +64,170 @@ def direct(clip: str, path) -> float:
     return 100 * hits / 18
 
 
-def test_accuracy_of_several_checkpoints_agrees_with_a_direct_computation(clip, images, tmp_path):
-    paths = [checkpoint(clip, tmp_path / f"{seed}.pt", seed) for seed in range(4)]
-    result = evaluate(paths, clip, [images.parent], batch_size=5)
-    expected = {str(path): direct(clip, path) for path in paths}
-    assert {name: figures["shapes"] for name, figures in result["accuracy"].items()} == pytest.approx(
-        expected
+def figures(rows) -> list[tuple]:
+    """What was measured, without where and when."""
+    return [(row["set"], row["alpha"], row["metrics"]) for row in rows]
+
+
+def test_accuracy_of_several_checkpoints_agrees_with_a_direct_computation(clip, paths, sets):
+    rows = evaluate(paths, clip, sets[:1], batch_size=5, workers=0)
+    assert [row["checkpoint"] for row in rows] == list(map(str, paths))
+    found = [row["metrics"]["top1"] for row in rows]
+    assert found == pytest.approx([direct(clip, path) for path in paths])
+    assert len(set(found)) > 1  # else the comparison would show nothing
+
+
+def test_a_row_holds_what_its_figure_depends_on(clip, paths, sets):
+    [row] = evaluate(paths[:1], clip, sets[:1], suite="own", workers=0)
+    import hashlib
+
+    assert row["digest"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert {name: row[name] for name in ("suite", "set", "split", "model", "images", "classes", "headline")} == {
+        "suite": "own", "set": "shapes", "split": "test", "model": clip, "images": 18, "classes": 6, "headline": "top1",
+    }  # fmt: skip
+    assert row["prompts"] == sets[0].prompts
+    assert (
+        row["versions"]["torch"] == torch.__version__.split("+")[0]
+        or row["versions"]["torch"] == torch.__version__
     )
-    assert len(set(expected.values())) > 1  # else the comparison would show nothing
-    assert result["samples"] == {"shapes": 18}
+    assert set(row["metrics"]) == {"top1", "top5", "mean_per_class", "macro_f1", "ece"}
+    assert (row["alpha"], row["original"], row["precision"], row["device"]) == (None, None, "fp32", "cpu")
 
 
-def test_wise_evaluates_the_mixed_checkpoint(clip, images, tmp_path):
-    paths = [checkpoint(clip, tmp_path / f"{seed}.pt", seed) for seed in range(2)]
-    interpolate_files(*paths, 0.5, tmp_path / "mixed.pt")
-    mixed = evaluate([tmp_path / "mixed.pt"], clip, [images])["accuracy"][str(tmp_path / "mixed.pt")]
-    assert evaluate(paths, clip, [images], wise=0.5)["accuracy"][f"{paths[1]}+wise"] == mixed
+def test_groups_of_models_and_workers_give_the_same_figures(clip, paths, sets):
+    asked = [Candidate(None), *map(Candidate, paths), Candidate(paths[1], paths[0], 0.3)]
+    torch.manual_seed(7)  # of the model's own weights
+    together = evaluate(asked, clip, sets, batch_size=7, workers=0)
+    torch.manual_seed(7)
+    apart = evaluate(asked, clip, sets, batch_size=7, workers=2, models_at_once=2)
+    assert figures(together) == figures(apart)
+    assert len(together) == 10
+    assert len({str(each) for each in figures(together)}) > 6
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_end_points_are_bit_equal(clip, tmp_path, alpha):
-    paths = [checkpoint(clip, tmp_path / f"{seed}.pt", seed, prefix="module.") for seed in range(2)]
-    interpolate_files(*paths, alpha, tmp_path / "out.pt")
-    end = read_weights(paths[int(alpha)])
-    mixed = read_weights(tmp_path / "out.pt")
-    assert mixed.keys() == end.keys()
-    assert all(torch.equal(mixed[name], end[name]) for name in end)
+def test_a_mixture_equals_its_written_checkpoint(clip, paths, sets, tmp_path):
+    interpolate_files(*paths[:2], 0.5, tmp_path / "mixed.pt")
+    [written] = evaluate([tmp_path / "mixed.pt"], clip, sets[:1], workers=0)
+    rows = evaluate(
+        [Candidate(paths[1], paths[0], alpha) for alpha in (0, 0.5, 1)], clip, sets[:1], workers=0
+    )
+    assert [row["alpha"] for row in rows] == [0, 0.5, 1]
+    assert rows[1]["metrics"] == written["metrics"]
+    ends = evaluate(paths[:2], clip, sets[:1], workers=0)
+    assert [rows[0]["metrics"], rows[2]["metrics"]] == [row["metrics"] for row in ends]
+    assert (rows[1]["checkpoint"], rows[1]["original"]) == (str(paths[1]), str(paths[0]))
 
 
-def test_the_middle_is_the_mean_and_counters_are_not_mixed():
-    original = {"w": torch.tensor([1.0, 3.0]), "bn.num_batches_tracked": torch.tensor(4)}
-    tuned = {"w": torch.tensor([2.0, -1.0]), "bn.num_batches_tracked": torch.tensor(9)}
-    mixed = interpolate(original, tuned, 0.5)
-    assert mixed["w"].tolist() == [1.5, 1.0]
-    assert mixed["bn.num_batches_tracked"].item() == 9
+def test_finished_rows_are_not_measured_again(clip, paths, sets, tmp_path, monkeypatch):
+    out = tmp_path / "results.jsonl"
+    first = evaluate(paths[:2], clip, sets, out=out, workers=0)
+    written = out.read_bytes()
+    assert sorted(read_rows(out), key=str) == sorted(first, key=str)
+    monkeypatch.setattr(run, "build", None)  # with nothing left to do, not even the model is built
+    assert evaluate(paths[:2], clip, sets, out=out, workers=0) == first
+    assert out.read_bytes() == written
 
 
-def test_another_architecture_is_named(tmp_path, clip, images):
-    with pytest.raises(EvaluationError, match=r"'w' is \[3\] and not \[2\]"):
-        interpolate({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, 0.5)
+def test_only_what_is_missing_is_measured(clip, paths, sets, tmp_path, monkeypatch):
+    out = tmp_path / "results.jsonl"
+    evaluate(paths[:1], clip, sets[:1], out=out, workers=0)
+    decoded = []
+    original = run.batches.decode
+    monkeypatch.setattr(
+        run.batches,
+        "decode",
+        lambda sets, *rest: decoded.extend(s.name for s in sets) or original(sets, *rest),
+    )
+    rows = evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, out=out, workers=0)
+    assert len(rows) == len(read_rows(out)) == 4
+    assert decoded == ["folders", "shapes"]  # in one go, the first for both candidates
+    assert figures(rows) == figures(
+        evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, workers=0)
+    )
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "images", "prompts", "precision", "alpha"])
+def test_what_has_changed_is_measured_again(clip, paths, tmp_path, change):
+    out = tmp_path / "results.jsonl"
+    root = write_set(tmp_path / "shapes")
+    path = shutil.copy(paths[0], tmp_path / "weights.pt")
+    settings = {"out": out, "workers": 0}
+
+    def measured(alpha=0.5, **more) -> int:
+        evaluate([Candidate(path, paths[1], alpha)], clip, find_sets(root), **settings, **more)
+        return len(read_rows(out))
+
+    assert measured() == measured() == 1
+    if change == "checkpoint":
+        shutil.copy(paths[2], path)
+    elif change == "images":
+        write_set(root, images=12)
+    elif change == "prompts":
+        (root / "classnames.txt").write_text("\n".join(NAMES[::-1]) + "\n")
+    elif change == "precision":
+        settings["precision"] = "amp"
+    assert measured(**({"alpha": 0.25} if change == "alpha" else {})) == 2
+
+
+def test_names_for_rows(clip, paths, sets, tmp_path):
+    out = tmp_path / "results.jsonl"
+    mixture = Candidate(paths[1], paths[0], 0.5, name="runs/arf-0/weights.pt", original_name="before")
+    evaluate([Candidate(paths[1], name="runs/arf-0/weights.pt"), mixture], clip, sets[:1], out=out, workers=0)
+    assert [row["original"] for row in select(read_rows(out), checkpoint="runs/arf-0/weights.pt")] == [
+        None,
+        "before",
+    ]
+
+
+def test_a_head_classifies_the_set_it_was_made_for(clip, paths, sets, tmp_path):
+    """A head that always answers class 2 has 3 of 18 right; the other set is classified by its prompts."""
+    weights = torch.load(paths[0], weights_only=True)
+    digest = torch.tensor(list(names_digest(NAMES)), dtype=torch.uint8)
+    bias = torch.tensor([0.0, 0, 9, 0, 0, 0])
+    head = {"arf_head.weight": torch.zeros(6, 16), "arf_head.bias": bias, "arf_head.classnames": digest}
+    torch.save({"state_dict": {**weights["state_dict"], **head}}, tmp_path / "probe.pt")
+    rows = evaluate([tmp_path / "probe.pt", paths[0]], clip, sets, workers=0)
+    assert [row["classifier"] for row in rows] == ["head", "zero-shot", "zero-shot", "zero-shot"]
+    assert rows[0]["metrics"]["top1"] == pytest.approx(100 / 6)
+    confidence = torch.softmax(bias, 0).max().item()
+    assert rows[0]["metrics"]["ece"] == pytest.approx(100 * (confidence - 1 / 6), abs=1e-3)
+    assert rows[1]["metrics"] == rows[3]["metrics"]
+
+
+def test_an_incomplete_set_is_warned_of_and_recorded(clip, paths, sets):
+    from dataclasses import replace
+
+    with pytest.warns(UserWarning, match="has 18 images, a whole copy has 20"):
+        [row] = evaluate(paths[:1], clip, [replace(sets[0], expected_images=20)], workers=0)
+    assert (row["images"], row["expected_images"]) == (18, 20)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(clip, paths, tmp_path, workers):
+    root = write_set(tmp_path / "shapes")
+    members = [("a.jpg", building.drawing(0)[:200]), ("a.cls", b"1")]
+    building.write_tar(root / "test" / "1.tar", members)
+    with pytest.raises(EvaluationError, match=r"1\.tar, sample a: the image cannot be decoded") as error:
+        evaluate(paths[:1], clip, find_sets(root), workers=workers)
+    assert "Traceback" not in str(error.value)
+
+
+def test_another_architecture_is_named(clip, paths, sets, tmp_path):
     torch.save({"state_dict": {"visual.other": torch.zeros(1)}}, tmp_path / "other.pt")
     with pytest.raises(EvaluationError, match="checkpoint of another architecture than --model"):
-        evaluate([tmp_path / "other.pt"], clip, [images])
+        evaluate([tmp_path / "other.pt"], clip, sets)
+    with pytest.raises(EvaluationError, match="different architectures"):
+        evaluate([Candidate(tmp_path / "other.pt", paths[0], 0.5)], clip, sets)
 
 
-def test_alpha_outside_zero_to_one_is_refused():
-    with pytest.raises(EvaluationError, match=r"alpha is 1\.5"):
-        interpolate({"w": torch.zeros(2)}, {"w": torch.zeros(2)}, 1.5)
+def test_a_checkpoint_that_is_not_there(clip, paths, sets, tmp_path):
+    with pytest.raises(EvaluationError, match=r"There is no checkpoint at .*none\.pt"):
+        evaluate([paths[0], tmp_path / "none.pt"], clip, sets)
+
+
+def test_a_model_that_open_clip_does_not_know(paths, sets):
+    with pytest.raises(EvaluationError, match="open_clip cannot load the model 'ViT-B-61'"):
+        evaluate(paths[:1], "ViT-B-61", sets)
 
 
 class Evil:
@@ -130,69 +237,20 @@ class Evil:
         return (print, ("executed",))
 
 
-def test_a_checkpoint_with_code_is_refused(tmp_path, capsys):
+def test_a_checkpoint_with_code_is_refused(clip, sets, tmp_path, capsys):
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(EvaluationError, match="cannot be read as a checkpoint"):
-        read_weights(tmp_path / "evil.pt")
+        evaluate([tmp_path / "evil.pt"], clip, sets)
     assert "executed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"epoch": 3}, [1]])
-def test_a_file_without_weights_is_refused(tmp_path, content):
+def test_a_file_without_weights_is_refused(clip, sets, tmp_path, content):
     torch.save(content, tmp_path / "empty.pt")
     with pytest.raises(EvaluationError, match="holds no weights"):
-        read_weights(tmp_path / "empty.pt")
+        evaluate([tmp_path / "empty.pt"], clip, sets)
 
 
-def test_a_set_that_is_not_there(tmp_path):
-    with pytest.raises(EvaluationError, match="no evaluation set"):
-        find_sets(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("classnames.txt", "", "is empty"),
-        ("zeroshot_classification_templates.txt", "a photo\n", "has no {c}"),
-        ("test/nshards.txt", "many\n", "expected the number of tars"),
-    ],
-)
-def test_a_malformed_set_is_named(images, name, content, message):
-    (images / name).write_text(content)
-    with pytest.raises(EvaluationError, match=message):
-        find_sets(images)
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ([("a.jpg", building.drawing(0))], "expected an image and a cls"),
-        ([("a.jpg", building.drawing(0)), ("a.cls", b"6")], "expected a number from 0 to 5"),
-        ([("a.jpg", building.drawing(0)[:200]), ("a.cls", b"1")], "the image cannot be decoded"),
-        ([("../a.jpg", building.drawing(0)), ("../a.cls", b"1")], "leaves the folder"),
-    ],
-)
-def test_a_bad_sample_is_named(images, members, message):
-    building.write_tar(images / "test" / "1.tar", members)
-    [found] = find_sets(images)
-    with pytest.raises(EvaluationError, match=message) as error:
-        list(found.images())
-    assert "1.tar" in str(error.value)
-
-
-def test_the_command_prints_a_table_and_writes_json(clip, images, tmp_path, run_arf):
-    path = checkpoint(clip, tmp_path / "a.pt", 0)
-    done = run_arf("evaluate", path, "--model", clip, "--data", images, "--json", tmp_path / "out.json")
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written["accuracy"][str(path)]["shapes"] == pytest.approx(direct(clip, path))
-    assert "shapes" in done.stdout
-    wrong = run_arf("evaluate", tmp_path / "none.pt", "--model", clip, "--data", images, check=False)
-    assert wrong.returncode == 1
-    assert "There is no checkpoint at" in wrong.stderr
-
-
-def test_the_interpolate_command(clip, tmp_path, run_arf):
-    paths = [checkpoint(clip, tmp_path / f"{seed}.pt", seed) for seed in range(2)]
-    run_arf("interpolate", *paths, "--alpha", 0.25, "--out", tmp_path / "out.pt")
-    a, b = (read_weights(path)["visual.proj"] for path in paths)
-    assert torch.allclose(read_weights(tmp_path / "out.pt")["visual.proj"], 0.75 * a + 0.25 * b)
+def test_two_sets_of_one_name(clip, paths, sets):
+    with pytest.raises(EvaluationError, match="Two sets are called 'shapes'"):
+        evaluate(paths[:1], clip, [sets[0], sets[0]])
