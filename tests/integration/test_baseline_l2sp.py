@@ -71,6 +71,18 @@ def test_the_logged_penalty_is_the_whole_one(tmp_path, train, start):
     assert values[2] == pytest.approx(3 / 2 * float(distance), rel=1e-3)
 
 
+def test_a_resumed_run_is_held_to_where_the_first_one_started(tmp_path, train, start):
+    task = data.write_csv_task(tmp_path / "task", 16)
+    flags = ["--train-data", task, "--pretrained", start, "--arf-l2sp", 2]
+    first = train.forked(*flags)
+    again = train.forked(*flags, "--epochs", 2, "--resume", "latest")
+    theta_0, theta = torch.load(start, weights_only=True), first.checkpoint["state_dict"]
+    trained = [name for name in theta if theta[name].is_floating_point() and name != "attn_mask"]
+    distance = sum((theta[name].double() - theta_0[name].double()).square().sum() for name in trained)
+    value = re.findall(r"L2sp_loss: ([\d.eE+-]+) \(", again.output.split("resuming checkpoint")[1])[0]
+    assert float(value) == pytest.approx(float(distance), rel=1e-3)
+
+
 def test_locked_towers_are_left_out(train, task, start):
     run = train.forked(
         *("--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start, "--arf-l2sp", 1),
