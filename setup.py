@@ -82,6 +82,7 @@ setup(
             "data/templates/*.txt",
             "evaluation/suites/*.yaml",
             "ablation/configs/*.yaml",
+            "report/templates/*",
         ]
     },
     install_requires=[
@@ -100,10 +101,13 @@ setup(
     extras_require={
         "captions": ["transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "tenacity", "requests"],
-        "evaluation": ["clip-benchmark", "matplotlib", "pyyaml", "requests", "torchmetrics"],
+        "evaluation": ["clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests", "torchmetrics"],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
-        "dev": ["mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-requests", "types-tqdm"],
+        "dev": [
+            *("mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-requests", "types-tqdm"),
+            *("brotli", "playwright"),  # the report's page in a real browser: tests/support/browser.py
+        ],
     },
     entry_points={"console_scripts": ["arf = arf_plugin.cli.main:main"]},
     cmdclass={"build_py": BuildWithStartupFile, "editable_wheel": EditableWithStartupFile},

@@ -26,6 +26,7 @@ COMMANDS = (
     "probe",
     "evaluate",
     "interpolate",
+    "report",
     "doctor",
 )
 

@@ -1,0 +1,297 @@
+"""The anchor gallery (Figure 5 of the paper): task images, their captions, and the pairs that they retrieved.
+
+Which task images are shown is decided by a hash of their ids, spread over the classes: nobody picked them, and a second
+report shows the same. One pass over the pairs' records is enough for that, and needs memory for a few dozen queries
+only, however large the anchor set is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.anchors.tars import Sample, scan_samples
+from arf_plugin.errors import AnchorSetError, ReportError
+from arf_plugin.report.images import Place, TaskImages, read_image
+from arf_plugin.report.thumbnails import Thumbnail, thumbnail
+
+CANDIDATES = 6  # queries followed per card that is shown
+PAIRS_SHOWN = 6
+LONGEST_TEXT = 240  # characters
+Advance = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class FoundPair:
+    """A pair as its record describes it."""
+
+    key: str
+    text: str
+    place: Place
+    similarity: float | None
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair with its thumbnail."""
+
+    image: Thumbnail
+    text: str
+    similarity: float | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One task image.
+
+    Attributes:
+        id: of the sample.
+        label: name or number of its class; None if it has none.
+        image: its thumbnail; None if there is no task data at hand.
+        captions: of the anchor set.
+        pairs: the nearest ones, best first.
+    """
+
+    id: str
+    label: str | None
+    image: Thumbnail | None
+    captions: tuple[str, ...]
+    pairs: tuple[ShownPair, ...]
+
+
+@dataclass
+class Gallery:
+    """What the page shows of an anchor set.
+
+    Attributes:
+        cards: task images.
+        loose: pairs that no query is on record for: drawn at random, or packed by hand.
+        random: whether the records say that the pairs were drawn at random.
+    """
+
+    cards: list[Card] = field(default_factory=list)
+    loose: list[ShownPair] = field(default_factory=list)
+    random: bool = False
+
+
+def build_gallery(
+    anchors: Path,
+    task_data: str | None = None,
+    classnames: list[str] | None = None,
+    *,
+    count: int = 12,
+    csv: tuple[str, str] = ("filepath", "\t"),
+    dataset_type: str = "auto",
+    advance: Advance = lambda: None,
+) -> Gallery:
+    """Builds the gallery of an anchor set.
+
+    Args:
+        anchors: the set's folder.
+        task_data: as ``--train-data``; None shows cards without task images.
+        classnames: names by class number.
+        count: cards.
+        csv: column of the image paths and separator, for CSV task data.
+        dataset_type: ``webdataset``, ``csv`` or ``auto``.
+        advance: called when a pair has been looked at.
+
+    Raises:
+        AnchorSetError: for a damaged set.
+        TaskDataError: for damaged task data.
+        ReportError: if `anchors` is no anchor set.
+    """
+    tars, tables = pair_shards(anchors), caption_files(anchors)
+    if not anchors.is_dir():
+        raise ReportError(
+            f"{anchors} does not exist. Expected an anchor set; name its folder with --anchors."
+        )
+    if not tars and not tables:
+        raise ReportError(
+            f"{anchors} is no anchor set: there is neither captions/*.parquet nor pairs/*.tar. "
+            "Name the folder that --arf-anchors was given with --anchors."
+        )
+    queries, loose, random = _follow(tars, CANDIDATES * count, advance)
+    task = TaskImages(task_data, csv[0], csv[1], dataset_type) if task_data else None
+    ids = list(queries) or _smallest(_caption_ids(tables), CANDIDATES * count)
+    captions = _captions(tables, set(ids))
+    images, classes = task.read(ids) if task else ({}, {})
+    chosen = _spread([i for i in ids if i in images] or ids, classes, count)
+    gallery = Gallery(random=random)
+    for identity in chosen:
+        found = sorted(queries.get(identity, []), key=lambda pair: (-(pair.similarity or 0.0), pair.key))
+        gallery.cards.append(
+            Card(
+                identity,
+                _label(classes.get(identity), classnames),
+                thumbnail(images[identity])
+                if identity in images
+                else (Thumbnail(None, problem="not found") if task else None),
+                tuple(map(_short, captions.get(identity, []))),
+                tuple(_shown(found[:PAIRS_SHOWN])),
+            )
+        )
+    if not queries:
+        gallery.loose = list(_shown(loose[: 2 * PAIRS_SHOWN]))
+    return gallery
+
+
+def pair_shards(anchors: Path) -> list[Path]:
+    """The set's tars of pairs."""
+    return sorted((anchors / "pairs").glob("*.tar"))
+
+
+def caption_files(anchors: Path) -> list[Path]:
+    """The set's tables of captions."""
+    return sorted((anchors / "captions").glob("*.parquet"))
+
+
+def place_in_hash_order(identity: str) -> bytes:
+    """Where an id comes in the order that chooses what is shown."""
+    return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
+
+
+def _follow(
+    tars: list[Path], size: int, advance: Advance
+) -> tuple[dict[str, list[FoundPair]], list[FoundPair], bool]:
+    """Collects the pairs of the queries that come first in the order of hashes, and a few pairs without any."""
+    queries: dict[str, list[FoundPair]] = {}
+    order: dict[str, bytes] = {}
+    loose: list[tuple[bytes, FoundPair]] = []
+    highest: bytes | None = None
+    without, total = 0, 0
+    for tar in tars:
+        for sample in scan_samples(str(tar), AnchorSetError, read=("json", "txt")):
+            advance()
+            if sample.image is None:
+                continue
+            total += 1
+            record, text = _record(sample), _text(sample)
+            named = record.get("queries")
+            pairs = (
+                list(zip(named, _similarities(record, len(named)), strict=True))
+                if isinstance(named, list)
+                else []
+            )
+            place = Place(str(tar), sample.image)
+            if not pairs:
+                without += "queries" in record
+                loose.append(
+                    (
+                        place_in_hash_order(f"{tar.name}/{sample.key}"),
+                        FoundPair(sample.key, text, place, None),
+                    )
+                )
+                if len(loose) > 512:
+                    loose = sorted(loose, key=lambda item: item[0])[:64]
+                continue
+            for query, similarity in pairs:
+                # A query that was pushed out stays out, as the limit only falls: those left have all their pairs.
+                if not isinstance(query, str):
+                    continue
+                if query not in queries:
+                    rank = place_in_hash_order(query)
+                    if len(queries) >= size:
+                        if highest is None or rank > highest:
+                            continue
+                        last = max(order, key=order.__getitem__)
+                        del queries[last], order[last]
+                    queries[query], order[query] = [], rank
+                    highest = max(order.values()) if len(queries) >= size else None
+                queries[query].append(FoundPair(sample.key, text, place, similarity))
+    ordered = {query: queries[query] for query in sorted(queries, key=order.__getitem__)}
+    rest = [pair for _, pair in sorted(loose, key=lambda item: item[0])]
+    return ordered, rest, total > 0 and without == total
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    """The pair's provenance; empty if it has none, or none that can be read: hand-made sets need none."""
+    member = sample.members.get("json")
+    try:
+        record = json.loads(member.data or b"") if member is not None else {}
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _similarities(record: dict[str, Any], count: int) -> list[float | None]:
+    found = record.get("query_similarities")
+    values = found if isinstance(found, list) and len(found) == count else [None] * count
+    return [float(v) if isinstance(v, (int, float)) and math.isfinite(v) else None for v in values]
+
+
+def _text(sample: Sample) -> str:
+    member = sample.members.get("txt")
+    return _short((member.data or b"").decode("utf-8", "replace")) if member is not None else ""
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
+
+
+def _smallest(ids: Iterable[str], count: int) -> list[str]:
+    import heapq
+
+    return heapq.nsmallest(count, set(ids), key=place_in_hash_order)
+
+
+def _tables(files: list[Path]) -> Iterator[Any]:
+    """Yields record batches with the columns id and caption."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                missing = {"id", "caption"} - set(file.schema_arrow.names)
+                if missing:
+                    raise AnchorSetError(
+                        f"{path} has no column '{min(missing)}' (found: {', '.join(file.schema_arrow.names)}). "
+                        "An anchor set's captions need 'id' and 'caption'."
+                    )
+                yield from file.iter_batches(65536, columns=["id", "caption"])
+        except (pa.ArrowException, OSError) as cause:
+            raise AnchorSetError(f"{path} is no readable parquet file: {cause}. See: arf check") from cause
+
+
+def _caption_ids(files: list[Path]) -> Iterator[str]:
+    for batch in _tables(files):
+        yield from (str(value) for value in batch.column("id").to_pylist() if value is not None)
+
+
+def _captions(files: list[Path], wanted: Collection[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for batch in _tables(files):
+        for identity, caption in zip(
+            batch.column("id").to_pylist(), batch.column("caption").to_pylist(), strict=True
+        ):
+            if identity in wanted and caption is not None:
+                found.setdefault(identity, []).append(str(caption))
+    return found
+
+
+def _shown(pairs: Iterable[FoundPair]) -> Iterator[ShownPair]:
+    for pair in pairs:
+        yield ShownPair(thumbnail(read_image(pair.place, AnchorSetError)), pair.text, pair.similarity)
+
+
+def _spread(ids: list[str], classes: dict[str, int], count: int) -> list[str]:
+    """Takes the first of every class, then the second of every class, and so on."""
+    seen: dict[int | None, int] = {}
+    turns = []
+    for place, identity in enumerate(ids):
+        cls = classes.get(identity)
+        turns.append((seen.get(cls, 0) if cls is not None else place, place, identity))
+        seen[cls] = seen.get(cls, 0) + 1
+    return [identity for _, _, identity in sorted(turns)[:count]]
+
+
+def _label(cls: int | None, classnames: list[str] | None) -> str | None:
+    if cls is None:
+        return None
+    return classnames[cls] if classnames and cls < len(classnames) else f"class {cls}"

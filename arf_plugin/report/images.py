@@ -1,0 +1,82 @@
+"""Reads single images out of tars and CSV task data, a few among many."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from arf_plugin.anchors.ids import sample_id, shard_name
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS
+from arf_plugin.anchors.tars import Member, local_path, scan_samples
+from arf_plugin.anchors.task import expand_urls, is_csv
+from arf_plugin.errors import ArfError, TaskDataError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image is: a tar and one of its members."""
+
+    url: str
+    member: Member
+
+
+class TaskImages:
+    """Task data: reads the images and classes of a few samples."""
+
+    def __init__(self, data: str, csv_column: str, separator: str, dataset_type: str) -> None:
+        self.data, self.column, self.separator = data, csv_column, separator
+        self.csv = is_csv(data, dataset_type)
+
+    def read(self, ids: Collection[str]) -> tuple[dict[str, bytes], dict[str, int]]:
+        """Returns images and class numbers by id; those that are not found are left out."""
+        return self._read_csv(ids) if self.csv else self._read_tars(set(ids))
+
+    def _read_tars(self, ids: set[str]) -> tuple[dict[str, bytes], dict[str, int]]:
+        images: dict[str, bytes] = {}
+        classes: dict[str, int] = {}
+        shards = {identity.split("/", 1)[0] for identity in ids}
+        for url in expand_urls(self.data):
+            if shard_name(url) not in shards:
+                continue
+            for sample in scan_samples(url, TaskDataError, read=("cls",)):
+                identity = sample_id(url, sample.key)
+                if identity not in ids or sample.image is None:
+                    continue
+                if (data := read_image(Place(url, sample.image), TaskDataError)) is not None:
+                    images[identity] = data
+                number = (sample.members["cls"].data or b"").strip() if "cls" in sample.members else b""
+                if number.isdigit() and len(number) < 10:
+                    classes[identity] = int(number)
+        return images, classes
+
+    def _read_csv(self, ids: Collection[str]) -> tuple[dict[str, bytes], dict[str, int]]:
+        import pandas as pd
+
+        from arf_plugin.anchors.task import read_csv_ids
+
+        known = set(read_csv_ids(self.data, self.column, self.separator))
+        images = {i: Path(i).read_bytes() for i in ids if i in known and Path(i).is_file()}
+        frame = pd.read_csv(self.data, sep=self.separator)
+        classes = {}
+        if "cls" in frame.columns:
+            rows = frame[frame[self.column].isin(list(ids))]
+            classes = {
+                str(i): int(c)
+                for i, c in zip(rows[self.column], rows["cls"], strict=True)
+                if str(c).isdecimal()
+            }
+        return images, classes
+
+
+def read_image(place: Place, error: type[ArfError]) -> bytes | None:
+    """Reads an image where the scan saw it; where a tar cannot be read in the middle, the tar is scanned again."""
+    member = place.member
+    if member.offset >= 0 and (path := local_path(place.url)).is_file():
+        with path.open("rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+    for sample in scan_samples(place.url, error, read=IMAGE_EXTENSIONS):
+        if sample.key == member.key and sample.image is not None:
+            return sample.image.data
+    return None

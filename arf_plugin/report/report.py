@@ -1,0 +1,273 @@
+"""Makes a report: gathers everything that can be shown, and says of the rest what would make it appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arf_plugin.anchors.files import replacing, write_json
+from arf_plugin.errors import ReportError
+from arf_plugin.report import drawing, figures, provenance, tables
+from arf_plugin.report.comparison import sentence
+from arf_plugin.report.figures import Group
+from arf_plugin.report.gallery import Gallery, build_gallery
+from arf_plugin.report.logs import Curves, read_curves
+from arf_plugin.report.results import Averages, Results, suites_of
+from arf_plugin.report.sources import Collected, collect
+from arf_plugin.report.style import Style
+from arf_plugin.report.tables import Slice
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to report, beside the runs.
+
+    Attributes:
+        anchors: anchor set to show; by default the one that the runs used.
+        task_data: as ``--train-data``; by default what the runs were trained on.
+        classnames: file of class names; by default the runs'.
+        title: of the page.
+        suites: names or files, in place of those that the rows name.
+        reference: arm to compare with, in place of the grid's.
+        compare: further pairs of arms to compare.
+        cards: task images in the gallery.
+        dataset_type, csv_img_key, csv_separator: of the task data, as open_clip's flags.
+    """
+
+    anchors: Path | None = None
+    task_data: str | None = None
+    classnames: Path | None = None
+    title: str | None = None
+    suites: Sequence[str] = ()
+    reference: str | None = None
+    compare: Sequence[tuple[str, str]] = ()
+    cards: int = 12
+    dataset_type: str = "auto"
+    csv_img_key: str = "filepath"
+    csv_separator: str = "\t"
+
+
+@dataclass
+class Report:
+    """Everything that the page shows.
+
+    Attributes:
+        missing: by section, the line that says what would make it appear.
+        groups: figures by section.
+        notes: what a reader must know before believing the figures.
+    """
+
+    title: str
+    found: Collected
+    averages: Averages
+    results: Results
+    slices: list[Slice]
+    style: Style
+    groups: dict[str, Group] = field(default_factory=dict)
+    gallery: Gallery | None = None
+    anchors: Path | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """The first sentences of the report, each with its table's title before it."""
+        return [
+            f"{title[0].upper()}{title[1:]}: {text}" for title, texts in self.comparisons() for text in texts
+        ]
+
+    def comparisons(self) -> list[tuple[str, list[str]]]:
+        """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
+        said = []
+        labels = {name: arm.label for name, arm in self.found.arms.items()}
+        main = set(tables.main_averages(self.averages))
+        reference = self.found.reference
+        for one in self.slices:
+            if self.found.subject in one.differences:
+                subjects = [self.found.subject]
+            else:
+                subjects = [arm for arm in one.differences if arm != self.found.before][:3]
+            texts = []
+            pairs = {(arm, reference): one.differences[arm] for arm in subjects if arm and reference}
+            for (arm, other), differences in {**pairs, **one.comparisons}.items():
+                kept = {name: item for name, item in differences.items() if name in main}
+                texts.append(sentence(labels[arm], labels[other or ""], kept))
+            if any(texts):
+                said.append((one.title, [text for text in texts if text]))
+        return said
+
+
+def make_report(
+    sources: Sequence[Path], out: Path, options: Options, advance: Callable[[], object] = lambda: None
+) -> Report:
+    """Makes a report and writes it.
+
+    Args:
+        sources: grid folders, run folders, files of rows.
+        out: folder for ``index.html``, ``report.json``, ``table.md`` and ``figures/``.
+        options: see :class:`Options`.
+        advance: called as the gallery looks at pairs.
+
+    Raises:
+        ArfError: for sources, suites, anchor sets or task data that are not what they should be.
+    """
+    from arf_plugin.report.page import render
+    from arf_plugin.report.records import as_json
+
+    report = gather(sources, options, advance)
+    written = {
+        name
+        for group in report.groups.values()
+        for name in figures.save(group, out / "figures", report.style)
+    }
+    for stale in (out / "figures").glob(
+        "*"
+    ):  # of an earlier report in this folder, and no longer on the page
+        if stale.suffix in (".svg", ".png") and stale.name not in written:
+            stale.unlink()
+    write_json(out / "report.json", as_json(report))
+    _write(
+        out / "table.md", tables.markdown(report.found, report.slices, report.averages, report.results.unit)
+    )
+    _write(out / "index.html", render(report))
+    return report
+
+
+def gather(sources: Sequence[Path], options: Options, advance: Callable[[], object] = lambda: None) -> Report:
+    """Reads and computes everything that the report shows."""
+    found = collect(sources, options.reference)
+    for pair in options.compare:
+        for arm in pair:
+            if arm not in found.arms:
+                raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
+    names = suites_of(found.test, options.suites)
+    averages = Averages(names, sorted({item.row["set"] for item in found.test}))
+    results = Results(found.test, averages)
+    comparisons = list(dict.fromkeys([*found.comparisons, *options.compare]))
+    slices = tables.build_slices(found, results, averages, comparisons) if found.test else []
+    style = Style(list(found.arms), found.reference, found.before, found.subject)
+    title = options.title or _title(found, names)
+    report = Report(title, found, averages, results, slices, style)
+    _add_results(report)
+    _add_training(report)
+    _add_anchors(report, options, advance)
+    _add_notes(report)
+    return report
+
+
+def _title(found: Collected, suites: Sequence[str]) -> str:
+    names = [str(grid["name"]) for grid in found.grids if grid.get("name")]
+    return f"Robust fine-tuning: {', '.join(names or suites)}" if names or suites else "Robust fine-tuning"
+
+
+def _add_results(report: Report) -> None:
+    found, averages, results = report.found, report.averages, report.results
+    measure = "arf evaluate CHECKPOINT... --suite SUITE --out results.jsonl, and give that file to this command, too"
+    if not found.test:
+        report.missing["results"] = f"No checkpoint has been measured. Run: {measure}."
+        return
+    drawn = {
+        "results": drawing.results_group(found, report.slices[0], averages, results.unit),
+        "curves": drawing.curves_group(found, averages, results),
+        "domains": drawing.domains_group(found, averages, results),
+        "calibration": drawing.calibration_group(found, averages, results),
+    }
+    report.groups |= {name: group for name, group in drawn.items() if group is not None}
+    if not results.alphas():
+        report.missing["curves"] = (
+            "No mixtures have been measured. They appear once rows with several alphas are there: arf interpolate "
+            "measures a sweep, and arf ablate those of its grid (wise)."
+        )
+    elif drawn["curves"] is None:
+        report.missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
+    if drawn["domains"] is None:
+        report.missing["domains"] = (
+            "There is no reference to compare with. Name one with --reference ARM."
+            if found.reference is None
+            else f"Beside {found.arms[found.reference].label} no fine-tuned arm has been measured."
+        )
+    if drawn["calibration"] is None:
+        report.missing["calibration"] = (
+            f"The rows hold no calibration error (metric 'ece'). Measure again: {measure}."
+        )
+
+
+def _add_training(report: Report) -> None:
+    curves: dict[str, list[Curves]] = {}
+    for arm in report.found.arms:
+        for run in report.found.runs:
+            if run.arm != arm:
+                continue
+            for log in run.logs:
+                read = read_curves(log)
+                if read.terms:
+                    curves.setdefault(arm, []).append(read)
+                if read.faults:
+                    seed = "" if run.seed is None else f", seed {run.seed}"
+                    report.notes.append(
+                        f"{report.found.arms[arm].label}{seed}: the loss was not a finite number in {len(read.faults)} "
+                        f"logged steps, first after {read.faults[0]:.2f} passes over the data."
+                    )
+    group = drawing.training_group(report.found, curves) if curves else None
+    if group is not None:
+        report.groups["training"] = group
+    else:
+        report.missing["training"] = (
+            "No training log was found. Give run folders with open_clip's out.log, or a grid folder of arf ablate."
+        )
+
+
+def _add_anchors(report: Report, options: Options, advance: Callable[[], object]) -> None:
+    anchors = options.anchors or provenance.anchors_folder(report.found)
+    if anchors is None:
+        report.missing["anchors"] = "No anchor set is at hand. Name its folder with --anchors ANCHORS."
+        return
+    task = options.task_data or provenance.task_data(report.found)
+    names = provenance.class_names(report.found, options.classnames)
+    report.anchors = anchors
+    report.gallery = build_gallery(
+        anchors,
+        task,
+        names,
+        count=options.cards,
+        csv=(options.csv_img_key, options.csv_separator),
+        dataset_type=options.dataset_type,
+        advance=advance,
+    )
+    if task is None:
+        report.missing["task images"] = (
+            "The task images are not shown, as their data is not at hand. Name it with --task-data DATA."
+        )
+    if not (anchors / "anchors.json").is_file():
+        report.missing["manifest"] = (
+            "The set has no anchors.json, which says how it was made; arf anchors writes one."
+        )
+
+
+def _add_notes(report: Report) -> None:
+    report.notes += report.results.truncated()
+    wanted = sorted(
+        {seed for grid in report.found.grids for seed in grid.get("seeds") or [] if isinstance(seed, int)}
+    )
+    for one in report.slices[:1]:
+        for arm, by_average in one.figures.items():
+            if arm == report.found.before or not by_average:
+                continue
+            seeds = set.intersection(*(set(figure.seeds) for figure in by_average.values()))
+            if lacking := [str(seed) for seed in wanted if seed not in seeds]:
+                report.notes.append(
+                    f"{report.found.arms[arm].label}: seed {', '.join(lacking)} has not been measured on every average."
+                )
+    counts = {
+        len(figure.seeds) for one in report.slices for by in one.figures.values() for figure in by.values()
+    }
+    if counts == {1}:
+        report.notes.append(
+            "One seed per arm: nothing here says how much of a difference is chance of training."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        # Names in tars and JSON may hold lone surrogates, which are no text.
+        temporary.write_bytes(text.encode("utf-8", "replace"))
