@@ -24,7 +24,7 @@ EXAMPLES = """\
   arf ablate emojinet --out runs/ablation --arms flyp arf --seeds 0 --jobs 2
   arf ablate my-grid.yaml --set data=/data/mine --out runs/mine
   arf ablate my-grid.yaml --out runs/mine --restart arf after a change of that arm's settings
-  arf report runs/ablation                              the page with tables and figures
+  arf report runs/ablation --out runs/ablation/report   the page with tables and figures
 """
 
 
@@ -131,7 +131,7 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
     if ablation.failures:
         print("The same command tries what failed again, and nothing else.", file=sys.stderr)
     else:
-        print(f"Figures: {args.out}/results.json, table.md. Page: arf report {args.out}", file=sys.stderr)
+        print(f"Figures: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report", file=sys.stderr)
     return 1 if ablation.failures else 0
 
 

@@ -6,15 +6,21 @@ the pretrained tiny CLIP's and stays as it is, so its features are computed once
 encoder from scratch were tried first: within minutes they gave every image the same caption.
 
 The captioner has seen pool images and their texts only, no class prompt and no image of the task or the tests.
+
+python scripts/emojinet/captioner.py DATA RUN STEPS OUT     another one for a quickstart's run
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from emojinet.files import bar
 from emojinet.recipe import MODEL
@@ -204,3 +210,10 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     temporary.replace(out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit("usage: captioner.py DATA RUN STEPS OUT")
+    weights = Path(sys.argv[2]) / "clip" / "open_clip_model.safetensors"
+    train(sorted(Path(sys.argv[1], "pretraining").glob("*.tar")), weights, Path(sys.argv[4]), int(sys.argv[3]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from pathlib import Path
 
 from support import building, data
@@ -55,10 +54,10 @@ class World:
     task: str
 
     def config(self, more: str = "", text: str = CONFIG) -> Path:
-        """Writes a config: the usual one, with entries after it."""
+        """Writes a config: the usual one, with arms (lines that begin with two spaces) after its own."""
         number = len(list(self.folder.glob("grid-*.yaml")))
         path = self.folder / f"grid-{number}.yaml"
-        path.write_text(text.format(world=self.folder, task=self.task) + textwrap.dedent(more))
+        path.write_text(text.format(world=self.folder, task=self.task) + more)
         return path
 
 

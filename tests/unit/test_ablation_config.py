@@ -102,7 +102,7 @@ def test_a_grid_that_extends_another_takes_its_arms_by_name(tmp_path):
         ("samples: 415", "samples: '${teacher}'", "${teacher} has no value. Give one with: --set teacher=VALUE"),
         ("wise: [0.5, 0.25]", "wise: [1.5]", "wise[0]: found 1.5, expected a number, from 0 to 1"),
         ("retrieve --random", "evaluate --random", "anchors.random.build[0]: found 'evaluate', expected a command"),
-        (", validation: sets}", "}\nchoose: {over: [{lr: 1}, {lr: 2}], by: ID}", "line 9, choose: a choice is made on validation"),
+        (", validation: sets}", "}\nchoose: {over: [{lr: 1}, {lr: 2}], by: ID}", "line 9, choose: a choice is made on"),
         ("wise:", "choose: {over: [{lr: 1}], by: ID}\nwise:", "choose.over: a choice needs at least two candidates"),
         ("name: small", "name: [small", "this is not YAML"),
         ("name: small", "name: !!python/name:os.system small", "line 1: the tag tag:yaml.org,2002:python/name"),

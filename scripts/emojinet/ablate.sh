@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# EmojiNet's grids, after scripts/quickstart.sh: twelve arms with three seeds, chosen on validation, and four ablations.
+#
+#   scripts/emojinet/ablate.sh                        the main grid; about half an hour on two idle cores
+#   scripts/emojinet/ablate.sh main --dry-run         its commands and cost
+#   scripts/emojinet/ablate.sh k | pool | captioner | weights [more arguments of arf ablate]
+#
+# A second start goes on where the first one stopped. Results: $OUT/NAME/table.md, results.json and report/index.html.
+# Variables: DATA (data/emojinet), RUN (runs/quickstart), OUT (runs/ablation), VENV (.venv).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+DATA=${DATA:-data/emojinet} RUN=${RUN:-runs/quickstart} OUT=${OUT:-runs/ablation} VENV=${VENV:-.venv}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait must not spin: runs are side by side
+
+name=${1:-main}
+[ $# -eq 0 ] || shift
+case $name in
+    main) grid=emojinet ;;
+    k | pool | captioner | weights) grid=emojinet-$name ;;
+    *)
+        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        exit 2
+        ;;
+esac
+if [ ! -f "$RUN/anchors/anchors.json" ]; then
+    echo "$RUN has no anchors: run scripts/quickstart.sh first, or name its folders with DATA and RUN" >&2
+    exit 1
+fi
+dry_run=
+for argument in "$@"; do [ "$argument" != --dry-run ] || dry_run=yes; done
+if [ "$name" = captioner ] && [ -z "$dry_run" ]; then
+    for steps in 50 150; do
+        "$VENV/bin/python" scripts/emojinet/captioner.py "$DATA" "$RUN" "$steps" "$OUT/captioners/$steps"
+    done
+fi
+[ "$name" != captioner ] || set -- --set "captioners=$OUT/captioners" "$@"
+"$VENV/bin/arf" ablate "$grid" --out "$OUT/$name" --set "data=$DATA" --set "run=$RUN" "$@"
+[ -n "$dry_run" ] || "$VENV/bin/arf" report "$OUT/$name" --out "$OUT/$name/report"
