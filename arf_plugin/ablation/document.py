@@ -193,7 +193,9 @@ def parse(path: Path, name: str) -> Any:
     except yaml.YAMLError as cause:
         mark = getattr(cause, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise GridError(f"{name}{place}: this is not YAML: {getattr(cause, 'problem', None) or cause}.") from cause
+        raise GridError(
+            f"{name}{place}: this is not YAML: {getattr(cause, 'problem', None) or cause}."
+        ) from cause
     if node is None:
         raise GridError(f"{name} is empty. Expected a grid; `arf ablate --list` names ready ones.")
     _refuse_tags(node, name, set())

@@ -131,7 +131,10 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
     if ablation.failures:
         print("The same command tries what failed again, and nothing else.", file=sys.stderr)
     else:
-        print(f"Figures: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report", file=sys.stderr)
+        print(
+            f"Figures: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report",
+            file=sys.stderr,
+        )
     return 1 if ablation.failures else 0
 
 

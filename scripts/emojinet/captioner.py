@@ -216,4 +216,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 5:
         sys.exit("usage: captioner.py DATA RUN STEPS OUT")
     weights = Path(sys.argv[2]) / "clip" / "open_clip_model.safetensors"
-    train(sorted(Path(sys.argv[1], "pretraining").glob("*.tar")), weights, Path(sys.argv[4]), int(sys.argv[3]))
+    train(
+        sorted(Path(sys.argv[1], "pretraining").glob("*.tar")), weights, Path(sys.argv[4]), int(sys.argv[3])
+    )
