@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.head import PREFIX
-from arf_plugin.evaluation.tensor_files import TensorInfo, WeightsFile, require_space, write_order, writing
+from arf_plugin.evaluation.tensor_files import TensorInfo, WeightsFile
+from arf_plugin.evaluation.tensor_writer import require_space, write_order, writing
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +71,13 @@ def mix(start: torch.Tensor, end: torch.Tensor, alpha: float) -> torch.Tensor:
 
 def interpolate_files(original: Path, tuned: Path, alpha: float, out: Path) -> None:
     """Mixes two checkpoints and writes the result; see :func:`write_mixtures`."""
-    write_mixtures(WeightsFile(original), WeightsFile(tuned), {alpha: out})
+    write_mixtures(WeightsFile(original), WeightsFile(tuned), {out: alpha})
 
 
 def write_mixtures(
     original: WeightsFile,
     tuned: WeightsFile,
-    targets: Mapping[float, Path],
+    targets: Mapping[Path, float],
     advance: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes checkpoints along the line, reading both ends once for all of them.
@@ -84,8 +85,8 @@ def write_mixtures(
     Args:
         original: weights before fine-tuning.
         tuned: weights after it.
-        targets: files by alpha; each appears under its name when all are whole.
-        advance: told of every tensor's bytes that are written, for a progress bar.
+        targets: alphas by the file to write to; each file appears under its name when all are whole.
+        advance: told of every tensor that is written, for a progress bar.
 
     Raises:
         EvaluationError: if the checkpoints are of different architectures, an alpha is outside [0, 1], or the disk is
@@ -93,19 +94,21 @@ def write_mixtures(
     """
     check_pair(original, tuned)
     names = write_order(tuned.tensors)
-    contents = {alpha: mixed_tensors(original, tuned, alpha, names) for alpha in targets}
-    sizes = {path: sum(info.bytes for info in contents[alpha].values()) for alpha, path in targets.items()}
-    for folder in {path.parent for path in targets.values()}:
+    contents = {path: mixed_tensors(original, tuned, alpha, names) for path, alpha in targets.items()}
+    sizes = {path: sum(info.bytes for info in content.values()) for path, content in contents.items()}
+    for folder in {path.parent for path in targets}:
         here = [size for path, size in sizes.items() if path.parent == folder]
         require_space(folder, sum(here), f"{len(here)} checkpoint(s)")
     with ExitStack() as stack:
-        write = {}
-        for alpha, path in targets.items():
+        writes: dict[float, list[Callable[[torch.Tensor], None]]] = {}
+        for path, alpha in targets.items():
             name = f"{original.path.stem} and {tuned.path.stem} at {alpha:g}"
-            write[alpha] = stack.enter_context(writing(path, contents[alpha], name))
-        for alpha, tensor in _stream(original, tuned, names, list(targets)):
-            write[alpha](tensor)
-            advance(tensor.numel() * tensor.element_size())
+            write = stack.enter_context(writing(path, contents[path], name))
+            writes.setdefault(alpha, []).append(write)
+        for alpha, tensor in _stream(original, tuned, names, list(writes)):
+            for write in writes[alpha]:
+                write(tensor)
+                advance(1)
 
 
 def load_mixture(

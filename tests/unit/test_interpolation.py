@@ -75,12 +75,12 @@ def test_logits_at_the_end_points_are_those_of_the_end_points(clip, ends, tmp_pa
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_streamed_files_hold_what_mixing_in_memory_gives(ends, tmp_path, suffix):
-    targets = {alpha: tmp_path / f"{alpha}{suffix}" for alpha in (0.0, 0.1, 0.5, 1.0)}
+    targets = {tmp_path / f"{alpha}{suffix}": alpha for alpha in (0.0, 0.1, 0.5, 1.0)}
     write_mixtures(*map(WeightsFile, ends), targets)
     before = torch.load(ends[0], weights_only=True)["state_dict"]
     after = torch.load(ends[1], weights_only=True)["state_dict"]
     after = {name.removeprefix("module."): tensor for name, tensor in after.items()}
-    for alpha, path in targets.items():
+    for path, alpha in targets.items():
         if suffix == ".pt":
             found = torch.load(path, weights_only=True)["state_dict"]
             mapped = torch.load(path, weights_only=True, mmap=True)["state_dict"]
@@ -160,7 +160,7 @@ MEMORY = """
 
     libraries = resident("VmRSS")
     out = sys.argv[3:]
-    write_mixtures(*(WeightsFile(Path(path)) for path in sys.argv[1:3]), {float(Path(o).stem): Path(o) for o in out})
+    write_mixtures(*(WeightsFile(Path(path)) for path in sys.argv[1:3]), {Path(o): float(Path(o).stem) for o in out})
     print(libraries, resident("VmHWM"))
 """
 

@@ -1,0 +1,269 @@
+"""`arf interpolate` on real models and sets: the sweep's rows, the choice, the files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from support.evaluation import save_checkpoint, save_config, write_set
+
+from arf_plugin.cli.main import main
+from arf_plugin.evaluation.rows import read_rows, select
+from arf_plugin.evaluation.sweep import Figures, choose
+
+SUITE = """\
+description: drawings
+sets:
+  plain: &set
+    sources: [{webdataset: "{split}/{set}"}]
+  other: *set
+averages:
+  ID: {kind: id, of: [plain]}
+  both: {kind: shift, of: [plain, other]}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Two checkpoints of a tiny CLIP, and two test and two validation sets with a suite over them."""
+    folder = tmp_path_factory.mktemp("world")
+    clip = save_config(folder / "clip")
+    for seed, name in enumerate(("original", "tuned")):
+        save_checkpoint(clip, folder / f"{name}.pt", seed)
+    for split, images in (("test", 24), ("validation", 36)):
+        for number, name in enumerate(("plain", "other")):
+            write_set(folder / "data" / split / name, images=images - 6 * number)
+    (folder / "drawings.yaml").write_text(SUITE)
+    return folder
+
+
+@pytest.fixture
+def arf(world, tmp_path, monkeypatch, capsys):
+    """Runs `arf interpolate` in this process; returns its status, output and errors."""
+    monkeypatch.chdir(world)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        status = main(["interpolate", *map(str, argv)])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+MODEL = ("--model", "local-dir:clip", "--workers", 0)
+ON_SUITE = (*MODEL, "--suite", "drawings.yaml", "--data-root", "data")
+
+
+def evaluated(capsys, *argv: object) -> dict:
+    """What `arf evaluate` measures."""
+    assert main(["evaluate", *map(str, argv)]) == 0
+    capsys.readouterr()
+    return json.loads(Path(argv[-1]).read_text())
+
+
+def test_a_sweep_writes_rows_whose_ends_are_the_ends(arf, tmp_path, capsys):
+    results, out = tmp_path / "results.jsonl", tmp_path / "sweep.json"
+    sweep = ("original.pt", "tuned.pt", "--alphas", 0, 0.3, 1, *ON_SUITE, "--results", results, "--json", out)
+    status, said, _ = arf(*sweep)
+    assert status == 0
+    rows = read_rows(results)
+    assert [(row["alpha"], row["set"]) for row in rows if row["set"] == "plain"] == [
+        (0.0, "plain"), (0.3, "plain"), (1.0, "plain"),
+    ]  # fmt: skip
+    assert {(row["checkpoint"], row["original"], row["suite"], row["split"]) for row in rows} == {
+        ("tuned.pt", "original.pt", "drawings", "test")
+    }
+    ends = evaluated(
+        capsys, "original.pt", "tuned.pt", *MODEL, "--data", "data/test", "--json", tmp_path / "ends.json"
+    )
+    for alpha, name in ((0.0, "original.pt"), (1.0, "tuned.pt")):
+        found = {row["set"]: row["metrics"] for row in select(rows, alpha=alpha)}
+        assert found == ends["metrics"][name]
+    assert ends["metrics"]["original.pt"] != ends["metrics"]["tuned.pt"]
+    figures = json.loads(out.read_text())
+    assert figures["alphas"] == [0, 0.3, 1]
+    both = figures["test"]["0.3"]
+    assert both["averages"]["both"] == pytest.approx(sum(both["sets"].values()) / 2)
+    assert f"{both['averages']['both']:.2f}" in said
+
+    lines = results.read_bytes().splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # killed while it wrote
+    assert arf(*sweep)[0] == 0
+    assert [{**row, "time": None} for row in read_rows(results)] == [{**row, "time": None} for row in rows]
+
+
+def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
+    results, checked = tmp_path / "results.jsonl", tmp_path / "validation.jsonl"
+    status, said, errors = arf(
+        *("original.pt", "tuned.pt", "--alphas", *ON_SUITE, "--validation", "--choose-by", "both"),
+        *("--results", results, "--validation-results", checked, "--only-chosen"),
+        *("--out", tmp_path / "wise.pt", "--json", tmp_path / "sweep.json"),
+    )
+    assert status == 0, errors
+    rows = read_rows(checked)
+    assert {row["split"] for row in rows} == {"validation"}
+    mean = {}
+    for alpha in {row["alpha"] for row in rows}:
+        mean[alpha] = sum(row["metrics"]["top1"] for row in select(rows, alpha=alpha)) / 2
+    assert sorted(mean) == [number / 10 for number in range(11)]
+    best = [alpha for alpha in mean if mean[alpha] == max(mean.values())]
+    best.sort(key=lambda alpha: (round(abs(alpha - 0.5), 6), alpha))
+    chosen = json.loads((tmp_path / "sweep.json").read_text())["chosen"]
+    assert (chosen["alpha"], sorted(chosen["tied"])) == (best[0], sorted(best[1:]))
+    assert chosen["value"] == pytest.approx(max(mean.values()))
+    assert len(set(mean.values())) > 1  # else any choice would do
+    tested = read_rows(results)
+    assert {(row["alpha"], row["split"]) for row in tested} == {(best[0], "test")}
+    assert f"test at alpha {best[0]:g}" in said
+
+    status, *_ = arf("original.pt", "tuned.pt", "--alpha", best[0], "--out", tmp_path / "same.pt")
+    assert (tmp_path / "same.pt").read_bytes() == (tmp_path / "wise.pt").read_bytes()
+
+
+def test_folders_of_validation_sets_choose_for_sets_without_a_suite(arf, tmp_path):
+    status, said, errors = arf(
+        *("original.pt", "tuned.pt", "--alphas", 0.2, 0.8, *MODEL, "--data", "data/test/plain"),
+        *("--validation", "data/validation", "--choose-by", "other", "--json", tmp_path / "sweep.json"),
+    )
+    assert status == 0, errors
+    summary = json.loads((tmp_path / "sweep.json").read_text())
+    by_other = {alpha: figures["sets"]["other"] for alpha, figures in summary["validation"].items()}
+    assert by_other[f"{summary['chosen']['alpha']:g}"] == max(by_other.values())
+    assert list(summary["test"]) == ["0.2", "0.8"]
+    assert "chosen by other" in said
+
+
+def test_several_checkpoints_are_written_at_once(arf, tmp_path):
+    status, said, _ = arf(
+        *("original.pt", "tuned.pt", "--alphas", "--out-folder", tmp_path / "wise", "--format", "safetensors")
+    )
+    assert status == 0
+    files = sorted((tmp_path / "wise").iterdir())
+    assert [path.name for path in files] == sorted(f"alpha-{n / 10:g}.safetensors" for n in range(11))
+    assert said.split() == [str(tmp_path / "wise" / f"alpha-{n / 10:g}.safetensors") for n in range(11)]
+    model = open_clip.create_model("local-dir:clip")
+    open_clip.load_checkpoint(model, str(tmp_path / "wise" / "alpha-0.safetensors"))
+    original = torch.load("original.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_original_may_be_named_as_open_clip_names_it(arf, world, model_configs, tmp_path):
+    open_clip.add_model_config(model_configs)
+    for out in ("named.pt", "again.pt"):  # open_clip takes a file in a tag's place
+        status, _, errors = arf("tiny-vit@original.pt", "tuned.pt", "--alpha", 0.4, "--out", tmp_path / out)
+        assert status == 0, errors
+    arf("original.pt", "tuned.pt", "--alpha", 0.4, "--out", tmp_path / "file.pt")
+    named, again, file = (
+        torch.load(tmp_path / out, weights_only=True)["state_dict"]
+        for out in ("named.pt", "again.pt", "file.pt")
+    )
+    assert named.keys() == file.keys()
+    assert all(torch.equal(named[key], file[key]) and torch.equal(again[key], file[key]) for key in file)
+    assert len(list((tmp_path / "cache" / "originals").iterdir())) == 1
+    for name, message in (
+        ("tiny-vit@nowhere", "open_clip cannot load tiny-vit@nowhere"),
+        ("local-dir:clip@openai", "models have no tag"),
+        ("local-dir:clip", "Expected a .pt or .safetensors file, or MODEL@PRETRAINED"),
+    ):
+        status, _, errors = arf(name, "tuned.pt", "--out", tmp_path / "x.pt")
+        assert (status, message in errors) == (1, True), errors
+
+
+def test_a_dry_run_says_what_would_be_done(arf, tmp_path):
+    status, said, _ = arf(
+        *("original.pt", "tuned.pt", "--alphas", *ON_SUITE, "--validation", "--out", tmp_path / "out.pt"),
+        "--dry-run",
+    )
+    assert status == 0
+    assert "2 sets, 66 images" in said  # validation
+    assert "2 sets, 42 images" in said  # test
+    assert "ID" in said
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_processes_share_a_sweep(world, tmp_path):
+    argv = [
+        "original.pt",
+        "tuned.pt",
+        "--alphas",
+        "0",
+        "0.5",
+        *map(str, ON_SUITE),
+        "--validation",
+        "--batch-size",
+        "5",
+    ]
+    outs = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+        done = subprocess.run(
+            [*command, "-m", "--", "arf_plugin.cli.main", "interpolate", *argv, "--json", str(out)],
+            cwd=world,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("chosen by ID") == 1
+        outs.append(json.loads(out.read_text()))
+    assert outs[0] == outs[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "Nothing to do"),
+        (("--alpha", 1.2, "--out", "x.pt"), "alpha is 1.2. Expected a number from 0"),
+        (("--alphas", 0.1, 0.2, "--out", "x.pt"), "--out takes one alpha, 2 were given"),
+        (("--data", "data/test"), "Measuring needs --model"),
+        ((*MODEL, "--suite", "drawings.yaml"), "--data-root"),
+        ((*MODEL, "--validation"), "means the suite's validation split"),
+        ((*MODEL, "--data", "data/test", "--choose-by", "plain"), "--choose-by needs --validation"),
+        ((*MODEL, "--data", "nowhere"), "There is no folder nowhere"),
+        ((*MODEL, "--validation", "data/validation"), "Name one with --choose-by: other, plain"),
+        ((*ON_SUITE, "--validation", "--choose-by", "id"), "Did you mean 'ID'?"),
+        ((*ON_SUITE[:-1], "clip", "--validation"), "2 of the sets of 'drawings' are not there"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(arf, argv, message):
+    status, _, errors = arf("original.pt", "tuned.pt", *argv)
+    assert status == 1
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not Path("x.pt").exists()
+
+
+def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
+    status, _, errors = arf("nowhere.pt", "tuned.pt", "--out", tmp_path / "x.pt")
+    assert (status, "There is no checkpoint at nowhere.pt" in errors) == (1, True)
+    torch.save({"state_dict": {"w": torch.zeros(1)}}, tmp_path / "other.pt")
+    status, _, errors = arf("original.pt", tmp_path / "other.pt", "--out", tmp_path / "x.pt")
+    assert (status, "are of different architectures" in errors) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("figures", "alpha", "tied"),
+    [
+        ({0.0: 50.0, 0.5: 50.0, 1.0: 50.0}, 0.5, (0.0, 1.0)),
+        ({0.4: 60.0, 0.6: 60.0, 0.5: 10.0}, 0.4, (0.6,)),
+        ({0.1: 60.0, 0.7: 60.0}, 0.7, (0.1,)),
+        ({0.5: 60.0, 0.9: 60.1}, 0.9, ()),
+    ],
+)
+def test_the_rule_for_ties(figures, alpha, tied):
+    choice = choose({a: Figures({"set": value}, {}) for a, value in figures.items()}, "set")
+    assert (choice.alpha, choice.tied) == (alpha, tied)
