@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -40,3 +41,37 @@ def test_every_arf_flag_is_in_the_documentation_and_the_other_way_round():
     flags = set(re.findall(r"--arf-[a-z0-9-]+", parser.format_help()))
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert flags == set(re.findall(r"--arf-[a-z0-9-]+", text))
+
+
+def test_functions_that_the_page_on_the_paper_names_exist():
+    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(arf_plugin/[\w/]+\.py):([\w.]+)`", text)
+    assert len(named) >= 12
+    for path, name in named:
+        scope = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [
+                node
+                for node in scope
+                if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part
+            ]
+            assert found, f"docs/paper.md names {path}:{name}, which is not there"
+            scope = found[0].body
+
+
+def test_means_on_the_page_on_the_paper_are_those_of_their_rows():
+    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+    checked = 0
+    for line in text.splitlines():
+        if line.startswith("| |"):
+            columns = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for column, cell in (
+            zip(columns, cells, strict=False) if re.match(r"\| .* \| [\d.]+ \|", line) else ()
+        ):
+            count = re.fullmatch(r"mean of (\d)", column)
+            if count and cell:
+                shifts = [float(value) for value in cells[2 : 2 + int(count[1])]]
+                assert abs(sum(shifts) / len(shifts) - float(cell)) < 0.051, line
+                checked += 1
+    assert checked >= 14
