@@ -11,13 +11,16 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 make_environment captions,retrieval,evaluation,emojinet,dev
 
-# The older of the two open_clip releases that the tests run: its files alone, beside the environment.
-older=.venvs/open_clip_torch-2.32.0
-if [ ! -d "$older" ]; then
-    "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$older.incomplete" \
-        open_clip_torch==2.32.0
-    mv "$older.incomplete" "$older"
-fi
+# Files alone, beside the environment: the older of the two open_clip releases that the tests run, and the numpy that
+# CLIP_benchmark 1.6.2 can count with, for the test that compares with it.
+for package in open_clip_torch==2.32.0 numpy==2.3.5; do
+    folder=.venvs/${package/==/-}
+    if [ ! -d "$folder" ]; then
+        "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$folder.incomplete" \
+            "$package"
+        mv "$folder.incomplete" "$folder"
+    fi
+done
 
 if [ -z "${SKIP_LINT:-}" ]; then
     "$VENV/bin/ruff" check .

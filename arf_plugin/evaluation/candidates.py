@@ -82,8 +82,17 @@ class Candidate:
         return split_head(head)[1]
 
 
-def build(model: str, pretrained: str | None, device: torch.device) -> tuple[torch.nn.Module, Any, Any]:
+def build(
+    model: str, pretrained: str | None, device: torch.device, *, own_weights: bool = False
+) -> tuple[torch.nn.Module, Any, Any]:
     """Builds a model by open_clip, in evaluation mode.
+
+    Args:
+        model: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
+        pretrained: open_clip tag or file.
+        device: where to.
+        own_weights: whether the model is to be evaluated with these weights; open_clip takes random ones where it
+            finds none.
 
     Returns:
         The model, its preprocessing for evaluation, and its tokenizer.
@@ -93,9 +102,19 @@ def build(model: str, pretrained: str | None, device: torch.device) -> tuple[tor
     """
     import open_clip
 
+    located = model.startswith(("local-dir:", "hf-hub:"))
+    if located and pretrained:  # open_clip would ignore it
+        raise EvaluationError(
+            f"{model} has weights of its own, which open_clip takes whatever --pretrained says ({pretrained}). "
+            "Name a checkpoint without --pretrained."
+        )
+    if own_weights and not located and not pretrained:
+        raise EvaluationError(
+            f"There is nothing to evaluate: {model!r} is an architecture. Name checkpoints, or --pretrained."
+        )
     try:
         built, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained, device=device
+            model, pretrained=pretrained, device=device, require_pretrained=own_weights
         )
         tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip raises many kinds for names, files and downloads

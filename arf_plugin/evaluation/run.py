@@ -73,7 +73,8 @@ def evaluate(
     _check(asked, sets)
     with Processes() as processes:
         place = pick_device(device, processes.local_rank)
-        own = build(model, pretrained, place) if any(c.checkpoint is None for c in asked) else None
+        alone = any(candidate.checkpoint is None for candidate in asked)
+        own = build(model, pretrained, place, own_weights=True) if alone else None
         frame: Row = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
         frame |= {"precision": precision, "batch_size": batch_size, "versions": versions()}
         tasks = [

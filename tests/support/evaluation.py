@@ -21,17 +21,31 @@ def save_config(folder: Path) -> str:
     return f"local-dir:{folder}"
 
 
-def save_checkpoint(clip: str, path: Path, seed: int, prefix: str = "", **more: object) -> Path:
-    """Random weights as open_clip's trainer saves them; `more` goes beside the weights."""
+def weights(clip: str, seed: int) -> dict:
+    """Random weights, larger than at the start of training, so that images' features and predictions differ."""
     import open_clip
     import torch
 
     torch.manual_seed(seed)
-    # Larger than at the start of training, so that the images' features differ and so do the predictions.
-    weights = {k: 5 * v if v.ndim > 1 else v for k, v in open_clip.create_model(clip).state_dict().items()}
-    state = {prefix + k: v for k, v in {**weights, **more}.items()}
-    torch.save({"epoch": 1, "state_dict": state, "optimizer": {}}, path)
+    return {k: 5 * v if v.ndim > 1 else v for k, v in open_clip.create_model(clip).state_dict().items()}
+
+
+def save_checkpoint(clip: str, path: Path, seed: int) -> Path:
+    """Random weights as open_clip's trainer saves them."""
+    import torch
+
+    torch.save({"epoch": 1, "state_dict": weights(clip, seed), "optimizer": {}}, path)
     return path
+
+
+def save_model(folder: Path, seed: int) -> str:
+    """A tiny CLIP with random weights of its own; returns its model name."""
+    from safetensors.torch import save_file
+
+    clip = save_config(folder)
+    own = {name: tensor.contiguous() for name, tensor in weights(clip, seed).items()}
+    save_file(own, folder / "open_clip_model.safetensors")
+    return clip
 
 
 def write_set(

@@ -10,7 +10,15 @@ import open_clip
 import pytest
 import torch
 from support import building
-from support.evaluation import NAMES, TEMPLATES, save_checkpoint, save_config, write_folders, write_set
+from support.evaluation import (
+    NAMES,
+    TEMPLATES,
+    save_checkpoint,
+    save_config,
+    save_model,
+    write_folders,
+    write_set,
+)
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import run
@@ -94,12 +102,13 @@ def test_a_row_holds_what_its_figure_depends_on(clip, paths, sets):
     assert (row["alpha"], row["original"], row["precision"], row["device"]) == (None, None, "fp32", "cpu")
 
 
-def test_groups_of_models_and_workers_give_the_same_figures(clip, paths, sets):
-    asked = [Candidate(None), *map(Candidate, paths), Candidate(paths[1], paths[0], 0.3)]
-    torch.manual_seed(7)  # of the model's own weights
+def test_groups_of_models_and_workers_give_the_same_figures(paths, sets, tmp_path):
+    clip = save_model(tmp_path / "clip", seed=7)
+    asked = [*map(Candidate, paths), Candidate(paths[1], paths[0], 0.3), Candidate(None)]
     together = evaluate(asked, clip, sets, batch_size=7, workers=0)
-    torch.manual_seed(7)
     apart = evaluate(asked, clip, sets, batch_size=7, workers=2, models_at_once=2)
+    own = save_checkpoint(clip, tmp_path / "own.pt", seed=7)
+    assert figures(together[-2:]) == figures(evaluate([own], clip, sets, workers=0, batch_size=7))
     assert figures(together) == figures(apart)
     assert len(together) == 10
     assert len({str(each) for each in figures(together)}) > 6
@@ -249,6 +258,15 @@ def test_a_file_without_weights_is_refused(clip, sets, tmp_path, content):
     torch.save(content, tmp_path / "empty.pt")
     with pytest.raises(EvaluationError, match="holds no weights"):
         evaluate([tmp_path / "empty.pt"], clip, sets)
+
+
+def test_weights_that_open_clip_would_make_up_or_ignore(clip, paths, sets):
+    with pytest.raises(EvaluationError, match="nothing to evaluate: 'ViT-B-32' is an architecture"):
+        evaluate([Candidate(None)], "ViT-B-32", sets)
+    with pytest.raises(EvaluationError, match="cannot load the model"):  # a folder without weights
+        evaluate([Candidate(None)], clip, sets)
+    with pytest.raises(EvaluationError, match="has weights of its own"):
+        evaluate([Candidate(None)], clip, sets, pretrained=str(paths[0]))
 
 
 def test_two_sets_of_one_name(clip, paths, sets):
