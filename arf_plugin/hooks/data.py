@@ -157,7 +157,7 @@ def _log(config: ArfConfig, layout: BatchLayout, captions: CaptionStore | None, 
     if config.l2sp:
         logging.info(f"ARF: L2-SP holds the weights to where they start (weight {config.l2sp:g}).")
     if not config.anchors:
-        trains_on = "class prompts alone (FLYP)" if config.classnames else "the samples' own texts"
+        trains_on = "class prompts (FLYP)" if config.classnames else "the samples' own texts"
         trains_on = "class labels, through the head (LP-FT)" if config.head else trains_on
         logging.info(f"ARF: no anchor set; training on {trains_on}.")
         return
