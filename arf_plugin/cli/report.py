@@ -101,8 +101,18 @@ def run(args: argparse.Namespace) -> int:
         csv_img_key=args.csv_img_key,
         csv_separator=args.csv_separator,
     )
-    with tqdm(desc="pairs", unit=" pairs", disable=not sys.stderr.isatty(), leave=False) as bar:
-        report = make_report(args.runs, args.out, chosen, advance=lambda: bar.update(1))
+    quiet = not sys.stderr.isatty()
+    with (
+        tqdm(desc="gallery", unit=" pairs", disable=quiet, leave=False) as pairs,
+        tqdm(desc="drawing", unit=" figures", disable=quiet, leave=False) as drawn,
+    ):
+        report = make_report(
+            args.runs,
+            args.out,
+            chosen,
+            on_pair=lambda: pairs.update(1),
+            on_figure=lambda: drawn.update(1),
+        )
     if args.json:
         print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
         return 0

@@ -12,6 +12,7 @@ from arf_plugin.errors import MissingDependencyError
 from arf_plugin.report import figures, provenance
 from arf_plugin.report.comparison import MEANINGS, Difference, signed
 from arf_plugin.report.drawing import domain_sets
+from arf_plugin.report.gallery import Advance
 from arf_plugin.report.report import Report
 from arf_plugin.report.results import Figure
 from arf_plugin.report.tables import Slice
@@ -20,8 +21,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 SIGNS = {"ahead": "▲", "ahead here": "△", "level": "≈", "behind here": "▽", "behind": "▼"}
 
 
-def render(report: Report) -> str:
+def render(report: Report, on_figure: Advance = lambda: None) -> str:
     """Renders a report as HTML.
+
+    Args:
+        report: what to show.
+        on_figure: called when a figure has been drawn.
 
     Raises:
         MissingDependencyError: without jinja2.
@@ -37,11 +42,11 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html").render(_content(report))
+    html = environment.get_template("report.html").render(_content(report, on_figure))
     return re.sub(r"\n\s*\n+", "\n", html)
 
 
-def _content(report: Report) -> dict[str, Any]:
+def _content(report: Report, on_figure: Advance) -> dict[str, Any]:
     from markupsafe import Markup
 
     found = report.found
@@ -78,7 +83,7 @@ def _content(report: Report) -> dict[str, Any]:
         "descriptions": [arm for arm in arms.values() if arm["what"]],
         "signs": [(SIGNS[verdict], _css_class(verdict), meaning) for verdict, meaning in MEANINGS.items()],
         "comparisons": sum(len(by) for one in report.slices for by in one.differences.values()),
-        "groups": {name: _panels(report, name) for name in report.groups},
+        "groups": {name: _panels(report, name, on_figure) for name in report.groups},
         "domains": _domains(report),
         "alphas": [f"{alpha:g}" for alpha in report.results.alphas()],
         "gallery": report.gallery,
@@ -182,19 +187,17 @@ def _css_class(verdict: str) -> str:
     return verdict.replace(" ", "-")
 
 
-def _panels(report: Report, name: str) -> list[dict[str, Any]]:
+def _panels(report: Report, name: str, on_figure: Advance) -> list[dict[str, Any]]:
     from markupsafe import Markup
 
-    return [
-        {
-            "id": f"{name}-{number}",
-            "title": panel.title,
-            "about": panel.about,
-            # Written by matplotlib, which escapes the names in it.
-            "svg": Markup(figures.for_page(panel, report.style, f"{name}-{number}")),
-        }
-        for number, panel in enumerate(report.groups[name].panels)
-    ]
+    panels = []
+    for number, panel in enumerate(report.groups[name].panels):
+        identity = f"{name}-{number}"
+        # Written by matplotlib, which escapes the names in it.
+        svg = Markup(figures.for_page(panel, report.style, identity))
+        panels.append({"id": identity, "title": panel.title, "about": panel.about, "svg": svg})
+        on_figure()
+    return panels
 
 
 def _domains(report: Report) -> dict[str, Any] | None:

@@ -18,22 +18,21 @@ LONGEST = 160  # characters of a value
 def anchors_folder(found: Collected) -> Path | None:
     """The anchor set that the reported runs used: the subject's, else any."""
     runs = sorted(found.runs, key=lambda run: run.arm != found.subject)
-    for run in runs:
-        for name in (run.info.get("anchors"), flag(run.command, "--arf-anchors")):
-            if isinstance(name, str) and "://" not in name:
-                for folder in (Path(name), run.folder.parent.parent / name):
-                    if folder.is_dir():
-                        return folder
-    return None
+    names = [name for run in runs for name in (run.info.get("anchors"), flag(run.command, "--arf-anchors"))]
+    names += [grid.get("anchors") for grid in found.grids]
+    folders = (Path(name) for name in names if isinstance(name, str) and "://" not in name)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def task_data(found: Collected) -> str | None:
     """What the reported runs were trained on, if it is still there."""
     from arf_plugin.anchors.task import expand_urls, is_csv
 
+    data_of = [grid["data"].get("task") for grid in found.grids if isinstance(grid.get("data"), dict)]
     for run in sorted(found.runs, key=lambda run: run.arm != found.subject):
-        data = flag(run.command, "--train-data") or flag(run.command, "--task-data")
-        if data and "://" not in data and not data.startswith("pipe:"):
+        data_of += [flag(run.command, "--train-data"), flag(run.command, "--task-data")]
+    for data in data_of:
+        if isinstance(data, str) and data and "://" not in data and not data.startswith("pipe:"):
             files = [data] if is_csv(data) else expand_urls(data)
             if all(Path(name).is_file() for name in files):
                 return data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from arf_plugin.errors import ReportError
 from arf_plugin.report import drawing, figures, provenance, tables
 from arf_plugin.report.comparison import sentence
 from arf_plugin.report.figures import Group
-from arf_plugin.report.gallery import Gallery, build_gallery
+from arf_plugin.report.gallery import Advance, Gallery, build_gallery
 from arf_plugin.report.logs import Curves, read_curves
 from arf_plugin.report.results import Averages, Results, suites_of
 from arf_plugin.report.sources import Collected, collect
@@ -98,7 +98,12 @@ class Report:
 
 
 def make_report(
-    sources: Sequence[Path], out: Path, options: Options, advance: Callable[[], object] = lambda: None
+    sources: Sequence[Path],
+    out: Path,
+    options: Options,
+    *,
+    on_pair: Advance = lambda: None,
+    on_figure: Advance = lambda: None,
 ) -> Report:
     """Makes a report and writes it.
 
@@ -106,7 +111,8 @@ def make_report(
         sources: grid folders, run folders, files of rows.
         out: folder for ``index.html``, ``report.json``, ``table.md`` and ``figures/``.
         options: see :class:`Options`.
-        advance: called as the gallery looks at pairs.
+        on_pair: called when the gallery has looked at a pair.
+        on_figure: called when a figure has been drawn.
 
     Raises:
         ArfError: for sources, suites, anchor sets or task data that are not what they should be.
@@ -114,12 +120,12 @@ def make_report(
     from arf_plugin.report.page import render
     from arf_plugin.report.records import as_json
 
-    report = gather(sources, options, advance)
-    written = {
-        name
-        for group in report.groups.values()
-        for name in figures.save(group, out / "figures", report.style)
-    }
+    report = gather(sources, options, on_pair)
+    page = render(report, on_figure)
+    written = set()
+    for group in report.groups.values():
+        written.update(figures.save(group, out / "figures", report.style))
+        on_figure()
     for stale in (out / "figures").glob(
         "*"
     ):  # of an earlier report in this folder, and no longer on the page
@@ -127,37 +133,46 @@ def make_report(
             stale.unlink()
     write_json(out / "report.json", as_json(report))
     _write(
-        out / "table.md", tables.markdown(report.found, report.slices, report.averages, report.results.unit)
+        out / "table.md",
+        tables.markdown(report.found, report.slices, report.averages, report.results.unit),
     )
-    _write(out / "index.html", render(report))
+    _write(out / "index.html", page)
     return report
 
 
-def gather(sources: Sequence[Path], options: Options, advance: Callable[[], object] = lambda: None) -> Report:
+def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
     """Reads and computes everything that the report shows."""
     found = collect(sources, options.reference)
     for pair in options.compare:
         for arm in pair:
             if arm not in found.arms:
                 raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
-    names = suites_of(found.test, options.suites)
+    of_grids = [grid["suite"] for grid in found.grids if isinstance(grid.get("suite"), str)]
+    names = suites_of(found.test, options.suites, of_grids)
     averages = Averages(names, sorted({item.row["set"] for item in found.test}))
     results = Results(found.test, averages)
-    comparisons = list(dict.fromkeys([*found.comparisons, *options.compare]))
+    comparisons = list(dict.fromkeys([*(found.comparisons or _with_controls(found)), *options.compare]))
     slices = tables.build_slices(found, results, averages, comparisons) if found.test else []
     style = Style(list(found.arms), found.reference, found.before, found.subject)
     title = options.title or _title(found, names)
     report = Report(title, found, averages, results, slices, style)
     _add_results(report)
     _add_training(report)
-    _add_anchors(report, options, advance)
+    _add_anchors(report, options, on_pair)
     _add_notes(report)
     return report
 
 
+def _with_controls(found: Collected) -> list[tuple[str, str]]:
+    """The subject beside each control: that is what controls are for."""
+    controls = [arm.name for arm in found.arms.values() if arm.kind == "control"]
+    return [(found.subject, arm) for arm in controls if arm != found.reference] if found.subject else []
+
+
 def _title(found: Collected, suites: Sequence[str]) -> str:
     names = [str(grid["name"]) for grid in found.grids if grid.get("name")]
-    return f"Robust fine-tuning: {', '.join(names or suites)}" if names or suites else "Robust fine-tuning"
+    names = names or [Path(suite).stem for suite in suites]
+    return f"Robust fine-tuning: {', '.join(names)}" if names else "Robust fine-tuning"
 
 
 def _add_results(report: Report) -> None:
@@ -217,7 +232,7 @@ def _add_training(report: Report) -> None:
         )
 
 
-def _add_anchors(report: Report, options: Options, advance: Callable[[], object]) -> None:
+def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
     anchors = options.anchors or provenance.anchors_folder(report.found)
     if anchors is None:
         report.missing["anchors"] = "No anchor set is at hand. Name its folder with --anchors ANCHORS."
@@ -232,7 +247,7 @@ def _add_anchors(report: Report, options: Options, advance: Callable[[], object]
         count=options.cards,
         csv=(options.csv_img_key, options.csv_separator),
         dataset_type=options.dataset_type,
-        advance=advance,
+        advance=on_pair,
     )
     if task is None:
         report.missing["task images"] = (

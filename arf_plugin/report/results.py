@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from arf_plugin.errors import EvaluationError, ReportError
 from arf_plugin.evaluation.suites import Average, Suite, average, load_suite
@@ -194,17 +195,25 @@ class Results:
         return notes
 
 
-def suites_of(measured: Iterable[Measurement], given: Sequence[str] = ()) -> list[str]:
-    """The suites that rows name, or those that were given.
+def suites_of(
+    measured: Iterable[Measurement], given: Sequence[str] = (), known: Sequence[str] = ()
+) -> list[str]:
+    """The suites whose averages are shown, as names or files.
+
+    Args:
+        measured: rows, which name suites without saying where own ones are.
+        given: what to take in place of them.
+        known: names and files of suites that may be meant, as grids name them.
 
     Raises:
-        ReportError: if a suite is not one that comes with the package, and none was given.
+        ReportError: if a suite is not one that comes with the package, and its file is not known.
     """
     if given:
         names = list(given)
     else:
+        files = {Path(name).stem: name for name in known}
         found = (item.row.get("suite") for item in measured)
-        names = [name for name in dict.fromkeys(found) if isinstance(name, str)]
+        names = [files.get(name, name) for name in dict.fromkeys(found) if isinstance(name, str)]
     for name in names:
         try:
             load_suite(name)

@@ -10,6 +10,7 @@ a file of rows            ``*.jsonl`` by ``arf evaluate --out``; the checkpoints
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -211,7 +212,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise ReportError(str(cause)) from cause
     for number, row in enumerate(rows, 1):
         metrics = row["metrics"]
-        if not isinstance(metrics, dict) or not isinstance(metrics.get(row["headline"]), (int, float)):
+        figure = metrics.get(row["headline"]) if isinstance(metrics, dict) else None
+        if not isinstance(figure, (int, float)) or not math.isfinite(figure):
             raise ReportError(
                 f"{path}, row {number}: metrics has no number {row['headline']!r}. Measure it again."
             )
@@ -269,7 +271,7 @@ class _Attribution:
             arm, seed = self.found.before or "before", None  # what others were mixed with
         else:
             arm, seed = arm_and_seed(_run_name(path))
-            if self.found.before is not None and arm not in self.found.arms and alpha is None:
+            if self.found.grids and self.found.before and arm not in self.found.arms and alpha is None:
                 arm, seed = self.found.before, None  # in a grid, everything else lies below its runs
         return Measurement(arm, seed, alpha, row)
 

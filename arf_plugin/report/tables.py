@@ -164,7 +164,7 @@ def _compare(one: Slice, found: Collected, comparisons: Sequence[tuple[str, str]
         if arm != found.reference and reference:
             one.differences[arm] = _differences(figures, reference)
     for pair in comparisons:
-        if all(arm in one.figures for arm in pair):
+        if all(arm in one.figures for arm in pair) and pair[1] != found.reference:
             one.comparisons[pair] = _differences(one.figures[pair[0]], one.figures[pair[1]])
 
 

@@ -1,0 +1,216 @@
+"""The arithmetic of reports: averages, noise, verdicts, and the sentences made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pytest
+from support import report as made
+
+from arf_plugin.errors import ReportError
+from arf_plugin.report.comparison import Difference, difference, sentence, t95
+from arf_plugin.report.records import as_json
+from arf_plugin.report.report import Options, gather
+from arf_plugin.report.results import Figure, binomial
+from arf_plugin.report.tables import markdown
+
+
+@pytest.fixture
+def usual(tmp_path):
+    return made.Made(tmp_path / "grid").usual()
+
+
+def record(found: dict, kind: str, /, **wanted) -> dict:
+    [one] = [r for r in found[kind] if all(r[key] == value for key, value in wanted.items())]
+    return one
+
+
+def test_averages_are_means_over_sets_and_seeds(usual):
+    found = as_json(gather([usual.write()], Options()))
+    flyp = record(found, "results", arm="flyp", alpha=None, name="shift")
+    assert flyp["seeds"] == {"0": 24.0, "1": 25.0, "2": 26.0}
+    assert (flyp["mean"], flyp["sd"], flyp["n"]) == (25.0, 1.0, 3)
+    before = record(found, "results", arm="before", alpha=None, name="shift")
+    assert (before["seeds"], before["sd"]) == ({"None": 30.0}, None)
+    assert record(found, "results", arm="arf", alpha=0.5, name="ID")["mean"] == pytest.approx(60.0)
+    assert record(found, "sets", arm="arf", alpha=None, name="shift/b")["mean"] == 35
+    harmonic = record(found, "results", arm="flyp", alpha=None, name="H")["seeds"]["1"]
+    assert harmonic == pytest.approx(statistics.harmonic_mean([60, 20]), abs=1e-4)
+    assert record(found, "calibration", arm="flyp", alpha=None, name="ID")["mean"] == pytest.approx(6.0)
+
+
+def test_the_error_of_the_test_images_goes_through_the_averages(usual):
+    found = as_json(gather([usual.write()], Options()))
+    parts = [math.sqrt(p * (1 - p) / 100) * 100 for p in (0.35, 0.15)]
+    expected = math.hypot(*parts) / 2
+    assert record(found, "results", arm="flyp", alpha=None, name="shift")["image_error"] == pytest.approx(
+        expected, abs=1e-3
+    )
+    a, b = binomial(60, 400), binomial(20, 200)  # H = 2ab / (a + b)
+    slopes = 2 * 20**2 / 80**2, 2 * 60**2 / 80**2
+    harmonic = math.hypot(slopes[0] * a, slopes[1] * b)
+    assert record(found, "results", arm="flyp", alpha=None, name="H")["image_error"] == pytest.approx(
+        harmonic, rel=1e-3
+    )
+
+
+def test_differences_are_paired_by_seed(usual):
+    found = as_json(gather([usual.write()], Options()))
+    shift = record(found, "differences", table="tuned", arm="arf", name="shift")
+    # ARF: (54, 35), (55, 35), (56, 35); FLYP: (34, 14), (35, 15), (36, 16)
+    assert shift["seeds"] == {"0": 20.5, "1": 20.0, "2": 19.5}
+    assert shift["standard_error"] == pytest.approx(0.5 / math.sqrt(3), abs=1e-4)
+    low, high = shift["interval95"]
+    assert (low, high) == pytest.approx((20 - 4.303 * 0.2887, 20 + 4.303 * 0.2887), abs=1e-3)
+    assert (shift["verdict"], shift["every_seed"], shift["against"]) == ("ahead", True, "flyp")
+    assert record(found, "differences", table="tuned", arm="arf", name="ID")["verdict"] == "level"
+    # +0.9, +1, +1.1: clear of zero over the seeds, far below the error of 200 images.
+    assert record(found, "differences", table="tuned", arm="arf", name="zero-shot")["verdict"] == "ahead here"
+    against_before = record(found, "differences", table="tuned", arm="before", name="shift")
+    assert against_before["seeds"] == {"0": 6.0, "1": 5.0, "2": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "image_error", "verdict"),
+    [
+        ({0: 5.0, 1: 5.1, 2: 4.9}, 1.0, "ahead"),
+        ({0: 5.0, 1: 5.1, 2: 4.9}, 3.0, "ahead here"),
+        ({0: -5.0, 1: -5.1, 2: -4.9}, 1.0, "behind"),
+        ({0: 5.0, 1: 1.0, 2: 3.0}, 0.1, "level"),  # in every seed, but 3 +- 4.303 * 1.15
+        ({0: 0.0, 1: 0.0, 2: 0.0}, 0.0, "level"),
+        ({0: 5.0}, 1.0, "ahead here"),  # one seed alone says no more
+        ({0: 1.0}, 1.0, "level"),
+    ],
+)
+def test_verdicts(seeds, image_error, verdict):
+    assert Difference(seeds, image_error).verdict == verdict
+
+
+def test_quantiles_of_student():
+    scipy = pytest.importorskip("scipy.stats")
+    for degrees in (1, 2, 3, 5, 10, 11, 15, 30, 100):
+        assert t95(degrees) == pytest.approx(scipy.t.ppf(0.975, degrees), abs=0.003)
+
+
+def test_only_shared_seeds_are_compared():
+    one, other = Figure({0: 5.0, 1: 6.0}, 3.0), Figure({1: 4.0, 2: 9.0}, 4.0)
+    assert difference(one, other) == Difference({1: 2.0}, 5.0)
+    assert difference(Figure({0: 5.0}, 0), Figure({1: 5.0}, 0)) is None
+
+
+def test_the_sentence_says_what_holds_and_what_does_not(usual):
+    [(title, [text])] = gather([usual.write()], Options()).comparisons()[:1]
+    assert title == "as fine-tuned"
+    assert text == (
+        "ARF against FLYP (3 seeds): ahead on shift (+20.0), in every seed; ahead on zero-shot (+1.0), in every seed, "
+        "but within the error of the test images; level within noise on ID (+0.0)."
+    )
+    assert sentence("A", "B", {}) == ""
+    one = sentence("A", "B", {"ID": Difference({0: -9.0}, 1.0)})
+    assert one == "A against B (one seed): behind on ID (−9.0) but within the error of the test images."
+
+
+def test_controls_are_compared_with_the_subject(tmp_path):
+    grid = made.Made(tmp_path, {"flyp": "baseline", "arf": "arf", "arf-random": "control"})
+    for seed in (0, 1, 2):
+        grid.measure("flyp", seed, id=50 + seed)
+        grid.measure("arf", seed, id=90 + seed)
+        grid.measure("arf-random", seed, id=70 + seed)
+    found = as_json(gather([grid.write()], Options(suites=[str(tmp_path / "made-up.yaml")])))
+    assert record(found, "differences", arm="arf", against="arf-random", name="ID")["mean"] == 20
+    assert "ARF against ARF-RANDOM (3 seeds): ahead on ID (+20.0), in every seed." in "\n".join(
+        found["summary"]
+    )
+    asked = as_json(gather([tmp_path], Options(compare=[("arf-random", "arf")])))
+    assert record(asked, "differences", arm="arf-random", against="arf", name="ID")["mean"] == -20
+    with pytest.raises(ReportError, match="no arm 'nobody'"):
+        gather([tmp_path], Options(compare=[("arf", "nobody")]))
+
+
+def test_validation_chooses_alpha(usual):
+    wise = {"flyp": {"chosen": 0.75}, "arf": {"chosen": 0.25}}
+    folder = usual.write()
+    (folder / "choices.json").write_text(json.dumps({"arms": {}, "wise": wise}))
+    report = gather([folder], Options())
+    assert [one.key for one in report.slices] == ["tuned", "wise", "chosen"]
+    by_alpha = as_json(report)["results"]
+    expected = next(
+        r["mean"] for r in by_alpha if (r["arm"], r["alpha"], r["name"]) == ("flyp", 0.75, "shift")
+    )
+    assert report.slices[2].figures["flyp"]["shift"].mean == pytest.approx(expected, abs=1e-3)
+    assert report.slices[2].alphas == {"flyp": 0.75, "arf": 0.25}
+
+
+def test_alpha_is_chosen_on_validation_rows_where_no_grid_has_done_it(usual):
+    """The rows of the test sets play no part in it: they would choose another one."""
+    for arm, best in (("flyp", 0.25), ("arf", 0.75)):
+        for alpha in (0.25, 0.5, 0.75):
+            top1 = 90.0 if alpha == best else 10.0
+            usual.rows.append(made.row(f"runs/{arm}-0/weights.pt", "id", top1, alpha, split="validation"))
+    assert gather([usual.write()], Options()).slices[2].alphas == {"flyp": 0.25, "arf": 0.75}
+
+
+def test_one_table_where_both_alphas_are_the_same(usual):
+    folder = usual.write()
+    (folder / "choices.json").write_text(
+        json.dumps({"wise": {"flyp": {"chosen": 0.5}, "arf": {"chosen": 0.5}}})
+    )
+    slices = gather([folder], Options()).slices
+    assert [one.key for one in slices] == ["tuned", "wise"]
+    assert slices[1].title == "WiSE-FT at α = 0.5, which validation chose for every arm"
+
+
+def test_markdown(usual):
+    report = gather([usual.write()], Options())
+    text = markdown(report.found, report.slices, report.averages, report.results.unit)
+    assert text.splitlines()[:5] == [
+        "| top-1 %, as fine-tuned | ID | shift | zero-shot | seen | held out | H |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| BEFORE | 50.0 | 30.0 | **30.0** | 50.0 | **30.0** | **37.5** |",
+        "| FLYP | **60.0 ± 1.0** | 25.0 ± 1.0 | 20.0 ± 0.0 | **60.0 ± 1.0** | 20.0 ± 0.0 | 30.0 ± 0.1 |",
+        "| ARF | **60.0 ± 1.0** | **45.0 ± 0.5** | 21.0 ± 0.1 | **60.0 ± 1.0** | 21.0 ± 0.1 | 31.1 ± 0.0 |",
+    ]
+
+
+def test_markdown_of_a_hostile_label(tmp_path):
+    grid = made.Made(tmp_path, {"arf": "arf"}, reference=None)
+    content = json.loads((tmp_path / "grid.json").read_text())
+    content["arms"][0]["label"] = "a | b <script> *c*\nd"
+    (tmp_path / "grid.json").write_text(json.dumps(content))
+    grid.measure("arf", 0, id=50)
+    report = gather([grid.write()], Options())
+    line = markdown(report.found, report.slices, report.averages, "%").splitlines()[2]
+    assert line == r"| a \| b \<script\> \*c\* d | **50.0** | **50.0** |"
+
+
+def test_unfinished_measurements_are_left_out_and_said(tmp_path):
+    grid = made.Made(tmp_path)
+    for seed in (0, 1, 2):
+        grid.measure("flyp", seed, id=60, shift_a=30, shift_b=20)
+    grid.measure("arf", 0, id=60, shift_a=30, shift_b=20)
+    grid.measure("arf", 1, id=60, shift_a=30)  # shift/b has not been measured
+    report = gather([grid.write()], Options())
+    figures = report.slices[0].figures["arf"]
+    assert set(figures["ID"].seeds) == {0, 1} and set(figures["shift"].seeds) == {0}
+    assert "ARF: seed 1, 2 has not been measured on every average." in report.notes
+
+
+def test_truncated_copies_are_said(tmp_path):
+    grid = made.Made(tmp_path)
+    grid.rows.append(made.row("runs/flyp-0/weights.pt", "id", 50.0, images=90, expected_images=1000))
+    assert "id has 90 images where a whole copy has 1,000." in gather([grid.write()], Options()).notes
+
+
+def test_without_a_suite_every_set_is_a_column(tmp_path):
+    path = tmp_path / "results.jsonl"
+    rows = [
+        made.row(f"logs/arf-{seed}/weights.pt", name, 50 + seed, suite=None)
+        for seed in (0, 1)
+        for name in ("b", "a")
+    ]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    report = gather([path], Options())
+    assert list(report.averages.known) == ["a", "b"]
+    assert report.slices[0].figures["arf"]["a"].mean == 50.5
