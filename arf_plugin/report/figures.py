@@ -33,9 +33,8 @@ SETTINGS: dict[Any, Any] = {
 PNG_DPI = 160
 _IDS = re.compile(r'(\bid="|"#|url\(#)([A-Za-z_][\w.-]*)')
 _FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
-_STYLE = re.compile(
-    r"<style.*?</style>", re.DOTALL
-)  # `*{stroke-linejoin: round; ...}`, which would reach all of a page
+# The style, `*{stroke-linejoin: round; ...}`, would reach all of a page; the metadata name vocabularies by address.
+_LEFT_OUT = re.compile(r"<(style|metadata)\b.*?</\1>", re.DOTALL)
 FAMILY = "font-family: system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 
 
@@ -68,7 +67,7 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
         panel.draw(axes, style.theme())
         svg = _svg(figure)
     svg = svg[svg.index("<svg") :]
-    svg = _FAMILY.sub("", _STYLE.sub("", svg))
+    svg = _FAMILY.sub("", _LEFT_OUT.sub("", svg))
     svg = _IDS.sub(lambda found: f"{found[1]}{prefix}-{found[2]}", svg)
     head = f'<svg class="panel" role="img" aria-labelledby="{prefix}-about" viewBox="0 0 {WIDTH:g} {panel.height:g}">'
     svg = re.sub(r"<svg[^>]*>", head, svg, count=1, flags=re.DOTALL)
