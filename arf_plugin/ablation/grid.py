@@ -75,6 +75,7 @@ class Ablation:
         )
         self.processes = selection.processes or grid.processes
         self.choices = Choices(folder)
+        self._check_averages()
         self.failures: dict[str, str] = {}
 
     def candidates(self, arms: Collection[str] | None = None) -> list[Run]:
@@ -217,6 +218,23 @@ class Ablation:
             "versions": versions(),
         }
 
+    def _check_averages(self) -> None:
+        """Refuses choices by averages that the suite does not have."""
+        from arf_plugin.evaluation.suites import load_suite
+
+        known_averages = load_suite(self.grid.evaluation.suite).averages
+        deciding = {
+            arm.choice.by: f"{arm.where}: 'choose'" for arm in self.grid.arms if arm.choice is not None
+        }
+        if self.grid.wise_by is not None:
+            deciding[self.grid.wise_by] = "'wise'"
+        for name, place in deciding.items():
+            if name not in known_averages:
+                raise GridError(
+                    f"{place} is by '{name}', which is no average of the suite '{self.grid.evaluation.suite}'. "
+                    f"Expected one of: {', '.join(known_averages)}."
+                )
+
     def _choose(self, where: Places) -> None:
         """Trains the candidates of arms that have no choice yet, judges them on validation, and writes the choices."""
         arms = settled(self.grid, self.choices)
@@ -237,7 +255,10 @@ class Ablation:
                 )
                 continue
             arm, seed = self.grid.arm(name), self.grid.seeds[0]
-            averages = [table.figures(self.grid, self.folder, [run], rows)[(name, seed)][None] for run in own]
+            averages = [
+                table.figures(self.grid, self.folder, [run], rows).get((name, seed), {}).get(None, {})
+                for run in own
+            ]
             best = self.choices.decide(arm, seed, averages)
             promote(own[best], Run(self.grid, self.folder, own[best].arm, seed, None, self.processes))
 

@@ -204,6 +204,13 @@ def test_a_plan_shows_commands_and_cost_and_what_is_missing(tmp_path, run_arf):
     assert refused.returncode == 1 and "needs files that are not there" in refused.stderr
 
 
+def test_a_choice_by_an_average_that_the_suite_does_not_have(tmp_path, run_arf):
+    config = write(tmp_path, CONFIG.replace("wise: [0.5, 0.25]", "wise: {alphas: [0.5], by: OOD}"))
+    refused = run_arf("ablate", config, "--out", tmp_path / "grid", "--dry-run", check=False)
+    assert "'wise' is by 'OOD', which is no average of the suite 'emojinet'" in refused.stderr
+    assert "Expected one of: ID, shift, mono" in refused.stderr
+
+
 def test_subsets(tmp_path, run_arf):
     config = write(tmp_path, CONFIG)
     runs = plan(run_arf, config, "--out", tmp_path, "--arms", "arf", "--seeds", "1")["runs"]
