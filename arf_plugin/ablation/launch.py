@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$")
+_TORCHRUN = re.compile(rb"[EW]\d{4} .*torch/distributed/elastic/")
+_STATISTICS = re.compile(rb"I\d{4} .*torch/_(dynamo|subclasses|inductor)/")
 _EPOCH = re.compile(r"epoch_(\d+)\.pt")
 _POLL_SECONDS = 0.3
 
@@ -125,12 +127,15 @@ def is_stopping() -> bool:
 
 
 def last_lines(log: Path, count: int = 15) -> str:
-    """The end of a log."""
+    """The end of a log, without what torchrun and torch's compiler say after the trainer's own last words."""
     if not log.is_file():
         return "(there is no log)"
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - 20_000))
-        return b"\n".join(stream.read().splitlines()[-count:]).decode(errors="replace")
+        lines = stream.read().splitlines()
+    end = next((i for i, line in enumerate(lines) if _TORCHRUN.match(line)), len(lines))
+    own = [line for line in lines[:end] if not _STATISTICS.match(line)]
+    return b"\n".join((own or lines)[-count:]).decode(errors="replace")
 
 
 def remove_torn_checkpoints(folder: Path) -> int | None:

@@ -84,6 +84,17 @@ def test_output_goes_to_the_log_and_line_by_line_to_the_caller(tmp_path):
     assert log.read_bytes() == b"again\n"
 
 
+def test_the_last_lines_are_the_trainers_own(tmp_path):
+    log = tmp_path / "console.log"
+    log.write_text(
+        "2026 | INFO | looking\narf-plugin: error: no captions\n"
+        "I1122 12:41:16.2 3749 .venv/torch/_dynamo/utils.py:925] TorchDynamo compilation metrics:\n"
+        "E1122 12:41:19.4 3738 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)\n"
+        "Traceback (most recent call last):\n  File torchrun\n"
+    )
+    assert last_lines(log, 1) == "arf-plugin: error: no captions"
+
+
 def test_a_process_that_was_left_behind_is_followed_to_its_end(tmp_path):
     log, lines = tmp_path / "console.log", []
     with (tmp_path / ".lock").open("a") as lock, log.open("wb") as stream:
