@@ -10,7 +10,7 @@ from arf_plugin.errors import FlagError
 
 EPILOG = """\
 Anchor-based Robust Fine-tuning (arf-plugin):
-  torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16 --pretrained openai \\
+  torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16-quickgelu --pretrained openai \\
       --train-data 'imagenet/{000..999}.tar' --arf-classnames imagenet --arf-templates imagenet \\
       --arf-anchors ANCHORS
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.

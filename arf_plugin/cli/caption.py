@@ -18,7 +18,7 @@ EXAMPLES = """\
   arf caption --task-data train.csv --csv-separator , --captioner ./my-captioner --num-beams 3 --out ANCHORS
   arf caption ... --top-p 0.9 --captions-per-image 5       five sampled captions per image
   arf caption ... --captioner open_clip:coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k
-  arf caption ... --score-model ViT-B-16 --score-pretrained openai --min-score 0.2
+  arf caption ... --score-model ViT-B-16-quickgelu --score-pretrained openai --min-score 0.2
 """
 
 

@@ -6,7 +6,7 @@
 #   embed pool (array) --+--> retrieve --> pack -----------+
 #
 #   TASK_DATA='task/{000..099}.tar' CAPTIONER=Salesforce/blip-image-captioning-base \
-#   POOL='pool/{0000..0331}.tar' MODEL=ViT-B-16 PRETRAINED=openai OUT=ANCHORS \
+#   POOL='pool/{0000..0331}.tar' MODEL=ViT-B-16-quickgelu PRETRAINED=openai OUT=ANCHORS \
 #   GPU_SBATCH='--partition=gpu --gpus-per-task=1 --time=8:00:00' CPU_SBATCH='--time=2:00:00' scripts/slurm/anchors.sh
 #
 #   scripts/slurm/anchors.sh --dry-run      prints the sbatch commands instead
