@@ -11,8 +11,8 @@ EXAMPLES = """\
   arf embed --pool 'pool/{0000..0331}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/pool
   arf embed --task-data 'task/{000..099}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/task
   arf embed --pool ... --model local-dir:./my-clip --modality both --out EMB/pool
-  arf embed --captions ANCHORS --model ViT-B-16-quickgelu --pretrained openai --out EMB/captions   queries by caption
-  arf embed --prompts imagenet --model ViT-B-16-quickgelu --pretrained openai --out EMB/prompts   queries by class prompt
+  arf embed --captions ANCHORS --model ViT-B-16-quickgelu --pretrained openai --out EMB/captions  queries by caption
+  arf embed --prompts imagenet --model ViT-B-16-quickgelu --pretrained openai --out EMB/prompts  queries by class prompt
 """
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   arf evaluate runs/flyp.pt runs/arf.pt --model ViT-B-16 --suite imagenet-shifts --data-root /data --out results.jsonl
-  arf evaluate --model ViT-B-16-quickgelu --pretrained openai --suite zero-shot-transfer --data-root /data --skip-missing
+  arf evaluate --model ViT-B-16-quickgelu --pretrained openai --suite domainnet --data-root /data --skip-missing
   arf evaluate original.pt tuned.pt --wise 0.5 --model local-dir:clip --data sets    own sets; also: both mixed
   arf evaluate tuned.pt --model ViT-B-16 --suite my-suite.yaml --data-root /data --dry-run     what is there?
   torchrun --nproc_per_node 8 --no-python arf evaluate tuned.pt --model ViT-L-14 --suite domainnet --data-root /data
