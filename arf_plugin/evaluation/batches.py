@@ -55,6 +55,7 @@ class _Decoder:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | EvaluationError:
         import torch
+        from torch.utils.data import default_collate
 
         batch = self.batches[index]
         samples = self.sets[batch.dataset].samples
@@ -66,7 +67,7 @@ class _Decoder:
                 numbers.append(number)
         except EvaluationError as error:
             return error  # as a value: a worker's exception would come with its traceback in the message
-        return torch.stack(images), torch.tensor(numbers)
+        return default_collate(images), torch.tensor(numbers)  # stacks straight into shared memory
 
 
 def decode(
@@ -76,20 +77,27 @@ def decode(
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
-    """Yields batches in order: images [N, 3, H, W] and class numbers [N], on the device.
+    """Starts the workers and returns what they decode, in order: images [N, 3, H, W], class numbers [N], on the device.
 
-    One set of workers serves all sets, so that they decode the next one while the classifier of this one is built.
+    One set of workers serves all sets: they decode while classifiers are built.
 
     Raises:
-        EvaluationError: naming the first image that cannot be read.
+        EvaluationError: while iterating, naming the first image that cannot be read.
     """
     from torch.utils.data import DataLoader
 
     decoder: Any = _Decoder(sets, batches, preprocess)
     gpu = device.type == "cuda"
     loader = DataLoader(decoder, batch_size=None, num_workers=min(workers, len(batches)), pin_memory=gpu)
-    for batch, item in zip(batches, loader, strict=True):
-        if isinstance(item, EvaluationError):
-            raise item
-        images, numbers = item
-        yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)
+    started = iter(
+        loader
+    )  # here and not in the generator, which would wait for the first batch to be asked for
+
+    def received() -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+        for batch, item in zip(batches, started, strict=True):
+            if isinstance(item, EvaluationError):
+                raise item
+            images, numbers = item
+            yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)
+
+    return received()

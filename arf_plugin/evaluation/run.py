@@ -65,6 +65,8 @@ def evaluate(
     Raises:
         EvaluationError: for checkpoints or sets that cannot be evaluated.
     """
+    import torch
+
     from arf_plugin.pipeline.device import pick_device
 
     if precision not in PRECISIONS:
@@ -73,6 +75,8 @@ def evaluate(
     _check(asked, sets)
     with Processes() as processes:
         place = pick_device(device, processes.local_rank)
+        if place.type == "cuda":  # CLIP_benchmark names no number, only "cuda"
+            torch.cuda.set_device(place)
         alone = any(candidate.checkpoint is None for candidate in asked)
         own = build(model, pretrained, place, own_weights=True) if alone else None
         frame: Row = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
@@ -134,11 +138,12 @@ def _predict(
 ) -> Iterator[tuple[_Task, Predictions, str]]:
     """Yields the predictions of tasks whose models are in memory together, set by set, and who made them."""
     candidates = list(dict.fromkeys(task.candidate for task in tasks))
+    sets, processes = _sets_of(tasks), runtime.processes
+    common = (runtime.tokenizer, runtime.device, runtime.amp, processes.first)
     classifiers = {
-        candidate: Classifier(model, head, runtime.tokenizer, runtime.device, runtime.amp)
+        candidate: Classifier(model, head, *common)
         for candidate, (model, head) in zip(candidates, load_all(candidates, runtime.model), strict=True)
     }
-    sets, processes = _sets_of(tasks), runtime.processes
     plan = batches.plan([dataset.images for dataset in sets], runtime.batch_size)
     share = plan[processes.rank :: processes.world]
     stream = batches.decode(sets, share, runtime.preprocess, runtime.workers, runtime.device)

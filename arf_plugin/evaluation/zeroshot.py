@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+import sys
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from arf_plugin.errors import MissingDependencyError
 from arf_plugin.evaluation.head import Head
@@ -33,29 +35,31 @@ class Classifier:
         tokenizer: texts to [n, L].
         device: where the model is.
         amp: under autocast, as CLIP_benchmark does by default (fp16 on a GPU, bf16 on the CPU).
+        shown: whether long work shows a bar on a terminal.
     """
 
     def __init__(
-        self, model: torch.nn.Module, head: Head | None, tokenizer: Any, device: torch.device, amp: bool
+        self,
+        model: torch.nn.Module,
+        head: Head | None,
+        tokenizer: Any,
+        device: torch.device,
+        amp: bool,
+        shown: bool = True,
     ) -> None:
-        self.model, self.head, self.tokenizer, self.device, self.amp = model, head, tokenizer, device, amp
+        self.model, self.head, self.tokenizer = model, head, tokenizer
+        self.device, self.amp, self.shown = device, amp, shown
         self._columns: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
 
     def uses_head(self, dataset: EvaluationSet) -> bool:
         """Whether the head classifies this set."""
         return self.head is not None and self.head.fits(dataset.classnames)
 
-    def weights(
-        self, dataset: EvaluationSet, advance: Callable[[int], object] = lambda count: None
-    ) -> torch.Tensor | Head:
+    def weights(self, dataset: EvaluationSet) -> torch.Tensor | Head:
         """What :meth:`predict` needs for a set.
 
         A zero-shot classifier has per class the mean of the unit text features over the templates. Classes that an
         earlier set had with the same templates are not computed again.
-
-        Args:
-            dataset: the set.
-            advance: told of each class.
 
         Returns:
             [dimension, classes], columns of unit norm; or the head.
@@ -66,23 +70,26 @@ class Classifier:
         import torch
 
         if self.head is not None and self.uses_head(dataset):
-            advance(len(dataset.classnames))
             return self.head
+        known, templates = self._columns, dataset.templates
+        new = [name for name in dict.fromkeys(dataset.classnames) if (name, templates) not in known]
+        if new:
+            columns = self._build(new, list(templates))
+            known.update({(name, templates): columns[:, i] for i, name in enumerate(new)})
+        return torch.stack([known[name, templates] for name in dataset.classnames], dim=1)
+
+    def _build(self, names: list[str], templates: list[str]) -> torch.Tensor:
         try:
             from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
         except ImportError:
             raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation") from None
-        for name in dataset.classnames:
-            key = (name, dataset.templates)
-            if key not in self._columns:
-                with contextlib.redirect_stderr(io.StringIO()):  # its bar; ours counts images
-                    column = zero_shot_classifier(
-                        *(self.model, self.tokenizer, [name], list(dataset.templates)),
-                        *(self.device.type, self.amp),
-                    )
-                self._columns[key] = column[:, 0]
-            advance(1)
-        return torch.stack([self._columns[name, dataset.templates] for name in dataset.classnames], dim=1)
+        # A bar of ours in place of its own, which would be written into logs, too.
+        hidden = not (self.shown and sys.stderr.isatty())
+        bar = tqdm(names, desc="classifier", unit=" classes", leave=False, disable=hidden, file=sys.stderr)
+        with contextlib.redirect_stderr(io.StringIO()):
+            return zero_shot_classifier(
+                *(self.model, self.tokenizer, bar, templates, self.device.type, self.amp)
+            )
 
     def predict(
         self, images: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
@@ -99,7 +106,7 @@ class Classifier:
         """
         import torch
 
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=self.amp):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
             features = torch.nn.functional.normalize(self.model.encode_image(images), dim=-1)
             if isinstance(weights, Head):
                 return predictions(weights.logits(features), target)

@@ -102,12 +102,12 @@ def test_a_row_holds_what_its_figure_depends_on(clip, paths, sets):
     assert (row["alpha"], row["original"], row["precision"], row["device"]) == (None, None, "fp32", "cpu")
 
 
-def test_groups_of_models_and_workers_give_the_same_figures(paths, sets, tmp_path):
-    clip = save_model(tmp_path / "clip", seed=7)
+def test_groups_of_models_and_workers_give_the_same_figures(clip, paths, sets, tmp_path):
+    own = save_checkpoint(clip, tmp_path / "own.pt", seed=7)
+    clip = save_model(tmp_path / "clip", seed=7)  # the same weights, as the model's own
     asked = [*map(Candidate, paths), Candidate(paths[1], paths[0], 0.3), Candidate(None)]
     together = evaluate(asked, clip, sets, batch_size=7, workers=0)
     apart = evaluate(asked, clip, sets, batch_size=7, workers=2, models_at_once=2)
-    own = save_checkpoint(clip, tmp_path / "own.pt", seed=7)
     assert figures(together[-2:]) == figures(evaluate([own], clip, sets, workers=0, batch_size=7))
     assert figures(together) == figures(apart)
     assert len(together) == 10
