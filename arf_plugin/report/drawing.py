@@ -251,7 +251,7 @@ def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> 
         ordered = [item for item in series if item.arm not in strong] + [
             item for item in series if item.arm in strong
         ]
-        if not few:
+        if len(series) > 3:  # single seeds of more lines than that are a thicket
             ordered = [Series(item.arm, item.label, item.mean) for item in ordered]
         title = term_name(term)
         panels.append(

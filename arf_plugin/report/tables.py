@@ -59,7 +59,8 @@ def build_slices(
     chosen = chosen_alphas(found, averages)
     figures = {arm: by_key.get((arm, _measured(by_key, arm, alpha)), {}) for arm, alpha in chosen.items()}
     if wise is not None and set(chosen.values()) == {wise}:  # a table of its own would say the same twice
-        slices[-1].title += ", which validation chose for every arm"
+        if len(results.alphas()) > 1:
+            slices[-1].title += ", which validation chose for every arm"
     elif any(figures.values()):
         before = {found.before: by_key.get((found.before, None), {})} if found.before else {}
         slices.append(

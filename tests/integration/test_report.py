@@ -164,6 +164,23 @@ def test_words_can_be_read_in_light_and_dark(page):
     assert min(ratios)[0] >= 4.4, min(ratios)
 
 
+@pytest.mark.slow
+def test_a_grid_of_arf_ablate(world, run_arf, tmp_path):
+    """What `arf ablate` leaves is all that a report needs."""
+    grid, out = tmp_path / "grid", tmp_path / "report"
+    run_arf("ablate", world.config(), "--out", grid)
+    run_arf("report", grid, "--out", out)
+    found = json.loads((out / "report.json").read_text())
+    table = {
+        (line["arm"], line["alpha"]): line for line in json.loads((grid / "results.json").read_text())["rows"]
+    }
+    for record in found["results"]:
+        line = table[record["arm"], record["alpha"]]
+        assert record["mean"] == pytest.approx(line["mean"][record["name"]], abs=1e-2)
+    assert {(r["arm"], r["alpha"]) for r in found["results"]} == set(table)
+    assert found["missing"] == {} and "Pair anchors" in (out / "figures" / "training.svg").read_text()
+
+
 def test_figures_and_files_agree(report, grid):
     found = json.loads((report / "report.json").read_text())
     rows = [json.loads(line) for line in (grid / "results.jsonl").read_text().splitlines()]
