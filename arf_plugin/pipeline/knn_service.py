@@ -267,7 +267,12 @@ class KnnClient:
     def _session(self) -> requests.Session:
         """This thread's session; requests does not promise that threads can share one."""
         if not hasattr(self._local, "session"):
-            self._local.session = self._requests.Session()
+            session = self._requests.Session()
+            # Proxies and certificates of the environment, looked up once: requests would do so for every query.
+            found = session.merge_environment_settings(self.service.base, {}, None, None, None)
+            session.proxies, session.verify, session.cert = found["proxies"], found["verify"], found["cert"]
+            session.trust_env = False
+            self._local.session = session
         return self._local.session
 
 
