@@ -74,6 +74,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--out", type=Path, metavar="FILE", help="append rows to this JSONL file; resumes")
     results.add_argument("--json", type=Path, metavar="FILE", help="write a summary of the figures to FILE")
+    add_device_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how to measure; :func:`device_options` hands them on."""
     device = parser.add_argument_group("device")
     device.add_argument(
         "--batch-size", type=options.positive, default=256, metavar="N", help="default: %(default)s"
@@ -98,7 +104,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="in memory together; images are decoded once per such group (default: what half of the memory holds)",
     )
-    parser.set_defaults(run=run)
+
+
+def device_options(args: argparse.Namespace) -> dict[str, Any]:
+    """How to measure, as :func:`arf_plugin.evaluation.run.evaluate` takes it."""
+    names = ("batch_size", "device", "precision", "workers", "models_at_once")
+    return {name: getattr(args, name) for name in names}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,11 +133,7 @@ def run(args: argparse.Namespace) -> int:
         suite=suite.name if suite else None,
         pretrained=args.pretrained,
         out=args.out,
-        batch_size=args.batch_size,
-        device=args.device,
-        precision=args.precision,
-        workers=args.workers,
-        models_at_once=args.models_at_once,
+        **device_options(args),
     )
     if first:
         if args.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
+from arf_plugin.cli.evaluate import add_device_options, device_options, find
 from arf_plugin.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--format", choices=("pt", "safetensors"), default="pt", help="in --out-folder (default: %(default)s)"
     )
     _add_data_options(parser)
-    _add_device_options(parser)
+    add_device_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -105,30 +105,6 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     choosing.add_argument(
         "--only-chosen", action="store_true", help="measure the chosen alpha alone on the test sets"
-    )
-
-
-def _add_device_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("device")
-    group.add_argument(
-        "--batch-size", type=options.positive, default=256, metavar="N", help="default: %(default)s"
-    )
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    group.add_argument(
-        "--precision", choices=("fp32", "amp"), default="fp32", help="as arf evaluate (default: %(default)s)"
-    )
-    group.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that decode images (default: %(default)s)",
-    )
-    group.add_argument(
-        "--models-at-once",
-        type=options.positive,
-        metavar="N",
-        help="in memory together; images are decoded once per such group (default: what half of the memory holds)",
     )
 
 
@@ -230,7 +206,6 @@ def _check(args: argparse.Namespace, alphas: list[float]) -> None:
 
 
 def _open(args: argparse.Namespace, alphas: list[float]) -> _Job:
-    from arf_plugin.cli.evaluate import find
     from arf_plugin.evaluation.originals import find_original
     from arf_plugin.evaluation.sets import find_sets
     from arf_plugin.evaluation.sweep import Line, check_by
@@ -332,11 +307,7 @@ def _measure(
         sets,
         job.suite,
         out=out,
-        batch_size=args.batch_size,
-        device=args.device,
-        precision=args.precision,
-        workers=args.workers,
-        models_at_once=args.models_at_once,
+        **device_options(args),
     )
 
 

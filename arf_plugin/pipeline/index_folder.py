@@ -109,6 +109,11 @@ def open_pool(folder: Path, *, index_suffices: bool = False) -> Embeddings:
     return pool if index_suffices and pool.path.exists() and not has_vectors else Embeddings(folder)
 
 
+def index_file(path: Path, modality: str = "image") -> Path:
+    """The index that a path names: a file, or that of a modality in an index folder."""
+    return path / f"{modality}.index" if path.is_dir() else path
+
+
 def open_index(path: Path) -> Any:
     """Maps a faiss index into memory.
 

@@ -18,7 +18,7 @@ from arf_plugin.anchors.files import digest
 from arf_plugin.errors import FlagError, PoolError, ServiceError
 from arf_plugin.pipeline.device import pick_device
 from arf_plugin.pipeline.embeddings import Embeddings
-from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, open_index, open_pool
+from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, index_file, open_index, open_pool
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 from arf_plugin.pipeline.knn_service import KnnClient, Service, check_queries
 from arf_plugin.pipeline.knn_service_check import check_index, check_service
@@ -73,7 +73,7 @@ class Search:
         if self.service is not None:
             check_index(KnnClient(self.service))
         elif self.index is not None:
-            open_index(self.index / "image.index" if self.index.is_dir() else self.index)
+            open_index(index_file(self.index))
 
     def open(self, pool: Embeddings, k: int) -> Backend:
         """Returns the back end for a pool and k neighbours per query."""
@@ -168,8 +168,7 @@ class FaissBackend(Backend):
         candidates: int | None = None,
     ) -> None:
         super().__init__(pool)
-        path = index or pool.folder
-        self._path = path / f"{pool.modality}.index" if path.is_dir() else path
+        self._path = index_file(index or pool.folder, pool.modality)
         self._parameters, self._candidates = parameters, candidates
         if not self._path.is_file():
             raise PoolError(

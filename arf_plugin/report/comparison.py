@@ -18,11 +18,10 @@ One seed alone gives no interval; its verdict is ``here`` at most.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from arf_plugin.report.results import Figure, Seeds
+from arf_plugin.report.results import Figure
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the first terms of its expansion suffice.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -37,27 +36,13 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One arm less another, in points of percent.
-
-    Attributes:
-        seeds: by seed.
-        image_error: bound on the standard error that the test images leave.
-    """
-
-    seeds: Seeds
-    image_error: float
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.seeds.values())
+class Difference(Figure):
+    """One arm less another, in points of percent."""
 
     @property
     def error(self) -> float | None:
         """Standard error of the mean over seeds; None for one seed."""
-        count = len(self.seeds)
-        return statistics.stdev(self.seeds.values()) / math.sqrt(count) if count > 1 else None
+        return None if self.deviation is None else self.deviation / math.sqrt(len(self.seeds))
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -53,18 +53,14 @@ def logged(run, term: str) -> list[float]:
     return [float(value) for value in re.findall(rf" {term}: ([\d.eE+-]+) \(", run.output)]
 
 
+def own_teacher(task, model: str) -> list:
+    """Flags of a run whose teacher is the model that it starts from."""
+    return ["--train-data", task, "--model", model, "--distill-model", model, "--distill-pretrained", "local"]
+
+
 def test_class_prompts_are_distilled_as_open_clip_distils_them(train, model, task, prompts):
     """The starting model as its own teacher: bit-equal to stock open_clip on the same texts."""
-    flags = [
-        "--train-data",
-        task,
-        "--model",
-        model,
-        "--distill-model",
-        model,
-        "--distill-pretrained",
-        "local",
-    ]
+    flags = own_teacher(task, model)
     stock, ours = train.forked(*flags, name="stock"), train.forked(*flags, *prompts, name="ours")
     assert "FLYP" in ours.output and "ARF" not in stock.output
     assert logged(ours, "Distill_loss") == logged(stock, "Distill_loss") and logged(ours, "Distill_loss")
@@ -94,16 +90,7 @@ def test_every_term_of_arf_is_distilled(train, tmp_path, model, task, prompts):
         {str(tmp_path / "task" / f"{number}.png"): text for number, text in enumerate(PROMPTS)},
     )
     data.write_pairs(tmp_path / "anchors", shards=2, per_shard=8)
-    flags = [
-        "--train-data",
-        task,
-        "--model",
-        model,
-        "--distill-model",
-        model,
-        "--distill-pretrained",
-        "local",
-    ]
+    flags = own_teacher(task, model)
     run = train.forked(*flags, *prompts, "--arf-anchors", tmp_path / "anchors")
     terms = zip(logged(run, "Contrastive_loss"), logged(run, "Distill_loss"), strict=True)
     task_loss = [contrastive + distilled for contrastive, distilled in terms]
