@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from torch import nn
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.hooks.engine import Engine
+
+if TYPE_CHECKING:
+    from arf_plugin.hooks.epoch import EpochListener, Training
 
 
 @dataclasses.dataclass
@@ -24,6 +27,8 @@ class Session:
         layout: Sizes of a batch, known once the data has been built.
         model: The model that trains, known once it has been built.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
+        training: What the trainer holds in the current epoch, known once the first one begins.
+        listeners: Who is told of every epoch.
     """
 
     config: ArfConfig
@@ -32,6 +37,8 @@ class Session:
     layout: BatchLayout | None = None
     model: nn.Module | None = None
     start: dict[str, torch.Tensor] | None = None
+    training: Training | None = None
+    listeners: list[EpochListener] = dataclasses.field(default_factory=list)
 
     def need_layout(self, args: Any) -> BatchLayout:
         """The layout, or a plain one of task samples alone."""

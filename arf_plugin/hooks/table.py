@@ -54,6 +54,15 @@ ROWS = (
         why="applies the trainer's own loss once per term; baselines: cross-entropy in its place, L2-SP beside it",
     ),
     Row(
+        id="train-one-epoch",
+        target="open_clip_train.main:train_one_epoch",
+        origin="open_clip_train.train:train_one_epoch",
+        versions=SUPPORTED,
+        wrapper="arf_plugin.hooks.epoch:train_one_epoch",
+        when="run",
+        why="calls the original with the trainer's own arguments; tells listeners before and after",
+    ),
+    Row(
         id="task-samples",
         target="open_clip_train.data:tarfile_to_samples_nothrow",
         versions=SUPPORTED,

@@ -160,12 +160,12 @@ def test_hooks_can_be_undone_and_applied_again():
     code = """
 import open_clip_train.main as main, open_clip, open_clip_train.data as data
 from arf_plugin.hooks.activation import ENGINE
-names = ("create_model_and_transforms", "get_data", "create_loss")
+names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch")
 before = [getattr(main, name) for name in names]
 for _ in range(2):
     args = main.parse_args(["--train-data", "x.tar", "--arf-freeze-bn"])
     assert args.arf_freeze_bn and args.arf_caption_weight == 1.0
-    assert sorted(ENGINE.applied) == ["create-loss", "create-model", "get-data"], ENGINE.applied
+    assert sorted(ENGINE.applied) == ["create-loss", "create-model", "get-data", "train-one-epoch"], ENGINE.applied
     assert not any(getattr(main, name) is old for name, old in zip(names, before))
     args = main.parse_args(["--train-data", "x.tar"])
     assert not hasattr(args, "arf_freeze_bn")

@@ -1,0 +1,64 @@
+"""open_clip_train.main.train_one_epoch: called with the trainer's own arguments, and told to those who listen.
+
+The function itself is never replaced: the original runs, unchanged. What the wrapper adds is the moment before and
+after, and a view of what the trainer holds: some parts of the plugin need the optimizer, or act once an epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from arf_plugin.hooks.session import Session
+
+
+@dataclasses.dataclass
+class Training:
+    """What the trainer holds while an epoch runs.
+
+    Attributes:
+        model: The model as it trains, wrapped for several processes or not.
+        optimizer: Its optimizer.
+        scaler: The gradient scaler of ``--precision amp``, or None.
+        epoch: Number of the epoch, from 0.
+        args: The trainer's arguments.
+        tb_writer: TensorBoard's writer, or None.
+    """
+
+    model: Any
+    optimizer: Any
+    scaler: Any
+    epoch: int
+    args: Any
+    tb_writer: Any
+
+
+class EpochListener(Protocol):
+    """Is told of every epoch that trains; `Session.listeners` holds them."""
+
+    def before_epoch(self, training: Training) -> None:
+        """The epoch is about to begin."""
+
+    def after_epoch(self, training: Training) -> None:
+        """The epoch's last step has been made; the trainer has not saved its checkpoint yet."""
+
+
+def train_one_epoch(original: Callable[..., None], session: Session) -> Callable[..., None]:
+    """Calls the original with what it was called with, between the listeners' two moments."""
+
+    @functools.wraps(original)
+    def wrapped(
+        model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, scaler: Any, *rest: Any, **named: Any
+    ) -> None:
+        _, _, args = rest[:3]  # scheduler, dist_model, args
+        training = Training(model, optimizer, scaler, epoch, args, named.get("tb_writer"))
+        session.training = training
+        for listener in session.listeners:
+            listener.before_epoch(training)
+        original(model, data, loss, epoch, optimizer, scaler, *rest, **named)
+        for listener in session.listeners:
+            listener.after_epoch(training)
+
+    return wrapped
