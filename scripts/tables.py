@@ -11,16 +11,21 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
 
+from arf_plugin.ablation.table import as_markdown
+from arf_plugin.evaluation.suites import load_suite
 from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
 RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
+GRID = ROOT / "docs" / "figures" / "emojinet-grid.json"  # runs/ablation/main/results.json
 TESTED = ("2.32.0", "3.3.0")  # by every run of scripts/test.sh
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
 
@@ -67,6 +72,30 @@ def seeds() -> str:
     return _table(["FLYP → ARF", *COLUMNS.values()], each)
 
 
+def grid() -> str:
+    """The table of `arf ablate emojinet`: every arm as fine-tuned, and at the alpha that validation chose."""
+    return _grid_table(lambda found: found["rows"])
+
+
+def grid_wise() -> str:
+    """The same arms with WiSE-FT at 0.5."""
+    return _grid_table(
+        lambda found: [
+            found["wise"][row["arm"]]["0.5"]
+            for row in found["rows"]
+            if row["alpha"] is None and "0.5" in found["wise"].get(row["arm"], {})
+        ]
+    )
+
+
+def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
+    """Some rows of the grid's figures, columns in the suite's order (the file is sorted by name)."""
+    found = json.loads(GRID.read_text())
+    columns = load_suite(found["suite"]).averages
+    chosen = [{**row, "mean": {name: row["mean"][name] for name in columns}} for row in rows(found)]
+    return as_markdown({**found, "rows": chosen}).rstrip()
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -74,7 +103,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    makers = {"versions": versions, "hooks": hooks, "results": results, "seeds": seeds}
+    makers = {maker.__name__: maker for maker in (versions, hooks, results, seeds, grid, grid_wise)}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",

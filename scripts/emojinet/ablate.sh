@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # EmojiNet's grids, after scripts/quickstart.sh: twelve arms with three seeds, chosen on validation, and four ablations.
 #
-#   scripts/emojinet/ablate.sh                        the main grid; about half an hour on two idle cores
+#   scripts/emojinet/ablate.sh                        the main grid; about three quarters of an hour on two cores
 #   scripts/emojinet/ablate.sh main --dry-run         its commands and cost
 #   scripts/emojinet/ablate.sh k | pool | captioner | weights [more arguments of arf ablate]
 #
