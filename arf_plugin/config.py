@@ -41,6 +41,8 @@ class ArfConfig:
         classnames: File of class names, one per line, or ``imagenet``.
         templates: File of prompt templates, one per line, or ``imagenet``.
         freeze_bn: Keep BatchNorm layers on their pretrained statistics.
+        deterministic: Make two runs with the same seed equal to the bit.
+        checkpoint_every: Optimizer steps between step checkpoints; 0 saves none.
         l2sp: Weight of the L2-SP penalty, a baseline; 0 is off.
         head: Checkpoint of ``arf probe`` to go on from with cross-entropy (LP-FT), a baseline.
     """
@@ -54,6 +56,8 @@ class ArfConfig:
     classnames: str | None = None
     templates: str | None = None
     freeze_bn: bool = False
+    deterministic: bool = False
+    checkpoint_every: int = 0
     l2sp: float = 0.0
     head: str | None = None
 
@@ -120,8 +124,30 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
     )
+    _add_resume_flags(parser)
     _add_baseline_flags(parser)
     parser.epilog = EPILOG
+
+
+def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "Reproducible and resumable training (arf-plugin), with anchors or without"
+    )
+    group.add_argument(
+        "--arf-deterministic",
+        action="store_true",
+        default=None,
+        help="Two runs with the same flags and --seed end equal to the bit: seeded order and augmentation of all data "
+        "for any number of workers, deterministic kernels. The number of processes, workers and threads counts.",
+    )
+    group.add_argument(
+        "--arf-checkpoint-every",
+        type=_steps,
+        metavar="N",
+        help="Save a step checkpoint every N optimizer steps, epoch_E_step_S.pt beside open_clip's own; --resume "
+        "latest goes on in the middle of the epoch. The newest is kept. With --arf-deterministic the resumed run ends "
+        "equal to an undisturbed one to the bit; without it the rest of the epoch sees data in a fresh order.",
+    )
 
 
 def _add_baseline_flags(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +221,13 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
         raise FlagError(
             "--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv."
         )
+    resumable = "--arf-checkpoint-every" if config.checkpoint_every else "--arf-deterministic"
+    if (config.checkpoint_every or config.deterministic) and getattr(args, "horovod", False):
+        raise FlagError(f"{resumable} and --horovod do not go together; use torchrun.")
+    if config.checkpoint_every and (getattr(args, "logs", None) or "none").lower() == "none":
+        raise FlagError(
+            "--arf-checkpoint-every with --logs none: there is no folder for checkpoints. Drop one."
+        )
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
             "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
@@ -260,6 +293,13 @@ def _positive(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"
         )
+    return value
+
+
+def _steps(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of steps >= 1")
     return value
 
 

@@ -42,6 +42,10 @@ class StageError(ArfError):
     """A stage of anchor building that cannot start, resume or go on."""
 
 
+class CheckpointError(ArfError):
+    """A checkpoint that training cannot go on from, or cannot write."""
+
+
 class EvaluationError(ArfError):
     """A checkpoint or an evaluation set that cannot be evaluated."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
 from arf_plugin.data.epoch import SharedEpoch
+from arf_plugin.data.resume import ResumableLoader
 from arf_plugin.errors import AnchorSetError, ArfError
 
 
@@ -81,7 +82,7 @@ class AnchoredData:
 
     Args:
         task: open_clip's ``DataInfo`` of the task data.
-        dataloader: Its loader, or the anchored one.
+        dataloader: Its loader, the anchored one, or a resumable one around either.
         epoch: The epoch shared with our loader workers.
     """
 
@@ -94,6 +95,8 @@ class AnchoredData:
         """Begins an epoch in both loaders."""
         self.task.set_epoch(epoch)
         self.epoch.set(epoch)
+        if isinstance(self.dataloader, ResumableLoader):
+            self.dataloader.begin_epoch(epoch)
 
 
 def _from_worker(error: ArfError) -> ArfError:

@@ -22,9 +22,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.data.epoch import SharedEpoch
+from arf_plugin.data.order import SampleOrder
 from arf_plugin.errors import AnchorSetError
 
 SHUFFLE_BUFFER = 2000
+NUMBER = "__number__"
 
 
 def list_pair_shards(anchors: str) -> list[str]:
@@ -109,6 +111,7 @@ def build_pair_loader(
     epoch: SharedEpoch,
     rank: int = 0,
     world_size: int = 1,
+    order: SampleOrder | None = None,
 ) -> wds.WebLoader:
     """Builds the loader of pair anchors.
 
@@ -123,9 +126,11 @@ def build_pair_loader(
         epoch: The current epoch.
         rank: This process among all.
         world_size: Number of processes.
+        order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
 
     Returns:
-        A loader of ``(images [A, 3, H, W], texts [A, L])``, at least ``num_batches`` of them in each iteration.
+        A loader of ``(images [A, 3, H, W], texts [A, L])``, at least ``num_batches`` of them in each iteration. With
+        `order` there is a third part, the numbers of the raw samples, ``[A]``.
 
     Raises:
         AnchorSetError: Fewer shards than consumers.
@@ -144,13 +149,22 @@ def build_pair_loader(
         worker = get_worker_info()
         return f"{seed}/{epoch.get()}/{rank}/{worker.id if worker else 0}"
 
+    def samples(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        shuffled = _samples(source, shuffle_seed)
+        if order is None:
+            yield from shuffled
+            return
+        order.begin()  # passes never end, so this is called once in an iteration
+        for number, sample in order.number(shuffled):
+            yield {**sample, NUMBER: number}
+
     dataset = wds.DataPipeline(
         PairShards(shards, seed, epoch, rank, world_size),
-        lambda source: _samples(source, shuffle_seed),
+        samples,
         wds.decode("pilrgb", handler=_log_and_skip),
         wds.rename(image=";".join(IMAGE_EXTENSIONS), text="txt"),
         wds.map_dict(image=preprocess, text=lambda text: tokenize(text)[0], handler=_log_and_skip),
-        wds.to_tuple("image", "text"),
+        wds.to_tuple("image", "text", *([NUMBER] if order else [])),
         wds.batched(batch_size, partial=False),
     ).with_epoch(math.ceil(num_batches / max(1, workers)))
     return wds.WebLoader(

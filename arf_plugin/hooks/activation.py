@@ -42,7 +42,7 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
         args = original(argv)
     finally:
         deactivate()
-    _activate(config.resolve(args), version, params)
+    _activate(config.resolve(args), bool(getattr(args, "resume", None)), version, params)
     return args
 
 
@@ -88,11 +88,17 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
-def _activate(arf: config.ArfConfig, version: str, params: ModuleType) -> None:
+def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
     session = Session(arf, ENGINE, version)
-    ENGINE.apply(rows("run"), version, session, {MAIN: _main_module(params)})
+    modules = {MAIN: _main_module(params)}
+    wanted, resumable = rows("run"), rows("resumable run")
+    asked = arf.deterministic or arf.checkpoint_every
+    # Any run may resume from a step checkpoint; on a release without these rows open_clip starts its epoch over.
+    if asked or (resumes and all(row.covers(version) for row in resumable)):
+        wanted += resumable
+    ENGINE.apply(wanted, version, session, modules)
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
 
 

@@ -5,6 +5,7 @@ All rows of an application apply, or none: a row that does not fit undoes the on
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from arf_plugin.errors import IncompatibleUpstreamError
+
+_ABSENT: Any = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,12 @@ class Row:
         versions: Upstream releases that the row was written for.
         wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
             the original's place.
-        when: How long the row holds: ``start-up``, ``parsing``, ``run`` or ``building task data``.
+        when: How long the row holds: ``start-up``, ``parsing``, ``run``, ``resumable run``, ``building task data`` or
+            ``ordering task data``.
         why: What it is for, in one line.
         origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The row applies
-            only if both are the same object, so nobody else's patch is overwritten.
+            only if both are the same object, so nobody else's patch is overwritten. ``builtins:name`` is a built-in
+            that the target's module uses: the row shadows it there, and undoing removes the shadow.
     """
 
     id: str
@@ -82,8 +87,8 @@ class Engine:
             for row in rows:
                 module, name, original = self._resolve(row, version, modules or {})
                 replacement = _load(row.wrapper)(original, context)
+                self._applied.append((row, module, name, vars(module).get(name, _ABSENT)))
                 setattr(module, name, replacement)
-                self._applied.append((row, module, name, original))
         except BaseException:
             self.undo(before)
             raise
@@ -92,7 +97,10 @@ class Engine:
         """Puts the originals back, last first, until ``keep`` rows are left."""
         while len(self._applied) > keep:
             _, module, name, original = self._applied.pop()
-            setattr(module, name, original)
+            if original is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, original)
 
     def check(self, row: Row, version: str, modules: Mapping[str, ModuleType] | None = None) -> str | None:
         """Says why a row would not apply; None if it would."""
@@ -114,9 +122,10 @@ class Engine:
             raise self._error(
                 row, f"module {module_name} cannot be imported ({error})", row.target
             ) from error
-        if not hasattr(module, name):
+        shadows = row.origin is not None and row.origin.startswith("builtins:")
+        original = getattr(module, name, getattr(builtins, name, _ABSENT) if shadows else _ABSENT)
+        if original is _ABSENT:
             raise self._error(row, f"module {module_name} has no '{name}'", row.target)
-        original = getattr(module, name)
         if row.origin is not None:
             origin_module, origin_name = row.origin.split(":")
             own = getattr(importlib.import_module(origin_module), origin_name, None)

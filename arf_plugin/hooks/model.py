@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arf_plugin.data.prompts import load_classnames
+from arf_plugin.data.rng import make_deterministic
 from arf_plugin.errors import FlagError
 from arf_plugin.hooks.session import Session
 from arf_plugin.losses.head import LinearHead, attach_head
@@ -27,6 +28,8 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if session.config.deterministic:  # after the trainer's own choice of kernels
+            make_deterministic()
         result = original(*args, **kwargs)
         if session.model is not None:  # the trainer's second model is a distillation teacher: left as it is
             return result

@@ -29,6 +29,7 @@ class Session:
         start: Its parameters as training starts from them, by name, if the loss refers to them.
         training: What the trainer holds in the current epoch, known once the first one begins.
         listeners: Who is told of every epoch.
+        resumed: What the step checkpoint that the run goes on from says beside its weights; None without one.
     """
 
     config: ArfConfig
@@ -39,6 +40,7 @@ class Session:
     start: dict[str, torch.Tensor] | None = None
     training: Training | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)
+    resumed: dict[str, Any] | None = None
 
     def need_layout(self, args: Any) -> BatchLayout:
         """The layout, or a plain one of task samples alone."""

@@ -8,6 +8,9 @@ PACKAGE = "open_clip_torch"
 # data.py is the same file in all these releases, and main.py differs only in what no row concerns.
 SUPPORTED = ">=2.29,<3.4"
 
+# Step checkpoints rely on the trainer's loop over `enumerate(dataloader)` and on what main.py saves and loads.
+RESUMABLE = ">=2.29,<3.4"
+
 ROWS = (
     Row(
         id="parse-args",
@@ -69,6 +72,40 @@ ROWS = (
         wrapper="arf_plugin.hooks.data:tarfile_to_samples_nothrow",
         when="building task data",
         why="writes class prompt and caption into raw task samples; validation data uses another function",
+    ),
+    Row(
+        id="webdataset",
+        target="open_clip_train.data:wds",
+        versions=RESUMABLE,
+        wrapper="arf_plugin.hooks.order:webdataset",
+        when="ordering task data",
+        why="--arf-deterministic: task samples are shuffled by seed and epoch, not by process id and clock",
+    ),
+    Row(
+        id="latest-checkpoint",
+        target="open_clip_train.main:get_latest_checkpoint",
+        versions=RESUMABLE,
+        wrapper="arf_plugin.hooks.resume:get_latest_checkpoint",
+        when="resumable run",
+        why="--resume latest passes over a checkpoint that a kill left half written",
+    ),
+    Row(
+        id="load-checkpoint",
+        target="open_clip_train.main:pt_load",
+        origin="open_clip_train.file_utils:pt_load",
+        versions=RESUMABLE,
+        wrapper="arf_plugin.hooks.resume:pt_load",
+        when="resumable run",
+        why="sees whether the run goes on from a step checkpoint, and where",
+    ),
+    Row(
+        id="count-batches",
+        target="open_clip_train.train:enumerate",
+        origin="builtins:enumerate",
+        versions=RESUMABLE,
+        wrapper="arf_plugin.hooks.resume:enumerate_batches",
+        when="resumable run",
+        why="counts on from the resumed batch, for schedule and logs; everything but the resumable loader from 0",
     ),
 )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,25 +77,45 @@ class Trainer:
         return run
 
     def forked(
-        self, *flags: Any, name: str = "run", model: str = "tiny-vit", batch_size: int = 8, check: bool = True
+        self,
+        *flags: Any,
+        nproc: int = 1,
+        name: str = "run",
+        model: str = "tiny-vit",
+        batch_size: int = 8,
+        check: bool = True,
     ) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
 
         The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
+        Several processes are told of each other by the variables that torchrun sets.
         """
+        started = self.start(*flags, nproc=nproc, name=name, model=model, batch_size=batch_size)
+        run = started.wait()
+        assert not check or run.status == 0, run.output
+        return run
+
+    def start(
+        self, *flags: Any, nproc: int = 1, name: str = "run", model: str = "tiny-vit", batch_size: int = 8
+    ) -> Started:
+        """Starts what `forked` runs."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip_train.data", "open_clip_train.train"])
         self.logs.mkdir(parents=True, exist_ok=True)
         output = self.logs / f"{name}.out"
         argv = self._argv(flags, name, model, batch_size)
-        process = context.Process(target=_run_main, args=(argv, self.env, output))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-        run = Run(process.exitcode, output.read_text(), self.logs / name)
-        assert not check or run.status == 0, run.output
-        return run
+        output.unlink(missing_ok=True)
+        env, port = {**self.env, "ARF_TEST_SHIM_ALWAYS": "1"}, _free_port()
+        processes = []
+        for rank in range(nproc):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "MASTER_PORT": port}
+            told = {**{key: str(value) for key, value in group.items()}, "MASTER_ADDR": "127.0.0.1"}
+            process = context.Process(
+                target=_run_main, args=(argv, {**env, **told} if nproc > 1 else env, output)
+            )
+            process.start()
+            processes.append(process)
+        return Started(processes, output, self.logs / name)
 
     def _argv(self, flags: tuple[Any, ...], name: str, model: str, batch_size: int) -> list[str]:
         argv = ["--model", model, "--device", "cpu", "--batch-size", str(batch_size), "--workers", "0"]
@@ -100,17 +124,15 @@ class Trainer:
 
 
 def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
-    """What ``python -m open_clip_train.main`` does, with its output in a file."""
-    with output.open("w") as stream:
+    """What ``python -m open_clip_train.main`` does, with its output in a file, in a process group of its own."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # Python's default, but not in a fork server's child
+    with output.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.clear()
     os.environ.update(env)
-    import open_clip
-    import torch
-
-    torch.set_num_threads(1)
-    open_clip.add_model_config(env["ARF_TEST_MODEL_CONFIGS"])
+    runpy.run_path(str(SHIM / "sitecustomize.py"))
     sys.argv = ["open_clip_train.main", *argv]
     status = 0
     try:
@@ -123,6 +145,49 @@ def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Started:
+    """A run in progress.
+
+    Attributes:
+        output: The file that its processes print to.
+    """
+
+    def __init__(self, processes: list[Any], output: Path, folder: Path) -> None:
+        self.processes = processes
+        self.output = output
+        self.folder = folder
+
+    @property
+    def running(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
+    def kill(self) -> None:
+        """Ends all processes at once, their loader workers included, as a lost machine would."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    def wait(self, seconds: float = 300) -> Run:
+        """Waits for the end; a process that fails ends the others, as torchrun would."""
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end and not any(p.exitcode for p in self.processes):
+            for process in self.processes:
+                process.join(0.05)
+        if self.running:
+            time.sleep(1)
+            self.kill()
+        status = next((process.exitcode for process in self.processes if process.exitcode), 0)
+        return Run(status, self.output.read_text(), self.folder)
 
 
 class Run:

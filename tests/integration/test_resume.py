@@ -1,0 +1,218 @@
+"""--arf-deterministic and --arf-checkpoint-every in the real trainer: equal to the bit, killed or not."""
+
+from __future__ import annotations
+
+import random
+
+import open_clip
+import pytest
+import torch
+from support import data
+from support.resuming import assert_same_end, equal, kill_after, run_with_kills, steps
+from support.trainer import Trainer
+
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> data.Task:
+    """Task data whose shards differ in size; one image looks whole and cannot be decoded."""
+    folder = tmp_path_factory.mktemp("uneven")
+    task = data.write_task(folder, shards=4, per_shard=14)
+    broken = bytearray(data.image(500))
+    broken[60:90] = bytes(30)
+    members = {"900000.png": bytes(broken), "900000.cls": b"1", "900000.txt": b"a broken image"}
+    for number in range(3):
+        members |= {
+            f"90001{number}.png": data.image(600 + number),
+            f"90001{number}.cls": b"2",
+            f"90001{number}.txt": f"an own text number 60{number}".encode(),
+        }
+    data.write_tar(folder / "task-0004.tar", members)
+    task.samples |= {f"task-0004/{key}": (0, 0) for key in ("900000", "900010", "900011", "900012")}
+    task.shards = 5
+    return task
+
+
+@pytest.fixture(scope="module")
+def uneven_anchors(tmp_path_factory, uneven):
+    folder = tmp_path_factory.mktemp("uneven_anchors")
+    data.write_captions(folder, {identity: f"a caption of {identity}" for identity in uneven.ids})
+    data.write_pairs(folder, shards=4, per_shard=9)
+    return folder
+
+
+def flags(task, *more) -> list:
+    """A run of ``EPOCHS`` epochs of seven batches of 8, with random crops."""
+    return [
+        *("--train-data", task.urls, "--train-num-samples", 56, "--epochs", EPOCHS, "--arf-deterministic"),
+        *("--aug-cfg", "scale=(0.3,1.0)", *more),
+    ]
+
+
+def shape(task, anchors, variant: str) -> list:
+    """Flags of a variant of training."""
+    prompts = ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
+    return {
+        "anchors": ["--arf-anchors", anchors, *prompts],
+        "flyp": prompts,
+        "plain": [],
+        "accum": ["--arf-anchors", anchors, "--accum-freq", 2, "--arf-pair-batch-size", 3],
+        "resampled": [*prompts, "--dataset-resampled"],
+        "mixing": [
+            *("--train-data", f"{task.urls}::{anchors}/pairs/{{000000..000003}}.tar", "--dataset-resampled"),
+            *("--train-data-upsampling-factors", "1::2", *prompts),
+        ],
+    }[variant]
+
+
+MODEL = {"model": "tiny-vit-dropout"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "workers", "nproc"),
+    [("anchors", 4, 1), ("flyp", 0, 2), ("mixing", 2, 1), ("accum", 0, 1), ("plain", 2, 1)],
+)
+def test_killed_and_resumed_equals_undisturbed(train, uneven, uneven_anchors, variant, workers, nproc):
+    """Two runs with one seed, one of them killed twice, end with the same bits and log the same losses."""
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, variant), "--workers", workers)
+    options = {**MODEL, "nproc": nproc, "batch_size": 8 // nproc}
+    calm = train.forked(*run_flags, name="calm", **options)
+    kills = [3, 9] if variant != "accum" else [2, 4]
+    killed = run_with_kills(
+        train, [*run_flags, "--arf-checkpoint-every", 2], kills, seed=len(variant), name="killed", **options
+    )
+    assert "goes on after" in killed.output
+    assert_same_end(calm, killed, EPOCHS)
+    assert steps(killed.output) == steps(calm.output)
+
+
+def test_seed_decides(train, uneven, uneven_anchors):
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, "flyp"))
+    first = train.forked(*run_flags, name="first", **MODEL)
+    other = train.forked(*run_flags, "--seed", 1, name="other", **MODEL)
+    assert steps(first.output).keys() == steps(other.output).keys() and steps(first.output) != steps(
+        other.output
+    )
+
+
+def test_rows_of_a_csv(train, tmp_path):
+    csv = data.write_csv_task(tmp_path / "csv", 40)
+    run_flags = [
+        "--train-data",
+        csv,
+        "--epochs",
+        EPOCHS,
+        "--arf-deterministic",
+        "--aug-cfg",
+        "scale=(0.3,1.0)",
+    ]
+    run_flags += ["--workers", 2]
+    calm = train.forked(*run_flags, name="calm", **MODEL)
+    killed = run_with_kills(train, [*run_flags, "--arf-checkpoint-every", 1], [2, 7], name="killed", **MODEL)
+    assert_same_end(calm, killed, EPOCHS)
+
+
+def test_an_epoch_checkpoint_is_as_good(train, uneven, uneven_anchors):
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"))
+    calm = train.forked(*run_flags, name="calm", **MODEL)
+    resumed = train.forked(
+        *run_flags, "--resume", calm.folder / "checkpoints" / "epoch_1.pt", name="resumed", **MODEL
+    )
+    assert_same_end(calm, resumed, EPOCHS)
+
+
+def test_step_checkpoint_is_open_clips_own(train, uneven, model_configs):
+    """Found by --resume latest, removed when superseded, weights that stock open_clip loads."""
+    run_flags = [*flags(uneven), "--arf-checkpoint-every", 3, "--save-frequency", 0]
+    run = train.forked(*run_flags, **MODEL)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["epoch_1_step_12.pt", "epoch_2.pt"]
+    saved = torch.load(run.folder / "checkpoints" / "epoch_1_step_12.pt", weights_only=True)
+    assert saved["epoch"] == 1 and saved["name"] == "run" and saved["arf"]["batches"] == 5
+    open_clip.add_model_config(model_configs)
+    open_clip.create_model(MODEL["model"], pretrained=str(run.folder / "checkpoints" / "epoch_1_step_12.pt"))
+    last = torch.load(run.folder / "checkpoints" / "epoch_2.pt", weights_only=True)
+    assert not equal(saved["state_dict"], last["state_dict"])
+
+
+def test_save_most_recent(train, uneven):
+    """The one file that open_clip then looks for."""
+    run_flags = [*flags(uneven), "--arf-checkpoint-every", 2, "--save-most-recent", "--save-frequency", 0]
+    calm = train.forked(*run_flags, name="calm", **MODEL)
+    started = train.start(*run_flags, name="killed", **MODEL)
+    assert kill_after(started, 4, 0)
+    assert [path.name for path in (started.folder / "checkpoints").glob("*.pt")] == ["epoch_latest.pt"]
+    resumed = train.forked(*run_flags, "--resume", "latest", name="killed", **MODEL)
+    assert "goes on after" in resumed.output
+    assert_same_end(calm, resumed, EPOCHS)
+
+
+def test_fresh_order_without_deterministic(train, uneven, uneven_anchors):
+    """The right step and the rest of the batches; another number of processes is fine."""
+    run_flags = [flag for flag in flags(uneven, "--arf-checkpoint-every", 2) if flag != "--arf-deterministic"]
+    run_flags += ["--arf-anchors", uneven_anchors]
+    whole = train.forked(*run_flags, name="whole")
+    step = next((whole.folder / "checkpoints").glob("epoch_1_step_*.pt"))
+    assert step.name == "epoch_1_step_14.pt"
+    started = train.start(*run_flags, name="killed")
+    assert kill_after(started, 5, 0.2)
+    resumed = train.forked(*run_flags, "--resume", "latest", name="killed", nproc=2, batch_size=4)
+    assert "with the data in a fresh order" in resumed.output
+    rates = {place: text.split()[1] for place, text in steps(whole.output).items()}
+    again = {place: text.split()[1] for place, text in steps(resumed.output).items()}
+    assert (1, 112) in again and len(again) < len(rates) and again.items() <= rates.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--workers", 2], "task_workers: 0 then, 2 now"),
+        (["--seed", 5], "seed: 0 then, 5 now"),
+        (["--batch-size", 4], "batch_size: 8 then, 4 now"),
+    ],
+)
+def test_another_shape_is_refused(train, uneven, stopped, change, said):
+    refused = train.forked(*flags(uneven), "--resume", stopped, *change, name="other", check=False, **MODEL)
+    assert refused.status != 0 and said in refused.output and "drop --arf-deterministic" in refused.output
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, model_configs, uneven):
+    """A step checkpoint of a deterministic run."""
+    folder = tmp_path_factory.mktemp("stopped")
+    train = Trainer(folder / "logs", model_configs, folder / "cache")
+    train.forked(*flags(uneven, "--epochs", 1, "--arf-checkpoint-every", 4), **MODEL)
+    return folder / "logs" / "run" / "checkpoints" / "epoch_0_step_4.pt"
+
+
+def test_torn_files(train, uneven, stopped, tmp_path):
+    """A named torn file is refused; --resume latest puts one aside and takes the one before."""
+    torn = tmp_path / "epoch_0_step_9.pt"
+    torn.write_bytes(stopped.read_bytes()[:-5000])
+    refused = train.forked(*flags(uneven), "--resume", torn, name="torn", check=False, **MODEL)
+    assert refused.status != 0 and "is no checkpoint that can be read" in refused.output
+    folder = train.logs / "latest" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / stopped.name).write_bytes(stopped.read_bytes())
+    (folder / "epoch_1.pt").write_bytes(torn.read_bytes())
+    run = train.forked(*flags(uneven), "--resume", "latest", name="latest", **MODEL)
+    assert "epoch_1.pt was not written to its end" in run.output
+    assert "epoch 0 goes on after 4 of 7 batches" in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twenty_kills(train, uneven, uneven_anchors, nproc, workers):
+    epochs = 8
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"), "--workers", workers)
+    run_flags += ["--epochs", epochs]
+    options = {**MODEL, "nproc": nproc, "batch_size": 8 // nproc}
+    calm = train.forked(*run_flags, name="calm", **options)
+    kills = sorted(random.Random(f"{nproc}/{workers}").sample(range(1, 7 * epochs - 1), 20))
+    killed = run_with_kills(
+        train, [*run_flags, "--arf-checkpoint-every", 1], kills, seed=workers, name="killed", **options
+    )
+    assert_same_end(calm, killed, epochs)
+    assert steps(killed.output) == steps(calm.output)
