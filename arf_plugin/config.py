@@ -43,6 +43,7 @@ class ArfConfig:
         freeze_bn: Keep BatchNorm layers on their pretrained statistics.
         deterministic: Make two runs with the same seed equal to the bit.
         checkpoint_every: Optimizer steps between step checkpoints; 0 saves none.
+        stop_file: File whose appearance ends the run after a last step checkpoint.
         l2sp: Weight of the L2-SP penalty, a baseline; 0 is off.
         head: Checkpoint of ``arf probe`` to go on from with cross-entropy (LP-FT), a baseline.
     """
@@ -58,8 +59,19 @@ class ArfConfig:
     freeze_bn: bool = False
     deterministic: bool = False
     checkpoint_every: int = 0
+    stop_file: str | None = None
     l2sp: float = 0.0
     head: str | None = None
+
+    @property
+    def saves_steps(self) -> bool:
+        """Whether step checkpoints may be saved."""
+        return bool(self.checkpoint_every or self.stop_file)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the run asks for more than open_clip's order of data and checkpoints."""
+        return self.deterministic or self.saves_steps
 
 
 # Flags that mean nothing without an anchor set, by their argparse destination.
@@ -148,6 +160,12 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
         "latest goes on in the middle of the epoch. The newest is kept. With --arf-deterministic the resumed run ends "
         "equal to an undisturbed one to the bit; without it the rest of the epoch sees data in a fresh order.",
     )
+    group.add_argument(
+        "--arf-stop-file",
+        metavar="FILE",
+        help="Once FILE is there: finish the step, save a step checkpoint, remove FILE and end with status 0. For jobs "
+        "that are told to make room: trap 'touch FILE' USR1. The first process looks after every step.",
+    )
 
 
 def _add_baseline_flags(parser: argparse.ArgumentParser) -> None:
@@ -221,16 +239,24 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
         raise FlagError(
             "--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv."
         )
-    resumable = "--arf-checkpoint-every" if config.checkpoint_every else "--arf-deterministic"
-    if (config.checkpoint_every or config.deterministic) and getattr(args, "horovod", False):
-        raise FlagError(f"{resumable} and --horovod do not go together; use torchrun.")
-    if config.checkpoint_every and (getattr(args, "logs", None) or "none").lower() == "none":
-        raise FlagError(
-            "--arf-checkpoint-every with --logs none: there is no folder for checkpoints. Drop one."
-        )
+    _check_resuming(args, config)
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
             "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
+        )
+
+
+def _check_resuming(args: Any, config: ArfConfig) -> None:
+    saving = "--arf-checkpoint-every" if config.checkpoint_every else "--arf-stop-file"
+    if config.resumable and getattr(args, "horovod", False):
+        asked = "--arf-deterministic" if config.deterministic else saving
+        raise FlagError(f"{asked} and --horovod do not go together. Start the processes with torchrun.")
+    if config.saves_steps and (getattr(args, "logs", None) or "none").lower() == "none":
+        raise FlagError(f"{saving} with --logs none: there is no folder for checkpoints. Drop one.")
+    if config.stop_file and getattr(args, "remote_sync", None):
+        raise FlagError(
+            "--arf-stop-file and --remote-sync do not go together: open_clip's process for syncing ends with the whole "
+            "run only. Drop one."
         )
 
 

@@ -84,9 +84,10 @@ def parse():
         parser.add_argument("--model", default="ViT-B-32")
         parser.add_argument("--train-data")
         parser.add_argument("--dataset-type", default="auto")
-        for flag in ("--use-bn-sync", "--siglip", "--torchscript"):
+        parser.add_argument("--logs", default="logs")
+        for flag in ("--use-bn-sync", "--siglip", "--torchscript", "--horovod"):
             parser.add_argument(flag, action="store_true")
-        for flag in ("--pretrained", "--resume", "--distill-model", "--distill-pretrained"):
+        for flag in ("--pretrained", "--resume", "--distill-model", "--distill-pretrained", "--remote-sync"):
             parser.add_argument(flag)
         parser.add_argument("--accum-freq", type=int, default=1)
         config.add_arf_flags(parser)

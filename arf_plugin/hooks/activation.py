@@ -94,9 +94,8 @@ def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: Module
     session = Session(arf, ENGINE, version)
     modules = {MAIN: _main_module(params)}
     wanted, resumable = rows("run"), rows("resumable run")
-    asked = arf.deterministic or arf.checkpoint_every
     # Any run may resume from a step checkpoint; on a release without these rows open_clip starts its epoch over.
-    if asked or (resumes and all(row.covers(version) for row in resumable)):
+    if arf.resumable or (resumes and all(row.covers(version) for row in resumable)):
         wanted += resumable
     ENGINE.apply(wanted, version, session, modules)
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)

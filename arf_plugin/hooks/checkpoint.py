@@ -22,25 +22,27 @@ LATEST = "epoch_latest.pt"  # where open_clip's --save-most-recent saves, and --
 
 
 class StepCheckpoints:
-    """Saves a checkpoint every ``every`` optimizer steps of the run; an `EpochListener`.
+    """Saves a checkpoint every so many optimizer steps of the run, or when the run is to stop; an `EpochListener`.
 
     Args:
         session: Of the run.
         args: The trainer's arguments.
         loader: The trainer's loader; the moment after each of its batches is the moment to save.
-        every: Optimizer steps between checkpoints.
         data: What determines the order of data, for the checkpoint.
     """
 
-    def __init__(
-        self, session: Session, args: Any, loader: ResumableLoader, every: int, data: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, session: Session, args: Any, loader: ResumableLoader, data: Mapping[str, Any]) -> None:
         self.session = session
         self.args = args
         self.loader = loader
-        self.every = every
+        self.every = session.config.checkpoint_every
+        self.stop_file = Path(session.config.stop_file) if session.config.stop_file else None
         self.data = data
         self.folder = Path(args.checkpoint_path)
+        # Agreeing on the processor spares a GPU the wait for its queue at every step.
+        self.group = (
+            torch.distributed.new_group(backend="gloo") if args.distributed and self.stop_file else None
+        )
         loader.after_batch = self.after_batch
 
     def before_epoch(self, training: Training) -> None:
@@ -57,8 +59,31 @@ class StepCheckpoints:
         """Saves, if an optimizer step that is due has just been made."""
         accum = self.args.accum_freq
         step = self.loader.num_batches // accum * self.loader.epoch + batches // accum
-        if batches % accum == 0 and step % self.every == 0:
+        if batches % accum:
+            return
+        stop = self._must_stop()
+        if stop or (self.every and step % self.every == 0):
             self.save(batches, step)
+        if stop:
+            self._stop(step)
+
+    def _must_stop(self) -> bool:
+        """Whether the stop file is there; all processes get the answer of the first one."""
+        if self.stop_file is None:
+            return False
+        there = torch.tensor([self.args.rank == 0 and self.stop_file.exists()])
+        if self.group is not None:
+            torch.distributed.broadcast(there, 0, group=self.group)
+        return bool(there)
+
+    def _stop(self, step: int) -> None:
+        """Ends this process, after the first one has obeyed and removed the file."""
+        if self.args.rank == 0 and self.stop_file is not None:
+            self.stop_file.unlink(missing_ok=True)
+            logging.info(
+                f"ARF: {self.stop_file} asked to stop; step {step} is saved. Go on with --resume latest."
+            )
+        raise SystemExit(0)
 
     def save(self, batches: int, step: int) -> None:
         """Saves on the first process, with the state of all; every process must call it after the same step."""

@@ -106,7 +106,7 @@ def _training_data(
     loader = task.dataloader
     if layout.captions or layout.pairs:
         loader = AnchoredLoader(loader, pair_loader, layout)
-    if config.deterministic or config.checkpoint_every or session.resumed is not None:
+    if config.resumable or session.resumed is not None:
         identity = data_identity(
             args, config, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
         )
@@ -161,8 +161,8 @@ def _resumable(
             )
     seed = args.seed if config.deterministic else None
     resumable = ResumableLoader(loader, streams, seed, args.rank, point)
-    if config.checkpoint_every:
-        session.listeners.append(StepCheckpoints(session, args, resumable, config.checkpoint_every, identity))
+    if config.saves_steps:
+        session.listeners.append(StepCheckpoints(session, args, resumable, identity))
     return resumable
 
 

@@ -22,6 +22,8 @@ import pytest
 from support import building
 from support.building import folder_bytes
 from support.building_fixtures import Inputs
+from support.resuming import assert_same_end, steps
+from support.trainer import Run
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
 
@@ -343,3 +345,38 @@ def test_training_on_two_nodes_and_requeued_on_one(
     ]
     assert len(resumed) == 4 and resumed[0] == 1 and 1 < resumed[-1] < 30, text  # both processes, twice
     assert "Train Epoch: 0 " not in text and (checkpoints / "epoch_30.pt").exists()
+
+
+def test_preempted_training_ends_like_an_undisturbed_one(
+    cluster: Cluster, task: Any, anchors: Path, train: Any, tmp_path: Path
+):
+    """Signalled twice within an epoch: step checkpoint, queue, on from there, the same bits."""
+    epochs = 12
+    flags = ("--train-num-samples", 32, "--arf-deterministic", "--epochs", epochs, "--workers", 2, "--aug-cfg",
+             "scale=(0.3,1.0)")  # fmt: skip
+    calm = train.forked(
+        "--train-data", task.urls, "--arf-anchors", anchors, *flags, name="calm", nproc=2, batch_size=4
+    )
+    variables = {
+        name: value for name, value in train.env.items() if os.environ.get(name) != value and name != "PATH"
+    }
+    variables |= {"ANCHORS": anchors, "TRAIN_DATA": task.urls, "LOGS": train.logs, "NAME": "preempted"}
+    argv = train._argv(flags, "preempted", "tiny-vit", 4)
+    job = cluster.submit(
+        "train_preemptible.sbatch",
+        stage_flags=tuple(argv),
+        PROCS_PER_NODE=2,
+        CHECKPOINT_EVERY=1000,
+        **variables,
+    )
+    log = cluster.folder / f"arf-train-{job}.log"
+    for epoch, stops in ((1, 1), (5, 2)):
+        until(lambda e=epoch: log.exists() and f"Train Epoch: {e} [32/" in log.read_text(), f"epoch {epoch}")
+        cluster.run("scancel", "--signal=USR1", "--batch", job)  # as SLURM does when time is nearly up
+        until(lambda n=stops: log.read_text().count("asked to stop") == n, "the trainer to obey")
+    (ended,) = cluster.wait(job)
+    text = log.read_text()
+    assert ended["Restarts"] == "2" and text.count("goes on after") == 2, text
+    assert not list(train.logs.glob("*.stop"))
+    assert_same_end(calm, Run(0, text, train.logs / "preempted"), epochs)
+    assert steps(text) == steps(calm.output)

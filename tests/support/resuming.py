@@ -48,10 +48,16 @@ def steps(output: str) -> dict[tuple[int, int], str]:
     }
 
 
-def kill_after(started: Started, count: int, delay: float) -> bool:
-    """Kills a run ``delay`` seconds after it has logged ``count`` steps; False if it ended before."""
+def progress(output: str) -> float:
+    """Epochs that are done, as the last logged step counts them: 1.5 is the middle of the second."""
+    logged = re.findall(r"Train Epoch: (\d+) \[.*?\((\d+)%\)", output)
+    return int(logged[-1][0]) + int(logged[-1][1]) / 100 if logged else 0.0
+
+
+def kill_after(started: Started, epochs: float, delay: float) -> bool:
+    """Kills a run ``delay`` seconds after it has logged so many epochs; False if it ended before."""
     end = time.monotonic() + 240
-    while not started.output.exists() or started.output.read_text().count("Train Epoch: ") < count:
+    while not started.output.exists() or progress(started.output.read_text()) < epochs:
         if not started.running or time.monotonic() > end:
             return False
         time.sleep(0.005)
@@ -61,25 +67,20 @@ def kill_after(started: Started, count: int, delay: float) -> bool:
     return landed
 
 
-def run_with_kills(train: Trainer, flags: list[Any], kills: list[int], seed: int = 0, **options: Any) -> Run:
-    """Runs the trainer, killed at random moments after the given steps of the whole run, and resumed each time.
+def run_with_kills(
+    train: Trainer, flags: list[Any], kills: list[float], seed: int = 0, **options: Any
+) -> Run:
+    """Runs the trainer, killed at random moments after so many epochs, and resumed each time.
 
     Returns:
         The last run, with the output of all.
     """
-    rng, output, done = random.Random(seed), "", 0
-    for number in kills:
+    rng, output = random.Random(seed), ""
+    for epochs in kills:
         started = train.start(*flags, "--resume", "latest", **options)
-        landed = kill_after(started, max(1, number - done), rng.uniform(0, 0.3))
+        landed = kill_after(started, epochs, rng.uniform(0, 0.2))
         text = started.output.read_text()
         output += text
         assert landed, text
-        done = _resumable_steps(started)
     last = train.forked(*flags, "--resume", "latest", **options)
     return Run(last.status, output + last.output, last.folder)
-
-
-def _resumable_steps(started: Started) -> int:
-    """Optimizer steps that the checkpoints of a killed run hold."""
-    names = [path.name for path in (started.folder / "checkpoints").glob("epoch_*_step_*.pt")]
-    return max((int(re.findall(r"\d+", name)[1]) for name in names), default=0)
