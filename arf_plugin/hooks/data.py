@@ -21,18 +21,16 @@ from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.identity import data_identity
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
-from arf_plugin.data.order import NumberedTokenizer, SampleOrder, take_numbers
+from arf_plugin.data.order import NumberedTokenizer, SampleOrder
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
-from arf_plugin.data.resume import ResumableLoader
 from arf_plugin.data.startup import check_anchor_set, check_data
-from arf_plugin.data.streams import RowStream, ShardStream, Stream
+from arf_plugin.data.streams import ShardStream, Stream
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.errors import ArfError
-from arf_plugin.hooks.checkpoint import StepCheckpoints
+from arf_plugin.hooks.resumable import resumable_loader, sample_orders, task_stream
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.table import rows
-from arf_plugin.step_checkpoint import resume_point
 
 
 def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -77,7 +75,7 @@ def _training_data(
     tokenize = (
         JointTokenizer(tokenizer) if layout.captions else LabelTokenizer() if config.head else tokenizer
     )
-    orders = _orders(config, args, shared_epoch)
+    orders = sample_orders(config, args, shared_epoch)
     task = _task_data(original, session, args, texts, preprocess_fns, epoch, tokenize, task_workers, orders)
     pair_loader = None
     if layout.pairs:
@@ -96,7 +94,7 @@ def _training_data(
         )
     streams: dict[str, Stream] = {}
     if config.deterministic:
-        task.dataloader = streams["task"] = _task_stream(
+        task.dataloader = streams["task"] = task_stream(
             task.dataloader, args, config, layout, orders, task_workers
         )
     if orders and pair_loader is not None:
@@ -110,60 +108,8 @@ def _training_data(
         identity = data_identity(
             args, config, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
         )
-        loader = _resumable(loader, streams, session, args, identity)
+        loader = resumable_loader(loader, streams, session, args, identity)
     return AnchoredData(task, loader, shared_epoch)
-
-
-def _orders(config: ArfConfig, args: Any, epoch: SharedEpoch) -> dict[str, SampleOrder]:
-    """The order of both streams, where it is to be the same in every run."""
-    if not config.deterministic:
-        return {}
-    return {name: SampleOrder(name, args.seed, epoch.get, args.rank) for name in ("task", "pairs")}
-
-
-def _task_stream(
-    loader: Any,
-    args: Any,
-    config: ArfConfig,
-    layout: BatchLayout,
-    orders: dict[str, SampleOrder],
-    workers: int,
-) -> Stream:
-    if is_csv(args.train_data, args.dataset_type):
-        return RowStream(loader, args.seed, orders["task"].epoch)
-    shape = () if config.head else (2, -1) if layout.captions else (-1,)
-
-    def split(batch: Any) -> tuple[Any, int]:
-        texts, number = take_numbers(batch[1], shape)
-        return (batch[0], texts), number
-
-    return ShardStream(loader, workers, orders["task"], split)
-
-
-def _resumable(
-    loader: Any, streams: dict[str, Stream], session: Session, args: Any, identity: dict[str, Any]
-) -> ResumableLoader:
-    """The loader of a run that saves or resumes in the middle of an epoch, or is deterministic."""
-    config, point = session.config, None
-    if session.resumed is not None:
-        point = resume_point(
-            session.resumed,
-            data=identity,
-            num_batches=loader.num_batches,
-            accum_freq=args.accum_freq,
-            rank=args.rank,
-            deterministic=config.deterministic,
-        )
-        if args.rank == 0:
-            order = "exactly where it stopped" if config.deterministic else "with the data in a fresh order"
-            logging.info(
-                f"ARF: epoch {point.epoch} goes on after {point.batches} of {loader.num_batches} batches, {order}."
-            )
-    seed = args.seed if config.deterministic else None
-    resumable = ResumableLoader(loader, streams, seed, args.rank, point)
-    if config.saves_steps:
-        session.listeners.append(StepCheckpoints(session, args, resumable, identity))
-    return resumable
 
 
 def _load_prompts(config: ArfConfig) -> ClassPrompts | ClassIndices | None:

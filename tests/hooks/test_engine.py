@@ -47,6 +47,17 @@ def test_apply_wraps_and_undo_restores_identity(upstream):
     assert engine.applied == []
 
 
+def test_a_built_in_is_shadowed_in_one_module_alone(upstream):
+    defining, importing = upstream
+    engine = Engine("upstream")
+    shadow = Row("a-row", "upstream_defining:input", ">=1", f"{__name__}:shout", "run", "", "builtins:input")
+    engine.apply([shadow], "1.5", "!")
+    assert "input" in vars(defining) and "input" not in vars(importing)
+    assert "upstream's own builtins:input" in engine.check(shadow, "1.5")  # somebody else has shadowed it
+    engine.undo()
+    assert "input" not in vars(defining) and engine.check(shadow, "1.5") is None
+
+
 def test_undo_keeps_what_was_applied_before(upstream):
     defining, importing = upstream
     engine = Engine("upstream")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -255,3 +256,20 @@ def test_killed_while_a_checkpoint_is_written(train, uneven):
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", **MODEL)
     assert "goes on after" in resumed.output and not list(checkpoints.glob("*.partial"))
     assert_same_end(calm, resumed, EPOCHS)
+
+
+@pytest.mark.slow
+def test_literal_command_line_on_the_older_release(train, uneven, uneven_anchors, tmp_path):
+    """Two processes of torchrun, stopped after their first step."""
+    folder = Path(__file__).parents[2] / ".venvs" / "open_clip_torch-2.32.0"
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"), "--epochs", 1)
+    run_flags += ["--arf-checkpoint-every", 4, "--arf-stop-file", tmp_path / "stop", "--resume", "latest"]
+    options = {**MODEL, "nproc": 2, "batch_size": 4, "open_clip": folder}
+    calm = train(*run_flags, name="calm", **options)
+    assert [path.name for path in (calm.folder / "checkpoints").iterdir()] == [
+        "epoch_1.pt"
+    ]  # the step's is gone
+    (tmp_path / "stop").touch()
+    stopped = train(*run_flags, name="stopped", **options)
+    assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["epoch_0_step_1.pt"]
+    assert_same_end(calm, train(*run_flags, name="stopped", **options), 1)
