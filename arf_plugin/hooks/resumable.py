@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.config import ArfConfig
@@ -15,6 +15,9 @@ from arf_plugin.data.streams import RowStream, ShardStream, Stream
 from arf_plugin.hooks.checkpoint import StepCheckpoints
 from arf_plugin.hooks.session import Session
 from arf_plugin.step_checkpoint import resume_point
+
+if TYPE_CHECKING:
+    from arf_plugin.hooks.epoch import Training
 
 
 def sample_orders(config: ArfConfig, args: Any, epoch: SharedEpoch) -> dict[str, SampleOrder]:
@@ -63,8 +66,31 @@ def resumable_loader(
             logging.info(
                 f"ARF: epoch {point.epoch} goes on after {point.batches} of {loader.num_batches} batches, {order}."
             )
+    if config.deterministic and args.distributed:
+        session.listeners.append(FixedBuckets())
     seed = args.seed if config.deterministic else None
     resumable = ResumableLoader(loader, streams, seed, args.rank, point)
     if config.saves_steps:
         session.listeners.append(StepCheckpoints(session, args, resumable, identity))
     return resumable
+
+
+class FixedBuckets:
+    """Fixes in which order processes sum their gradients; an `EpochListener`.
+
+    DistributedDataParallel arranges gradients in other buckets after the first step of a process, and where more than
+    two processes sum, the order decides the last bits: a resumed run's first step would differ. Arranged by parameters
+    before the first step, the buckets stay, at the price of less overlap between backward pass and communication.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def before_epoch(self, training: Training) -> None:
+        """Arranges the buckets, once in a process."""
+        if not self._done:
+            getattr(training.model, "_orig_mod", training.model).reducer._push_all_rebuilt_params()
+            self._done = True
+
+    def after_epoch(self, training: Training) -> None:
+        """Nothing to do."""
