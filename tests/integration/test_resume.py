@@ -13,6 +13,8 @@ from support import data
 from support.resuming import assert_same_end, equal, kill_after, progress, run_with_kills, steps
 from support.trainer import Trainer
 
+from arf_plugin.errors import FlagError
+
 EPOCHS = 2
 
 
@@ -104,7 +106,8 @@ def test_seed_decides(train, uneven, uneven_anchors):
     )
 
 
-def test_rows_of_a_csv(train, tmp_path):
+@pytest.mark.parametrize(("workers", "nproc"), [(2, 1), (0, 2)])
+def test_rows_of_a_csv(train, tmp_path, workers, nproc):
     csv = data.write_csv_task(tmp_path / "csv", 40)
     run_flags = [
         "--train-data",
@@ -115,12 +118,14 @@ def test_rows_of_a_csv(train, tmp_path):
         "--aug-cfg",
         "scale=(0.3,1.0)",
     ]
-    run_flags += ["--workers", 2]
-    calm = train.forked(*run_flags, name="calm", **MODEL)
+    run_flags += ["--workers", workers]
+    options = {**MODEL, "nproc": nproc, "batch_size": 8 // nproc}
+    calm = train.forked(*run_flags, name="calm", **options)
     killed = run_with_kills(
-        train, [*run_flags, "--arf-checkpoint-every", 1], [0.4, 1.2], name="killed", **MODEL
+        train, [*run_flags, "--arf-checkpoint-every", 1], [0.4, 1.2], name="killed", **options
     )
     assert_same_end(calm, killed, EPOCHS)
+    assert steps(killed.output) == steps(calm.output)
 
 
 def test_an_epoch_checkpoint_is_as_good(train, uneven, uneven_anchors):
@@ -278,3 +283,20 @@ def test_literal_command_line_on_the_older_release(train, uneven, uneven_anchors
     stopped = train(*run_flags, name="stopped", **options)
     assert [path.name for path in (stopped.folder / "checkpoints").iterdir()] == ["epoch_0_step_1.pt"]
     assert_same_end(calm, train(*run_flags, name="stopped", **options), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["--arf-checkpoint-every", 5, "--horovod"],
+            "--arf-checkpoint-every and --horovod do not go together",
+        ),
+        (["--arf-deterministic", "--horovod"], "--arf-deterministic and --horovod do not go together"),
+        (["--arf-stop-file", "x", "--logs", "none"], "--arf-stop-file with --logs none"),
+        (["--arf-stop-file", "x", "--remote-sync", "s3://y"], "--arf-stop-file and --remote-sync"),
+    ],
+)
+def test_flags_that_contradict(parse, given, said):
+    with pytest.raises(FlagError, match=said):
+        parse("--train-data", "x.tar", *given)
