@@ -13,6 +13,8 @@ Anchor-based Robust Fine-tuning (arf-plugin):
   torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16-quickgelu --pretrained openai \\
       --train-data 'imagenet/{000..999}.tar' --arf-classnames imagenet --arf-templates imagenet \\
       --arf-anchors ANCHORS
+  A run that is killed goes on where it was, and ends equal to the bit, when the same command is given again:
+      ... --arf-deterministic --arf-checkpoint-every 500 --resume latest
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 

@@ -51,8 +51,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
             partial.unlink()
         raise CheckpointError(
             f"The step checkpoint {path} cannot be written: {error}\n"
-            "The one before is untouched. Make room, then start the same "
-            "command with --resume latest."
+            "The one before is untouched. Make room, then start the same command with --resume latest."
         ) from error
 
 
