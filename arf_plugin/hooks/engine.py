@@ -81,7 +81,7 @@ class Engine:
         try:
             for row in rows:
                 module, name, original = self._resolve(row, version, modules or {})
-                replacement = _load(row.wrapper)(original, context)
+                replacement = load(row.wrapper)(original, context)
                 setattr(module, name, replacement)
                 self._applied.append((row, module, name, original))
         except BaseException:
@@ -137,6 +137,7 @@ class Engine:
         )
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
+    """The object that ``module:name`` names."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
