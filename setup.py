@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -25,18 +26,31 @@ STARTUP_FILES = {
 }
 
 
+PATCHES = HERE / "patches"
+
+
 class BuildWithStartupFile(build_py):
-    """Puts the start-up files at the top of the built library, which is site-packages once installed."""
+    """Puts the start-up files at the top of the built library, which is site-packages once installed.
+
+    The source patches, which lie beside the package in a checkout, go into it.
+    """
 
     def run(self) -> None:  # noqa: D102
         super().run()
         if not self.editable_mode:
             for name, content in STARTUP_FILES.items():
                 Path(self.build_lib, name).write_text(content)
+            shutil.copytree(PATCHES, self._patches, dirs_exist_ok=True)
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:  # noqa: D102
         built = [] if self.editable_mode else [str(Path(self.build_lib, name)) for name in STARTUP_FILES]
+        if not self.editable_mode:
+            built += [str(self._patches / path.relative_to(PATCHES)) for path in PATCHES.rglob("*.patch")]
         return super().get_outputs(include_bytecode) + built
+
+    @property
+    def _patches(self) -> Path:
+        return Path(self.build_lib, "arf_plugin", "patches")
 
 
 class EditableWithStartupFile(editable_wheel):

@@ -58,6 +58,10 @@ class ReportError(ArfError):
     """Runs, results or an anchor set that no report can be made of."""
 
 
+class PatchError(ArfError):
+    """Source patches that do not fit the sources they are meant for."""
+
+
 class MissingDependencyError(ArfError):
     """An optional library that the requested step needs is not installed."""
 

@@ -11,9 +11,9 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 make_environment captions,retrieval,evaluation,emojinet,dev
 
-# Files alone, beside the environment: the older of the two open_clip releases that the tests run, and the numpy that
-# CLIP_benchmark 1.6.2 can count with, for the test that compares with it.
-for package in open_clip_torch==2.32.0 numpy==2.3.5; do
+# Files alone, beside the environment: the older of the two open_clip releases that the tests run, the numpy that
+# CLIP_benchmark 1.6.2 can count with, for the test that compares with it, and a webdataset that stock open_clip cannot read.
+for package in open_clip_torch==2.32.0 numpy==2.3.5 webdataset==1.0.2; do
     folder=.venvs/${package/==/-}
     if [ ! -d "$folder" ]; then
         "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$folder.incomplete" \

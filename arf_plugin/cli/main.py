@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "interpolate",
     "report",
+    "patch",
     "doctor",
 )
 

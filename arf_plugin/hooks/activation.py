@@ -35,7 +35,7 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
         The trainer's namespace with ``arf_*`` attributes.
     """
     deactivate()
-    sys.excepthook = _print_arf_errors
+    sys.excepthook = print_arf_errors
     version = upstream_version()
     ENGINE.apply(rows("parsing"), version, None)
     try:
@@ -114,7 +114,7 @@ def _main_module(params: ModuleType) -> ModuleType:
     )
 
 
-def _print_arf_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def print_arf_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Shows an ArfError as its message alone; ``ARF_DEBUG=1`` brings the traceback back."""
     if issubclass(kind, ArfError) and not os.environ.get("ARF_DEBUG"):
         print(f"arf-plugin: error: {error}", file=sys.stderr)

@@ -86,7 +86,7 @@ class Engine:
         try:
             for row in rows:
                 module, name, original = self._resolve(row, version, modules or {})
-                replacement = _load(row.wrapper)(original, context)
+                replacement = load(row.wrapper)(original, context)
                 self._applied.append((row, module, name, vars(module).get(name, _ABSENT)))
                 setattr(module, name, replacement)
         except BaseException:
@@ -146,6 +146,7 @@ class Engine:
         )
 
 
-def _load(path: str) -> Any:
+def load(path: str) -> Any:
+    """The object that ``module:name`` names."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

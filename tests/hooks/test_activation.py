@@ -33,7 +33,8 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "arf_plugin", folder / "arf_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("arf_plugin", "patches"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -53,6 +54,14 @@ def test_install_activates_and_uninstall_removes(tmp_path, source, editable):
         [tmp_path / "env/bin/arf", "--version"], capture_output=True, text=True, check=True
     )
     assert "arf-plugin" in shown.stdout
+    # The source patches come along: those for a release, asked of a folder that has no sources.
+    asked = subprocess.run(
+        [tmp_path / "env/bin/arf", "patch", "check", tmp_path, "--release", "3.3.0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "expected the one that holds it" in asked.stderr, asked.stderr
     pip(python, "uninstall", "-y", "arf-plugin")
     assert not list(packages.glob("*arf*")) and not hooks_active(python)
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import open_clip_train
 import pytest
 import torch
 from support import data, reference, trainer
+
+from arf_plugin.hooks.source_patches import Series
 
 TASK_SIZE = 6
 BOUND = 1e-10
@@ -27,11 +32,12 @@ class Case:
     pair_size: int
     nproc: int
     local_loss: bool
+    patched: bool = False
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
         local = "-local" if self.local_loss else ""
-        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{local}"
+        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{local}{'-patched' * self.patched}"
 
     @property
     def flags(self) -> list[object]:
@@ -47,6 +53,8 @@ CASES = [
     for pair_size in (TASK_SIZE, 4)
     for nproc, local_loss in ((1, False), (2, False), (2, True))
 ]
+# Sources with the patches of patches/ in the place of hooks.
+CASES += [Case(False, 2, 4, 1, False, patched=True), Case(True, 1, TASK_SIZE, 2, False, patched=True)]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +65,23 @@ def runs(tmp_path_factory, model_configs):
     anchors = folder / "anchors"
     data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
     data.write_pairs(anchors, shards=4, per_shard=6)
+    fork = folder / "fork"
+    shutil.copytree(Path(open_clip_train.__file__).parent, fork / "open_clip_train")
+    Series("arf", importlib.metadata.version("open_clip_torch")).apply(fork)
 
     def run(case: Case) -> trainer.Run:
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
         flags = ["--train-data", task.urls, "--train-num-samples", 24, "--arf-anchors", anchors, *case.flags]
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(*flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False)
+        return train(
+            *flags,
+            nproc=case.nproc,
+            name=str(case),
+            batch_size=TASK_SIZE,
+            env=env,
+            open_clip=fork if case.patched else None,
+            check=False,
+        )
 
     single = [case for case in CASES if case.nproc == 1]
     double = [case for case in CASES if case.nproc == 2]

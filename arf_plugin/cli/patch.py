@@ -1,0 +1,63 @@
+"""``arf patch``: the hooks as source patches, for forks and vendored copies of open_clip."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the parser of ``arf patch``."""
+    parser = subparsers.add_parser(
+        "patch",
+        help="the hooks as source patches, for forks of open_clip",
+        description="Applies, checks or reverts numbered patches on a copy of open_clip's sources. Series 'arf' calls "
+        "the same functions as the hooks,\nfor those who vendor or fork open_clip; the installed open_clip needs none "
+        "of it. Series 'upstream' mends bugs of open_clip's own.",
+        epilog="examples:\n"
+        "  arf patch check  open_clip/src                      does it fit, is it applied?\n"
+        "  arf patch apply  open_clip/src\n"
+        "  arf patch apply  open_clip/src --series upstream    two processes on the CPU, new webdataset\n"
+        "  arf patch revert open_clip/src\n"
+        "  cd open_clip/src && git apply -p1 PATCHES/3.3.0/arf/*.patch    the same by hand, outside a repository",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("check", "apply", "revert"))
+    parser.add_argument("target", type=Path, metavar="FOLDER", help="the folder that holds open_clip_train/")
+    parser.add_argument("--series", choices=("arf", "upstream"), default="arf", help="default: arf")
+    parser.add_argument(
+        "--release", help="whose patches to use (default: as FOLDER/open_clip/version.py says)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what was asked, says how it stands then."""
+    from arf_plugin.hooks.source_patches import Series, find_release
+
+    release = args.release or find_release(args.target)
+    series = Series(args.series, release)
+    if args.action != "check":
+        getattr(series, args.action)(args.target)
+    state = series.state(args.target)
+    found = {
+        "target": str(args.target),
+        "release": release,
+        "series": args.series,
+        "patches": [path.name for path in series.paths],
+        "state": state if state in ("applied", "applies") else "does not apply",
+        "problem": None if state in ("applied", "applies") else state,
+    }
+    if args.json:
+        json.dump(found, sys.stdout, indent=2)
+        print()
+    else:
+        print(f"open_clip {release}, series {args.series}: {found['state']}")
+        for name in found["patches"]:
+            print(f"  {name}")
+        if found["problem"]:
+            print(found["problem"])
+    return 1 if found["problem"] else 0

@@ -1,0 +1,166 @@
+"""The source patches: they apply and revert, do what the hooks do, and mend the upstream bugs that they name."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import open_clip_train
+import pytest
+from support.environments import make_environment
+
+from arf_plugin.hooks.source_patches import Series, releases
+from arf_plugin.hooks.table import ROWS
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = importlib.metadata.version("open_clip_torch")
+SOURCES = {
+    INSTALLED: Path(open_clip_train.__file__).parents[1],
+    "2.32.0": ROOT / ".venvs" / "open_clip_torch-2.32.0",
+}
+NEWER_WEBDATASET = ROOT / ".venvs" / "webdataset-1.0.2"
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Copies a release's sources, as a fork would have them."""
+
+    def copy(release: str = INSTALLED) -> Path:
+        folder = tmp_path / f"fork-{release}"
+        for package in ("open_clip", "open_clip_train"):
+            shutil.copytree(
+                SOURCES[release] / package, folder / package, ignore=shutil.ignore_patterns("*.pyc")
+            )
+        return folder
+
+    return copy
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("series", ["arf", "upstream"])
+@pytest.mark.parametrize("release", SOURCES)
+@pytest.mark.parametrize("inside_a_repository", [False, True])
+def test_apply_check_revert(run_arf, sources, release, series, inside_a_repository):
+    folder = sources(release)
+    if inside_a_repository:
+        subprocess.run(["git", "init", "-q", folder.parent], check=True)
+    before = contents(folder)
+    command = [folder, "--series", series]
+    assert "applies" in run_arf("patch", "check", *command).stdout
+    assert contents(folder) == before
+    run_arf("patch", "apply", *command)
+    assert contents(folder) != before
+    found = json.loads(run_arf("patch", "check", *command, "--json").stdout)
+    assert found["state"] == "applied" and found["release"] == release
+    again = run_arf("patch", "apply", *command, check=False)
+    assert again.returncode == 1 and "applied already" in again.stderr
+    run_arf("patch", "revert", *command)
+    assert contents(folder) == before
+    again = run_arf("patch", "revert", *command, check=False)
+    assert again.returncode == 1 and "not applied already" in again.stderr
+
+
+def test_both_series_go_together(run_arf, sources):
+    folder = sources()
+    for series in ("arf", "upstream"):
+        run_arf("patch", "apply", folder, "--series", series)
+    assert Series("arf", INSTALLED).state(folder) == Series("upstream", INSTALLED).state(folder) == "applied"
+
+
+def test_changed_sources_are_refused_and_left_as_they_are(run_arf, sources):
+    folder = sources()
+    main = folder / "open_clip_train" / "main.py"
+    main.write_text(main.read_text().replace("loss = create_loss(args)", "loss = my_loss(args)"))
+    before = contents(folder)
+    done = run_arf("patch", "apply", folder, check=False)
+    assert (
+        done.returncode == 1 and "open_clip_train/main.py" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert contents(folder) == before
+    assert run_arf("patch", "check", folder, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("problem", ["no trainer", "no version", "unknown release"])
+def test_wrong_folders(run_arf, sources, tmp_path, problem):
+    folder, flags = sources(), []
+    if problem == "no trainer":
+        folder, flags = tmp_path, ["--release", INSTALLED]
+    elif problem == "no version":
+        (folder / "open_clip" / "version.py").unlink()
+    else:
+        flags = ["--release", "1.0.0"]
+    expected = {"no trainer": "expected the one that holds it", "no version": "Name it with --release"}
+    done = run_arf("patch", "check", folder, *flags, check=False)
+    assert done.returncode == 1 and expected.get(problem, "there are for: 2.") in done.stderr
+
+
+def test_every_row_is_in_the_patches():
+    """A row of the hook table that no patch knows would leave forks without it."""
+    for release in releases():
+        text = "".join(path.read_text() for path in Series("arf", release).paths)
+        for row in ROWS:
+            if row.covers(release) and row.id not in ("parse-args", "parser"):
+                assert f'arf.row("{row.id}"' in text, (release, row.id)
+        assert f'release="{release}"' in text and "arf.add_flags(parser)" in text
+
+
+def test_one_patched_line_calls_what_one_hook_installs(train, sources, task, anchors, run_arf):
+    """In the environment of the tests the start-up file is active as well: nothing is applied twice."""
+    folder = sources()
+    run_arf("patch", "apply", folder)
+    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    run = train(*flags, "--arf-freeze-bn", open_clip=folder)
+    assert run.output.count("ARF is on") == 1 and run.output.count("Caption_anchor_loss") > 0
+    assert "[64/64(100%)]" in run.output.replace(" ", "")
+
+
+@pytest.mark.parametrize("flags", [(), ("--arf-anchors",)], ids=["without flags", "with flags"])
+def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_path, flags):
+    """As in a fork that never runs stock open_clip."""
+    folder = sources()
+    run_arf("patch", "apply", folder)
+    python = str(make_environment(tmp_path / "env"))
+    argv = [*flags, *([anchors] if flags else []), "--train-data", task.urls, "--train-num-samples", 32]
+    run = train(*argv, python=python, open_clip=f"{folder}:{ROOT}")
+    assert ("ARF is on" in run.output) == bool(flags) and ("Pair_anchor_loss" in run.output) == bool(flags)
+    params = (run.folder / "params.txt").read_text()
+    assert ("arf_anchors" in params) == bool(flags)
+
+
+def test_errors_are_as_clear_as_with_hooks(train, sources, task, run_arf, tmp_path):
+    folder = sources()
+    run_arf("patch", "apply", folder)
+    run = train(
+        "--train-data", task.urls, "--arf-anchors", tmp_path / "nowhere", open_clip=folder, check=False
+    )
+    assert run.status != 0 and "nowhere" in run.output and "does not exist" in run.output
+
+
+def test_two_processes_on_the_cpu(train, sources, task, run_arf):
+    """Upstream's bug, and its mend; the shim that mends it in other tests is off."""
+    folder = sources()
+    flags = ["--train-data", task.urls, "--train-num-samples", 32]
+    off = {"ARF_TEST_DDP_CPU": ""}
+    broken = train(*flags, nproc=2, env=off, open_clip=folder, check=False)
+    assert broken.status != 0 and "device_ids" in broken.output
+    run_arf("patch", "apply", folder, "--series", "upstream")
+    assert "[32/32(100%)]" in train(*flags, nproc=2, env=off, open_clip=folder, name="mended").output.replace(
+        " ", ""
+    )
+
+
+def test_newer_webdataset(train, sources, task, run_arf):
+    assert NEWER_WEBDATASET.is_dir(), f"{NEWER_WEBDATASET} is missing: run scripts/test.sh"
+    folder = sources()
+    flags = ["--train-data", task.urls, "--train-num-samples", 32]
+    both = f"{folder}:{NEWER_WEBDATASET}"
+    broken = train(*flags, open_clip=both, check=False)
+    assert broken.status != 0 and "KeyError: 'fname'" in broken.output
+    run_arf("patch", "apply", folder, "--series", "upstream")
+    assert "[32/32(100%)]" in train(*flags, open_clip=both, name="mended").output.replace(" ", "")
