@@ -163,11 +163,14 @@ class Watch:
 
     def _log(self, row: Row, seconds: float) -> None:
         metrics, when = row["metrics"], _when(row["epoch"])
-        moved = " ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["drift"].items())
+        moved = ", ".join(
+            f"{name.replace('_', ' ').replace('cka', 'CKA')} {'none' if value is None else f'{value:.3f}'}"
+            for name, value in row["drift"].items()
+        )
         logging.info(
             f"ARF watch: {when}: {row['set']}: zero-shot top-1 {metrics['top1']:.2f} % "
             f"(start {row['start']:.2f} %), mean per class {metrics['mean_per_class']:.2f} %"
-            + (f", {moved}" if moved else "")
+            + (f"; {moved}" if moved else "")
             + f" [{row['images']} images, {seconds:.1f} s]"
         )
 
