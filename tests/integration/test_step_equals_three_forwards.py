@@ -52,12 +52,12 @@ EXCHANGES = tuple(("--loss-dist-impl", impl) for impl in ("bidir", "shift", "red
 MEMORY = (("--ddp-static-graph",), ("--grad-checkpointing",), ("--ddp-static-graph", "--grad-checkpointing"))
 
 # Every size alone and in two processes; in two, each way to gather or to exchange, one after the other.
+SIZES = tuple(itertools.product((1, 2), (TASK_SIZE, 4)))
 CASES = [
-    Case(siglip, accum_freq, pair_size, nproc, distributed)
+    Case(siglip, *size, nproc, way)
     for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
-    for number, (accum_freq, pair_size) in enumerate(itertools.product((1, 2), (TASK_SIZE, 4)))
-    for nproc, distributed in ((1, ()), (2, ()), (2, ways[number]))
-    if (nproc, number, siglip) != (2, 0, False) or distributed  # that way is the default
+    for size, exchange in zip(SIZES, ways, strict=True)
+    for nproc, way in dict.fromkeys([(1, ()), (2, ()), (2, exchange)])
 ] + [Case(False, 1, 4, 2, (LOCAL, GRAD))]
 
 # What is left: every way with every size in four processes, and what saves memory with every way in two.
@@ -105,7 +105,9 @@ def _run_all(cases: list[Case], folder: Path, model_configs: Path) -> dict:
             *case.flags,
         ]
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(*flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False)
+        return train.forked(
+            *flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False
+        )
 
     by_size = {nproc: [case for case in cases if case.nproc == nproc] for nproc in (1, 2, 4)}
     with ThreadPoolExecutor(2) as pool:

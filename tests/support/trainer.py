@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +75,44 @@ class Trainer:
         return run
 
     def forked(
-        self, *flags: Any, name: str = "run", model: str = "tiny-vit", batch_size: int = 8, check: bool = True
+        self,
+        *flags: Any,
+        nproc: int = 1,
+        name: str = "run",
+        model: str = "tiny-vit",
+        batch_size: int = 8,
+        env: dict[str, str] | None = None,
+        check: bool = True,
     ) -> Run:
-        """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
+        """Runs ``python -m open_clip_train.main FLAGS`` in forks of a process that has imported the libraries.
 
-        The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
+        The same as a run of its own in all but the seconds that importing takes, for tests of many short runs. Several
+        processes find each other by the variables that torchrun would set.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip_train.data", "open_clip_train.train"])
         self.logs.mkdir(parents=True, exist_ok=True)
-        output = self.logs / f"{name}.out"
         argv = self._argv(flags, name, model, batch_size)
-        process = context.Process(target=_run_main, args=(argv, self.env, output))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-        run = Run(process.exitcode, output.read_text(), self.logs / name)
+        outputs = [self.logs / (f"{name}-{rank}.out" if rank else f"{name}.out") for rank in range(nproc)]
+        group = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        processes = []
+        for rank, output in enumerate(outputs):
+            own = {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} if nproc > 1 else {}
+            environment = {**self.env, **own, **(env or {})}
+            processes.append(context.Process(target=_run_main, args=(argv, environment, output)))
+            processes[-1].start()
+        end = time.monotonic() + 300
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):  # the others would wait for it
+                end = min(end, time.monotonic() + 20)
+            processes[0].join(0.05)
+            time.sleep(0.02)
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        status = next((process.exitcode for process in processes if process.exitcode), 0)
+        run = Run(status, "".join(output.read_text() for output in outputs), self.logs / name)
         assert not check or run.status == 0, run.output
         return run
 
@@ -106,11 +129,8 @@ def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
         os.dup2(stream.fileno(), 2)
     os.environ.clear()
     os.environ.update(env)
-    import open_clip
-    import torch
-
-    torch.set_num_threads(1)
-    open_clip.add_model_config(env["ARF_TEST_MODEL_CONFIGS"])
+    os.environ["ARF_TEST_SHIM_ALWAYS"] = "1"
+    runpy.run_path(str(SHIM / "sitecustomize.py"))
     sys.argv = ["open_clip_train.main", *argv]
     status = 0
     try:
@@ -123,6 +143,12 @@ def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 class Run:
