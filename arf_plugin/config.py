@@ -18,6 +18,12 @@ Anchor-based Robust Fine-tuning (arf-plugin):
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 
+WATCH = """\
+Does the model forget? Sets of classes that are not fine-tuned on show it: the accuracy of before the first step, and
+then after every epoch, in the trainer's log, TensorBoard and wandb, and in LOGS/NAME/arf_watch.jsonl.
+  ... --arf-watch held-out/imagenet-sketch-500 held-out/pets-500 --arf-watch-drift --report-to tensorboard
+"""
+
 BASELINES = """\
 Other ways to fine-tune robustly, on the same data. Two more need no flag of their own:
   zero-shot distillation: --distill-model and --distill-pretrained with the starting model as the teacher, beside
@@ -48,6 +54,9 @@ class ArfConfig:
         stop_file: File whose appearance ends the run after a last step checkpoint.
         l2sp: Weight of the L2-SP penalty, a baseline; 0 is off.
         head: Checkpoint of ``arf probe`` to go on from with cross-entropy (LP-FT), a baseline.
+        watch: Folders of evaluation sets to measure zero-shot accuracy on before the first step and every epoch.
+        watch_drop: Part of the starting accuracy whose loss is warned about.
+        watch_drift: Whether to measure how far features have moved, too.
     """
 
     anchors: str | None = None
@@ -64,6 +73,9 @@ class ArfConfig:
     stop_file: str | None = None
     l2sp: float = 0.0
     head: str | None = None
+    watch: tuple[str, ...] = ()
+    watch_drop: float = 0.1
+    watch_drift: bool = False
 
     @property
     def saves_steps(self) -> bool:
@@ -139,6 +151,7 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         help="Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
     )
     _add_resume_flags(parser)
+    _add_watch_flags(parser)
     _add_baseline_flags(parser)
     parser.epilog = EPILOG
 
@@ -167,6 +180,30 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Once FILE is there: finish the step, save a step checkpoint, remove FILE and end with status 0. For jobs "
         "that are told to make room: trap 'touch FILE' USR1. The first process looks after every step.",
+    )
+
+
+def _add_watch_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Anchor-based Robust Fine-tuning (arf-plugin), watching", WATCH)
+    group.add_argument(
+        "--arf-watch",
+        nargs="+",
+        metavar="FOLDER",
+        help="Small held-out sets, as `arf evaluate --data` reads them: zero-shot accuracy before the first step and "
+        "after every epoch. Needs no other ARF flag, and changes no bit of the training.",
+    )
+    group.add_argument(
+        "--arf-watch-drop",
+        type=_share,
+        metavar="PART",
+        help="Warn when more than this part of the starting accuracy is lost (default: 0.1).",
+    )
+    group.add_argument(
+        "--arf-watch-drift",
+        action="store_true",
+        default=None,
+        help="Also measure how far the features of the watched images and classes have moved from where training "
+        "started: mean cosine similarity and linear CKA (Kornblith et al. 2019).",
     )
 
 
@@ -211,6 +248,12 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
             )
     elif not given["arf_anchors"]:
         raise FlagError("--arf-anchors is empty; expected the folder or URL of an anchor set.")
+    if "arf_watch" in given:
+        given["arf_watch"] = tuple(given["arf_watch"])
+    elif stray := [_spelling(name) for name in ("arf_watch_drop", "arf_watch_drift") if name in given]:
+        raise FlagError(
+            f"{', '.join(stray)} given without --arf-watch.\nName a folder to watch on: --arf-watch FOLDER"
+        )
     if "arf_templates" in given and "arf_classnames" not in given:
         raise FlagError(
             "--arf-templates given without --arf-classnames: templates need class names to fill in."
@@ -242,6 +285,11 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
             "--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv."
         )
     _check_resuming(args, config)
+    for name in ("fsdp", "horovod", "torchscript"):
+        if config.watch and getattr(args, name, False):
+            raise FlagError(
+                f"--arf-watch needs the whole model in each process, as --{name} has it not. Drop one."
+            )
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
             "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
@@ -312,6 +360,13 @@ def _weight(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number >= 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part, above 0 and up to 1 (0.1 is a tenth)")
     return value
 
 

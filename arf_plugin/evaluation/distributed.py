@@ -32,6 +32,16 @@ class Processes:
         self.local_world = int(env.get("LOCAL_WORLD_SIZE", "1")) if together else 1
         self._joined = False
 
+    @classmethod
+    def joined(cls) -> Processes:
+        """The processes of the group that this one has joined already, or this one alone."""
+        import torch.distributed as dist
+
+        here = cls()
+        grouped = dist.is_available() and dist.is_initialized()
+        here.rank, here.world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        return here
+
     @property
     def first(self) -> bool:
         """Whether this is the process that reads and writes results."""

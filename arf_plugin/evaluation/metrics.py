@@ -73,9 +73,23 @@ def measure(found: Predictions, classes: int) -> dict[str, float]:
         classes: number of classes, C.
 
     Returns:
+        In percent: those of :func:`accuracies`, and `ece`, see :func:`calibration_error`.
+    """
+    hits = found.target == found.predicted
+    return {**accuracies(found, classes), "ece": 100.0 * calibration_error(found.confidence, hits)}
+
+
+def accuracies(found: Predictions, classes: int) -> dict[str, float]:
+    """Computes the metrics that look at classes alone, not at confidences.
+
+    Args:
+        found: predictions on all images of a set.
+        classes: number of classes, C.
+
+    Returns:
         In percent: `top1`; `top5` from five classes on; `mean_per_class`, the mean recall of the classes that occur
         (scikit-learn's balanced accuracy); `macro_f1`, the mean F1 of the classes that occur or are predicted
-        (scikit-learn's f1_score with average="macro"); `ece`, see :func:`calibration_error`.
+        (scikit-learn's f1_score with average="macro").
     """
     import torch
 
@@ -93,7 +107,6 @@ def measure(found: Predictions, classes: int) -> dict[str, float]:
         **top5,
         "mean_per_class": 100.0 * float(recall),
         "macro_f1": 100.0 * float(f1),
-        "ece": 100.0 * calibration_error(found.confidence, hits),
     }
 
 

@@ -87,9 +87,7 @@ class TarSamples:
         shard = self.shards[place.shard]
         data = place.data
         if data is None:
-            with shard.open("rb") as file:
-                file.seek(place.offset)
-                data = file.read(place.size)
+            data = _read(shard, place.offset, place.size)
         return _decode(data, f"{shard}, sample {place.key}"), place.cls
 
 
@@ -116,7 +114,7 @@ class FileSamples:
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         path, cls = self.files[index]
-        return _decode((self.root / path).read_bytes(), str(self.root / path)), cls
+        return _decode(_read(self.root / path), str(self.root / path)), cls
 
 
 class BuilderSamples:
@@ -201,6 +199,17 @@ def _class_number(sample: Sample, where: str, classes: int) -> int:
             f"(classnames.txt counts {classes} classes)."
         )
     return int(text)
+
+
+def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as cause:
+        raise EvaluationError(
+            f"{path} was there and cannot be read any more: {cause.strerror or cause}. Copy the data set again."
+        ) from cause
 
 
 def _decode(data: bytes, where: str) -> PIL.Image.Image:

@@ -91,14 +91,21 @@ class Classifier:
                 *(self.model, self.tokenizer, bar, templates, self.device.type, self.amp)
             )
 
-    def predict(
-        self, images: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit image features [N, dimension] of images [N, 3, H, W] on the model's device."""
+        import torch
+
+        with torch.autocast(self.device.type, enabled=self.amp):
+            return torch.nn.functional.normalize(self.model.encode_image(images), dim=-1)
+
+    def classify(
+        self, features: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
     ) -> Predictions:
-        """Classifies a batch.
+        """Classifies what :meth:`features` returned.
 
         Args:
-            images: [N, 3, H, W] on the model's device.
-            target: int64 [N] there, too.
+            features: [N, dimension].
+            target: int64 [N] on the model's device.
             weights: from :meth:`weights`.
 
         Returns:
@@ -106,11 +113,19 @@ class Classifier:
         """
         import torch
 
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=self.amp):
-            features = torch.nn.functional.normalize(self.model.encode_image(images), dim=-1)
+        with torch.autocast(self.device.type, enabled=self.amp):
             if isinstance(weights, Head):
                 return predictions(weights.logits(features), target)
             return predictions(SCALE * features @ weights, target, self._logit_scale() / SCALE)
+
+    def predict(
+        self, images: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
+    ) -> Predictions:
+        """Classifies a batch of images; see :meth:`classify`."""
+        import torch
+
+        with torch.inference_mode():
+            return self.classify(self.features(images), target, weights)
 
     def _logit_scale(self) -> float:
         own = getattr(self.model, "logit_scale", None)

@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -32,16 +32,23 @@ from arf_plugin.hooks.resumable import resumable_loader, sample_orders, task_str
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.table import rows
 
+if TYPE_CHECKING:
+    from arf_plugin.hooks.watch import Watch
+
 
 def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """Builds training data with anchors and validation data without."""
 
     @functools.wraps(original)
     def wrapped(args: Any, preprocess_fns: Any, epoch: int = 0, tokenizer: Any = None) -> dict[str, Any]:
+        watch = _watch(session, args, preprocess_fns[1], tokenizer)
         validation = copy.copy(args)
         validation.train_data = None
         data = original(validation, preprocess_fns, epoch=epoch, tokenizer=tokenizer)
-        return {"train": _training_data(original, session, args, preprocess_fns, epoch, tokenizer), **data}
+        train = _training_data(original, session, args, preprocess_fns, epoch, tokenizer)
+        if watch is not None:
+            watch.steps_per_epoch = train.dataloader.num_batches // args.accum_freq
+        return {"train": train, **data}
 
     return wrapped
 
@@ -159,7 +166,22 @@ def _task_data(
     return task
 
 
-def _on_every_rank(args: Any, check: Callable[[], None]) -> None:
+def _watch(session: Session, args: Any, preprocess: Any, tokenizer: Any) -> Watch | None:
+    """Looks at the sets of ``--arf-watch`` and lets them be measured every epoch."""
+    if not session.config.watch:
+        return None
+    # What evaluates is no part of training, and is imported by no other run.
+    from arf_plugin.evaluation.watch import open_sets
+    from arf_plugin.hooks.watch import Watch
+
+    folders = session.config.watch
+    _on_every_rank(args, lambda: bool(open_sets(folders)))
+    watch = Watch(session.config, args, open_sets(folders), preprocess, tokenizer)
+    session.listeners.append(watch)
+    return watch
+
+
+def _on_every_rank(args: Any, check: Callable[[], object]) -> None:
     """Runs a check on the first process and hands its verdict to all, so that none trains on or waits for ever."""
     if not args.distributed:
         check()

@@ -128,8 +128,9 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
             loose += _read_grid(source, found)
         elif (source / "run.json").is_file() or _logs(source):
             found.runs.append(_read_run(source))
+            other = ("validation", "arf_watch")
             loose += [
-                (source, _rows(path)) for path in sorted(source.glob("*.jsonl")) if path.stem != "validation"
+                (source, _rows(path)) for path in sorted(source.glob("*.jsonl")) if path.stem not in other
             ]
         elif (source / "results.jsonl").is_file():
             loose.append((source, _rows(source / "results.jsonl")))

@@ -38,7 +38,7 @@ def main() -> int:
     flags.add_argument(
         "--device", default="cpu", help="device of the model (cuda is written, but was not run)"
     )
-    args = flags.parse_args()
+    args = flags.parse_args(namespace=argparse.Namespace(local_loss=False))
     torch.set_num_threads(args.threads)
     logging.disable(logging.INFO)
     steps = build_steps(args)
@@ -62,23 +62,25 @@ def main() -> int:
     return report("step: one optimizer step", seconds, bars, args.json, **facts)
 
 
-def build_steps(args: argparse.Namespace) -> dict:
-    """One closure per variant, each running one optimizer step on the same model."""
+def build_steps(args: argparse.Namespace, rank: int = 0, world_size: int = 1) -> dict:
+    """One closure per variant, each running one optimizer step on the same model, alone or with other processes."""
     size = args.batch_size
     model, _, _ = open_clip.create_model_and_transforms(args.model, output_dict=True, device=args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     height, width = model.visual.image_size
     length = model.context_length
-    torch.manual_seed(0)
+    if world_size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(rank)
     images = [torch.randn(size, 3, height, width) for _ in range(2)]
     texts = [torch.randint(1, 400, (size, length)) for _ in range(3)]
     options = argparse.Namespace(
         **{"device": args.device, "precision": "fp32", "distill": False, "accum_freq": 1, "horovod": False},
         **{
             "skip_scheduler": True,
-            "rank": 0,
-            "world_size": 1,
-            "local_rank": 0,
+            "rank": rank,
+            "world_size": world_size,
+            "local_rank": rank,
             "wandb": False,
             "log_local": False,
         },
@@ -89,7 +91,7 @@ def build_steps(args: argparse.Namespace) -> dict:
             "save_logs": False,
             "siglip": False,
         },
-        **{"local_loss": False, "gather_with_grad": False, "model": args.model},
+        **{"local_loss": args.local_loss, "gather_with_grad": args.local_loss, "model": args.model},
     )
 
     def trainer_step(batch: tuple, loss: torch.nn.Module) -> None:

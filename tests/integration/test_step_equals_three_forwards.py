@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
@@ -31,36 +32,71 @@ class Case:
     accum_freq: int
     pair_size: int
     nproc: int
-    local_loss: bool
+    distributed: tuple[str, ...] = ()
     patched: bool = False
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
-        local = "-local" if self.local_loss else ""
-        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{local}{'-patched' * self.patched}"
+        distributed = "".join(flag.replace("--", "-") for flag in self.distributed)
+        patched = "-patched" if self.patched else ""
+        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
     @property
     def flags(self) -> list[object]:
         flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
-        flags += ["--siglip"] if self.siglip else []
-        return flags + (["--local-loss", "--gather-with-grad"] if self.local_loss else [])
+        return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
+
+    @property
+    def dist_impl(self) -> str | None:
+        """SigLIP's way to exchange texts."""
+        impl = "--loss-dist-impl"
+        return self.distributed[self.distributed.index(impl) + 1] if impl in self.distributed else None
 
 
+LOCAL, GRAD = "--local-loss", "--gather-with-grad"
+GATHERS = ((), (LOCAL,), (GRAD,), (LOCAL, GRAD))
+EXCHANGES = tuple(("--loss-dist-impl", impl) for impl in ("bidir", "shift", "reduce", "gather"))
+MEMORY = (("--ddp-static-graph",), ("--grad-checkpointing",), ("--ddp-static-graph", "--grad-checkpointing"))
+
+# Every size alone and in two processes; in two, each way to gather or to exchange, one after the other.
+SIZES = tuple(itertools.product((1, 2), (TASK_SIZE, 4)))
 CASES = [
-    Case(siglip, accum_freq, pair_size, nproc, local_loss)
-    for siglip in (False, True)
-    for accum_freq in (1, 2)
-    for pair_size in (TASK_SIZE, 4)
-    for nproc, local_loss in ((1, False), (2, False), (2, True))
+    Case(siglip, *size, nproc, way)
+    for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
+    for size, exchange in zip(SIZES, ways, strict=True)
+    for nproc, way in dict.fromkeys([(1, ()), (2, ()), (2, exchange)])
+] + [Case(False, 1, 4, 2, (LOCAL, GRAD))]
+
+# What is left: every way with every size in four processes, and what saves memory with every way in two.
+SLOW = [
+    *(
+        Case(siglip, accum_freq, 4, 4, way)
+        for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
+        for accum_freq in (1, 2)
+        for way in ways
+    ),
+    *(Case(False, 1, 4, 2, (*memory, *way)) for memory in MEMORY for way in GATHERS),
+    *(Case(True, 1, 4, 2, memory) for memory in MEMORY),
+    *(Case(False, 2, 4, 2, memory) for memory in MEMORY),
+    Case(False, 1, 4, 1, ("--grad-checkpointing",)),
 ]
 # Sources with the patches of patches/ in the place of hooks.
-CASES += [Case(False, 2, 4, 1, False, patched=True), Case(True, 1, TASK_SIZE, 2, False, patched=True)]
+CASES += [Case(False, 2, 4, 1, patched=True), Case(True, 1, TASK_SIZE, 2, patched=True)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_configs):
     """Runs every case through the trainer, then the references; case -> (run, reference gradients' path)."""
-    folder = tmp_path_factory.mktemp("steps")
+    return _run_all(CASES, tmp_path_factory.mktemp("steps"), model_configs)
+
+
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory, model_configs):
+    """The same of the other cases."""
+    return _run_all(SLOW, tmp_path_factory.mktemp("slow-steps"), model_configs)
+
+
+def _run_all(cases: list[Case], folder: Path, model_configs: Path) -> dict:
     task = data.write_task(folder / "task", shards=4, per_shard=8)
     anchors = folder / "anchors"
     data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
@@ -71,24 +107,31 @@ def runs(tmp_path_factory, model_configs):
 
     def run(case: Case) -> trainer.Run:
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
-        flags = ["--train-data", task.urls, "--train-num-samples", 24, "--arf-anchors", anchors, *case.flags]
+        flags = [
+            "--train-data",
+            task.urls,
+            "--train-num-samples",
+            48 if case.nproc == 4 else 24,
+            "--arf-anchors",
+            anchors,
+            *case.flags,
+        ]
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(
-            *flags,
-            nproc=case.nproc,
-            name=str(case),
-            batch_size=TASK_SIZE,
-            env=env,
-            open_clip=fork if case.patched else None,
-            check=False,
-        )
+        options = {
+            "nproc": case.nproc,
+            "name": str(case),
+            "batch_size": TASK_SIZE,
+            "env": env,
+            "check": False,
+        }
+        # A fork's sources come first on the path of a run of its own; forks of this process have open_clip already.
+        return train(*flags, open_clip=fork, **options) if case.patched else train.forked(*flags, **options)
 
-    single = [case for case in CASES if case.nproc == 1]
-    double = [case for case in CASES if case.nproc == 2]
+    by_size = {nproc: [case for case in cases if case.nproc == nproc] for nproc in (1, 2, 4)}
     with ThreadPoolExecutor(2) as pool:
-        finished = dict(zip(single, pool.map(run, single), strict=True))
-    finished.update({case: run(case) for case in double})
-    for nproc, cases in ((1, single), (2, double)):
+        finished = dict(zip(by_size[1], pool.map(run, by_size[1]), strict=True))
+    finished.update({case: run(case) for case in by_size[2] + by_size[4]})
+    for nproc, these in by_size.items():
         jobs = [
             reference.Job(
                 record=str(folder / str(case)),
@@ -98,14 +141,15 @@ def runs(tmp_path_factory, model_configs):
                 pair_size=case.pair_size,
                 siglip=case.siglip,
                 accum_freq=case.accum_freq,
-                local_loss=case.local_loss,
-                gather_with_grad=case.local_loss,
+                local_loss=LOCAL in case.distributed,
+                gather_with_grad=GRAD in case.distributed,
+                loss_dist_impl=case.dist_impl,
             )
-            for case in cases
+            for case in these
             if finished[case].status == 0
         ]
         _run_references(folder / f"jobs-{nproc}.json", jobs, nproc, model_configs)
-    return {case: (finished[case], folder / str(case)) for case in CASES}
+    return {case: (finished[case], folder / str(case)) for case in cases}
 
 
 def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_configs: Path) -> None:
@@ -129,6 +173,16 @@ def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_con
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_of_one_step_equal_three_forwards(runs, case):
     run, record = runs[case]
+    assert run.status == 0, run.output
+    terms = torch.load(f"{record}.reference", weights_only=True)
+    assert reference.relative_error(str(record), terms) <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_gradients_in_every_distributed_combination(slow_runs, case):
+    """Static graph and checkpointing change no gradient: the reference does without them."""
+    run, record = slow_runs[case]
     assert run.status == 0, run.output
     terms = torch.load(f"{record}.reference", weights_only=True)
     assert reference.relative_error(str(record), terms) <= BOUND

@@ -39,6 +39,7 @@ class Job:
         accum_freq: Micro-batches per step.
         local_loss: --local-loss.
         gather_with_grad: --gather-with-grad.
+        loss_dist_impl: --loss-dist-impl.
     """
 
     record: str
@@ -50,6 +51,7 @@ class Job:
     accum_freq: int
     local_loss: bool
     gather_with_grad: bool
+    loss_dist_impl: str | None = None
 
 
 def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -140,7 +142,12 @@ def step_gradients(
             "grad_clip_norm": None,
             "save_logs": False,
         },
-        **{"siglip": job.siglip, "model": "tiny-vit", "loss_dist_impl": None, "log_local": False},
+        **{
+            "siglip": job.siglip,
+            "model": "tiny-vit",
+            "loss_dist_impl": job.loss_dist_impl,
+            "log_local": False,
+        },
         **{"local_loss": job.local_loss, "gather_with_grad": job.gather_with_grad},
     )
     loader = Batches(batches)

@@ -83,6 +83,7 @@ class Trainer:
         name: str = "run",
         model: str = "tiny-vit",
         batch_size: int = 8,
+        env: dict[str, str] | None = None,
         check: bool = True,
     ) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
@@ -90,13 +91,19 @@ class Trainer:
         The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
         Several processes are told of each other by the variables that torchrun sets.
         """
-        started = self.start(*flags, nproc=nproc, name=name, model=model, batch_size=batch_size)
+        started = self.start(*flags, nproc=nproc, name=name, model=model, batch_size=batch_size, env=env)
         run = started.wait()
         assert not check or run.status == 0, run.output
         return run
 
     def start(
-        self, *flags: Any, nproc: int = 1, name: str = "run", model: str = "tiny-vit", batch_size: int = 8
+        self,
+        *flags: Any,
+        nproc: int = 1,
+        name: str = "run",
+        model: str = "tiny-vit",
+        batch_size: int = 8,
+        env: dict[str, str] | None = None,
     ) -> Started:
         """Starts what `forked` runs."""
         context = multiprocessing.get_context("forkserver")
@@ -105,16 +112,13 @@ class Trainer:
         output = self.logs / f"{name}.out"
         argv = self._argv(flags, name, model, batch_size)
         output.unlink(missing_ok=True)
-        env, port = {**self.env, "ARF_TEST_SHIM_ALWAYS": "1"}, _free_port()
-        processes = []
-        for rank in range(nproc):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nproc, "MASTER_PORT": port}
-            told = {**{key: str(value) for key, value in group.items()}, "MASTER_ADDR": "127.0.0.1"}
-            process = context.Process(
-                target=_run_main, args=(argv, {**env, **told} if nproc > 1 else env, output)
-            )
+        environment = {**self.env, "ARF_TEST_SHIM_ALWAYS": "1", **(env or {})}
+        processes = [
+            context.Process(target=_run_main, args=(argv, {**environment, **told}, output))
+            for told in (_torchrun_env(nproc) if nproc > 1 else [{}])
+        ]
+        for process in processes:
             process.start()
-            processes.append(process)
         return Started(processes, output, self.logs / name)
 
     def _argv(self, flags: tuple[Any, ...], name: str, model: str, batch_size: int) -> list[str]:
@@ -147,10 +151,13 @@ def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
     os._exit(status)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _torchrun_env(nproc: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
 
 class Started:

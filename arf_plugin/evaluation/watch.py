@@ -1,0 +1,193 @@
+"""Zero-shot accuracy of a model that is being trained: measured between epochs, and training does not notice.
+
+The figures are those of ``arf evaluate``: the same classifier, the same counting. What differs is that the model is the
+live one, so its modes and every random number generator are put back as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.evaluation import batches
+from arf_plugin.evaluation.distributed import Processes
+from arf_plugin.evaluation.metrics import Predictions, accuracies, joined
+from arf_plugin.evaluation.sets import EvaluationSet, find_sets
+from arf_plugin.evaluation.zeroshot import Classifier
+
+Features = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of one set.
+
+    Attributes:
+        dataset: the set.
+        metrics: in percent, see :func:`arf_plugin.evaluation.metrics.accuracies`.
+        features: ``image``, unit features [N, D] in the set's order, and ``text``, those of the classes [C, D]; on
+            the CPU, float32.
+        seconds: how long all sets of the round took.
+    """
+
+    dataset: EvaluationSet
+    metrics: dict[str, float]
+    features: Features
+    seconds: float
+
+
+def open_sets(folders: Sequence[str]) -> list[EvaluationSet]:
+    """Opens the sets in or below folders, as ``arf evaluate --data`` reads them.
+
+    Raises:
+        EvaluationError: for a folder that is missing or holds no set, a set that is malformed, and two of one name.
+        MissingDependencyError: without CLIP_benchmark, which builds the classifiers.
+    """
+    if importlib.util.find_spec("clip_benchmark") is None:
+        raise MissingDependencyError("clip-benchmark", "--arf-watch", "evaluation")
+    try:
+        sets = [found for folder in folders for found in find_sets(Path(folder))]
+    except EvaluationError as error:
+        raise EvaluationError(f"--arf-watch: {error}") from error
+    names = [dataset.name for dataset in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise EvaluationError(
+                f"--arf-watch: two sets are called '{name}'. Name a folder above both, so that results can tell them "
+                "apart."
+            )
+    return sets
+
+
+@dataclass
+class Observer:
+    """Measures a live model on sets of images.
+
+    Several processes share the images and the classes. All of them must call :meth:`observe`, and all get the result.
+
+    Attributes:
+        sets: what to measure on.
+        preprocess: the model's transform for evaluation.
+        tokenizer: texts to [n, L].
+        device: where the model is.
+        autocast: makes the context that the trainer runs forwards in.
+        amp: whether that is a context of mixed precision.
+        dtype: of images that go into the model; None for float32.
+        batch_size: images in a forward.
+        workers: processes that decode images.
+        processes: those that train together.
+    """
+
+    sets: Sequence[EvaluationSet]
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Any
+    device: torch.device
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    amp: bool
+    dtype: torch.dtype | None
+    batch_size: int
+    workers: int
+    processes: Processes
+
+    def observe(self, model: torch.nn.Module) -> list[Observation]:
+        """Measures the model on every set.
+
+        Args:
+            model: open_clip's, without wrappers.
+
+        Raises:
+            EvaluationError: in every process, if one of them cannot read an image.
+        """
+        start = time.perf_counter()
+        with left_alone(model), torch.no_grad(), self.autocast():
+            classifier = Classifier(model, None, self.tokenizer, self.device, self.amp, self.processes.first)
+            weights = [self._weights(classifier, dataset) for dataset in self.sets]
+            mine: list[_Part] | EvaluationError
+            try:
+                mine = self._classify(classifier, weights)
+            except EvaluationError as error:
+                mine = error
+            everyone = self.processes.gather(mine)
+        for theirs in everyone:
+            if isinstance(theirs, EvaluationError):
+                raise theirs
+        parts = [part for theirs in everyone if not isinstance(theirs, EvaluationError) for part in theirs]
+        seconds = time.perf_counter() - start
+        found = []
+        for index, dataset in enumerate(self.sets):
+            here = sorted((p for p in parts if p.batch.dataset == index), key=lambda p: p.batch.number)
+            features = {
+                "image": torch.cat([p.features for p in here]),
+                "text": weights[index].T.float().cpu(),
+            }
+            metrics = accuracies(joined([p.predictions for p in here]), len(dataset.classnames))
+            found.append(Observation(dataset, metrics, features, seconds))
+        return found
+
+    def _weights(self, classifier: Classifier, dataset: EvaluationSet) -> torch.Tensor:
+        """The zero-shot classifier [D, C], each process building its share of the classes."""
+        world, names = self.processes.world, dataset.classnames
+        mine = names[self.processes.rank :: world] or names[:1]  # more processes than classes: not used
+        share = classifier.weights(replace(dataset, classnames=mine))
+        assert isinstance(share, torch.Tensor), "without a head"
+        shares = self.processes.gather(share.cpu())
+        columns = [shares[n % world][:, n // world] for n in range(len(names))]
+        return torch.stack(columns, dim=1).to(self.device)
+
+    def _classify(self, classifier: Classifier, weights: Sequence[torch.Tensor]) -> list[_Part]:
+        plan = batches.plan([dataset.images for dataset in self.sets], self.batch_size)
+        share = plan[self.processes.rank :: self.processes.world]
+        stream = batches.decode(self.sets, share, self.preprocess, self.workers, self.device)
+        hidden = not (self.processes.first and sys.stderr.isatty())
+        total = sum(batch.stop - batch.start for batch in share)
+        parts = []
+        with tqdm(total=total, desc="watch", unit=" images", leave=False, disable=hidden) as bar:
+            for batch, images, target in stream:
+                features = classifier.features(images.to(dtype=self.dtype))
+                predictions = classifier.classify(features, target, weights[batch.dataset])
+                parts.append(_Part(batch, predictions, features.float().cpu()))
+                bar.update(len(target))
+        return parts
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one batch gave."""
+
+    batch: batches.Batch
+    predictions: Predictions
+    features: torch.Tensor
+
+
+@contextlib.contextmanager
+def left_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and afterwards every module of it and all random numbers back.
+
+    Each module by itself: frozen BatchNorm layers are in evaluation mode amid others that train.
+    """
+    modes = {module: module.training for module in model.modules()}
+    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []  # not run here: no GPU
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
+        torch.set_rng_state(numbers[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)

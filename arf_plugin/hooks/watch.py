@@ -1,0 +1,227 @@
+"""``--arf-watch``: what is seen between epochs, into the trainer's own log, TensorBoard, wandb and one file of rows.
+
+``LOGS/NAME/arf_watch.jsonl`` has one line per set and moment::
+
+    {"format": 1, "epoch": 3, "step": 1200, "set": "pets", "images": 500, "classes": 37, "headline": "top1",
+     "metrics": {"top1": 88.2, ...}, "start": 91.0, "drift": {"image_cosine": 0.93, "image_cka": 0.97, ...}, ...}
+
+``epoch`` counts finished epochs, 0 is before the first step; ``start`` is the accuracy there. A resumed run goes on
+with that file, and with the starting features beside it; where an epoch occurs twice, the later line counts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from torch import nn
+
+from arf_plugin.anchors.files import replacing
+from arf_plugin.config import ArfConfig
+from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.distributed import Processes
+from arf_plugin.evaluation.drift import drift
+from arf_plugin.evaluation.rows import FORMAT, Row, append_row, read_rows
+from arf_plugin.evaluation.sets import EvaluationSet
+from arf_plugin.evaluation.watch import Features, Observation, Observer
+from arf_plugin.hooks.epoch import Training
+
+ROWS, START = "arf_watch.jsonl", "arf_watch_start.pt"
+
+
+class Watch:
+    """Measures before the first epoch and after each; a listener of epochs.
+
+    Args:
+        config: The ARF flags.
+        args: The trainer's arguments.
+        sets: What to measure on.
+        preprocess: The trainer's transform for evaluation.
+        tokenizer: The trainer's tokenizer.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps, by which wandb counts.
+    """
+
+    def __init__(
+        self, config: ArfConfig, args: Any, sets: list[EvaluationSet], preprocess: Any, tokenizer: Any
+    ) -> None:
+        device = torch.device(args.device)
+        self.config = config
+        self.processes = Processes.joined()
+        self.observer = Observer(
+            sets=sets,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            device=device,
+            autocast=_autocast(args.precision, device),
+            amp=args.precision.startswith("amp"),
+            dtype=get_input_dtype(args.precision),
+            batch_size=args.batch_size,
+            workers=args.workers,
+            processes=self.processes,
+        )
+        self.steps_per_epoch = 0
+        self._folder: Path | None = None
+        self._start: dict[str, float] = {}
+        self._start_features: dict[str, Features] = {}
+        self._begun = False
+
+    def before_epoch(self, training: Training) -> None:
+        """Measures where training starts from, unless a resumed run has its figures already."""
+        if self._begun:
+            return
+        self._begun = True
+        if training.args.save_logs:
+            self._folder = Path(training.args.logs, training.args.name)
+        known = self._known() if self.processes.first else {}
+        if not self.processes.share(bool(known)):
+            self._look(training, training.epoch)
+        elif self.processes.first:
+            self._start = {name: row["start"] for name, row in known.items()}
+            accuracies = ", ".join(f"{name} {start:.1f} %" for name, start in self._start.items())
+            logging.info(f"ARF watch: goes on; top-1 before training: {accuracies}")
+
+    def after_epoch(self, training: Training) -> None:
+        """Measures; an image that has become unreadable since the start does not end the training."""
+        try:
+            self._look(training, training.epoch + 1)
+        except EvaluationError as error:
+            logging.error(f"ARF watch: nothing measured after epoch {training.epoch + 1}: {error}")
+
+    def _known(self) -> dict[str, Row]:
+        """The last row of each set in the file, if it has rows of all sets as they are now."""
+        path = self._folder / ROWS if self._folder else None
+        if path is None or not path.is_file():
+            return {}
+        found = {row["set"]: row for row in read_rows(path)}
+        for dataset in self.observer.sets:
+            row = found.get(dataset.name, {})
+            if (row.get("data"), row.get("prompts")) != (dataset.samples.digest, dataset.prompts):
+                logging.warning(
+                    f"ARF watch: {path} has no figures of the set '{dataset.name}' as it is now; the accuracy here "
+                    "counts as the start."
+                )
+                return {}
+        if self.config.watch_drift and not self._load_features(path.with_name(START)):
+            return {}
+        return {dataset.name: found[dataset.name] for dataset in self.observer.sets}
+
+    def _load_features(self, path: Path) -> bool:
+        if not path.is_file():
+            logging.warning(f"ARF watch: there is no {path}, so drift is measured from here on.")
+            return False
+        self._start_features = torch.load(path, weights_only=True)
+        return True
+
+    def _look(self, training: Training, epoch: int) -> None:
+        seen = self.observer.observe(_unwrapped(training.model))
+        if not self.processes.first:
+            return
+        if not self._start:
+            self._start = {one.dataset.name: one.metrics["top1"] for one in seen}
+            self._keep_features(seen)
+        for one in seen:
+            row = self._row(one, training.args, epoch)
+            self._log(row, one.seconds)
+            self._warn(row)
+            if self._folder is not None:
+                append_row(self._folder / ROWS, row)
+            self._report(row, training)
+
+    def _keep_features(self, seen: list[Observation]) -> None:
+        if not self.config.watch_drift:
+            return
+        self._start_features = {one.dataset.name: one.features for one in seen}
+        if self._folder is not None:
+            with replacing(self._folder / START) as temporary:
+                torch.save(self._start_features, temporary)
+
+    def _row(self, one: Observation, args: Any, epoch: int) -> Row:
+        dataset, moved = one.dataset, {}
+        for kind, start in self._start_features.get(dataset.name, {}).items():
+            measured = drift(one.features[kind], start)
+            moved.update({f"{kind}_{name}": _number(value) for name, value in measured.items()})
+        return {
+            **{"format": FORMAT, "epoch": epoch, "step": epoch * self.steps_per_epoch},
+            **{"set": dataset.name, "split": dataset.split, "checkpoint": f"epoch_{epoch}"},
+            **{"model": args.model, "precision": args.precision},
+            **{"images": dataset.images, "classes": len(dataset.classnames), "headline": "top1"},
+            **{"metrics": one.metrics, "start": self._start[dataset.name], "drift": moved},
+            **{"prompts": dataset.prompts, "data": dataset.samples.digest, "seconds": round(one.seconds, 3)},
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def _log(self, row: Row, seconds: float) -> None:
+        metrics, when = row["metrics"], _when(row["epoch"])
+        moved = ", ".join(
+            f"{name.replace('_', ' ').replace('cka', 'CKA')} {'none' if value is None else f'{value:.3f}'}"
+            for name, value in row["drift"].items()
+        )
+        logging.info(
+            f"ARF watch: {when}: {row['set']}: zero-shot top-1 {metrics['top1']:.2f} % "
+            f"(start {row['start']:.2f} %), mean per class {metrics['mean_per_class']:.2f} %"
+            + (f"; {moved}" if moved else "")
+            + f" [{row['images']} images, {seconds:.1f} s]"
+        )
+
+    def _warn(self, row: Row) -> None:
+        now, start, chance = row["metrics"]["top1"], row["start"], 100.0 / row["classes"]
+        if now < start * (1.0 - self.config.watch_drop):
+            logging.warning(
+                f"ARF watch: zero-shot accuracy on '{row['set']}' has collapsed: {start:.1f} % before training, "
+                f"{now:.1f} % {_when(row['epoch'])}, {100 * (1 - now / start):.0f} % of it lost (--arf-watch-drop "
+                f"{self.config.watch_drop:g}). The model forgets: train with --arf-anchors, a lower --lr or fewer "
+                "--epochs, or mix the weights with those of the start (arf interpolate)."
+            )
+        elif row["epoch"] == 0 and start < 1.2 * chance:
+            logging.warning(
+                f"ARF watch: before training, accuracy on '{row['set']}' is {start:.1f} %, and guessing among its "
+                f"{row['classes']} classes gives {chance:.1f} %: a collapse would not show. Is --pretrained missing, "
+                "or are the class names not those of the images?"
+            )
+
+    def _report(self, row: Row, training: Training) -> None:
+        """Hands figures to the loggers that the trainer uses: by epoch, or by step in wandb, as it does itself."""
+        values = {
+            f"watch/{row['set']}/{name}": value
+            for name, value in {**row["metrics"], **row["drift"]}.items()
+            if value is not None
+        }
+        if training.tb_writer is not None:
+            for name, value in values.items():
+                training.tb_writer.add_scalar(name, value, row["epoch"])
+        if training.args.wandb:
+            import wandb
+
+            wandb.log({**values, "epoch": row["epoch"]}, step=row["step"])
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The trainer's own; up to 2.28 it knows no devices."""
+    known = inspect.signature(get_autocast).parameters
+    return get_autocast(precision, **({"device_type": device.type} if "device_type" in known else {}))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """open_clip's model inside what ``--torchcompile`` and several processes put around it."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
+
+
+def _when(epoch: int) -> str:
+    return f"after epoch {epoch}" if epoch else "before training"
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
