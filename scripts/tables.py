@@ -20,22 +20,32 @@ from emojinet.report import METRICS as COLUMNS
 
 from arf_plugin.ablation.table import as_markdown
 from arf_plugin.evaluation.suites import load_suite
-from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
+from arf_plugin.hooks.engine import covers
+from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
+from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
 RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
 GRID = ROOT / "docs" / "figures" / "emojinet-grid.json"  # runs/ablation/main/results.json
-TESTED = ("2.32.0", "3.3.0")  # by every run of scripts/test.sh
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
 
 
 def versions() -> str:
     """Declared and tested releases."""
-    return _table(
-        ["declared", "tested on every change"],
-        [[f"`{PACKAGE}{SUPPORTED}`", ", ".join(f"`{v}`" for v in TESTED)]],
-    )
+    rows = []
+    for versions in SUPPORTED:
+        tested = [release for release in RELEASES if covers(versions, release.version)]
+        columns = [[r for r in tested if r.every_change], [r for r in tested if not r.every_change]]
+        rows.append(
+            [f"`{PACKAGE}{versions}`", *(", ".join(map(_named, column)) or "–" for column in columns)]
+        )
+    return _table(["declared", "tested on every change", "tested with `nox`"], rows)
+
+
+def _named(release: Release) -> str:
+    commit = f" (unreleased, commit {release.commit[:8]})" if release.commit else ""
+    return f"`{release.version}`{commit}"
 
 
 def hooks() -> str:

@@ -11,16 +11,14 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 make_environment captions,retrieval,evaluation,emojinet,dev
 
-# Files alone, beside the environment: the older of the two open_clip releases that the tests run, and the numpy that
+# Files alone, beside the environment: the open_clip releases that are tested on every change, and the numpy that
 # CLIP_benchmark 1.6.2 can count with, for the test that compares with it.
-for package in open_clip_torch==2.32.0 numpy==2.3.5; do
-    folder=.venvs/${package/==/-}
-    if [ ! -d "$folder" ]; then
-        "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$folder.incomplete" \
-            "$package"
-        mv "$folder.incomplete" "$folder"
-    fi
-done
+"$VENV/bin/python" scripts/versions/install.py --every-change
+if [ ! -d .venvs/numpy-2.3.5 ]; then
+    "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target .venvs/numpy-2.3.5.incomplete \
+        numpy==2.3.5
+    mv .venvs/numpy-2.3.5.incomplete .venvs/numpy-2.3.5
+fi
 
 if [ -z "${SKIP_LINT:-}" ]; then
     "$VENV/bin/ruff" check .

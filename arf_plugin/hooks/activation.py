@@ -15,8 +15,9 @@ from arf_plugin import config
 from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
 from arf_plugin.hooks.engine import Engine
-from arf_plugin.hooks.table import PACKAGE, rows
-from arf_plugin.hooks.versions import upstream_version
+from arf_plugin.hooks.releases import PACKAGE
+from arf_plugin.hooks.table import rows
+from arf_plugin.hooks.versions import trains_tasks, upstream_version
 
 MAIN = "open_clip_train.main"
 
@@ -37,12 +38,12 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     deactivate()
     sys.excepthook = _print_arf_errors
     version = upstream_version()
-    ENGINE.apply(rows("parsing"), version, None)
+    ENGINE.apply(rows("parsing", version), version, None)
     try:
         args = original(argv)
     finally:
         deactivate()
-    _activate(config.resolve(args), version, params)
+    _activate(_resolve(args, version), version, params)
     return args
 
 
@@ -61,14 +62,15 @@ def check_args(argv: Sequence[str]) -> Any:
     from open_clip_train import params
 
     original = getattr(params.parse_args, "arf_original", params.parse_args)
-    ENGINE.apply(rows("parsing"), upstream_version(), None)
+    version = upstream_version()
+    ENGINE.apply(rows("parsing", version), version, None)
     try:
         with parsing_errors():
             args = original(list(argv))
     finally:
         deactivate()
     if wants_arf(argv):
-        config.resolve(args)
+        _resolve(args, version)
     return args
 
 
@@ -88,11 +90,20 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
+def _resolve(args: Any, version: str) -> config.ArfConfig:
+    arf = config.resolve(args)
+    if trains_tasks(version):
+        from arf_plugin.hooks.task_flags import check_args as check_task_args
+
+        check_task_args(args, arf)
+    return arf
+
+
 def _activate(arf: config.ArfConfig, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
     session = Session(arf, ENGINE, version)
-    ENGINE.apply(rows("run"), version, session, {MAIN: _main_module(params)})
+    ENGINE.apply(rows("run", version), version, session, {MAIN: _main_module(params)})
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
 
 

@@ -2,109 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
 import torch
-from support import data, reference, trainer
+from support import reference, releases, steps
 
-TASK_SIZE = 6
-BOUND = 1e-10
+from arf_plugin.hooks.releases import RELEASES
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One combination of flags."""
-
-    siglip: bool
-    accum_freq: int
-    pair_size: int
-    nproc: int
-    local_loss: bool
-
-    def __str__(self) -> str:
-        loss = "siglip" if self.siglip else "clip"
-        local = "-local" if self.local_loss else ""
-        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{local}"
-
-    @property
-    def flags(self) -> list[object]:
-        flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
-        flags += ["--siglip"] if self.siglip else []
-        return flags + (["--local-loss", "--gather-with-grad"] if self.local_loss else [])
-
-
-CASES = [
-    Case(siglip, accum_freq, pair_size, nproc, local_loss)
+ALL_CASES = [
+    steps.Case(siglip, accum_freq, pair_size, nproc, local_loss)
     for siglip in (False, True)
     for accum_freq in (1, 2)
-    for pair_size in (TASK_SIZE, 4)
+    for pair_size in (steps.TASK_SIZE, 4)
     for nproc, local_loss in ((1, False), (2, False), (2, True))
 ]
+# The releases that are not tested on every change: both losses, with and without accumulation, one and two processes.
+EVERY_CHANGE = [release.version for release in RELEASES if release.every_change]
+CASES = ALL_CASES if releases.current() in EVERY_CHANGE else steps.FEW_CASES
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_configs):
-    """Runs every case through the trainer, then the references; case -> (run, reference gradients' path)."""
-    folder = tmp_path_factory.mktemp("steps")
-    task = data.write_task(folder / "task", shards=4, per_shard=8)
-    anchors = folder / "anchors"
-    data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
-    data.write_pairs(anchors, shards=4, per_shard=6)
-
-    def run(case: Case) -> trainer.Run:
-        train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
-        flags = ["--train-data", task.urls, "--train-num-samples", 24, "--arf-anchors", anchors, *case.flags]
-        env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(*flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False)
-
-    single = [case for case in CASES if case.nproc == 1]
-    double = [case for case in CASES if case.nproc == 2]
-    with ThreadPoolExecutor(2) as pool:
-        finished = dict(zip(single, pool.map(run, single), strict=True))
-    finished.update({case: run(case) for case in double})
-    for nproc, cases in ((1, single), (2, double)):
-        jobs = [
-            reference.Job(
-                record=str(folder / str(case)),
-                anchors=str(anchors),
-                task=str(task.folder),
-                task_size=TASK_SIZE,
-                pair_size=case.pair_size,
-                siglip=case.siglip,
-                accum_freq=case.accum_freq,
-                local_loss=case.local_loss,
-                gather_with_grad=case.local_loss,
-            )
-            for case in cases
-            if finished[case].status == 0
-        ]
-        _run_references(folder / f"jobs-{nproc}.json", jobs, nproc, model_configs)
-    return {case: (finished[case], folder / str(case)) for case in CASES}
-
-
-def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_configs: Path) -> None:
-    path.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(trainer.SHIM),
-        "ARF_TEST_SHIM_ALWAYS": "1",
-        "ARF_TEST_FP64": "1",
-        "ARF_TEST_MODEL_CONFIGS": str(model_configs),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*argv, reference.__file__, str(path)], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Every case through the trainer and through the reference."""
+    return steps.run(CASES, tmp_path_factory.mktemp("steps"), model_configs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -112,7 +31,7 @@ def test_gradients_of_one_step_equal_three_forwards(runs, case):
     run, record = runs[case]
     assert run.status == 0, run.output
     terms = torch.load(f"{record}.reference", weights_only=True)
-    assert reference.relative_error(str(record), terms) <= BOUND
+    assert reference.relative_error(str(record), terms) <= steps.BOUND
 
 
 @pytest.mark.parametrize("missing", range(3), ids=["task", "caption", "pair"])

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from support import releases
 
 SHIM = Path(__file__).parents[1] / "shim"
 
 # Crops of a square image by exactly its area are the image itself: batches are then a function of their files.
 EXACT_CROP = ("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)")
+
+# The terms of ARF's loss, as the trainer logs them.
+TERMS = ("Contrastive_loss", "Caption_anchor_loss", "Pair_anchor_loss")
 
 
 class Trainer:
@@ -29,7 +37,7 @@ class Trainer:
         self.logs = logs
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ARF_")},
-            "PYTHONPATH": str(SHIM),
+            "PYTHONPATH": releases.path(SHIM),
             "ARF_TEST_MODEL_CONFIGS": str(model_configs),
             "ARF_TEST_DDP_CPU": "1",
             "ARF_CACHE_DIR": str(cache),
@@ -46,7 +54,7 @@ class Trainer:
         batch_size: int = 8,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
-        open_clip: str | None = None,
+        open_clip: Path | None = None,
         check: bool = True,
     ) -> Run:
         """Runs ``torchrun --nproc_per_node N -m -- open_clip_train.main FLAGS``.
@@ -63,40 +71,77 @@ class Trainer:
             check: Fail unless the trainer succeeds.
         """
         torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-        argv = [*torchrun, "-m", "--", "open_clip_train.main", *self._argv(flags, name, model, batch_size)]
+        trainer = self._argv(flags, name, model, batch_size, open_clip)
+        argv = [*torchrun, "-m", "--", "open_clip_train.main", *trainer]
         environment = {**self.env, **(env or {})}
         if open_clip is not None:
-            environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{open_clip}"
+            environment["PYTHONPATH"] = releases.path(SHIM, open_clip)
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False)
         run = Run(done.returncode, done.stdout + done.stderr, self.logs / name)
         assert not check or run.status == 0, run.output
         return run
 
     def forked(
-        self, *flags: Any, name: str = "run", model: str = "tiny-vit", batch_size: int = 8, check: bool = True
+        self,
+        *flags: Any,
+        nproc: int = 1,
+        name: str = "run",
+        model: str = "tiny-vit",
+        batch_size: int = 8,
+        env: dict[str, str] | None = None,
+        check: bool = True,
     ) -> Run:
-        """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
+        """Runs ``python -m open_clip_train.main FLAGS`` in forks of a process that has imported the libraries.
 
         The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["open_clip_train.data", "open_clip_train.train"])
         self.logs.mkdir(parents=True, exist_ok=True)
-        output = self.logs / f"{name}.out"
+        outputs = [self.logs / f"{name}{rank or ''}.out" for rank in range(nproc)]
         argv = self._argv(flags, name, model, batch_size)
-        process = context.Process(target=_run_main, args=(argv, self.env, output))
-        process.start()
-        process.join(300)
-        if process.exitcode is None:
-            process.kill()
-        run = Run(process.exitcode, output.read_text(), self.logs / name)
+        ranks = _torchrun_env(nproc) if nproc > 1 else [{}]
+        processes = [
+            context.Process(target=_run_main, args=(argv, {**self.env, **(env or {}), **own}, output))
+            for own, output in zip(ranks, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 300
+        while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if any(p.exitcode for p in processes):
+                deadline = min(deadline, time.monotonic() + 10)  # as torchrun, which ends the others
+        for process in processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        status = max((p.exitcode for p in processes), key=abs)
+        run = Run(status, "".join(output.read_text() for output in outputs), self.logs / name)
         assert not check or run.status == 0, run.output
         return run
 
-    def _argv(self, flags: tuple[Any, ...], name: str, model: str, batch_size: int) -> list[str]:
-        argv = ["--model", model, "--device", "cpu", "--batch-size", str(batch_size), "--workers", "0"]
+    def _argv(
+        self,
+        flags: tuple[Any, ...],
+        name: str,
+        model: str,
+        batch_size: int,
+        open_clip: Path | None = None,
+    ) -> list[str]:
+        argv = ["--model", model, *releases.on_cpu(open_clip)]
+        argv += ["--batch-size", str(batch_size), "--workers", "0"]
         argv += ["--epochs", "1", "--lr", "1e-3", "--warmup", "1", "--logs", str(self.logs), "--name", name]
         return [*argv, "--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
+
+
+def _torchrun_env(nproc: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
 
 def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
@@ -105,12 +150,8 @@ def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.environ.clear()
-    os.environ.update(env)
-    import open_clip
-    import torch
-
-    torch.set_num_threads(1)
-    open_clip.add_model_config(env["ARF_TEST_MODEL_CONFIGS"])
+    os.environ.update(env, ARF_TEST_SHIM_ALWAYS="1")
+    runpy.run_path(str(SHIM / "sitecustomize.py"))
     sys.argv = ["open_clip_train.main", *argv]
     status = 0
     try:
@@ -139,3 +180,13 @@ class Run:
         import torch
 
         return torch.load(self.folder / "checkpoints" / "epoch_1.pt", weights_only=True)
+
+
+def logged(run: Run, term: str) -> list[float]:
+    """Values of a loss term in a run's log, in order."""
+    return [float(value) for value in re.findall(rf" {term}: ([\d.eE+-]+) \(", run.output)]
+
+
+def batches(run: Run) -> list[tuple[int, int]]:
+    """Progress counts in a run's log: samples so far, samples of the epoch."""
+    return [(int(a), int(b)) for a, b in re.findall(r"Train Epoch: \d+ \[ *(\d+)/(\d+) ", run.output)]
