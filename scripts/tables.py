@@ -17,6 +17,7 @@ from typing import Any
 
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
+from versions.features import FEATURES
 
 from arf_plugin.ablation.table import as_markdown
 from arf_plugin.evaluation.suites import load_suite
@@ -25,7 +26,7 @@ from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
 from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md", ROOT / "docs" / "versions.md")
 RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
 GRID = ROOT / "docs" / "figures" / "emojinet-grid.json"  # runs/ablation/main/results.json
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
@@ -104,6 +105,32 @@ def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     columns = load_suite(found["suite"]).averages
     chosen = [{**row, "mean": {name: row["mean"][name] for name in columns}} for row in rows(found)]
     return as_markdown({**found, "rows": chosen}).rstrip()
+def features() -> str:
+    """Releases and features, one table for each group; written by scripts/versions/matrix.py."""
+    cells = json.loads((ROOT / "docs" / "versions.json").read_text())["cells"]
+    tables = []
+    for group in dict.fromkeys(feature.group for feature in FEATURES):
+        columns = [feature for feature in FEATURES if feature.group == group]
+        rows = [
+            [f"`{release.version}`", *(_cell(cells[release.version][feature.id]) for feature in columns)]
+            for release in RELEASES
+        tables.append(f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}")
+    return "\n\n".join(tables)
+def _cell(cell: dict[str, str]) -> str:
+    if cell["status"] == "passed":
+        return "passed"
+    return f"{cell['status']}: " + cell["detail"].replace("|", "\\|").replace("<", "&lt;")
+def upstream_tests() -> str:
+    """open_clip's own tests with the plugin and without; written by scripts/versions/upstream_tests.py."""
+    found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text())
+    kinds = ("passed", "failed", "error", "skipped")
+    rows = [
+        [f"`{version}`", str(run["tests"]), *(str(run["without"].get(kind, 0)) for kind in kinds), _different(run)]
+        for version, run in found.items()
+    ]
+    return _table(["open_clip", "tests", *kinds, "different with the plugin"], rows)
+def _different(run: dict[str, dict[str, list[str]]]) -> str:
+    return ", ".join(f"{name} ({' / '.join(both)})" for name, both in run["different"].items()) or "none"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -114,6 +141,14 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
     makers = {maker.__name__: maker for maker in (versions, hooks, results, seeds, grid, grid_wise)}
+    makers = {
+        "versions": versions,
+        "hooks": hooks,
+        "features": features,
+        "upstream_tests": upstream_tests,
+        "results": results,
+        "seeds": seeds,
+    }
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",

@@ -69,14 +69,12 @@ class Bench:
         """Runs the trainer with a feature, with ARF or as open_clip would."""
         name = f"{feature.id}-{'stock' if stock else 'arf'}"
         flags = ["--train-data", self.task.urls, "--train-num-samples", "32", *self.flags(feature.flags)]
+        flags += [] if stock else self.flags(feature.arf)
         start = self.train if feature.kind == "literal" else self.train.forked
-        return start(
-            *flags,
-            *([] if stock else self.flags(feature.arf)),
-            name=name,
-            nproc=feature.nproc,
-            check=False,
-        )
+        run = start(*flags, name=name, nproc=feature.nproc, check=False)
+        if feature.kind == "resumed" and run.status == 0:
+            run = start(*flags, "--epochs", "2", "--resume", "latest", name=name, check=False)
+        return run
 
 
 def forked(bench: Bench, feature: Feature) -> dict[str, str]:
@@ -94,7 +92,7 @@ def forked(bench: Bench, feature: Feature) -> dict[str, str]:
     return {"status": "failed", "detail": f"{errors[0]} (stock: {errors[1] if stock.status else 'passed'})"}
 
 
-literal = forked
+literal = resumed = forked
 
 
 def identity(bench: Bench, feature: Feature) -> dict[str, str]:

@@ -48,6 +48,7 @@ FEATURES = (
     Feature("workers", "`--workers 2`", BASICS, ("--workers", "2"), kind="literal"),
     Feature("csv", "CSV", BASICS, ("--train-data", "{csv}"), ("--arf-anchors", "{csv_anchors}")),
     Feature("validation", "`--val-data`", BASICS, ("--val-data", "{task}", "--val-num-samples", "32")),
+    Feature("resume", "`--resume latest`", BASICS, kind="resumed"),
     Feature("three-forwards", "equals three forwards, fp64", LOSS, kind="equivalence"),
     Feature("accum-freq", "`--accum-freq 2`", LOSS, ("--accum-freq", "2")),
     Feature("siglip", "`--siglip`", LOSS, ("--siglip",)),

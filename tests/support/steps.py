@@ -57,7 +57,9 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
         flags = ["--train-data", task.urls, "--train-num-samples", 24, "--arf-anchors", anchors, *case.flags]
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))}
-        return train(*flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False)
+        return train.forked(
+            *flags, nproc=case.nproc, name=str(case), batch_size=TASK_SIZE, env=env, check=False
+        )
 
     single = [case for case in cases if case.nproc == 1]
     double = [case for case in cases if case.nproc == 2]

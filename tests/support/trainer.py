@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from arf_plugin.evaluation.tensor_files import plain_numbers
 from support import releases
 
 SHIM = Path(__file__).parents[1] / "shim"
@@ -179,7 +180,8 @@ class Run:
         """The checkpoint after the first epoch."""
         import torch
 
-        return torch.load(self.folder / "checkpoints" / "epoch_1.pt", weights_only=True)
+        with torch.serialization.safe_globals(plain_numbers()):
+            return torch.load(self.folder / "checkpoints" / "epoch_1.pt", weights_only=True)
 
 
 def logged(run: Run, term: str) -> list[float]:
