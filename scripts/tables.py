@@ -115,6 +115,10 @@ def features() -> str:
             [f"`{release.version}`", *(_cell(cells[release.version][feature.id]) for feature in columns)]
             for release in RELEASES
         tables.append(f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}")
+        ]
+        tables.append(
+            f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}"
+        )
     return "\n\n".join(tables)
 def _cell(cell: dict[str, str]) -> str:
     if cell["status"] == "passed":
@@ -125,7 +129,12 @@ def upstream_tests() -> str:
     found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text())
     kinds = ("passed", "failed", "error", "skipped")
     rows = [
-        [f"`{version}`", str(run["tests"]), *(str(run["without"].get(kind, 0)) for kind in kinds), _different(run)]
+        [
+            f"`{version}`",
+            str(run["tests"]),
+            *(str(run["without"].get(kind, 0)) for kind in kinds),
+            _different(run),
+        ]
         for version, run in found.items()
     ]
     return _table(["open_clip", "tests", *kinds, "different with the plugin"], rows)
