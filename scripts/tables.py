@@ -105,6 +105,8 @@ def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     columns = load_suite(found["suite"]).averages
     chosen = [{**row, "mean": {name: row["mean"][name] for name in columns}} for row in rows(found)]
     return as_markdown({**found, "rows": chosen}).rstrip()
+
+
 def features() -> str:
     """Releases and features, one table for each group; written by scripts/versions/matrix.py."""
     cells = json.loads((ROOT / "docs" / "versions.json").read_text())["cells"]
@@ -114,16 +116,19 @@ def features() -> str:
         rows = [
             [f"`{release.version}`", *(_cell(cells[release.version][feature.id]) for feature in columns)]
             for release in RELEASES
-        tables.append(f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}")
         ]
         tables.append(
             f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}"
         )
     return "\n\n".join(tables)
+
+
 def _cell(cell: dict[str, str]) -> str:
     if cell["status"] == "passed":
         return "passed"
     return f"{cell['status']}: " + cell["detail"].replace("|", "\\|").replace("<", "&lt;")
+
+
 def upstream_tests() -> str:
     """open_clip's own tests with the plugin and without; written by scripts/versions/upstream_tests.py."""
     found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text())
@@ -138,6 +143,8 @@ def upstream_tests() -> str:
         for version, run in found.items()
     ]
     return _table(["open_clip", "tests", *kinds, "different with the plugin"], rows)
+
+
 def _different(run: dict[str, dict[str, list[str]]]) -> str:
     return ", ".join(f"{name} ({' / '.join(both)})" for name, both in run["different"].items()) or "none"
 
@@ -149,15 +156,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    makers = {maker.__name__: maker for maker in (versions, hooks, results, seeds, grid, grid_wise)}
-    makers = {
-        "versions": versions,
-        "hooks": hooks,
-        "features": features,
-        "upstream_tests": upstream_tests,
-        "results": results,
-        "seeds": seeds,
-    }
+    tables = (versions, hooks, features, upstream_tests, results, seeds, grid, grid_wise)
+    makers = {maker.__name__: maker for maker in tables}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",
