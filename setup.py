@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import runpy
 import shutil
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 HERE = Path(__file__).parent
+RELEASES = runpy.run_path(str(HERE / "arf_plugin" / "hooks" / "releases.py"))
 
 # `.pth` is read by every Python; `.start` (PEP 829) replaces its import lines from Python 3.15 on.
 STARTUP_FILES = {
@@ -100,7 +102,7 @@ setup(
         ]
     },
     install_requires=[
-        "open_clip_torch>=2.29",
+        RELEASES["REQUIREMENT"],
         "torch>=2.1",
         # The upper bound is that of open_clip's own `training` extra: later releases break its trainer.
         "webdataset>=0.2.5,<=0.2.86",

@@ -17,25 +17,36 @@ from typing import Any
 
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
+from versions.features import FEATURES
 
 from arf_plugin.ablation.table import as_markdown
 from arf_plugin.evaluation.suites import load_suite
-from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
+from arf_plugin.hooks.engine import covers
+from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
+from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md", ROOT / "docs" / "versions.md")
 RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
 GRID = ROOT / "docs" / "figures" / "emojinet-grid.json"  # runs/ablation/main/results.json
-TESTED = ("2.32.0", "3.3.0")  # by every run of scripts/test.sh
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
 
 
 def versions() -> str:
     """Declared and tested releases."""
-    return _table(
-        ["declared", "tested on every change"],
-        [[f"`{PACKAGE}{SUPPORTED}`", ", ".join(f"`{v}`" for v in TESTED)]],
-    )
+    rows = []
+    for versions in SUPPORTED:
+        tested = [release for release in RELEASES if covers(versions, release.version)]
+        columns = [[r for r in tested if r.every_change], [r for r in tested if not r.every_change]]
+        rows.append(
+            [f"`{PACKAGE}{versions}`", *(", ".join(map(_named, column)) or "–" for column in columns)]
+        )
+    return _table(["declared", "tested on every change", "tested with `nox`"], rows)
+
+
+def _named(release: Release) -> str:
+    commit = f" (unreleased, commit {release.commit[:8]})" if release.commit else ""
+    return f"`{release.version}`{commit}"
 
 
 def hooks() -> str:
@@ -96,6 +107,48 @@ def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     return as_markdown({**found, "rows": chosen}).rstrip()
 
 
+def features() -> str:
+    """Releases and features, one table for each group; written by scripts/versions/matrix.py."""
+    cells = json.loads((ROOT / "docs" / "versions.json").read_text())["cells"]
+    tables = []
+    for group in dict.fromkeys(feature.group for feature in FEATURES):
+        columns = [feature for feature in FEATURES if feature.group == group]
+        rows = [
+            [f"`{release.version}`", *(_cell(cells[release.version][feature.id]) for feature in columns)]
+            for release in RELEASES
+        ]
+        tables.append(
+            f"**{group}**\n\n{_table(['open_clip', *(feature.title for feature in columns)], rows)}"
+        )
+    return "\n\n".join(tables)
+
+
+def _cell(cell: dict[str, str]) -> str:
+    if cell["status"] == "passed":
+        return "passed"
+    return f"{cell['status']}: " + cell["detail"].replace("|", "\\|").replace("<", "&lt;")
+
+
+def upstream_tests() -> str:
+    """open_clip's own tests with the plugin and without; written by scripts/versions/upstream_tests.py."""
+    found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text())
+    kinds = ("passed", "failed", "error", "skipped")
+    rows = [
+        [
+            f"`{version}`",
+            str(run["tests"]),
+            *(str(run["without"].get(kind, 0)) for kind in kinds),
+            _different(run),
+        ]
+        for version, run in found.items()
+    ]
+    return _table(["open_clip", "tests", *kinds, "different with the plugin"], rows)
+
+
+def _different(run: dict[str, dict[str, list[str]]]) -> str:
+    return ", ".join(f"{name} ({' / '.join(both)})" for name, both in run["different"].items()) or "none"
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -103,7 +156,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    makers = {maker.__name__: maker for maker in (versions, hooks, results, seeds, grid, grid_wise)}
+    tables = (versions, hooks, features, upstream_tests, results, seeds, grid, grid_wise)
+    makers = {maker.__name__: maker for maker in tables}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{makers[match[2]]()}\n{match[3]}",

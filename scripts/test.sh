@@ -11,10 +11,11 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 make_environment captions,retrieval,evaluation,emojinet,dev
 
-# Files alone, beside the environment: the older of the two open_clip releases that the tests run; the numpy that
+# Files alone, beside the environment: the open_clip releases that are tested on every change; the numpy that
 # CLIP_benchmark 1.6.2 can count with, for the test that compares with it; a webdataset that stock open_clip cannot read;
 # TensorBoard, which open_clip would import at the start of every run if it were in the environment itself.
-for packages in open_clip_torch==2.32.0 numpy==2.3.5 webdataset==1.0.2 "tensorboard==2.21.0 absl-py"; do
+"$VENV/bin/python" scripts/versions/install.py --every-change
+for packages in numpy==2.3.5 webdataset==1.0.2 "tensorboard==2.21.0 absl-py"; do
     first=${packages%% *}
     folder=.venvs/${first/==/-}
     if [ ! -d "$folder" ]; then

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,15 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def model_configs(tmp_path_factory) -> Path:
     """A folder of open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""
-    folder = tmp_path_factory.mktemp("model_configs")
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
-    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
-    dropout = {**vit, "patch_dropout": 0.3}
-    for name, vision in (("tiny-vit", vit), ("tiny-vit-dropout", dropout), ("tiny-resnet", resnet)):
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-        (folder / f"{name}.json").write_text(json.dumps(config))
-    return folder
+    return data.write_model_configs(tmp_path_factory.mktemp("model_configs"))
 
 
 @pytest.fixture(scope="session")

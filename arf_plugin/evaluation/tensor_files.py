@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     import torch
 
 
+def plain_numbers() -> list[Any]:
+    """What `torch.load(weights_only=True)` may build beside tensors: numbers of numpy's type float64.
+
+    open_clip before 2.30 leaves its learning rate in the optimizer's state as one.
+    """
+    import numpy as np
+
+    number = np.float64(0).__reduce__()[0]
+    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")  # numpy 2, numpy 1
+    return [*((number, name) for name in names), np.dtype, type(np.dtype(np.float64))]
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """What is known of a tensor without reading it.
@@ -110,7 +122,8 @@ class WeightsFile:
         self._exists()
         try:
             mapped = zipfile.is_zipfile(self.path)
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(plain_numbers()):
+                content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as cause:  # torch raises many kinds for a damaged file
             raise self._unreadable(cause) from cause
         weights = self._checked(content)

@@ -14,9 +14,10 @@ from typing import Any
 from arf_plugin import config
 from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Engine
-from arf_plugin.hooks.table import PACKAGE, rows
-from arf_plugin.hooks.versions import upstream_version
+from arf_plugin.hooks.engine import Engine, Row
+from arf_plugin.hooks.releases import PACKAGE
+from arf_plugin.hooks.table import RESUMABLE, rows
+from arf_plugin.hooks.versions import trains_tasks, upstream_version
 
 MAIN = "open_clip_train.main"
 
@@ -37,12 +38,12 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     deactivate()
     sys.excepthook = print_arf_errors
     version = upstream_version()
-    ENGINE.apply(rows("parsing"), version, None)
+    ENGINE.apply(rows("parsing", version), version, None)
     try:
         args = original(argv)
     finally:
         deactivate()
-    _activate(config.resolve(args), bool(getattr(args, "resume", None)), version, params)
+    _activate(_resolve(args, version), bool(getattr(args, "resume", None)), version, params)
     return args
 
 
@@ -61,14 +62,15 @@ def check_args(argv: Sequence[str]) -> Any:
     from open_clip_train import params
 
     original = getattr(params.parse_args, "arf_original", params.parse_args)
-    ENGINE.apply(rows("parsing"), upstream_version(), None)
+    version = upstream_version()
+    ENGINE.apply(rows("parsing", version), version, None)
     try:
         with parsing_errors():
             args = original(list(argv))
     finally:
         deactivate()
     if wants_arf(argv):
-        config.resolve(args)
+        _resolve(args, version)
     return args
 
 
@@ -88,16 +90,37 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
+def _resolve(args: Any, version: str) -> config.ArfConfig:
+    arf = config.resolve(args)
+    if trains_tasks(version):
+        from arf_plugin.hooks.task_flags import check_args as check_task_args
+
+        check_task_args(args, arf)
+    return arf
+
+
+def rows_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Row, ...]:
+    """The rows that a run with these flags needs.
+
+    Raises:
+        FlagError: It asks for what no row does in this release.
+    """
+    resumable = rows("resumable run", version)
+    if arf.resumable and not resumable:
+        asked = "--arf-deterministic" if arf.deterministic else "--arf-checkpoint-every and --arf-stop-file"
+        raise FlagError(
+            f"{asked}: not written for the trainer of {PACKAGE} {version}; expected {PACKAGE}{RESUMABLE}.\n"
+            "Drop the flag, and resume from epoch checkpoints; or install one of those releases."
+        )
+    # Any run may resume from a step checkpoint; on a release without these rows open_clip starts its epoch over.
+    return rows("run", version) + (resumable if arf.resumable or resumes else ())
+
+
 def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
     session = Session(arf, ENGINE, version)
-    modules = {MAIN: _main_module(params)}
-    wanted, resumable = rows("run"), rows("resumable run")
-    # Any run may resume from a step checkpoint; on a release without these rows open_clip starts its epoch over.
-    if arf.resumable or (resumes and all(row.covers(version) for row in resumable)):
-        wanted += resumable
-    ENGINE.apply(wanted, version, session, modules)
+    ENGINE.apply(rows_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
 
 

@@ -149,9 +149,9 @@ def _task_data(
         # open_clip insists on a text column; with class prompts there need not be one.
         training.csv_caption_key = own_text_column or args.csv_img_key
     before = len(session.engine.applied)
-    session.engine.apply(rows("building task data"), session.version, texts)
+    session.engine.apply(rows("building task data", session.version), session.version, texts)
     if orders and not is_csv(args.train_data, args.dataset_type):
-        session.engine.apply(rows("ordering task data"), session.version, orders["task"])
+        session.engine.apply(rows("ordering task data", session.version), session.version, orders["task"])
         tokenizer = NumberedTokenizer(tokenizer)
     try:
         task = original(training, preprocess_fns, epoch=epoch, tokenizer=tokenizer)["train"]

@@ -9,8 +9,9 @@ from typing import Any
 
 from arf_plugin import _boot
 from arf_plugin.hooks.engine import Engine, Row
-from arf_plugin.hooks.table import PACKAGE, ROWS, SUPPORTED
-from arf_plugin.hooks.versions import installed
+from arf_plugin.hooks.releases import CREATE_LOSS, PACKAGE, SUPPORTED
+from arf_plugin.hooks.table import ROWS
+from arf_plugin.hooks.versions import installed, unsupported
 
 REPORTED = (
     "arf-plugin",
@@ -29,15 +30,17 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         ``versions`` (distribution -> version or None), ``supported``, ``startup`` (``active``, ``detail``), ``hooks``
-        (one entry per row: ``id``, ``target``, ``versions``, ``when``, ``why``, ``applies``, ``problem``), ``ok``.
+        (one entry per row of the installed release, or per row of all if there are none: ``id``, ``target``,
+        ``versions``, ``when``, ``why``, ``applies``, ``problem``), ``ok``.
     """
     versions = {name: installed(name) for name in REPORTED}
     startup = _startup()
     version = versions[PACKAGE]
-    hooks = [_examine(row, version) for row in ROWS]
+    fits = version is not None and unsupported(version) is None
+    hooks = [_examine(row, version) for row in ROWS if not fits or row.covers(str(version))]
     return {
         "versions": versions,
-        "supported": f"{PACKAGE}{SUPPORTED}",
+        "supported": f"{PACKAGE}{' or '.join(SUPPORTED)}",
         "startup": startup,
         "hooks": hooks,
         "ok": startup["active"] and all(hook["applies"] for hook in hooks),
@@ -47,7 +50,7 @@ def diagnose() -> dict[str, Any]:
 def _examine(row: Row, version: str | None) -> dict[str, Any]:
     if version is None:
         problem: str | None = (
-            f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{SUPPORTED}'"
+            f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{CREATE_LOSS}'"
         )
     else:
         problem = Engine(PACKAGE).check(row, version)

@@ -19,6 +19,11 @@ from arf_plugin.errors import IncompatibleUpstreamError
 _ABSENT: Any = object()
 
 
+def covers(versions: str, version: str) -> bool:
+    """Whether a version is in one of several ranges, written with " or " between them."""
+    return any(SpecifierSet(part).contains(version, prereleases=True) for part in versions.split(" or "))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One upstream name that is wrapped.
@@ -26,7 +31,7 @@ class Row:
     Attributes:
         id: Short name of the row, for people.
         target: Where the name is looked up at run time, as ``module:name``.
-        versions: Upstream releases that the row was written for.
+        versions: Upstream releases that the row was written for: version specifiers, with " or " between ranges.
         wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
             the original's place.
         when: How long the row holds: ``start-up``, ``parsing``, ``run``, ``resumable run``, ``building task data`` or
@@ -47,7 +52,7 @@ class Row:
 
     def covers(self, version: str) -> bool:
         """Whether the row was written for an upstream release."""
-        return SpecifierSet(self.versions).contains(version, prereleases=True)
+        return covers(self.versions, version)
 
 
 class Engine:
@@ -142,7 +147,7 @@ class Engine:
             f"  found:    {found}\n"
             f"  expected: {expected}\n"
             f"Training stops here rather than go on without anchors. See all hooks with: arf doctor\n"
-            f"Then: pip install '{self.package}{row.versions}', or upgrade arf-plugin."
+            f"Then: pip install '{self.package}{row.versions.split(' or ')[0]}', or upgrade arf-plugin."
         )
 
 

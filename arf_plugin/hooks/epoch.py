@@ -6,9 +6,10 @@ after, and a view of what the trainer holds: some parts of the plugin need the o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from arf_plugin.hooks.session import Session
@@ -53,12 +54,18 @@ def train_one_epoch(original: Callable[..., None], session: Session) -> Callable
         model: Any, data: Any, loss: Any, epoch: int, optimizer: Any, scaler: Any, *rest: Any, **named: Any
     ) -> None:
         _, _, args = rest[:3]  # scheduler, dist_model, args
-        training = Training(model, optimizer, scaler, epoch, args, named.get("tb_writer"))
-        session.training = training
-        for listener in session.listeners:
-            listener.before_epoch(training)
-        original(model, data, loss, epoch, optimizer, scaler, *rest, **named)
-        for listener in session.listeners:
-            listener.after_epoch(training)
+        with listening(session, Training(model, optimizer, scaler, epoch, args, named.get("tb_writer"))):
+            original(model, data, loss, epoch, optimizer, scaler, *rest, **named)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def listening(session: Session, training: Training) -> Iterator[None]:
+    """Tells the listeners before an epoch, and after it if it ends well."""
+    session.training = training
+    for listener in session.listeners:
+        listener.before_epoch(training)
+    yield
+    for listener in session.listeners:
+        listener.after_epoch(training)

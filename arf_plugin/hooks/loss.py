@@ -17,20 +17,30 @@ def create_loss(original: Callable[..., Any], session: Session) -> Callable[...,
 
     @functools.wraps(original)
     def wrapped(args: Any) -> Any:
-        config = session.config
-        loss = _loss(original, session, args)
-        if session.start is None or session.model is None:
-            return loss
-        start, session.start = session.start, None  # the loss keeps what it needs of it
-        return L2SPLoss(loss, session.model, start, config.l2sp, args.accum_freq)
+        return build_loss(lambda: original(args), session, args)
 
     return wrapped
 
 
-def _loss(original: Callable[..., Any], session: Session, args: Any) -> Any:
+def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:
+    """The loss of a run.
+
+    Args:
+        build_base: Builds the loss that open_clip would have used.
+        session: The run.
+        args: The trainer's arguments.
+    """
+    loss = _loss(build_base, session, args)
+    if session.start is None or session.model is None:
+        return loss
+    start, session.start = session.start, None  # the loss keeps what it needs of it
+    return L2SPLoss(loss, session.model, start, session.config.l2sp, args.accum_freq)
+
+
+def _loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:
     config, layout = session.config, session.need_layout(args)
     if config.head:
         return HeadLoss()
     if not (layout.captions or layout.pairs):
-        return original(args)
-    return AnchoredLoss(lambda: original(args), layout, config.caption_weight, config.pair_weight)
+        return build_base()
+    return AnchoredLoss(build_base, layout, config.caption_weight, config.pair_weight)

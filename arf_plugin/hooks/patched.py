@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from arf_plugin import config
 from arf_plugin._boot import wants_arf
-from arf_plugin.hooks.activation import print_arf_errors
+from arf_plugin.hooks.activation import print_arf_errors, rows_of_run
 from arf_plugin.hooks.engine import Engine, Row, load
-from arf_plugin.hooks.table import PACKAGE, ROWS, rows
+from arf_plugin.hooks.releases import PACKAGE
+from arf_plugin.hooks.table import ROWS
 
 Name = TypeVar("Name")
 
@@ -84,7 +85,8 @@ def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, relea
         return args
     sys.excepthook = print_arf_errors
     session = Session(config.resolve(args), _CALL_SITES, release)
-    _CALL_SITES.apply(rows("run"), release, session)
+    resumes = bool(getattr(args, "resume", None))
+    _CALL_SITES.apply(rows_of_run(session.config, resumes, release), release, session)
     return args
 
 

@@ -27,6 +27,7 @@ class Session:
         layout: Sizes of a batch, known once the data has been built.
         model: The model that trains, known once it has been built.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
+        task: The task that trains it, in releases that build one.
         training: What the trainer holds in the current epoch, known once the first one begins.
         listeners: Who is told of every epoch.
         resumed: What the step checkpoint that the run goes on from says beside its weights; None without one.
@@ -38,6 +39,7 @@ class Session:
     layout: BatchLayout | None = None
     model: nn.Module | None = None
     start: dict[str, torch.Tensor] | None = None
+    task: nn.Module | None = None
     training: Training | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)
     resumed: dict[str, Any] | None = None

@@ -1,12 +1,14 @@
-"""THE list of upstream names that the plugin touches. Applying, undoing and ``arf doctor`` all walk it."""
+"""THE list of upstream names that the plugin touches. Applying, undoing and ``arf doctor`` all walk it.
+
+A name that open_clip's two forms of trainer use differently has a row for each; `rows` picks those of a release.
+"""
 
 from __future__ import annotations
 
 from arf_plugin.hooks.engine import Row
+from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, SUPPORTED
 
-PACKAGE = "open_clip_torch"
-# data.py is the same file in all these releases, and main.py differs only in what no row concerns.
-SUPPORTED = ">=2.29,<3.4"
+BOTH = " or ".join(SUPPORTED)
 
 # Step checkpoints rely on the trainer's loop over `enumerate(dataloader)` and on what main.py saves and loads.
 RESUMABLE = ">=2.29,<3.4"
@@ -15,7 +17,7 @@ ROWS = (
     Row(
         id="parse-args",
         target="open_clip_train.params:parse_args",
-        versions=SUPPORTED,
+        versions=BOTH,
         wrapper="arf_plugin._boot:guard",
         when="start-up",
         why="sees the command line; without --arf-* flags it calls the original and nothing else is touched",
@@ -23,7 +25,7 @@ ROWS = (
     Row(
         id="parser",
         target="open_clip_train.params:argparse",
-        versions=SUPPORTED,
+        versions=BOTH,
         wrapper="arf_plugin.hooks.params:argparse_with_flags",
         when="parsing",
         why="adds the ARF group to the trainer's own parser, so that --help and errors are in one place",
@@ -32,7 +34,7 @@ ROWS = (
         id="create-model",
         target="open_clip_train.main:create_model_and_transforms",
         origin="open_clip:create_model_and_transforms",
-        versions=SUPPORTED,
+        versions=BOTH,
         wrapper="arf_plugin.hooks.model:create_model_and_transforms",
         when="run",
         why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact; "
@@ -42,33 +44,60 @@ ROWS = (
         id="get-data",
         target="open_clip_train.main:get_data",
         origin="open_clip_train.data:get_data",
-        versions=SUPPORTED,
+        versions=CREATE_LOSS,
         wrapper="arf_plugin.hooks.data:get_data",
         when="run",
         why="checks the anchor set, joins captions to task samples, adds the pair-anchor loader",
     ),
     Row(
+        id="get-data-of-task",
+        target="open_clip_train.main:get_data",
+        origin="open_clip_train.data:get_data",
+        versions=CREATE_TASK,
+        wrapper="arf_plugin.hooks.task:get_data",
+        when="run",
+        why="the same for batches that are dictionaries; gives the task its loss, since it is made before its data",
+    ),
+    Row(
         id="create-loss",
         target="open_clip_train.main:create_loss",
         origin="open_clip:create_loss",
-        versions=SUPPORTED,
+        versions=CREATE_LOSS,
         wrapper="arf_plugin.hooks.loss:create_loss",
         when="run",
         why="applies the trainer's own loss once per term; baselines: cross-entropy in its place, L2-SP beside it",
     ),
     Row(
+        id="create-task",
+        target="open_clip_train.main:create_task",
+        origin="open_clip:create_task",
+        versions=CREATE_TASK,
+        wrapper="arf_plugin.hooks.task:create_task",
+        when="run",
+        why="keeps the task for its loss, and lets it move batches whose parts meet on the device",
+    ),
+    Row(
         id="train-one-epoch",
         target="open_clip_train.main:train_one_epoch",
         origin="open_clip_train.train:train_one_epoch",
-        versions=SUPPORTED,
+        versions=CREATE_LOSS,
         wrapper="arf_plugin.hooks.epoch:train_one_epoch",
         when="run",
         why="calls the original with the trainer's own arguments; tells listeners before and after",
     ),
     Row(
+        id="train-one-epoch-of-task",
+        target="open_clip_train.main:train_one_epoch",
+        origin="open_clip_train.train:train_one_epoch",
+        versions=CREATE_TASK,
+        wrapper="arf_plugin.hooks.task:train_one_epoch",
+        when="run",
+        why="the same where the trainer's arguments are a state",
+    ),
+    Row(
         id="task-samples",
         target="open_clip_train.data:tarfile_to_samples_nothrow",
-        versions=SUPPORTED,
+        versions=BOTH,
         wrapper="arf_plugin.hooks.data:tarfile_to_samples_nothrow",
         when="building task data",
         why="writes class prompt and caption into raw task samples; validation data uses another function",
@@ -110,6 +139,6 @@ ROWS = (
 )
 
 
-def rows(when: str) -> tuple[Row, ...]:
-    """The rows of one phase."""
-    return tuple(row for row in ROWS if row.when == when)
+def rows(when: str, version: str) -> tuple[Row, ...]:
+    """The rows of one phase that were written for a release."""
+    return tuple(row for row in ROWS if row.when == when and row.covers(version))

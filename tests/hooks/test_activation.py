@@ -8,14 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from support import data
-from support.environments import SITE, make_environment, pip
+from support import data, releases
+from support.environments import make_environment, pip
+
+from arf_plugin.hooks.versions import trains_tasks
 
 ROOT = Path(__file__).parents[2]
+OBJECTIVE = "create_task" if trains_tasks(releases.current()) else "create_loss"
 
 
 def hooks_active(python: Path) -> bool:
@@ -105,7 +109,7 @@ def trainer_output(
 ) -> subprocess.CompletedProcess:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        environment["PYTHONPATH"] = releases.path(path)
     command = [sys.executable, "-m", "open_clip_train.main", *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=check)
 
@@ -130,20 +134,22 @@ def test_arf_train_shows_the_same_help(run_arf):
     assert "  --arf-anchors PATH" in run_arf("train", "--help").stdout
 
 
-def test_unknown_release_is_refused(tmp_path, task, anchors):
-    metadata = tmp_path / "open_clip_torch-9.9.9.dist-info" / "METADATA"
+@pytest.mark.parametrize("version", ["2.26.0", "3.4.0", "4.2.0.dev1", "9.9.9"])
+def test_unknown_release_is_refused(tmp_path, task, anchors, version):
+    metadata = tmp_path / f"open_clip_torch-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: open_clip_torch\nVersion: 9.9.9\n")
+    metadata.write_text(f"Metadata-Version: 2.1\nName: open_clip_torch\nVersion: {version}\n")
     done = trainer_output("--train-data", task.urls, "--arf-anchors", anchors, path=tmp_path)
     assert done.returncode != 0
-    assert "open_clip_torch 9.9.9 is installed" in done.stderr and "arf doctor" in done.stderr
+    assert f"open_clip_torch {version} is installed" in done.stderr and "tested: 2.26.1" in done.stderr
+    assert "arf doctor" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tokenizer, create_loss", "tokenizer, create_loss as make_loss", "has no 'create_loss'"),
+        (f"tokenizer, {OBJECTIVE}", f"tokenizer, {OBJECTIVE} as make", f"has no '{OBJECTIVE}'"),
         (
             "def random_seed",
             "def get_data(*a, **k): ...\n\n\ndef random_seed",
@@ -153,7 +159,7 @@ def test_unknown_release_is_refused(tmp_path, task, anchors):
     ids=["missing", "replaced"],
 )
 def test_a_trainer_that_does_not_fit_is_refused(tmp_path, task, anchors, old, new, message):
-    shutil.copytree(SITE / "open_clip_train", tmp_path / "open_clip_train")
+    shutil.copytree(Path(find_spec("open_clip_train").origin).parent, tmp_path / "open_clip_train")
     main = tmp_path / "open_clip_train" / "main.py"
     assert old in main.read_text()
     main.write_text(main.read_text().replace(old, new, 1))
@@ -167,19 +173,21 @@ def test_a_trainer_that_does_not_fit_is_refused(tmp_path, task, anchors, old, ne
 def test_hooks_can_be_undone_and_applied_again():
     """In one process: parsing with flags applies every row of the run, parsing without restores what was there."""
     code = """
-import open_clip_train.main as main, open_clip, open_clip_train.data as data
+import open_clip_train.main as main, open_clip_train.data as data
 from arf_plugin.hooks.activation import ENGINE
-names = ("create_model_and_transforms", "get_data", "create_loss", "train_one_epoch")
+from arf_plugin.hooks.table import rows
+from arf_plugin.hooks.versions import upstream_version
+names = [row.target.split(":")[1] for row in rows("run", upstream_version())]
 before = [getattr(main, name) for name in names]
 for _ in range(2):
     args = main.parse_args(["--train-data", "x.tar", "--arf-freeze-bn"])
     assert args.arf_freeze_bn and args.arf_caption_weight == 1.0
-    assert sorted(ENGINE.applied) == ["create-loss", "create-model", "get-data", "train-one-epoch"], ENGINE.applied
+    assert ENGINE.applied == [row.id for row in rows("run", upstream_version())] and len(names) == 4
     assert not any(getattr(main, name) is old for name, old in zip(names, before))
     args = main.parse_args(["--train-data", "x.tar"])
     assert not hasattr(args, "arf_freeze_bn")
     assert all(getattr(main, name) is old for name, old in zip(names, before))
-assert main.get_data is data.get_data and main.create_loss is open_clip.create_loss
+assert main.get_data is data.get_data
 print("restored")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -188,17 +196,20 @@ print("restored")
 
 def test_doctor_reports_every_row(run_arf):
     from arf_plugin.hooks.table import ROWS
+    from arf_plugin.hooks.versions import upstream_version
 
     found = json.loads(run_arf("doctor", "--json").stdout)
     assert found["ok"] and found["startup"]["active"]
-    assert [hook["id"] for hook in found["hooks"]] == [row.id for row in ROWS]
+    assert [hook["id"] for hook in found["hooks"]] == [
+        row.id for row in ROWS if row.covers(upstream_version())
+    ]
     assert all(hook["applies"] for hook in found["hooks"])
     assert {"torch", "open_clip_torch", "webdataset"} <= found["versions"].keys()
 
 
 def test_doctor_says_when_the_start_up_file_is_not_active(tmp_path):
     python = make_environment(tmp_path / "env")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": releases.path(ROOT)}
     command = [python, "-m", "arf_plugin.cli.main", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and "NOT ACTIVE" in done.stdout and "arf train" in done.stdout

@@ -4,17 +4,70 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from arf_plugin.hooks.engine import Engine
-from arf_plugin.hooks.table import PACKAGE, ROWS
-from arf_plugin.hooks.versions import upstream_version
+from arf_plugin.hooks.releases import PACKAGE, RELEASES, REQUIREMENT, SUPPORTED
+from arf_plugin.hooks.table import ROWS, rows
+from arf_plugin.hooks.versions import unsupported, upstream_version
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_row_fits_the_installed_release(row):
-    assert Engine(PACKAGE).check(row, upstream_version()) is None
+def test_row_fits_the_installed_release_or_refuses_it(row):
+    problem = Engine(PACKAGE).check(row, upstream_version())
+    assert (problem is None) == row.covers(upstream_version()), problem
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
+def test_every_release_has_one_row_for_each_name(release):
+    """Nothing that is hooked in one release is forgotten in another; the loss has two homes."""
+    phases = ("start-up", "parsing", "run", "building task data")
+    chosen = [row for phase in phases for row in rows(phase, release.version)]
+    homes = [row.target.replace("create_task", "create_loss") for row in chosen]
+    assert sorted(homes) == sorted({row.target.replace("create_task", "create_loss") for row in ROWS})
+
+
+def test_declared_ranges_tested_releases_and_the_requirement_agree():
+    for release in RELEASES:
+        assert unsupported(release.version) is None
+        assert Requirement(REQUIREMENT).specifier.contains(release.version, prereleases=True)
+        if not release.commit:
+            assert release.requirement == f"{PACKAGE}=={release.version}"
+    for versions in SUPPORTED:  # no range without a test, and none whose lower bound is untested
+        tested = [
+            release.version for release in RELEASES if SpecifierSet(versions).contains(release.version, True)
+        ]
+        bounds = [part.version for part in SpecifierSet(versions) if part.operator in (">=", "==")]
+        assert tested and set(bounds) <= set(tested)
+    for version in ("2.26.0", "3.4.0", "4.1.0", "4.2.0", "4.2.0.dev1", "4.3.0"):
+        assert unsupported(version) is not None
+
+
+def test_setup_requires_what_is_declared(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    required = (tmp_path / "arf_plugin.egg-info" / "requires.txt").read_text().splitlines()
+    (open_clip,) = (Requirement(line) for line in required if line.startswith(PACKAGE))
+    assert open_clip == Requirement(REQUIREMENT)
+
+
+@pytest.mark.parametrize("name", ["setup.py", "noxfile.py", "scripts/test.sh", "scripts/tables.py"])
+def test_no_second_list_of_releases(name):
+    """These read hooks/releases.py; none names a release of its own."""
+    text = (ROOT / name).read_text()
+    assert not re.findall(
+        rf"{PACKAGE}\W*\d|\b[234]\.\d+\.\d+\.dev|\b(?:2\.26|2\.29|2\.32|3\.0|3\.3)\.\d", text
+    )
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -25,7 +78,7 @@ def test_wrapper_exists_and_takes_the_original(row):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-@pytest.mark.parametrize("version", ["2.24.0", "2.28.0", "4.0.0"])
+@pytest.mark.parametrize("version", ["2.24.0", "2.26.0", "3.4.0", "4.0.0", "4.2.0"])
 def test_row_refuses_other_releases(row, version):
     problem = Engine(PACKAGE).check(row, version)
     assert problem is not None and f"{PACKAGE} {version} is installed" in problem and row.versions in problem

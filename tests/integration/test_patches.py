@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip_train
 import pytest
 from support.environments import make_environment
+from support.trainer import SHIM
 
 from arf_plugin.hooks.source_patches import Series, releases
 from arf_plugin.hooks.table import ROWS
@@ -105,7 +106,7 @@ def test_every_row_is_in_the_patches():
     for release in releases():
         text = "".join(path.read_text() for path in Series("arf", release).paths)
         for row in ROWS:
-            if row.covers(release) and row.id not in ("parse-args", "parser"):
+            if row.covers(release) and row.when not in ("start-up", "parsing"):
                 assert f'arf.row("{row.id}"' in text, (release, row.id)
         assert f'release="{release}"' in text and "arf.add_flags(parser)" in text
 
@@ -127,7 +128,7 @@ def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_p
     run_arf("patch", "apply", folder)
     python = str(make_environment(tmp_path / "env"))
     argv = [*flags, *([anchors] if flags else []), "--train-data", task.urls, "--train-num-samples", 32]
-    run = train(*argv, python=python, open_clip=f"{folder}:{ROOT}")
+    run = train(*argv, python=python, env={"PYTHONPATH": f"{SHIM}:{folder}:{ROOT}"})
     assert ("ARF is on" in run.output) == bool(flags) and ("Pair_anchor_loss" in run.output) == bool(flags)
     params = (run.folder / "params.txt").read_text()
     assert ("arf_anchors" in params) == bool(flags)
@@ -159,8 +160,8 @@ def test_newer_webdataset(train, sources, task, run_arf):
     assert NEWER_WEBDATASET.is_dir(), f"{NEWER_WEBDATASET} is missing: run scripts/test.sh"
     folder = sources()
     flags = ["--train-data", task.urls, "--train-num-samples", 32]
-    both = f"{folder}:{NEWER_WEBDATASET}"
-    broken = train(*flags, open_clip=both, check=False)
+    both = {"PYTHONPATH": f"{SHIM}:{folder}:{NEWER_WEBDATASET}"}
+    broken = train(*flags, env=both, check=False)
     assert broken.status != 0 and "KeyError: 'fname'" in broken.output
     run_arf("patch", "apply", folder, "--series", "upstream")
-    assert "[32/32(100%)]" in train(*flags, open_clip=both, name="mended").output.replace(" ", "")
+    assert "[32/32(100%)]" in train(*flags, env=both, name="mended").output.replace(" ", "")

@@ -10,24 +10,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from support import data
+from support import data, releases
 from support.environments import make_environment
+from support.trainer import SHIM, TERMS, batches, logged
 
 ROOT = Path(__file__).parents[2]
-TERMS = ("Contrastive_loss", "Caption_anchor_loss", "Pair_anchor_loss")
-
-# scripts/test.sh puts the older release there; the environment itself has the newer one.
-RELEASES = {"3.3.0": None, "2.32.0": ROOT / ".venvs" / "open_clip_torch-2.32.0"}
-
-
-def logged(run, term: str) -> list[float]:
-    """Values of a loss term in the run's log, in order."""
-    return [float(value) for value in re.findall(rf" {term}: ([\d.eE+-]+) \(", run.output)]
-
-
-def batches(run) -> list[tuple[int, int]]:
-    """Progress counts in the log: samples so far, samples of the epoch."""
-    return [(int(a), int(b)) for a, b in re.findall(r"Train Epoch: \d+ \[ *(\d+)/(\d+) ", run.output)]
 
 
 @pytest.fixture
@@ -40,13 +27,9 @@ def prompts(task):
     return ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", releases.PARAMETERS)
 def test_literal_command_line(train, flags, prompts, model_configs, release):
-    folder = RELEASES[release]
-    assert folder is None or folder.is_dir(), (
-        f"open_clip {release} is missing in {folder}: run scripts/test.sh"
-    )
-    run = train(*flags, *prompts, "--arf-freeze-bn", open_clip=folder)
+    run = train(*flags, *prompts, "--arf-freeze-bn", open_clip=releases.folder(release))
     assert "ARF is on" in run.output and "/open_clip_train/" not in run.output
     for term in TERMS:
         values = logged(run, term)
@@ -68,7 +51,7 @@ def test_arf_train_needs_no_start_up_file(train, flags, tmp_path):
     """The explicit door, in an environment without the start-up file."""
     python = make_environment(tmp_path / "env")
     argv = [python, "-m", "arf_plugin.cli.main", "train", *train._argv(tuple(flags), "run", "tiny-vit", 8)]
-    env = {**train.env, "PYTHONPATH": f"{train.env['PYTHONPATH']}:{ROOT}", "ARF_TEST_SHIM_ALWAYS": "1"}
+    env = {**train.env, "PYTHONPATH": releases.path(SHIM, ROOT), "ARF_TEST_SHIM_ALWAYS": "1"}
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0 and "Pair_anchor_loss" in done.stderr + done.stdout, done.stderr
 

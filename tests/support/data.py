@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,19 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 CLASSNAMES = ["cat", "dog", "tree", "house"]
+
+
+def write_model_configs(folder: Path) -> Path:
+    """Writes open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    dropout = {**vit, "patch_dropout": 0.3}
+    for name, vision in (("tiny-vit", vit), ("tiny-vit-dropout", dropout), ("tiny-resnet", resnet)):
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder
 
 
 def image(seed: int, size: int = 32, format: str = "PNG") -> bytes:

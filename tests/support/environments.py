@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import site
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
-SITE = Path(site.getsitepackages()[0])
+LIBRARIES = [path for path in sys.path if Path(path).name == "site-packages"]
 
 
 def make_environment(folder: Path) -> Path:
     """A fresh virtual environment that sees this one's libraries, but runs none of its start-up files."""
     venv.create(folder, with_pip=False)
     (own,) = folder.glob("lib/python*/site-packages")
-    (own / "libraries.pth").write_text(f"{SITE}\n")
+    (own / "libraries.pth").write_text("".join(f"{path}\n" for path in LIBRARIES))
     return folder / "bin" / "python"
 
 

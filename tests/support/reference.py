@@ -115,12 +115,11 @@ def step_gradients(
 ) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step of stock open_clip on the given micro-batches."""
     import open_clip
-    from open_clip_train.train import train_one_epoch
+    from open_clip_train import train
 
     bias = {"init_logit_bias": -10} if job.siglip else {}
     model, _, _ = open_clip.create_model_and_transforms("tiny-vit", output_dict=True, **bias)
     model.load_state_dict(weights, strict=False)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     args = argparse.Namespace(
         **{
             "device": "cpu",
@@ -141,6 +140,7 @@ def step_gradients(
             "batch_size": len(batches[0][0]),
             "grad_clip_norm": None,
             "save_logs": False,
+            "distributed": world_size > 1,
         },
         **{
             "siglip": job.siglip,
@@ -150,24 +150,28 @@ def step_gradients(
         },
         **{"local_loss": job.local_loss, "gather_with_grad": job.gather_with_grad},
     )
-    loader = Batches(batches)
-    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     optimizer = Capture(model.parameters(), lr=0.0)
-    train_one_epoch(wrapped, data, open_clip.create_loss(args), 0, optimizer, None, None, None, args)
+    if hasattr(open_clip, "create_task"):  # open_clip 4
+        task = open_clip.create_task(args, model=model)
+        if world_size > 1:
+            task.prepare_distributed()
+        loader = Batches({"image": images, "text": texts} for images, texts in batches)
+        train.train_one_epoch(train.TrainState(task, optimizer), _data(loader, len(batches[0][0])), args)
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+        data, loss = _data(Batches(batches), len(batches[0][0])), open_clip.create_loss(args)
+        train.train_one_epoch(wrapped, data, loss, 0, optimizer, None, None, None, args)
     names = [name for name, _ in model.named_parameters()]
     return dict(zip(names, optimizer.gradients, strict=True))
 
 
 class Batches(list):
-    """A loader of ready batches, with what the trainer reads off one."""
+    """A loader of ready batches; the trainer reads its sizes off it, too."""
 
-    @property
-    def num_batches(self) -> int:
-        return len(self)
 
-    @property
-    def num_samples(self) -> int:
-        return len(self) * len(self[0][0])
+def _data(loader: Batches, batch_size: int) -> dict[str, SimpleNamespace]:
+    loader.num_batches, loader.num_samples = len(loader), len(loader) * batch_size
+    return {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
 
 
 class Capture(torch.optim.SGD):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -14,10 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from arf_plugin.evaluation.tensor_files import plain_numbers
+from support import releases
+
 SHIM = Path(__file__).parents[1] / "shim"
 
 # Crops of a square image by exactly its area are the image itself: batches are then a function of their files.
 EXACT_CROP = ("--aug-cfg", "scale=(1.0,1.0)", "ratio=(1.0,1.0)")
+
+# The terms of ARF's loss, as the trainer logs them.
+TERMS = ("Contrastive_loss", "Caption_anchor_loss", "Pair_anchor_loss")
 
 
 class Trainer:
@@ -33,7 +40,7 @@ class Trainer:
         self.logs = logs
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("ARF_")},
-            "PYTHONPATH": str(SHIM),
+            "PYTHONPATH": releases.path(SHIM),
             "ARF_TEST_MODEL_CONFIGS": str(model_configs),
             "ARF_TEST_DDP_CPU": "1",
             "ARF_CACHE_DIR": str(cache),
@@ -50,7 +57,7 @@ class Trainer:
         batch_size: int = 8,
         env: dict[str, str] | None = None,
         python: str = sys.executable,
-        open_clip: str | None = None,
+        open_clip: Path | None = None,
         check: bool = True,
     ) -> Run:
         """Runs ``torchrun --nproc_per_node N -m -- open_clip_train.main FLAGS``.
@@ -67,10 +74,11 @@ class Trainer:
             check: Fail unless the trainer succeeds.
         """
         torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-        argv = [*torchrun, "-m", "--", "open_clip_train.main", *self._argv(flags, name, model, batch_size)]
+        trainer = self._argv(flags, name, model, batch_size, open_clip)
+        argv = [*torchrun, "-m", "--", "open_clip_train.main", *trainer]
         environment = {**self.env, **(env or {})}
         if open_clip is not None:
-            environment["PYTHONPATH"] = f"{environment['PYTHONPATH']}:{open_clip}"
+            environment["PYTHONPATH"] = releases.path(SHIM, open_clip)
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False)
         run = Run(done.returncode, done.stdout + done.stderr, self.logs / name)
         assert not check or run.status == 0, run.output
@@ -121,8 +129,16 @@ class Trainer:
             process.start()
         return Started(processes, output, self.logs / name)
 
-    def _argv(self, flags: tuple[Any, ...], name: str, model: str, batch_size: int) -> list[str]:
-        argv = ["--model", model, "--device", "cpu", "--batch-size", str(batch_size), "--workers", "0"]
+    def _argv(
+        self,
+        flags: tuple[Any, ...],
+        name: str,
+        model: str,
+        batch_size: int,
+        open_clip: Path | None = None,
+    ) -> list[str]:
+        argv = ["--model", model, *releases.on_cpu(open_clip)]
+        argv += ["--batch-size", str(batch_size), "--workers", "0"]
         argv += ["--epochs", "1", "--lr", "1e-3", "--warmup", "1", "--logs", str(self.logs), "--name", name]
         return [*argv, "--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
 
@@ -210,4 +226,15 @@ class Run:
         """The checkpoint after the first epoch."""
         import torch
 
-        return torch.load(self.folder / "checkpoints" / "epoch_1.pt", weights_only=True)
+        with torch.serialization.safe_globals(plain_numbers()):
+            return torch.load(self.folder / "checkpoints" / "epoch_1.pt", weights_only=True)
+
+
+def logged(run: Run, term: str) -> list[float]:
+    """Values of a loss term in a run's log, in order."""
+    return [float(value) for value in re.findall(rf" {term}: ([\d.eE+-]+) \(", run.output)]
+
+
+def batches(run: Run) -> list[tuple[int, int]]:
+    """Progress counts in a run's log: samples so far, samples of the epoch."""
+    return [(int(a), int(b)) for a, b in re.findall(r"Train Epoch: \d+ \[ *(\d+)/(\d+) ", run.output)]

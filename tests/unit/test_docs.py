@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,20 @@ def test_generated_tables_are_up_to_date():
         [sys.executable, ROOT / "scripts/tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_release_was_run_with_every_feature():
+    """No cell of docs/versions.md is empty, and none holds a failure that is not upstream's."""
+    from arf_plugin.hooks.releases import RELEASES
+
+    columns = runpy.run_path(str(ROOT / "scripts/versions/features.py"))["FEATURES"]
+    cells = json.loads((ROOT / "docs/versions.json").read_text())["cells"]
+    assert list(cells) == [release.version for release in RELEASES]
+    for version, row in cells.items():
+        assert list(row) == [feature.id for feature in columns], version
+        for name, cell in row.items():
+            assert cell["status"] in ("passed", "refused", "upstream broken"), (version, name, cell)
+            assert cell["status"] == "passed" or cell["detail"], (version, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

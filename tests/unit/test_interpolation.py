@@ -140,6 +140,22 @@ def test_sums_are_rounded_once():
     assert torch.equal(mix(start, end, 0.3), expected)
 
 
+def test_learning_rates_of_numpy_are_read_and_other_objects_are_not(ends, tmp_path):
+    """open_clip before 2.30 leaves its learning rate in the checkpoint as numpy's float64."""
+    import fractions
+
+    import numpy as np
+
+    state = torch.load(ends[0], weights_only=True)
+    torch.save({**state, "optimizer": {"lr": np.float64(1e-3)}}, tmp_path / "numpy.pt")
+    interpolate_files(tmp_path / "numpy.pt", ends[1], 0.0, tmp_path / "out.pt")
+    found = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, state["state_dict"][name]) for name, tensor in found.items())
+    torch.save({**state, "optimizer": fractions.Fraction(1, 2)}, tmp_path / "object.pt")
+    with pytest.raises(EvaluationError, match=r"object\.pt"):
+        interpolate_files(tmp_path / "object.pt", ends[1], 0.0, tmp_path / "out2.pt")
+
+
 def test_files_of_before_torch_1_6_are_read(ends, tmp_path):
     state = torch.load(ends[0], weights_only=True)
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)

@@ -1,0 +1,158 @@
+"""open_clip 4: main.py builds a task (model and loss in one), batches are dictionaries, an epoch takes a state.
+
+The one module that knows of that form; the rest of the plugin sees what it always sees. open_clip makes the task before
+the data, so the task gets its loss when the data is there and the sizes of a batch are known.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from arf_plugin.anchors.task import is_csv
+from arf_plugin.data.batch import DeviceConcat
+from arf_plugin.errors import FlagError, IncompatibleUpstreamError
+from arf_plugin.hooks import data as tuples
+from arf_plugin.hooks.epoch import Training, listening
+from arf_plugin.hooks.loss import build_loss
+from arf_plugin.hooks.session import Session
+from arf_plugin.hooks.task_flags import VARIABLE_TEXT
+
+IMAGE, TEXT = "image", "text"
+
+# Their loss takes what the model returns, so the anchored loss can take its place.
+TASKS = ("CLIPTask", "SigLIPTask", "DistillCLIPTask")
+
+
+def create_task(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """Builds open_clip's own task, and lets it prepare batches with anchors in them."""
+
+    @functools.wraps(original)
+    def wrapped(args: Any, *rest: Any, **named: Any) -> Any:
+        if getattr(args, "variable_text", False):
+            raise FlagError(f"--model {args.model} {VARIABLE_TEXT}")
+        task = original(args, *rest, **named)
+        if type(task).__name__ not in TASKS:
+            raise _unknown(f"a task of type {type(task).__name__}", " or ".join(TASKS))
+        task.prepare_batch = functools.partial(_prepare_batch, task.prepare_batch)
+        session.task = task
+        return task
+
+    return wrapped
+
+
+def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """Builds data as for the older releases, in batches of this one, and then the task's loss."""
+    build = tuples.get_data(_with_tuples(original), session)
+
+    @functools.wraps(original)
+    def wrapped(args: Any, preprocess_fns: Any, **named: Any) -> dict[str, Any]:
+        if named.pop("naflex_data_config", None) is not None:
+            raise _unknown("a NaFlex data policy", "batches of plain images")
+        task = session.task
+        if task is None:
+            raise _unknown("data that is built before the task", "the task first")
+        data = build(args, preprocess_fns, **named)
+        train = data["train"]
+        if is_csv(args.train_data, args.dataset_type):
+            dataset = train.task.dataloader.dataset
+            dataset.captions = _ByPosition(dataset.captions)
+        train.dataloader = _Dictionaries(train.dataloader)
+        own = task.loss
+        task.loss = build_loss(lambda: copy.deepcopy(own), session, args)
+        return data
+
+    return wrapped
+
+
+def train_one_epoch(original: Callable[..., None], session: Session) -> Callable[..., None]:
+    """Calls the original with what it was called with, between the listeners' two moments."""
+
+    @functools.wraps(original)
+    def wrapped(state: Any, data: Any, args: Any, *rest: Any, **named: Any) -> None:
+        parts = (state.task.trainable_module, state.optimizer, state.scaler, state.epoch)
+        with listening(session, Training(*parts, args, named.get("tb_writer"))):
+            original(state, data, args, *rest, **named)
+
+    return wrapped
+
+
+def _prepare_batch(
+    original: Callable[..., dict[str, Any]], batch: dict[str, Any], *args: Any, **named: Any
+) -> Any:
+    """Has every part of a batch moved by open_clip, and joins them where they are then."""
+    if not any(isinstance(value, DeviceConcat) for value in batch.values()):
+        return original(batch, *args, **named)
+    return {
+        key: _join([original({key: part}, *args, **named)[key] for part in value.parts])
+        for key, value in batch.items()
+    }
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _with_tuples(original: Callable[..., Any]) -> Callable[..., Any]:
+    """open_clip's ``get_data`` as the older releases have it."""
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **named: Any) -> dict[str, Any]:
+        data = original(*args, **named)
+        if "train" in data:
+            data["train"].dataloader = _Tuples(data["train"].dataloader)
+        return data
+
+    return wrapped
+
+
+class _Loader:
+    """Another loader's batches in another form; its sizes and its data set are the other's."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # not yet set while unpickling
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+class _Tuples(_Loader):
+    """``{"image": images, "text": texts}`` as ``(images, texts)``."""
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for batch in self.loader:
+            if set(batch) != {IMAGE, TEXT}:
+                raise _unknown(f"a batch of {', '.join(sorted(batch))}", f"a batch of {IMAGE}, {TEXT}")
+            yield batch[IMAGE], batch[TEXT]
+
+
+class _Dictionaries(_Loader):
+    """``(images, texts)`` as ``{"image": images, "text": texts}``."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for images, texts in self.loader:
+            yield {IMAGE: images, TEXT: texts}
+
+
+class _ByPosition:
+    """A list of texts, read as open_clip 4 reads a column of its CSV."""
+
+    def __init__(self, texts: Any) -> None:
+        self.iloc = texts
+
+
+def _unknown(found: str, expected: str) -> IncompatibleUpstreamError:
+    return IncompatibleUpstreamError(
+        f"open_clip's trainer is not the one that the hooks were written for.\n  found:    {found}\n"
+        f"  expected: {expected}\nTraining stops here rather than go on without anchors. Install a tested release "
+        "(README.md of arf-plugin lists them), or train without --arf-* flags."
+    )

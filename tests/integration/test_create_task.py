@@ -1,0 +1,99 @@
+"""What only open_clip 4 has: tasks, dictionaries, FSDP, and models that cannot go with ARF."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import data, releases
+from support.trainer import TERMS, batches, logged
+
+from arf_plugin.hooks.versions import trains_tasks
+
+if not trains_tasks(releases.current()):
+    pytest.skip("needs the trainer of open_clip 4: run nox -s releases-4.2.0.dev0", allow_module_level=True)
+
+
+@pytest.fixture
+def flags(task, anchors):
+    return ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+
+
+@pytest.fixture
+def csv_flags(tmp_path, anchors):
+    """Task data whose order depends on the seed alone, so that two runs can be compared."""
+    lines, captions = ["filepath\ttitle"], {}
+    for number in range(16):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(data.image(number))
+        lines.append(f"{path}\ttext {number}")
+        captions[str(path)] = f"a caption of {number}"
+    (tmp_path / "task.csv").write_text("\n".join(lines) + "\n")
+    data.write_captions(tmp_path / "anchors", captions)
+    (tmp_path / "anchors" / "pairs").symlink_to(anchors / "pairs")
+    return ["--train-data", tmp_path / "task.csv", "--arf-anchors", tmp_path / "anchors"]
+
+
+REFUSED = {
+    "naflex": (["--use-naflex"], "--use-naflex makes batches of packed patches"),
+    "naflex-aug": (["--aug-cfg", "naflex=True"], "--aug-cfg naflex=True makes batches of packed patches"),
+    "clap": (["--model", "CLAP-HTSAT-tiny"], "is a model of audio and text"),
+    "naflexclap": (["--model", "naflexclap_test"], "is a model of audio and text"),
+    "genlip": (["--model", "naflexgenlip_test"], "generates texts and has no contrastive loss"),
+    "genlap": (["--model", "naflexgenlap_test_1d"], "generates texts and has no contrastive loss"),
+    "coca": (["--model", "coca_ViT-B-32"], "CoCa needs as many images as texts"),
+    "variable-text": (["--model", "moderntext-ViT-B-32-256"], "takes texts of any length"),
+    "audio": (["--dataset-type", "webdataset-audio"], "ARF trains on images with texts"),
+    "text-key": (["--text-key", "caption"], "--text-key caption: ARF reads task samples as KEY.txt"),
+    "json": (["--json-text-key", "caption"], "--json-text-key caption: ARF reads task samples as KEY.txt"),
+    "image-key": (["--image-key", "tif"], "--image-key tif: ARF reads task samples as KEY.txt"),
+    "l2sp": (["--fsdp", "--arf-l2sp", 0.1], "--arf-l2sp and --fsdp do not go together"),
+}
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_go_with_arf_is_refused(train, flags, more, message):
+    run = train.forked(*flags, *more, check=False)
+    assert run.status != 0 and "arf-plugin: error: " in run.output and message in run.output
+    assert "Traceback" not in run.output and "Start epoch" not in run.output
+
+
+def test_fsdp_trains_what_ddp_trains(train, csv_flags):
+    runs = [
+        train(*csv_flags, *more, "--precision", "fp32", nproc=2, batch_size=4, name=name)
+        for name, more in (("ddp", []), ("fsdp", ["--fsdp"]))
+    ]
+    assert "FSDP2: sharding" in runs[1].output
+    assert batches(runs[0]) == batches(runs[1]) == [(16, 32), (32, 32)]
+    for term in TERMS:
+        assert logged(runs[0], term) == pytest.approx(logged(runs[1], term), rel=1e-3)
+    first, second = (run.checkpoint["state_dict"] for run in runs)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_samples_of_anchors_are_counted(train, flags):
+    """The trainer's counters: B + A images for each step of each process."""
+    run = train.forked(*flags, "--arf-pair-batch-size", 3, "--accum-freq", 2)
+    assert batches(run) == [(22, 44), (44, 44)]
+    assert (run.checkpoint["samples_seen"], run.checkpoint["global_step"]) == (44, 2)
+
+
+def test_unknown_tasks_and_batches_are_refused():
+    from argparse import Namespace
+
+    from open_clip.task import CoCaTask
+
+    from arf_plugin.config import ArfConfig
+    from arf_plugin.errors import IncompatibleUpstreamError
+    from arf_plugin.hooks.engine import Engine
+    from arf_plugin.hooks.session import Session
+    from arf_plugin.hooks.task import _Tuples, create_task
+
+    session = Session(ArfConfig(), Engine("open_clip_torch"), releases.current())
+    build = create_task(lambda args: CoCaTask(torch.nn.Identity(), default_loss=False), session)
+    with pytest.raises(IncompatibleUpstreamError, match="a task of type CoCaTask"):
+        build(Namespace())
+    batch = {"image": torch.zeros(2), "text": torch.zeros(2), "text_valid": torch.zeros(2)}
+    with pytest.raises(IncompatibleUpstreamError, match="a batch of image, text, text_valid"):
+        next(iter(_Tuples([batch])))

@@ -1,0 +1,171 @@
+"""Recorded optimizer steps of the real trainer, and their references from stock open_clip."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import open_clip_train
+
+from arf_plugin.hooks.source_patches import Series
+from support import data, reference, releases, trainer
+
+TASK_SIZE = 6
+BOUND = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One combination of flags.
+
+    Attributes:
+        siglip: SigLipLoss rather than ClipLoss.
+        accum_freq: Micro-batches in a step.
+        pair_size: A.
+        nproc: Processes.
+        distributed: The trainer's flags for several processes, and for saving memory.
+        patched: Whether sources with the patches of patches/ run, in the place of hooks.
+    """
+
+    siglip: bool
+    accum_freq: int
+    pair_size: int
+    nproc: int
+    distributed: tuple[str, ...] = ()
+    patched: bool = False
+
+    def __str__(self) -> str:
+        loss = "siglip" if self.siglip else "clip"
+        distributed = "".join(flag.replace("--", "-") for flag in self.distributed)
+        patched = "-patched" if self.patched else ""
+        return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
+
+    @property
+    def flags(self) -> list[object]:
+        flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
+        return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
+
+    @property
+    def dist_impl(self) -> str | None:
+        """SigLIP's way to exchange texts."""
+        impl = "--loss-dist-impl"
+        return self.distributed[self.distributed.index(impl) + 1] if impl in self.distributed else None
+
+
+LOCAL, GRAD = "--local-loss", "--gather-with-grad"
+GATHERS = ((), (LOCAL,), (GRAD,), (LOCAL, GRAD))
+EXCHANGES = tuple(("--loss-dist-impl", impl) for impl in ("bidir", "shift", "reduce", "gather"))
+MEMORY = (("--ddp-static-graph",), ("--grad-checkpointing",), ("--ddp-static-graph", "--grad-checkpointing"))
+
+# Every size alone and in two processes; in two, each way to gather or to exchange, one after the other.
+SIZES = tuple(itertools.product((1, 2), (TASK_SIZE, 4)))
+CASES = [
+    *(
+        Case(siglip, *size, nproc, way)
+        for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
+        for size, exchange in zip(SIZES, ways, strict=True)
+        for nproc, way in dict.fromkeys([(1, ()), (2, ()), (2, exchange)])
+    ),
+    Case(False, 1, 4, 2, (LOCAL, GRAD)),
+    Case(False, 2, 4, 1, patched=True),
+    Case(True, 1, TASK_SIZE, 2, patched=True),
+]
+
+# What is left: every way with every size in four processes, and what saves memory with every way in two.
+SLOW_CASES = [
+    *(
+        Case(siglip, accum_freq, 4, 4, way)
+        for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
+        for accum_freq in (1, 2)
+        for way in ways
+    ),
+    *(Case(False, 1, 4, 2, (*memory, *way)) for memory in MEMORY for way in GATHERS),
+    *(Case(True, 1, 4, 2, memory) for memory in MEMORY),
+    *(Case(False, 2, 4, 2, memory) for memory in MEMORY),
+    Case(False, 1, 4, 1, ("--grad-checkpointing",)),
+]
+
+# For other releases than the environment's: both losses, with and without accumulation, one and two processes.
+FEW_CASES = [
+    Case(siglip, accum_freq, 4, nproc, (LOCAL, GRAD) if nproc == 2 else ())
+    for siglip in (False, True)
+    for accum_freq in (1, 2)
+    for nproc in (1, 2)
+]
+
+
+def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tuple[trainer.Run, Path]]:
+    """Runs cases through the trainer, then the references: case -> (run, path that the records begin with)."""
+    task = data.write_task(folder / "task", shards=4, per_shard=8)
+    anchors = folder / "anchors"
+    data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
+    data.write_pairs(anchors, shards=4, per_shard=6)
+    fork = folder / f"fork-{releases.current()}"
+    if any(case.patched for case in cases):
+        shutil.copytree(Path(open_clip_train.__file__).parent, fork / "open_clip_train")
+        Series("arf", releases.current()).apply(fork)
+
+    def record(case: Case) -> trainer.Run:
+        train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
+        samples = 48 if case.nproc == 4 else 24
+        flags = ["--train-data", task.urls, "--train-num-samples", samples, "--arf-anchors", anchors]
+        options = {
+            "nproc": case.nproc,
+            "name": str(case),
+            "batch_size": TASK_SIZE,
+            "env": {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))},
+            "check": False,
+        }
+        if case.patched:  # a run of its own: forks of this process have imported open_clip already
+            return train(*flags, *case.flags, open_clip=fork, **options)
+        return train.forked(*flags, *case.flags, **options)
+
+    by_size = {nproc: [case for case in cases if case.nproc == nproc] for nproc in (1, 2, 4)}
+    with ThreadPoolExecutor(2) as pool:
+        finished = dict(zip(by_size[1], pool.map(record, by_size[1]), strict=True))
+    finished.update({case: record(case) for case in by_size[2] + by_size[4]})
+    for nproc, some in by_size.items():
+        jobs = [
+            reference.Job(
+                record=str(folder / str(case)),
+                anchors=str(anchors),
+                task=str(task.folder),
+                task_size=TASK_SIZE,
+                pair_size=case.pair_size,
+                siglip=case.siglip,
+                accum_freq=case.accum_freq,
+                local_loss=LOCAL in case.distributed,
+                gather_with_grad=GRAD in case.distributed,
+                loss_dist_impl=case.dist_impl,
+            )
+            for case in some
+            if finished[case].status == 0
+        ]
+        if jobs:
+            _run_references(folder / f"jobs-{nproc}.json", jobs, nproc, model_configs)
+    return {case: (finished[case], folder / str(case)) for case in cases}
+
+
+def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_configs: Path) -> None:
+    path.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": releases.path(trainer.SHIM),
+        "ARF_TEST_SHIM_ALWAYS": "1",
+        "ARF_TEST_FP64": "1",
+        "ARF_TEST_MODEL_CONFIGS": str(model_configs),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*argv, reference.__file__, str(path)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
