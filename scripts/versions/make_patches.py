@@ -104,15 +104,45 @@ SERIES = {
             ),
         ),
         Patch(
-            "task-samples",
-            "Class prompts and captions are joined to raw task samples.",
+            "task-data",
+            "Class prompts and captions are joined to raw task samples, which --arf-deterministic shuffles by seed.",
             (
                 Edit(
                     "data.py",
                     "            tarfile_to_samples_nothrow,  #",
                     '            arf.row("task-samples", tarfile_to_samples_nothrow),  #',
                 ),
+                Edit(
+                    "data.py",
+                    "            wds.shuffle(\n                bufsize=_SAMPLE",
+                    '            arf.row("webdataset", wds).shuffle(\n                bufsize=_SAMPLE',
+                ),
+                Edit(
+                    "data.py",
+                    " = wds.DataPipeline(*pipeline)",
+                    ' = arf.row("webdataset", wds).DataPipeline(*pipeline)',
+                ),
                 Edit("data.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
+            ),
+        ),
+        Patch(
+            "step-checkpoints",
+            "--resume goes on from a step checkpoint, in the middle of an epoch.",
+            (
+                Edit(
+                    "main.py",
+                    "resume_from = get_latest_checkpoint(",
+                    'resume_from = arf.row("latest-checkpoint", get_latest_checkpoint)(',
+                ),
+                Edit(
+                    "main.py", " = pt_load(args.resume", ' = arf.row("load-checkpoint", pt_load)(args.resume'
+                ),
+                Edit(
+                    "train.py",
+                    "    for i, batch in enumerate(dataloader):\n        i_accum",
+                    '    for i, batch in arf.row("count-batches", enumerate)(dataloader):\n        i_accum',
+                ),
+                Edit("train.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
             ),
         ),
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import open_clip_train
 import pytest
+import torch
 from support.environments import make_environment
 from support.trainer import SHIM
 
@@ -119,6 +120,22 @@ def test_one_patched_line_calls_what_one_hook_installs(train, sources, task, anc
     run = train(*flags, "--arf-freeze-bn", open_clip=folder)
     assert run.output.count("ARF is on") == 1 and run.output.count("Caption_anchor_loss") > 0
     assert "[64/64(100%)]" in run.output.replace(" ", "")
+
+
+def test_a_patched_run_equals_one_with_hooks_to_the_bit(train, sources, task, anchors, run_arf, tmp_path):
+    """Through both data streams, the losses, a stop in the middle of an epoch, and going on from there."""
+    folder = sources()
+    run_arf("patch", "apply", folder)
+    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    flags += ["--arf-deterministic", "--arf-stop-file", tmp_path / "stop"]
+    hooked = train(*flags, name="hooked")
+    (tmp_path / "stop").touch()
+    train(*flags, name="patched", open_clip=folder)
+    assert [path.name for path in (train.logs / "patched" / "checkpoints").iterdir()] == ["epoch_0_step_1.pt"]
+    patched = train(*flags, "--resume", "latest", name="patched", open_clip=folder)
+    assert "goes on after 1 of 4 batches" in patched.output
+    for name, weight in hooked.checkpoint["state_dict"].items():
+        assert torch.equal(weight, patched.checkpoint["state_dict"][name]), name
 
 
 @pytest.mark.parametrize("flags", [(), ("--arf-anchors",)], ids=["without flags", "with flags"])
