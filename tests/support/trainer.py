@@ -91,6 +91,7 @@ class Trainer:
         batch_size: int = 8,
         env: dict[str, str] | None = None,
         check: bool = True,
+        timeout: float = 300,
     ) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in forks of a process that has imported the libraries.
 
@@ -108,7 +109,7 @@ class Trainer:
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + timeout
         while any(p.exitcode is None for p in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
             if any(p.exitcode for p in processes):
