@@ -1,8 +1,8 @@
 """Tests that depend on open_clip's release, on every release of arf_plugin/hooks/releases.py.
 
     nox                              all of them, one after another
-    nox -s releases-VERSION          one; nox --list shows them
-    nox -s releases-VERSION -- -k accumulation
+    nox -s open_clip-VERSION          one; nox --list shows them
+    nox -s open_clip-VERSION -- -k accumulation
 
 Sessions share the environment that scripts/test.sh makes; each puts its release in front of the environment's own.
 scripts/test.sh itself runs all tests on the newest release from PyPI, and the command line on one more.
@@ -32,21 +32,23 @@ TESTS = (
 )
 
 
-@nox.session(venv_backend="none", name="releases")
-@nox.parametrize("release", [nox.param(release, id=release.version) for release in LIST["RELEASES"]])
-def releases(session: nox.Session, release: object) -> None:
-    """Runs them on one release."""
-    version = release.version  # type: ignore[attr-defined]
-    session.run(str(PYTHON), "scripts/versions/install.py", version, external=True)
-    folder = ROOT / ".venvs" / f"{LIST['PACKAGE']}-{version}"
-    env = {
-        "PYTHONPATH": str(folder) if folder.is_dir() else "",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    jobs = ("-n", os.environ.get("JOBS", "2"), "--dist", "loadscope")
-    session.run(
-        str(PYTHON), "-m", "pytest", *jobs, "-m", "not slow", *TESTS, *session.posargs, env=env, external=True
-    )
+def define(version: str) -> None:
+    """Makes the session of one release."""
+
+    @nox.session(venv_backend="none", name=f"open_clip-{version}")
+    def run(session: nox.Session) -> None:
+        session.run(str(PYTHON), "scripts/versions/install.py", version, external=True)
+        folder = ROOT / ".venvs" / f"{LIST['PACKAGE']}-{version}"
+        env = {
+            "PYTHONPATH": str(folder) if folder.is_dir() else "",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        pytest = (str(PYTHON), "-m", "pytest", "-n", os.environ.get("JOBS", "2"), "--dist", "loadscope")
+        session.run(*pytest, "-m", "not slow", *TESTS, *session.posargs, env=env, external=True)
+
+
+for release in LIST["RELEASES"]:
+    define(release.version)

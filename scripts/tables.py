@@ -129,26 +129,6 @@ def _cell(cell: dict[str, str]) -> str:
     return f"{cell['status']}: " + cell["detail"].replace("|", "\\|").replace("<", "&lt;")
 
 
-def upstream_tests() -> str:
-    """open_clip's own tests with the plugin and without; written by scripts/versions/upstream_tests.py."""
-    found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text())
-    kinds = ("passed", "failed", "error", "skipped")
-    rows = [
-        [
-            f"`{version}`",
-            str(run["tests"]),
-            *(str(run["without"].get(kind, 0)) for kind in kinds),
-            _different(run),
-        ]
-        for version, run in found.items()
-    ]
-    return _table(["open_clip", "tests", *kinds, "different with the plugin"], rows)
-
-
-def _different(run: dict[str, dict[str, list[str]]]) -> str:
-    return ", ".join(f"{name} ({' / '.join(both)})" for name, both in run["different"].items()) or "none"
-
-
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -156,7 +136,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    tables = (versions, hooks, features, upstream_tests, results, seeds, grid, grid_wise)
+    tables = (versions, hooks, features, results, seeds, grid, grid_wise)
     makers = {maker.__name__: maker for maker in tables}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",

@@ -5,8 +5,9 @@ A name that open_clip's two forms of trainer use differently has a row for each;
 
 from __future__ import annotations
 
+from arf_plugin.errors import IncompatibleUpstreamError
 from arf_plugin.hooks.engine import Row
-from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, SUPPORTED
+from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, SUPPORTED
 
 BOTH = " or ".join(SUPPORTED)
 
@@ -140,5 +141,18 @@ ROWS = (
 
 
 def rows(when: str, version: str) -> tuple[Row, ...]:
-    """The rows of one phase that were written for a release."""
-    return tuple(row for row in ROWS if row.when == when and row.covers(version))
+    """The rows of one phase that were written for a release.
+
+    Raises:
+        IncompatibleUpstreamError: There is none: the phase is for other releases alone, or is misspelt.
+    """
+    phase = [row for row in ROWS if row.when == when]
+    fitting = tuple(row for row in phase if row.covers(version))
+    if not fitting:
+        there = " or ".join(sorted({row.versions for row in phase}))
+        raise IncompatibleUpstreamError(
+            f"no hook of the phase '{when}' was written for {PACKAGE} {version}.\n"
+            f"  expected: {PACKAGE}{there}\n"
+            "Drop the --arf-* flag that needs it, or install a release that has it: see README.md of arf-plugin."
+        )
+    return fitting

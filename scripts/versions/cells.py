@@ -7,6 +7,7 @@ with the same error, open_clip is what is broken; anything else is a failure of 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -70,7 +71,7 @@ class Bench:
         name = f"{feature.id}-{'stock' if stock else 'arf'}"
         flags = ["--train-data", self.task.urls, "--train-num-samples", "32", *self.flags(feature.flags)]
         flags += [] if stock else self.flags(feature.arf)
-        start = self.train if feature.kind == "literal" else self.train.forked
+        start = self.train if feature.kind == "literal" else functools.partial(self.train.forked, timeout=900)
         run = start(*flags, name=name, nproc=feature.nproc, check=False)
         if feature.kind == "resumed" and run.status == 0:
             run = start(*flags, "--epochs", "2", "--resume", "latest", name=name, check=False)

@@ -68,7 +68,10 @@ FEATURES = (
     Feature("lock-image", "`--lock-image`", MODEL, ("--lock-image",)),
     Feature("lock-text", "`--lock-text`", MODEL, ("--lock-text",)),
     Feature(
-        "lock-custom-text", "`--lock-text --force-custom-text`", MODEL, ("--lock-text", "--force-custom-text")
+        "lock-text-norms",
+        "`--lock-text --lock-text-freeze-layer-norm`",
+        MODEL,
+        ("--lock-text", "--lock-text-freeze-layer-norm"),
     ),
     Feature("distill", "`--distill-model`", MODEL, DISTILL, terms=(*ANCHORED, "Distill_loss")),
     *(

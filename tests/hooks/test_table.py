@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from arf_plugin.errors import IncompatibleUpstreamError
 from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, REQUIREMENT, SUPPORTED
 from arf_plugin.hooks.table import ROWS, rows
@@ -82,6 +83,15 @@ def test_wrapper_exists_and_takes_the_original(row):
 def test_row_refuses_other_releases(row, version):
     problem = Engine(PACKAGE).check(row, version)
     assert problem is not None and f"{PACKAGE} {version} is installed" in problem and row.versions in problem
+
+
+def test_a_phase_without_a_row_for_the_release_is_refused():
+    with pytest.raises(
+        IncompatibleUpstreamError, match=r"phase 'run' was written for open_clip_torch 3\.4\.0"
+    ):
+        rows("run", "3.4.0")
+    with pytest.raises(IncompatibleUpstreamError, match="no hook of the phase 'runn'"):
+        rows("runn", "3.3.0")
 
 
 def test_ids_are_unique():

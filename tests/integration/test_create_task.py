@@ -10,7 +10,7 @@ from support.trainer import TERMS, batches, logged
 from arf_plugin.hooks.versions import trains_tasks
 
 if not trains_tasks(releases.current()):
-    pytest.skip("needs the trainer of open_clip 4: run nox -s releases-4.2.0.dev0", allow_module_level=True)
+    pytest.skip("needs the trainer of open_clip 4: run nox -s open_clip-4.2.0.dev0", allow_module_level=True)
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ class Trainer:
         batch_size: int = 8,
         env: dict[str, str] | None = None,
         check: bool = True,
+        timeout: float = 300,
     ) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
 
@@ -100,7 +101,7 @@ class Trainer:
         Several processes are told of each other by the variables that torchrun sets.
         """
         started = self.start(*flags, nproc=nproc, name=name, model=model, batch_size=batch_size, env=env)
-        run = started.wait()
+        run = started.wait(timeout)
         assert not check or run.status == 0, run.output
         return run
 
