@@ -12,7 +12,6 @@ import json
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +135,21 @@ def _judge(run: trainer.Run, feature: Feature) -> dict[str, str]:
 
 def _last_error(run: trainer.Run) -> str:
     """The last line of an output that names an error, without what differs from run to run."""
-    found = re.findall(
-        r"^(?:\[rank\d\]: )?((?:[\w.]*(?:Error|Exception|Unsupported)\b|[\w.]+: error).*)", run.output, re.M
-    )
-    line = found[-1] if found else (run.output.strip().splitlines() or ["no output"])[-1]
-    return re.sub(r"^[\w.]+: error", "error", line)[:200]
+    output = re.sub(r"\x1b\[\d*m", "", run.output)
+    error = r"^\s*(?:\[rank\d\]: )?((?:[\w.]*(?:Error|Exception|Unsupported)\b|[\w.]+:? error\b).*)"
+    found = re.findall(error, output, re.M)
+    line = found[-1] if found else (output.strip().splitlines() or ["no output"])[-1]
+    return re.sub(r"^[\w.]+: error", "error", line)[:200].strip()
 
 
 def main() -> None:
     bench = Bench(Path(sys.argv[1]))
     known: dict[str, Any] = {feature.id: feature for feature in FEATURES}
     for name in sys.argv[2:]:
-        began = time.monotonic()
         try:
             cell = globals()[known[name].kind](bench, known[name])
         except Exception as error:  # a cell that cannot be run is one that failed; the others go on
             cell = {"status": "failed", "detail": f"{type(error).__name__}: {str(error)[:200]}"}
-        cell["seconds"] = round(time.monotonic() - began, 1)
         print(json.dumps({"release": releases.current(), "feature": name, **cell}), flush=True)
 
 
