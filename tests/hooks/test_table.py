@@ -34,7 +34,10 @@ def test_every_release_has_one_row_for_each_name(release):
     phases = ("start-up", "parsing", "run", "building task data")
     chosen = [row for phase in phases for row in rows(phase, release.version)]
     homes = [row.target.replace("create_task", "create_loss") for row in chosen]
-    assert sorted(homes) == sorted({row.target.replace("create_task", "create_loss") for row in ROWS})
+    everywhere = {
+        row.target.replace("create_task", "create_loss") for row in ROWS if row.when in phases
+    }  # the other phases are of flags that some releases refuse
+    assert sorted(homes) == sorted(everywhere)
 
 
 def test_declared_ranges_tested_releases_and_the_requirement_agree():
