@@ -57,6 +57,7 @@ def own_teacher(task, model: str) -> list:
     return ["--train-data", task, "--model", model, "--distill-model", model, "--distill-pretrained", "local"]
 
 
+@releases.FOLDERS_OF_MODELS
 def test_class_prompts_are_distilled_as_open_clip_distils_them(train, model, task, prompts):
     """The starting model as its own teacher: bit-equal to stock open_clip on the same texts."""
     flags = own_teacher(task, model)
@@ -81,6 +82,7 @@ def test_the_oldest_tested_release_distils_from_a_file(train, model, task, promp
     assert len(logged(run, "Distill_loss")) == 2 and all(value > 0 for value in logged(run, "Distill_loss"))
 
 
+@releases.FOLDERS_OF_MODELS
 def test_every_term_of_arf_is_distilled(train, tmp_path, model, task, prompts):
     """Captions that equal the prompts cost what the prompts cost: the contrastive and the distillation loss."""
     data.write_captions(
