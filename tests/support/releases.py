@@ -28,7 +28,7 @@ ONE_RELEASE = str(FOLDERS) in os.environ.get("PYTHONPATH", "")
 
 # Releases as a test's parameters; those that scripts/test.sh does not run are slow.
 PARAMETERS = [
-    pytest.param(release.version, marks=() if release.every_change else pytest.mark.slow)
+    pytest.param(release.version, marks=() if release.every_change or ONE_RELEASE else pytest.mark.slow)
     for release in RELEASES
     if not ONE_RELEASE or release.version == current()
 ]
