@@ -68,7 +68,8 @@ def parse():
     """Parses a trainer's command line as the hooks do, in this process; returns the configuration."""
     import argparse
 
-    from arf_plugin import config
+    from arf_plugin.config import resolve
+    from arf_plugin.flags import add_arf_flags
 
     def run(*argv: object):
         parser = argparse.ArgumentParser()
@@ -81,7 +82,7 @@ def parse():
         for flag in ("--pretrained", "--resume", "--distill-model", "--distill-pretrained", "--remote-sync"):
             parser.add_argument(flag)
         parser.add_argument("--accum-freq", type=int, default=1)
-        config.add_arf_flags(parser)
-        return config.resolve(parser.parse_args(list(map(str, argv))))
+        add_arf_flags(parser)
+        return resolve(parser.parse_args(list(map(str, argv))))
 
     return run

@@ -43,7 +43,7 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
         args = original(argv)
     finally:
         deactivate()
-    _activate(_resolve(args, version), bool(getattr(args, "resume", None)), version, params)
+    _activate(resolve(args, version), bool(getattr(args, "resume", None)), version, params)
     return args
 
 
@@ -70,7 +70,7 @@ def check_args(argv: Sequence[str]) -> Any:
     finally:
         deactivate()
     if wants_arf(argv):
-        _resolve(args, version)
+        resolve(args, version)
     return args
 
 
@@ -90,7 +90,8 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
-def _resolve(args: Any, version: str) -> config.ArfConfig:
+def resolve(args: Any, version: str) -> config.ArfConfig:
+    """Checks the flags of a run, those that only this release has among them; see `arf_plugin.config.resolve`."""
     arf = config.resolve(args)
     if trains_tasks(version):
         from arf_plugin.hooks.task_flags import check_args as check_task_args

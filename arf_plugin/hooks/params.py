@@ -6,14 +6,13 @@ import argparse
 from types import SimpleNamespace
 from typing import Any
 
-from arf_plugin.config import add_arf_flags
+from arf_plugin.flags import add_arf_flags
 
 
 class _ParserWithFlags(argparse.ArgumentParser):
     """Adds the ARF group when parsing begins, so that it comes last in --help."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
         add_arf_flags(self)
         return super().parse_args(*args, **kwargs)
 

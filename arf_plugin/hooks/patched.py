@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
-from arf_plugin import config
 from arf_plugin._boot import wants_arf
-from arf_plugin.hooks.activation import print_arf_errors, rows_of_run
+from arf_plugin.flags import add_arf_flags
+from arf_plugin.hooks.activation import print_arf_errors, resolve, rows_of_run
 from arf_plugin.hooks.engine import Engine, Row, load
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import ROWS
@@ -58,8 +58,7 @@ _CALL_SITES = CallSites()
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the ARF group to the trainer's parser."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    config.add_arf_flags(parser)
+    add_arf_flags(parser)
 
 
 def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, release: str) -> Any:
@@ -84,7 +83,7 @@ def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, relea
             delattr(args, name)
         return args
     sys.excepthook = print_arf_errors
-    session = Session(config.resolve(args), _CALL_SITES, release)
+    session = Session(resolve(args, release), _CALL_SITES, release)
     resumes = bool(getattr(args, "resume", None))
     _CALL_SITES.apply(rows_of_run(session.config, resumes, release), release, session)
     return args

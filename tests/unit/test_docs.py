@@ -50,7 +50,7 @@ def test_links_and_paths_exist(page):
 def test_every_arf_flag_is_in_the_documentation_and_the_other_way_round():
     import argparse
 
-    from arf_plugin.config import add_arf_flags
+    from arf_plugin.flags import add_arf_flags
 
     parser = argparse.ArgumentParser()
     add_arf_flags(parser)
