@@ -33,7 +33,10 @@ def get_latest_checkpoint(original: Callable[..., str | None], session: Session)
 
 
 def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """Loads the checkpoint that ``--resume`` names, and notes what a step checkpoint says beside its weights."""
+    """Loads the checkpoint that ``--resume`` names, whatever number of processes it comes from.
+
+    Notes what a step checkpoint says beside its weights.
+    """
 
     @functools.wraps(original)
     def wrapped(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -46,9 +49,10 @@ def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any
                 "Expected a whole file that open_clip or a step checkpoint has written. Name another one, or remove "
                 "this one and use --resume latest."
             ) from error
-        if isinstance(checkpoint, dict) and KEY in checkpoint:
-            session.resumed = check_format(checkpoint[KEY], path)
+        if isinstance(checkpoint, dict) and "epoch" in checkpoint:
             checkpoint["state_dict"] = _named_for_this_run(checkpoint["state_dict"])
+            if KEY in checkpoint:
+                session.resumed = check_format(checkpoint[KEY], path)
         return checkpoint
 
     return wrapped

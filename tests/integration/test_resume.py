@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from support import data
-from support.resuming import assert_same_end, equal, kill_after, progress, run_with_kills, steps
+from support.resuming import assert_same_end, equal, run_killed, run_until, run_with_kills, steps
 from support.trainer import Trainer
 
 from arf_plugin.errors import FlagError
@@ -155,28 +154,27 @@ def test_save_most_recent(train, uneven):
     """The one file that open_clip then looks for."""
     run_flags = [*flags(uneven), "--arf-checkpoint-every", 2, "--save-most-recent", "--save-frequency", 0]
     calm = train.forked(*run_flags, name="calm", **MODEL)
-    started = train.start(*run_flags, name="killed", **MODEL)
-    assert kill_after(started, 0.5, 0)
-    assert [path.name for path in (started.folder / "checkpoints").glob("*.pt")] == ["epoch_latest.pt"]
+    killed = run_killed(train, run_flags, 0.5, name="killed", **MODEL)
+    assert [path.name for path in (killed.folder / "checkpoints").glob("*.pt")] == ["epoch_latest.pt"]
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", **MODEL)
     assert "goes on after" in resumed.output
     assert_same_end(calm, resumed, EPOCHS)
 
 
-def test_fresh_order_without_deterministic(train, uneven, uneven_anchors):
-    """The right step and the rest of the batches; another number of processes is fine."""
-    run_flags = [flag for flag in flags(uneven, "--arf-checkpoint-every", 2) if flag != "--arf-deterministic"]
+@pytest.mark.parametrize(("moment", "first"), [(0.7, 5), (1.05, 8)])
+def test_fresh_order_on_another_number_of_processes(train, uneven, uneven_anchors, moment, first):
+    """The right step and the rest of the batches, from a step checkpoint as from an epoch's."""
+    run_flags = [flag for flag in flags(uneven, "--arf-checkpoint-every", 4) if flag != "--arf-deterministic"]
     run_flags += ["--arf-anchors", uneven_anchors]
     whole = train.forked(*run_flags, name="whole")
-    step = next((whole.folder / "checkpoints").glob("epoch_1_step_*.pt"))
-    assert step.name == "epoch_1_step_14.pt"
-    started = train.start(*run_flags, name="killed")
-    assert kill_after(started, 0.7, 0.2)
+    run_killed(train, run_flags, moment, name="killed")
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", nproc=2, batch_size=4)
-    assert "with the data in a fresh order" in resumed.output
-    rates = {place: text.split()[1] for place, text in steps(whole.output).items()}
-    again = {place: text.split()[1] for place, text in steps(resumed.output).items()}
-    assert (1, 112) in again and len(again) < len(rates) and again.items() <= rates.items()
+    assert ("with the data in a fresh order" in resumed.output) == (moment < 1)
+    rates, again = (
+        {7 * epoch + seen // 16: text.split()[1] for (epoch, seen), text in steps(run.output).items()}
+        for run in (whole, resumed)
+    )
+    assert list(again) == list(range(first, 15)) and again.items() <= rates.items()
 
 
 @pytest.mark.parametrize(
@@ -239,11 +237,7 @@ def test_a_stop_file_ends_a_run_in_order(train, uneven, uneven_anchors, tmp_path
     run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"), "--arf-stop-file", stop)
     options = {**MODEL, "nproc": 2, "batch_size": 4}
     calm = train.forked(*run_flags, name="calm", **options)
-    started = train.start(*run_flags, name="stopped", **options)
-    while (started.running and not started.output.exists()) or progress(started.output.read_text()) < 0.3:
-        time.sleep(0.01)
-    stop.touch()
-    stopped = started.wait()
+    stopped = run_until(train, run_flags, 0.3, f"touch {stop}", name="stopped", **options)
     assert stopped.status == 0 and "asked to stop" in stopped.output and not stop.exists()
     assert len(list((stopped.folder / "checkpoints").iterdir())) == 1
     resumed = train.forked(*run_flags, "--resume", "latest", name="stopped", **options)
@@ -255,13 +249,8 @@ def test_killed_while_a_checkpoint_is_written(train, uneven):
     """The half-written file is in nobody's way."""
     run_flags = [*flags(uneven), "--arf-checkpoint-every", 1]
     calm = train.forked(*flags(uneven), name="calm", **MODEL)
-    started = train.start(*run_flags, name="killed", **MODEL)
-    checkpoints = started.folder / "checkpoints"
-    while progress(started.output.read_text() if started.output.exists() else "") < 0.5:
-        time.sleep(0.005)
-    while started.running and not list(checkpoints.glob("*.partial")):
-        pass
-    started.kill()
+    killed = run_killed(train, run_flags, 0.5, "kill-in-fsync", name="killed", **MODEL)
+    checkpoints = killed.folder / "checkpoints"
     assert list(checkpoints.glob("*.partial")) and list(checkpoints.glob("epoch_*_step_*.pt"))
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", **MODEL)
     assert "goes on after" in resumed.output and not list(checkpoints.glob("*.partial"))

@@ -7,6 +7,8 @@ The trainer itself stays stock open_clip, started by the literal command line. W
 * ARF_TEST_DDP_CPU        lets DistributedDataParallel run on CPU (open_clip passes device_ids=[cpu])
 * ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
 * ARF_TEST_RECORD_STEP    or of a later one, counted from 0
+* ARF_TEST_AT             at this moment of the run (1.5: the middle of the second epoch has just been logged) do
+* ARF_TEST_DO             "kill SECONDS" later, "kill-in-fsync" when a file is written next, or "touch FILE"
 """
 
 import os
@@ -66,3 +68,37 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
             return _original_step(self, closure)
 
         torch.optim.AdamW.step = _step
+
+    if os.environ.get("ARF_TEST_AT"):
+        import logging
+        import re
+        import signal
+        import threading
+
+        def _kill(*_):
+            os.killpg(0, signal.SIGKILL)
+
+        def _act(what, argument):
+            if what == "touch":
+                Path(argument).touch()
+            elif what == "kill-in-fsync":
+                os.fsync = _kill
+            elif float(argument):
+                threading.Timer(float(argument), _kill).start()
+            else:
+                _kill()
+
+        class _Moment(logging.Handler):
+            over = False
+
+            def emit(self, record):
+                logged = re.match(r"Train Epoch: (\d+) \[.*?\((\d+)%\)", record.getMessage())
+                if (
+                    not self.over
+                    and logged
+                    and int(logged[1]) + int(logged[2]) / 100 >= float(os.environ["ARF_TEST_AT"])
+                ):
+                    self.over = True
+                    _act(*os.environ["ARF_TEST_DO"].partition(" ")[::2])
+
+        logging.root.addHandler(_Moment())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-import time
+import signal
 from typing import Any
 
 import torch
 
-from support.trainer import Run, Started, Trainer
+from support.trainer import Run, Trainer
 
 
 def last_checkpoint(run: Run, epoch: int) -> dict[str, Any]:
@@ -48,39 +48,42 @@ def steps(output: str) -> dict[tuple[int, int], str]:
     }
 
 
-def progress(output: str) -> float:
-    """Epochs that are done, as the last logged step counts them: 1.5 is the middle of the second."""
-    logged = re.findall(r"Train Epoch: (\d+) \[.*?\((\d+)%\)", output)
-    return int(logged[-1][0]) + int(logged[-1][1]) / 100 if logged else 0.0
+def run_until(train: Trainer, flags: list[Any], moment: float, action: str, **options: Any) -> Run:
+    """Runs the trainer, and does something to it at a moment of the run, in epochs.
+
+    The process does it to itself right after it has logged the moment, so that no load of the machine moves it.
+
+    Args:
+        train: The trainer.
+        flags: Its flags.
+        moment: 1.5 is the middle of the second epoch.
+        action: One of tests/shim's: ``kill SECONDS``, ``kill-in-fsync`` or ``touch FILE``.
+        **options: Of the run.
+    """
+    started = train.start(*flags, env={"ARF_TEST_AT": str(moment), "ARF_TEST_DO": action}, **options)
+    return started.wait(patience=0 if action.startswith("kill") else 1)
 
 
-def kill_after(started: Started, epochs: float, delay: float) -> bool:
-    """Kills a run ``delay`` seconds after it has logged so many epochs; False if it ended before."""
-    end = time.monotonic() + 240
-    while not started.output.exists() or progress(started.output.read_text()) < epochs:
-        if not started.running or time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    time.sleep(delay)
-    landed = started.running
-    started.kill()
-    return landed
+def run_killed(
+    train: Trainer, flags: list[Any], moment: float, action: str = "kill 0", **options: Any
+) -> Run:
+    """Runs the trainer and kills it; fails if it ends before."""
+    run = run_until(train, flags, moment, action, **options)
+    assert run.status == -signal.SIGKILL, run.output
+    return run
 
 
 def run_with_kills(
     train: Trainer, flags: list[Any], kills: list[float], seed: int = 0, **options: Any
 ) -> Run:
-    """Runs the trainer, killed at random moments after so many epochs, and resumed each time.
+    """Runs the trainer, killed shortly after each of some moments, and resumed each time.
 
     Returns:
         The last run, with the output of all.
     """
     rng, output = random.Random(seed), ""
-    for epochs in kills:
-        started = train.start(*flags, "--resume", "latest", **options)
-        landed = kill_after(started, epochs, rng.uniform(0, 0.2))
-        text = started.output.read_text()
-        output += text
-        assert landed, text
+    for moment in kills:
+        action = f"kill {rng.uniform(0, 0.05)}"
+        output += run_killed(train, [*flags, "--resume", "latest"], moment, action, **options).output
     last = train.forked(*flags, "--resume", "latest", **options)
     return Run(last.status, output + last.output, last.folder)

@@ -201,14 +201,14 @@ class Started:
         for process in self.processes:
             process.join()
 
-    def wait(self, seconds: float = 300) -> Run:
-        """Waits for the end; a process that fails ends the others, as torchrun would."""
+    def wait(self, seconds: float = 300, patience: float = 1) -> Run:
+        """Waits for the end; a process that fails ends the others after ``patience``, as torchrun would."""
         end = time.monotonic() + seconds
         while self.running and time.monotonic() < end and not any(p.exitcode for p in self.processes):
             for process in self.processes:
                 process.join(0.05)
         if self.running:
-            time.sleep(1)
+            time.sleep(patience)
             self.kill()
         status = next((process.exitcode for process in self.processes if process.exitcode), 0)
         return Run(status, self.output.read_text(), self.folder)
