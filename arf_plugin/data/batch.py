@@ -7,6 +7,8 @@ micro-batches under ``--accum-freq``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -78,7 +80,11 @@ class DeviceConcat:
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
-    def to(self, *args: object, **kwargs: object) -> torch.Tensor:
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Moves every part like ``torch.Tensor.to`` and returns their concatenation."""
-        moved = [part.to(*args, **kwargs) for part in self.parts]
-        return moved[0] if len(moved) == 1 else torch.cat(moved)
+        return self.moved(lambda part: part.to(*args, **kwargs))
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Moves every part by a function and returns their concatenation."""
+        parts = [move(part) for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

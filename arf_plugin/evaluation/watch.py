@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+from arf_plugin.data.rng import restore_rng, rng_state
 from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.distributed import Processes
@@ -178,16 +177,11 @@ def left_alone(model: torch.nn.Module) -> Iterator[None]:
     Each module by itself: frozen BatchNorm layers are in evaluation mode amid others that train.
     """
     modes = {module: module.training for module in model.modules()}
-    numbers = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []  # not run here: no GPU
+    numbers = rng_state()
     try:
         model.eval()
         yield
     finally:
+        restore_rng(numbers)
         for module, mode in modes.items():
             module.training = mode
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        torch.set_rng_state(numbers[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)

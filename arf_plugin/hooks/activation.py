@@ -14,7 +14,7 @@ from typing import Any
 from arf_plugin import config
 from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Engine, Row, covers
+from arf_plugin.hooks.engine import Engine, Row
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import RESUMABLE, rows
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
@@ -106,7 +106,7 @@ def rows_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Row
     Raises:
         FlagError: It asks for what no row does in this release.
     """
-    resumable = rows("resumable run", version) if covers(RESUMABLE, version) else ()
+    resumable = rows("resumable run", version, optional=True)
     if arf.resumable and not resumable:
         asked = "--arf-deterministic" if arf.deterministic else "--arf-checkpoint-every and --arf-stop-file"
         raise FlagError(

@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 
@@ -34,6 +34,8 @@ from arf_plugin.hooks.table import rows
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.watch import Watch
+
+Found = TypeVar("Found")
 
 
 def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -142,22 +144,22 @@ def _task_data(
     training = copy.copy(args)
     training.val_data = training.imagenet_val = training.imagenet_v2 = None
     training.workers = workers
-    own_text_column = None
-    if is_csv(args.train_data, args.dataset_type):
+    own_text_column, csv = None, is_csv(args.train_data, args.dataset_type)
+    if csv:
         columns = pd.read_csv(args.train_data, sep=args.csv_separator, nrows=0).columns
         own_text_column = args.csv_caption_key if args.csv_caption_key in columns else None
         # open_clip insists on a text column; with class prompts there need not be one.
         training.csv_caption_key = own_text_column or args.csv_img_key
     before = len(session.engine.applied)
     session.engine.apply(rows("building task data", session.version), session.version, texts)
-    if orders and not is_csv(args.train_data, args.dataset_type):
+    if orders and not csv:
         session.engine.apply(rows("ordering task data", session.version), session.version, orders["task"])
         tokenizer = NumberedTokenizer(tokenizer)
     try:
         task = original(training, preprocess_fns, epoch=epoch, tokenizer=tokenizer)["train"]
     finally:
         session.engine.undo(before)
-    if is_csv(args.train_data, args.dataset_type):
+    if csv:
         dataset = task.dataloader.dataset
         identities, classes = [str(path) for path in dataset.images], None
         if texts.prompts is not None:
@@ -174,28 +176,32 @@ def _watch(session: Session, args: Any, preprocess: Any, tokenizer: Any) -> Watc
     from arf_plugin.evaluation.watch import open_sets
     from arf_plugin.hooks.watch import Watch
 
-    folders = session.config.watch
-    _on_every_rank(args, lambda: bool(open_sets(folders)))
-    watch = Watch(session.config, args, open_sets(folders), preprocess, tokenizer)
+    # The first process reads every label for all of them, which then open sets that are known to be sound.
+    sets = _on_every_rank(args, lambda: open_sets(session.config.watch))
+    watch = Watch(session.config, args, sets or open_sets(session.config.watch), preprocess, tokenizer)
     session.listeners.append(watch)
     return watch
 
 
-def _on_every_rank(args: Any, check: Callable[[], object]) -> None:
-    """Runs a check on the first process and hands its verdict to all, so that none trains on or waits for ever."""
+def _on_every_rank(args: Any, check: Callable[[], Found]) -> Found | None:
+    """Runs a check on the first process and hands its verdict to all, so that none trains on or waits for ever.
+
+    Returns:
+        What the check found, on the first process.
+    """
     if not args.distributed:
-        check()
-        return
+        return check()
     from open_clip_train.distributed import broadcast_object
 
+    found: Found | None = None
     verdict: ArfError | None = None
     if args.rank == 0:
         try:
-            check()
+            found = check()
         except ArfError as error:
             verdict = error
     if broadcast_object(args, verdict is None):
-        return
+        return found
     raise verdict if verdict is not None else SystemExit(1)
 
 

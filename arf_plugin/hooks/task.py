@@ -11,8 +11,6 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.data.batch import DeviceConcat
 from arf_plugin.errors import FlagError, IncompatibleUpstreamError
@@ -88,13 +86,9 @@ def _prepare_batch(
     if not any(isinstance(value, DeviceConcat) for value in batch.values()):
         return original(batch, *args, **named)
     return {
-        key: _join([original({key: part}, *args, **named)[key] for part in value.parts])
+        key: value.moved(lambda part, key=key: original({key: part}, *args, **named)[key])
         for key, value in batch.items()
     }
-
-
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _with_tuples(original: Callable[..., Any]) -> Callable[..., Any]:

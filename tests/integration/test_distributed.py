@@ -81,7 +81,7 @@ def test_a_machine_that_dies_and_comes_back(train, task, anchors, tmp_path):
         pytest.skip(reason)
     train.logs.mkdir(parents=True)
     data_flags = ("--train-data", task.urls, "--train-num-samples", 480, "--arf-anchors", anchors)
-    flags = train._argv((*data_flags, "--epochs", 8, "--resume", "latest"), "run", "tiny-vit", 4)
+    flags = train.argv((*data_flags, "--epochs", 8, "--resume", "latest"), "run", "tiny-vit", 4)
     checkpoints = train.logs / "run" / "checkpoints"
     with nodes.two_nodes() as (first, second):
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import knn_service
-from support.building import describe, drawing, folder_bytes, unit_vectors, write_tar
+from support.building import folder_bytes, unit_vectors
 from support.building_fixtures import Inputs
+from support.hits import assert_same_hits, hits_of, retrieve
 from support.knn_servers import FlakyProxy
+from support.knn_service import PER_TAR, TARS, Pool, write_pool
 from test_embed import write_embeddings
 
 from arf_plugin.pipeline.embeddings import Embeddings
@@ -31,40 +32,11 @@ from arf_plugin.pipeline.embeddings import Embeddings
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-TARS, PER_TAR = 3, 44
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Tars of a pool whose keys are unique, its embeddings, those of the task, and index folders."""
-
-    tars: str
-    task: Path
-    pool: Path
-    flat: Path
-    logs: Path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, inputs: Inputs) -> Pool:
-    """132 drawings in 3 tars, embedded with a real (tiny) CLIP."""
-    from arf_plugin.cli.main import main as arf
-
-    folder = tmp_path_factory.mktemp("knn_service")
-    for tar in range(TARS):
-        members = []
-        for i in range(tar * PER_TAR, (tar + 1) * PER_TAR):
-            members += [(f"p{i:04d}.png", drawing(i, "PNG", 40)), (f"p{i:04d}.txt", describe(i).encode())]
-        write_tar(folder / f"tars/{tar:02d}.tar", members)
-    tars = f"{folder}/tars/{{00..{TARS - 1:02d}}}.tar"
-    model = ["--model", inputs.clip]
-    for argv in (
-        ["embed", "--task-data", inputs.task, *model, "--out", f"{folder}/task"],
-        ["embed", "--pool", tars, *model, "--out", f"{folder}/pool"],
-        ["index", "--embeddings", f"{folder}/pool", "--out", f"{folder}/flat"],
-    ):
-        assert arf(argv) == 0
-    return Pool(tars, folder / "task", folder / "pool", folder / "flat", folder)
+    return write_pool(tmp_path_factory.mktemp("knn_service"), inputs)
 
 
 @pytest.fixture(scope="module")
@@ -112,32 +84,6 @@ def service(small: Pool, indices: dict[str, Path]):
     """The address of one real service with all of them."""
     with knn_service.serving(small.logs / "service.log", indices) as url:
         yield url
-
-
-def hits_of(out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and similarities, [queries, k]."""
-    table = pa.concat_tables([pq.read_table(path) for path in sorted((out / "hits").iterdir())])
-    queries = len(set(table["query_row"].to_pylist()))
-    return (
-        table["row"].to_numpy().reshape(queries, -1),
-        table["similarity"].to_numpy().reshape(queries, -1),
-    )
-
-
-def assert_same_hits(one: Path, other: Path, tolerance: float = 1e-3) -> None:
-    """The same similarities at every rank, and the same rows but for those that tie with the last one."""
-    (rows, values), (other_rows, other_values) = hits_of(one), hits_of(other)
-    np.testing.assert_allclose(values, other_values, atol=tolerance)
-    for a, similarity, b, theirs in zip(rows, values, other_rows, other_values, strict=True):
-        floor = min(similarity[-1], theirs[-1]) + tolerance
-        assert set(a[similarity > floor]) <= set(b) and set(b[theirs > floor]) <= set(a)
-        assert len(set(b)) == len(b)
-
-
-def retrieve(
-    arf, task: Path, pool: Path, out: Path, *more: object, k: int = 10, status: int = 0
-) -> tuple[str, str]:
-    return arf("retrieve", "--queries", task, "--pool", pool, "--k", k, "--out", out, *more, status=status)
 
 
 def test_exact_faiss_and_the_service_find_the_same(arf, small: Pool, service: str, tmp_path: Path):

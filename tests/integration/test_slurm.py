@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from support import building
 from support.building import folder_bytes
 from support.building_fixtures import Inputs
 from support.resuming import assert_same_end, steps
-from support.trainer import Run
-
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
+from support.slurm import SCRIPTS, Cluster, until
+from support.trainer import Run, Trainer
 
 SHARDS = 60
 
@@ -36,87 +34,6 @@ pytestmark = [
         reason="needs SLURM: apt-get install slurm-wlm munge",
     ),
 ]
-
-
-def until(true: Callable[[], object], what: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.1)
-
-
-class Cluster:
-    """A cluster of two nodes in a folder of its own.
-
-    Args:
-        folder: its scratch folder; short, as sockets need short names.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.env = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SLURM_", "SBATCH_"))
-            },
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "ARF_SLURM_DIR": str(folder),
-            "ARF_SLURM_MINUTES": "30",
-            "SLURM_CONF": str(folder / "slurm.conf"),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-
-    def script(
-        self, *argv: object, check: bool = True, **variables: object
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs ``local_cluster.sh`` with these arguments."""
-        return self.run(SCRIPTS / "local_cluster.sh", *argv, check=check, **variables)
-
-    def run(self, *argv: object, check: bool = True, **variables: object) -> subprocess.CompletedProcess[str]:
-        """Runs a command on the machine that jobs are submitted from."""
-        env = self.env | {name: str(value) for name, value in variables.items()}
-        done = subprocess.run(
-            list(map(str, argv)),
-            env=env,
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert not check or done.returncode == 0, f"{argv}\n{done.stdout}{done.stderr}{self.logs()}"
-        return done
-
-    def submit(
-        self, script: str, *flags: object, stage_flags: tuple[object, ...] = (), **variables: object
-    ) -> str:
-        """Submits a job script; returns the job's id."""
-        words = ("sbatch", "--parsable", "--cpus-per-task=1", *flags, SCRIPTS / script, *stage_flags)
-        return self.run(*words, **variables).stdout.strip()
-
-    def jobs(self, job: str) -> list[dict[str, str]]:
-        """What SLURM says of a job, or of all tasks of an array."""
-        lines = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()
-        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
-
-    def wait(self, job: str, state: str = "COMPLETED", seconds: float = 240) -> list[dict[str, str]]:
-        """Waits until a job, or every task of an array, has ended, as it should."""
-
-        def ended() -> bool:
-            return all(j["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") for j in self.jobs(job))
-
-        until(ended, f"job {job}: {self.jobs(job)}", seconds)
-        jobs = self.jobs(job)
-        assert {j["JobState"] for j in jobs} == {state}, f"{jobs}\n{self.logs()}"
-        return jobs
-
-    def logs(self) -> str:
-        return "".join(
-            f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("arf-*.log"))
-        )
 
 
 @pytest.fixture(scope="module")
@@ -304,15 +221,25 @@ def test_what_comes_after_a_failed_stage_is_cancelled(cluster: Cluster, inputs: 
     cluster.wait(jobs["pack"], "CANCELLED")
 
 
+def told(train: Trainer) -> dict[str, str]:
+    """What a job has to be told of the trainer's environment."""
+    return {
+        name: value for name, value in train.env.items() if os.environ.get(name) != value and name != "PATH"
+    }
+
+
 def test_training_on_two_nodes_and_requeued_on_one(
-    cluster: Cluster, task: Any, anchors: Path, train: Any, tmp_path: Path
+    cluster: Cluster, task: Any, anchors: Path, train: Trainer, tmp_path: Path
 ):
     flags = ("--model", "tiny-vit", "--device", "cpu", "--batch-size", 4, "--workers", 0, "--lr", "1e-3", "--warmup", 1,
              "--train-num-samples", 32, "--save-frequency", 1, "--log-every-n-steps", 1)  # fmt: skip
     variables = {
-        name: value for name, value in train.env.items() if os.environ.get(name) != value and name != "PATH"
+        **told(train),
+        "ANCHORS": anchors,
+        "TRAIN_DATA": task.urls,
+        "LOGS": tmp_path / "logs",
+        "NAME": "run",
     }
-    variables |= {"ANCHORS": anchors, "TRAIN_DATA": task.urls, "LOGS": tmp_path / "logs", "NAME": "run"}
 
     checkpoints = tmp_path / "logs/run/checkpoints"
 
@@ -348,7 +275,7 @@ def test_training_on_two_nodes_and_requeued_on_one(
 
 
 def test_preempted_training_ends_like_an_undisturbed_one(
-    cluster: Cluster, task: Any, anchors: Path, train: Any, tmp_path: Path
+    cluster: Cluster, task: Any, anchors: Path, train: Trainer, tmp_path: Path
 ):
     """Signalled twice within an epoch: step checkpoint, queue, on from there, the same bits."""
     epochs = 12
@@ -358,10 +285,13 @@ def test_preempted_training_ends_like_an_undisturbed_one(
         "--train-data", task.urls, "--arf-anchors", anchors, *flags, name="calm", nproc=2, batch_size=4
     )
     variables = {
-        name: value for name, value in train.env.items() if os.environ.get(name) != value and name != "PATH"
+        **told(train),
+        "ANCHORS": anchors,
+        "TRAIN_DATA": task.urls,
+        "LOGS": train.logs,
+        "NAME": "preempted",
     }
-    variables |= {"ANCHORS": anchors, "TRAIN_DATA": task.urls, "LOGS": train.logs, "NAME": "preempted"}
-    argv = train._argv(flags, "preempted", "tiny-vit", 4)
+    argv = train.argv(flags, "preempted", "tiny-vit", 4)
     job = cluster.submit(
         "train_preemptible.sbatch",
         stage_flags=tuple(argv),

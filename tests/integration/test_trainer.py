@@ -50,7 +50,7 @@ def test_two_processes_with_workers(train, flags):
 def test_arf_train_needs_no_start_up_file(train, flags, tmp_path):
     """The explicit door, in an environment without the start-up file."""
     python = make_environment(tmp_path / "env")
-    argv = [python, "-m", "arf_plugin.cli.main", "train", *train._argv(tuple(flags), "run", "tiny-vit", 8)]
+    argv = [python, "-m", "arf_plugin.cli.main", "train", *train.argv(tuple(flags), "run", "tiny-vit", 8)]
     env = {**train.env, "PYTHONPATH": releases.path(SHIM, ROOT), "ARF_TEST_SHIM_ALWAYS": "1"}
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0 and "Pair_anchor_loss" in done.stderr + done.stdout, done.stderr

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
-from support import building, data, evaluation
+from support import building, data, evaluation, loggers
+from support.loggers import TENSORBOARD, WANDB
 
 from arf_plugin.errors import FlagError
 
@@ -21,8 +20,6 @@ FP32 = (
     "--precision",
     "fp32",
 )  # of the default, amp, a CPU's fp16 overflows with these weights: no step is made
-TENSORBOARD = ROOT / ".venvs" / "tensorboard-2.21.0"  # scripts/test.sh puts it there
-WANDB = ROOT / ".venvs" / "wandb-0.31.0"  # the test that needs it puts it there
 
 
 @pytest.fixture
@@ -51,6 +48,14 @@ def csv_anchors(tmp_path) -> Path:
     data.write_captions(tmp_path / "csv-anchors", texts)
     data.write_pairs(tmp_path / "csv-anchors", shards=2, per_shard=8)
     return tmp_path / "csv-anchors"
+
+
+def watched(task_csv: Path, held_out: Path, start: Path) -> tuple:
+    """Flags of a run from known weights, with everything watched."""
+    return (
+        *("--train-data", task_csv, *FP32, "--pretrained", start),
+        *("--arf-watch", held_out, "--arf-watch-drift"),
+    )
 
 
 def rows(run) -> list[dict]:
@@ -172,16 +177,7 @@ def test_weights_that_are_not_numbers_any_more(train, task_csv, held_out):
 
 
 def test_two_processes_see_what_one_sees(train, task_csv, held_out, start):
-    common = (
-        "--train-data",
-        task_csv,
-        *FP32,
-        "--pretrained",
-        start,
-        "--arf-watch",
-        held_out,
-        "--arf-watch-drift",
-    )
+    common = watched(task_csv, held_out, start)
     one = train.forked(*common, "--lr", 0, name="one", batch_size=4)
     two = train(*common, "--lr", 0, "--workers", 1, nproc=2, name="two", batch_size=4)
     assert two.output.count("before training: held-out") == 1
@@ -196,16 +192,7 @@ def test_precisions(train, task_csv, held_out, precision):
 
 
 def test_a_resumed_run_goes_on_with_its_start(train, task_csv, held_out, start):
-    common = (
-        "--train-data",
-        task_csv,
-        *FP32,
-        "--pretrained",
-        start,
-        "--arf-watch",
-        held_out,
-        "--arf-watch-drift",
-    )
+    common = watched(task_csv, held_out, start)
     train.forked(*common, "--epochs", 1)
     run = train.forked(*common, "--epochs", 2, "--resume", "latest")
     assert "ARF watch: goes on; top-1 before training" in run.output
@@ -223,7 +210,7 @@ def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors
         *("--arf-watch", held_out, "--arf-watch-drift", "--report-to", "tensorboard"),
         env={"PYTHONPATH": f"{train.env['PYTHONPATH']}{os.pathsep}{TENSORBOARD}"},
     )
-    events = read_events(run.folder / "tensorboard")
+    events = loggers.tensorboard_events(run.folder / "tensorboard")
     for term in ("contrastive_loss", "caption_anchor_loss", "pair_anchor_loss", "loss"):
         logged = [float(value) for value in re.findall(rf" {term.capitalize()}: ([\d.]+) \(", run.output)]
         assert [step for step, _ in events[f"train/{term}"]] == [0, 1, 2, 3]
@@ -234,72 +221,16 @@ def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors
     assert events["watch/held-out/image_cka"][0] == (0, 1.0)
 
 
-def read_events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Scalars of TensorBoard's event files: name -> (step, value), read by TensorFlow's record format.
-
-    A record is its length (8 bytes), a checksum (4), a protobuf message, a checksum (4).
-    """
-    import struct
-    import sys
-
-    sys.path.append(str(TENSORBOARD))
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event
-    finally:
-        sys.path.remove(str(TENSORBOARD))
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(folder.glob("events.*")):
-        content, place = path.read_bytes(), 0
-        while place < len(content):
-            (length,) = struct.unpack_from("<Q", content, place)
-            event = Event.FromString(content[place + 12 : place + 12 + length])
-            place += 12 + length + 4
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return found
-
-
 @pytest.mark.slow
 def test_wandb_has_the_watch_at_the_steps_of_training(train, task_csv, held_out, tmp_path):
     """wandb itself, offline; its file of records is a log as LevelDB writes it, of protobuf messages."""
-    if not WANDB.is_dir():
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--target",
-            f"{WANDB}.incomplete",
-            "wandb==0.31.0",
-        ]
-        subprocess.run(pip, check=True)
-        Path(f"{WANDB}.incomplete").rename(WANDB)
+    loggers.install_wandb()
     path = f"{train.env['PYTHONPATH']}{os.pathsep}{WANDB}{os.pathsep}{TENSORBOARD}"
     env = {"PYTHONPATH": path, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
     flags = ("--train-data", task_csv, "--arf-watch", held_out, "--arf-watch-drift", "--epochs", 2)
     run = train(*flags, "--report-to", "wandb", env=env)
     (records,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    code = (
-        "import json, struct, sys\n"
-        "from wandb.proto.wandb_internal_pb2 import Record\n"
-        "content, place, record = open(sys.argv[1], 'rb').read(), 7, b''\n"
-        "while place + 7 <= len(content):\n"
-        "    if 32768 - place % 32768 < 7:  # records do not begin at the end of a block\n"
-        "        place += 32768 - place % 32768; continue\n"
-        "    _, length, part = struct.unpack_from('<IHB', content, place)\n"
-        "    record, place = record + content[place + 7 : place + 7 + length], place + 7 + length\n"
-        "    if part not in (1, 4):  # whole, or its last part\n"
-        "        continue\n"
-        "    parsed, record = Record.FromString(record), b''\n"
-        "    if parsed.HasField('history'):\n"
-        "        print(json.dumps({item.key or '/'.join(item.nested_key): json.loads(item.value_json)\n"
-        "            for item in parsed.history.item}))\n"
-    )
-    argv = [sys.executable, "-c", code, str(records)]
-    done = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(WANDB)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    history = [json.loads(line) for line in done.stdout.splitlines()]
+    history = loggers.wandb_history(records)
     seen = {line["_step"]: line["watch/held-out/top1"] for line in history if "watch/held-out/top1" in line}
     assert seen == {row["step"]: row["metrics"]["top1"] for row in rows(run)} and list(seen) == [0, 2, 4]
     assert [line["_step"] for line in history if "train/contrastive_loss" in line] == [0, 1, 2, 3]

@@ -10,10 +10,46 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from support.building import describe, drawing, write_tar
+from support.building_fixtures import Inputs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "knn_service.sh"
 START = 120  # seconds
+TARS, PER_TAR = 3, 44
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tars of a pool whose keys are unique, its embeddings, those of the task, and index folders."""
+
+    tars: str
+    task: Path
+    pool: Path
+    flat: Path
+    logs: Path
+
+
+def write_pool(folder: Path, inputs: Inputs) -> Pool:
+    """132 drawings in 3 tars, embedded with a real (tiny) CLIP."""
+    from arf_plugin.cli.main import main as arf
+
+    for tar in range(TARS):
+        members = []
+        for i in range(tar * PER_TAR, (tar + 1) * PER_TAR):
+            members += [(f"p{i:04d}.png", drawing(i, "PNG", 40)), (f"p{i:04d}.txt", describe(i).encode())]
+        write_tar(folder / f"tars/{tar:02d}.tar", members)
+    tars = f"{folder}/tars/{{00..{TARS - 1:02d}}}.tar"
+    model = ["--model", inputs.clip]
+    for argv in (
+        ["embed", "--task-data", inputs.task, *model, "--out", f"{folder}/task"],
+        ["embed", "--pool", tars, *model, "--out", f"{folder}/pool"],
+        ["index", "--embeddings", f"{folder}/pool", "--out", f"{folder}/flat"],
+    ):
+        assert arf(argv) == 0
+    return Pool(tars, folder / "task", folder / "pool", folder / "flat", folder)
 
 
 def run_script(*argv: object) -> subprocess.CompletedProcess:

@@ -74,7 +74,7 @@ class Trainer:
             check: Fail unless the trainer succeeds.
         """
         torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
-        trainer = self._argv(flags, name, model, batch_size, open_clip)
+        trainer = self.argv(flags, name, model, batch_size, open_clip)
         argv = [*torchrun, "-m", "--", "open_clip_train.main", *trainer]
         environment = {**self.env, **(env or {})}
         if open_clip is not None:
@@ -84,24 +84,19 @@ class Trainer:
         assert not check or run.status == 0, run.output
         return run
 
-    def forked(
-        self,
-        *flags: Any,
-        nproc: int = 1,
-        name: str = "run",
-        model: str = "tiny-vit",
-        batch_size: int = 8,
-        env: dict[str, str] | None = None,
-        check: bool = True,
-        timeout: float = 300,
-    ) -> Run:
+    def forked(self, *flags: Any, check: bool = True, timeout: float = 300, **options: Any) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
 
         The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
         Several processes are told of each other by the variables that torchrun sets.
+
+        Args:
+            *flags: Flags beyond those for a short run of a tiny model.
+            check: Fail unless the trainer succeeds.
+            timeout: Seconds until it is ended.
+            **options: Those of `start`.
         """
-        started = self.start(*flags, nproc=nproc, name=name, model=model, batch_size=batch_size, env=env)
-        run = started.wait(timeout)
+        run = self.start(*flags, **options).wait(timeout)
         assert not check or run.status == 0, run.output
         return run
 
@@ -119,7 +114,7 @@ class Trainer:
         context.set_forkserver_preload(["open_clip_train.data", "open_clip_train.train"])
         self.logs.mkdir(parents=True, exist_ok=True)
         output = self.logs / f"{name}.out"
-        argv = self._argv(flags, name, model, batch_size)
+        argv = self.argv(flags, name, model, batch_size)
         output.unlink(missing_ok=True)
         environment = {**self.env, "ARF_TEST_SHIM_ALWAYS": "1", **(env or {})}
         processes = [
@@ -130,14 +125,10 @@ class Trainer:
             process.start()
         return Started(processes, output, self.logs / name)
 
-    def _argv(
-        self,
-        flags: tuple[Any, ...],
-        name: str,
-        model: str,
-        batch_size: int,
-        open_clip: Path | None = None,
+    def argv(
+        self, flags: tuple[Any, ...], name: str, model: str, batch_size: int, open_clip: Path | None = None
     ) -> list[str]:
+        """The trainer's own flags for a short run of a tiny model, and more."""
         argv = ["--model", model, *releases.on_cpu(open_clip)]
         argv += ["--batch-size", str(batch_size), "--workers", "0"]
         argv += ["--epochs", "1", "--lr", "1e-3", "--warmup", "1", "--logs", str(self.logs), "--name", name]

@@ -91,3 +91,16 @@ def test_means_on_the_page_on_the_paper_are_those_of_their_rows():
                 assert abs(sum(shifts) / len(shifts) - float(cell)) < 0.051, line
                 checked += 1
     assert checked >= 14
+
+
+def test_modules_are_short_or_say_why():
+    paths = [path for folder in ("arf_plugin", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    modules = {str(path): path.read_text(encoding="utf-8") for path in [ROOT / "setup.py", *paths]}
+    assert len(modules) > 200
+    long = {name: text for name, text in modules.items() if len(text.splitlines()) > 350}
+    silent = [
+        name
+        for name, text in long.items()
+        if "One module, because" not in (ast.get_docstring(ast.parse(text)) or "")
+    ]
+    assert not silent, "split these, or say in the docstring: One module, because ..."
