@@ -22,7 +22,7 @@ from emojinet import captioner, report
 from emojinet.build import build
 from emojinet.download import DownloadError
 from emojinet.files import Stage, read_json
-from emojinet.recipe import FAST, FULL, Recipe
+from emojinet.recipe import FAST, FULL, THREADS, Recipe
 from emojinet.trainer import Run, TrainingError, call, model_folder, stop_all, train
 
 
@@ -209,6 +209,7 @@ def main() -> int:
     args = parser.parse_args()
     # Before torch is loaded: threads that wait must not spin, or training crawls where other programs run too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the captioner's training
     signal.signal(signal.SIGTERM, lambda *_: (stop_all(), sys.exit(143)))
     suffix = "-fast" if args.fast else ""
     quickstart = Quickstart(

@@ -27,6 +27,10 @@ MODEL: dict[str, Any] = {
 }
 
 
+# CPU threads of whatever runs alone: sums are made in another order with more, so figures would differ in their noise.
+THREADS = 2
+
+
 @dataclass(frozen=True)
 class Training:
     """Arguments of one run of open_clip's trainer.

@@ -15,7 +15,7 @@ from arf_plugin.ablation import launch
 from arf_plugin.ablation.launch import stop_all
 from arf_plugin.ablation.runs import strip
 from emojinet.files import bar, replacing, write_json
-from emojinet.recipe import MODEL, Training
+from emojinet.recipe import MODEL, THREADS, Training
 
 __all__ = ["Run", "TrainingError", "call", "model_folder", "stop_all", "train"]
 
@@ -62,18 +62,19 @@ class Run:
             *("--logs", str(self.folder.parent), "--name", self.folder.name, "--resume", "latest"),
             *("--save-frequency", "1", "--delete-previous-checkpoint", "--log-every-n-steps", "4"),
             *("--device", "cpu", "--precision", "fp32", "--workers", "1", "--seed", str(self.seed)),
+            "--arf-deterministic",
             *self.training.arguments(),
             *self.extra,
         ]
 
 
-def train(run: Run, title: str, threads: int | None = None, position: int = 0) -> Path:
+def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Path:
     """Trains, unless the run is finished; a run that was killed goes on after its last full epoch.
 
     Args:
         run: what to run.
         title: text of the progress bar.
-        threads: CPU threads; all cores by default.
+        threads: CPU threads; they count among what makes two runs equal.
         position: line of the progress bar, if several are shown.
 
     Returns:
@@ -86,7 +87,7 @@ def train(run: Run, title: str, threads: int | None = None, position: int = 0) -
         print(f"{run.folder} is complete")
         return run.weights
     log = run.folder / "console.log"
-    environment = {"OMP_NUM_THREADS": str(threads or len(os.sched_getaffinity(0)))}
+    environment = {"OMP_NUM_THREADS": str(threads)}
     with bar(desc=title, unit="image", position=position) as shown:
 
         def follow(line: bytes) -> None:
@@ -132,6 +133,8 @@ def model_folder(folder: Path, weights: Path | None = None) -> str:
 def call(command: Sequence[str]) -> None:
     """Runs another command of this environment, its output on the terminal."""
     print("+ " + shlex.join(command), flush=True)
-    status = subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]]).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    argv = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+    status = subprocess.run(argv, env=environment, check=False).returncode
     if status:
         raise TrainingError(f"`{shlex.join(command)}` failed ({status})")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from support.resuming import equal
 
 ROOT = Path(__file__).parents[2]
 METRICS = {"id", "shift", "mono", "zero_shot", "zero_shot_fine"}
@@ -23,7 +25,9 @@ def quickstart(*argv: object) -> str:
 
 
 @pytest.mark.slow
-def test_fast_quickstart_ends_with_the_table_and_starts_again_where_it_was(tmp_path):
+def test_fast_quickstart_ends_with_the_table_and_starts_again_where_it_was_and_is_the_same_every_time(
+    tmp_path,
+):
     options = ("--data", tmp_path / "data", "--out", tmp_path / "out")
     printed = quickstart(*options)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -34,6 +38,14 @@ def test_fast_quickstart_ends_with_the_table_and_starts_again_where_it_was(tmp_p
     assert sum(results["samples"].values()) > 2000
     assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
     assert "FLYP + WiSE-FT" in printed
+
+    again = ("--data", tmp_path / "data", "--out", tmp_path / "again")
+    quickstart(*again)
+    for name in ("pretraining", "flyp-0", "arf-0"):
+        one, other = (
+            torch.load(tmp_path / run / name / "weights.pt", weights_only=True) for run in ("out", "again")
+        )
+        assert equal(one["state_dict"], other["state_dict"]), f"two runs of {name} differ"
 
     weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/weights.pt")}
     assert {path.parent.name for path in weights} == {"pretraining", "flyp-0", "arf-0"}
