@@ -97,7 +97,7 @@ class StepCheckpoints:
             "name": self.args.name,
             # What torch.compile made shares its weights with the model it was made of, without a prefix to names.
             "state_dict": getattr(training.model, "_orig_mod", training.model).state_dict(),
-            "optimizer": training.optimizer.state_dict(),
+            "optimizer": _plain(training.optimizer.state_dict()),
             **({"scaler": training.scaler.state_dict()} if training.scaler is not None else {}),
             KEY: describe(
                 epoch=training.epoch,
@@ -121,3 +121,15 @@ class StepCheckpoints:
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, own)
         return gathered
+
+
+def _plain(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state without the numpy numbers that open_clip before 2.30 sets as learning rate.
+
+    They are the same numbers, and as floats any torch loads them.
+    """
+    groups = [
+        {name: float(value) if isinstance(value, float) else value for name, value in group.items()}
+        for group in optimizer["param_groups"]
+    ]
+    return {**optimizer, "param_groups": groups}

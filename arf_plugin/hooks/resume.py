@@ -13,6 +13,7 @@ import torch
 
 from arf_plugin.data.resume import ResumableLoader
 from arf_plugin.errors import CheckpointError
+from arf_plugin.evaluation.tensor_files import plain_numbers
 from arf_plugin.hooks.session import Session
 from arf_plugin.step_checkpoint import KEY, check_format, is_torn
 
@@ -41,7 +42,8 @@ def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any
     @functools.wraps(original)
     def wrapped(path: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            checkpoint = original(path, *args, **kwargs)
+            with torch.serialization.safe_globals(plain_numbers()):
+                checkpoint = original(path, *args, **kwargs)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(

@@ -12,7 +12,7 @@ from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, SUPPORT
 BOTH = " or ".join(SUPPORTED)
 
 # Step checkpoints rely on the trainer's loop over `enumerate(dataloader)` and on what main.py saves and loads.
-RESUMABLE = ">=2.29,<3.4"
+RESUMABLE = CREATE_LOSS
 
 ROWS = (
     Row(
@@ -126,7 +126,7 @@ ROWS = (
         versions=RESUMABLE,
         wrapper="arf_plugin.hooks.resume:pt_load",
         when="resumable run",
-        why="sees whether the run goes on from a step checkpoint, and where",
+        why="sees whether the run goes on from a step checkpoint, and where; reads learning rates of numpy's types",
     ),
     Row(
         id="count-batches",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support import data, releases
+from support import data
 
 from arf_plugin.errors import FlagError
 
@@ -71,7 +71,6 @@ def test_the_logged_penalty_is_the_whole_one(tmp_path, train, start):
     assert values[2] == pytest.approx(3 / 2 * float(distance), rel=1e-3)
 
 
-@releases.RESUMES
 def test_a_resumed_run_is_held_to_where_the_first_one_started(tmp_path, train, start):
     task = data.write_csv_task(tmp_path / "task", 16)
     flags = ["--train-data", task, "--pretrained", start, "--arf-l2sp", 2]

@@ -103,7 +103,6 @@ def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe
         assert "Contrastive_loss" not in run.output
 
 
-@releases.RESUMES
 def test_webdataset_resume_and_validation(train, task, start, probe):
     """Also from shards, resumed, and with open_clip's own validation, which sees the CLIP model."""
     flags = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]

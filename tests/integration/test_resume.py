@@ -9,7 +9,15 @@ import open_clip
 import pytest
 import torch
 from support import data
-from support.resuming import assert_same_end, equal, run_killed, run_until, run_with_kills, steps
+from support.resuming import (
+    assert_same_end,
+    equal,
+    last_checkpoint,
+    run_killed,
+    run_until,
+    run_with_kills,
+    steps,
+)
 from support.trainer import Trainer
 
 from arf_plugin.errors import FlagError
@@ -146,7 +154,7 @@ def test_step_checkpoint_is_open_clips_own(train, uneven, model_configs):
     assert saved["epoch"] == 1 and saved["name"] == "run" and saved["arf"]["batches"] == 5
     open_clip.add_model_config(model_configs)
     open_clip.create_model(MODEL["model"], pretrained=str(run.folder / "checkpoints" / "epoch_1_step_12.pt"))
-    last = torch.load(run.folder / "checkpoints" / "epoch_2.pt", weights_only=True)
+    last = last_checkpoint(run, 2)
     assert not equal(saved["state_dict"], last["state_dict"])
 
 

@@ -165,7 +165,6 @@ def test_frozen_batch_norm_keeps_its_statistics(train, flags):
     )
 
 
-@releases.RESUMES
 def test_resume_continues_an_anchored_run(train, flags):
     train.forked(*flags, name="run")
     again = train.forked(*flags, "--epochs", 2, "--resume", "latest", name="run")

@@ -54,8 +54,6 @@ def since(version: str, lacks: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(Version(current()) < Version(version), reason=reason)
 
 
-# Its learning rate is numpy's float64, which torch >= 2.6 does not load: docs/versions.md has the error.
-RESUMES = since("2.30", "cannot resume with today's torch")
 FOLDERS_OF_MODELS = since("3.0", "knows no --model local-dir:FOLDER")
 
 

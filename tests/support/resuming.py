@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from arf_plugin.evaluation.tensor_files import plain_numbers
 from support.trainer import Run, Trainer
 
 
 def last_checkpoint(run: Run, epoch: int) -> dict[str, Any]:
     """open_clip's own checkpoint after an epoch."""
-    return torch.load(run.folder / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
+    with torch.serialization.safe_globals(plain_numbers()):
+        return torch.load(run.folder / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -74,7 +76,7 @@ def run_killed(
 
 
 def run_with_kills(
-    train: Trainer, flags: list[Any], kills: list[float], seed: int = 0, **options: Any
+    train: Trainer, flags: list[Any], kills: list[float], seed: int = 0, check: bool = True, **options: Any
 ) -> Run:
     """Runs the trainer, killed shortly after each of some moments, and resumed each time.
 
@@ -85,5 +87,5 @@ def run_with_kills(
     for moment in kills:
         action = f"kill {rng.uniform(0, 0.05)}"
         output += run_killed(train, [*flags, "--resume", "latest"], moment, action, **options).output
-    last = train.forked(*flags, "--resume", "latest", **options)
+    last = train.forked(*flags, "--resume", "latest", check=check, **options)
     return Run(last.status, output + last.output, last.folder)
