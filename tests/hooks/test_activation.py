@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import data, releases
-from support.environments import make_environment, pip
+from support.environments import copy_project, make_environment, pip
 
 from arf_plugin.hooks.versions import trains_tasks
 
@@ -34,12 +34,7 @@ def hooks_active(python: Path) -> bool:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of the project, so that building it leaves the checkout alone."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("arf_plugin", "patches"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    return copy_project(tmp_path_factory.mktemp("copy") / "source")
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 LIBRARIES = [path for path in sys.path if Path(path).name == "site-packages"]
 
 
@@ -16,6 +18,16 @@ def make_environment(folder: Path) -> Path:
     (own,) = folder.glob("lib/python*/site-packages")
     (own / "libraries.pth").write_text("".join(f"{path}\n" for path in LIBRARIES))
     return folder / "bin" / "python"
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project in a new folder, so that building it leaves the checkout alone."""
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("arf_plugin", "patches"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 def pip(python: Path, *argv: str) -> None:
