@@ -23,6 +23,8 @@ TESTS = (
     "tests/hooks/test_table.py",
     "tests/hooks/test_activation.py",
     "tests/integration/test_trainer.py",
+    "tests/integration/test_resume.py",
+    "tests/integration/test_watch.py",
     "tests/integration/test_create_task.py",
     "tests/integration/test_step_equals_three_forwards.py",
     "tests/integration/test_baseline_l2sp.py",

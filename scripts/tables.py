@@ -8,6 +8,7 @@ A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
 from __future__ import annotations
 
+import collections
 import json
 import re
 import sys
@@ -126,7 +127,49 @@ def features() -> str:
 def _cell(cell: dict[str, str]) -> str:
     if cell["status"] == "passed":
         return "passed"
-    return f"{cell['status']}: " + cell["detail"].replace("|", "\\|").replace("<", "&lt;")
+    return f"{cell['status']}: {_as_cell(cell['detail'])}"
+
+
+def upstream_tests() -> str:
+    """open_clip's own tests with the plugin and without; written by scripts/versions/upstream_tests.py."""
+    found = json.loads((ROOT / "docs" / "upstream-tests.json").read_text(encoding="utf-8"))
+    header = [
+        "open_clip",
+        "tests of",
+        "tests",
+        "passed",
+        "failed: no model hub",
+        "failed otherwise",
+        "skipped",
+    ]
+    rows, others = [], []
+    for version in (release.version for release in RELEASES):
+        run = found.get(version)
+        if run is None:
+            rows.append([f"`{version}`", "not run yet", *[""] * len(header)])
+            continue
+        kinds = collections.Counter(_outcome(*told) for told in run["not passed"].values())
+        left_out = run["left out"] + kinds["left out"]
+        counts = [run["tests"] + run["left out"], run["without"]["passed"]]
+        counts += [kinds[kind] for kind in ("no hub", "failed", "skipped")]
+        different = ", ".join(f"`{name}`" for name in run["different"]) or "none"
+        rows.append([f"`{version}`", run["source"], *map(str, counts), str(left_out), different])
+        for name, told in run["not passed"].items():
+            if _outcome(*told) == "failed":
+                others.append(f"* `{version}` `{name}`: {_as_cell(told[1])}")
+    table = _table([*header, "left out", "other outcome or message with the plugin"], rows)
+    return "\n\n".join([table, *(["Failed otherwise, in both runs:", "\n".join(others)] if others else [])])
+
+
+def _outcome(outcome: str, message: str) -> str:
+    """What kind of outcome a test that did not pass had."""
+    if outcome == "skipped":
+        return "left out" if message.startswith("left out") else "skipped"
+    return "no hub" if re.search("huggingface|HF_HUB_OFFLINE|offline mode", message) else "failed"
+
+
+def _as_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -136,7 +179,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    tables = (versions, hooks, features, results, seeds, grid, grid_wise)
+    tables = (versions, hooks, features, upstream_tests, results, seeds, grid, grid_wise)
     makers = {maker.__name__: maker for maker in tables}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",

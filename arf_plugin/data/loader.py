@@ -90,13 +90,14 @@ class AnchoredData:
         self.task = task
         self.dataloader = dataloader
         self.epoch = epoch
+        self._resumable = dataloader if isinstance(dataloader, ResumableLoader) else None
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch in both loaders."""
         self.task.set_epoch(epoch)
         self.epoch.set(epoch)
-        if isinstance(self.dataloader, ResumableLoader):
-            self.dataloader.begin_epoch(epoch)
+        if self._resumable is not None:
+            self._resumable.begin_epoch(epoch)
 
 
 def _from_worker(error: ArfError) -> ArfError:

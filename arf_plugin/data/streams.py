@@ -81,16 +81,21 @@ class RowStream:
         loader: The trainer's loader.
         seed: The run's seed.
         epoch: Reads the current epoch, also in a loader worker.
+
+    Attributes:
+        dataset: The data set itself.
     """
 
     def __init__(self, loader: Any, seed: int, epoch: Callable[[], int]) -> None:
         self.seed = seed
+        self.dataset = loader.dataset
         self.num_batches, self.num_samples = loader.num_batches, loader.num_samples
         self._batches = _LaterBatches(loader.batch_sampler)
         self._loader: DataLoader = DataLoader(
-            _SeededRows(loader.dataset, seed, epoch),
+            _SeededRows(self.dataset, seed, epoch),
             batch_sampler=self._batches,
             num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
         )
 

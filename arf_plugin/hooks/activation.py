@@ -16,7 +16,7 @@ from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
 from arf_plugin.hooks.engine import Engine, Row
 from arf_plugin.hooks.releases import PACKAGE
-from arf_plugin.hooks.table import RESUMABLE, rows
+from arf_plugin.hooks.table import rows
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
 
 MAIN = "open_clip_train.main"
@@ -101,20 +101,8 @@ def resolve(args: Any, version: str) -> config.ArfConfig:
 
 
 def rows_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Row, ...]:
-    """The rows that a run with these flags needs.
-
-    Raises:
-        FlagError: It asks for what no row does in this release.
-    """
-    resumable = rows("resumable run", version, optional=True)
-    if arf.resumable and not resumable:
-        asked = "--arf-deterministic" if arf.deterministic else "--arf-checkpoint-every and --arf-stop-file"
-        raise FlagError(
-            f"{asked}: not written for the trainer of {PACKAGE} {version}; expected {PACKAGE}{RESUMABLE}.\n"
-            "Drop the flag, and resume from epoch checkpoints; or install one of those releases."
-        )
-    # Any run may resume from a step checkpoint; on a release without these rows open_clip starts its epoch over.
-    return rows("run", version) + (resumable if arf.resumable or resumes else ())
+    """The rows that a run with these flags needs; any run may resume from a step checkpoint."""
+    return rows("run", version) + (rows("resumable run", version) if arf.resumable or resumes else ())
 
 
 def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:

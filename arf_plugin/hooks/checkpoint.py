@@ -90,15 +90,11 @@ class StepCheckpoints:
         start, training = time.perf_counter(), self.session.training
         assert training is not None, "the trainer runs an epoch"
         processes = self._all_processes() if self.session.config.deterministic else None
+        content = training.content() if training.gathers or not self.args.rank else {}
         if self.args.rank:
             return
-        content = {
-            "epoch": training.epoch,
-            "name": self.args.name,
-            # What torch.compile made shares its weights with the model it was made of, without a prefix to names.
-            "state_dict": getattr(training.model, "_orig_mod", training.model).state_dict(),
-            "optimizer": _plain(training.optimizer.state_dict()),
-            **({"scaler": training.scaler.state_dict()} if training.scaler is not None else {}),
+        content |= {
+            "optimizer": _plain(content["optimizer"]),
             KEY: describe(
                 epoch=training.epoch,
                 step=step,

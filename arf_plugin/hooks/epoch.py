@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -34,6 +35,27 @@ class Training:
     epoch: int
     args: Any
     tb_writer: Any
+
+    @property
+    def wandb(self) -> Any:
+        """The module that ``--report-to wandb`` reports to, or None."""
+        return importlib.import_module("wandb") if self.args.wandb else None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether `content` takes all processes."""
+        return False
+
+    def content(self) -> dict[str, Any]:
+        """What open_clip itself would save now, in the middle of the epoch."""
+        return {
+            "epoch": self.epoch,
+            "name": self.args.name,
+            # What torch.compile made shares its weights with the model it was made of, without a prefix to names.
+            "state_dict": getattr(self.model, "_orig_mod", self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **({"scaler": self.scaler.state_dict()} if self.scaler is not None else {}),
+        }
 
 
 class EpochListener(Protocol):

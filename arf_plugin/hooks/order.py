@@ -18,13 +18,17 @@ from arf_plugin.data.order import SampleOrder, ShardSeed, with_number
 
 def webdataset(original: Any, order: SampleOrder) -> SimpleNamespace:
     """The module ``webdataset`` as data.py sees it while it builds the training data."""
+    return ordered(original, order, lambda sample: "txt" in sample)
+
+
+def ordered(original: Any, order: SampleOrder, keeps: Callable[[Any], bool]) -> SimpleNamespace:
+    """What `webdataset` returns; ``keeps`` says which raw samples open_clip does not drop for want of a text."""
 
     def shuffle(*, bufsize: int, initial: int) -> Callable[[Iterator[Any]], Iterator[Any]]:
         def stage(samples: Iterator[Any]) -> Iterator[Any]:
             shuffled = _shuffle(samples, bufsize, initial, order.shuffling())
             for number, sample in order.number(shuffled):
-                # open_clip drops a sample without a text.
-                yield {**sample, "txt": with_number(sample["txt"], number)} if "txt" in sample else sample
+                yield {**sample, "txt": with_number(sample["txt"], number)} if keeps(sample) else sample
 
         return stage
 

@@ -66,7 +66,7 @@ def resumable_loader(
             logging.info(
                 f"ARF: epoch {point.epoch} goes on after {point.batches} of {loader.num_batches} batches, {order}."
             )
-    if config.deterministic and args.distributed:
+    if config.deterministic and args.distributed and not getattr(args, "fsdp", False):
         session.listeners.append(FixedBuckets())
     seed = args.seed if config.deterministic else None
     resumable = ResumableLoader(loader, streams, seed, args.rank, point)

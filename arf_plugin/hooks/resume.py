@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from arf_plugin.data.resume import ResumableLoader
 from arf_plugin.errors import CheckpointError
 from arf_plugin.evaluation.tensor_files import plain_numbers
 from arf_plugin.hooks.session import Session
@@ -19,13 +18,13 @@ from arf_plugin.step_checkpoint import KEY, check_format, is_torn
 
 
 def get_latest_checkpoint(original: Callable[..., str | None], session: Session) -> Callable[..., str | None]:
-    """Finds the newest checkpoint that is whole; a local torn one is put aside."""
+    """Finds the newest checkpoint that is whole; a local torn one is put aside. Folders are open_clip's own affair."""
 
     @functools.wraps(original)
     def wrapped(path: str, remote: bool) -> str | None:
         while True:
             latest = original(path, remote)
-            if remote or latest is None or not is_torn(latest):
+            if remote or latest is None or Path(latest).is_dir() or not is_torn(latest):
                 return latest
             logging.warning(f"ARF: {latest} was not written to its end; it is put aside as {latest}.torn")
             Path(latest).replace(f"{latest}.torn")
@@ -38,6 +37,13 @@ def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any
 
     Notes what a step checkpoint says beside its weights.
     """
+    return loading(original, session, _named_for_this_run)
+
+
+def loading(
+    original: Callable[..., Any], session: Session, named: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[..., Any]:
+    """What `pt_load` does, with weights named as a form of the trainer expects them."""
 
     @functools.wraps(original)
     def wrapped(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +58,7 @@ def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any
                 "this one and use --resume latest."
             ) from error
         if isinstance(checkpoint, dict) and "epoch" in checkpoint:
-            checkpoint["state_dict"] = _named_for_this_run(checkpoint["state_dict"])
+            checkpoint["state_dict"] = named(checkpoint["state_dict"])
             if KEY in checkpoint:
                 session.resumed = check_format(checkpoint[KEY], path)
         return checkpoint
@@ -70,11 +76,9 @@ def _named_for_this_run(weights: dict[str, Any]) -> dict[str, Any]:
 def enumerate_batches(
     original: type[enumerate], session: Session
 ) -> Callable[..., Iterator[tuple[int, Any]]]:
-    """Counts the batches of a resumed epoch from where they go on."""
+    """Counts the batches of a resumed epoch from where they go on; no other iterable has a `first_batch`."""
 
     def wrapped(iterable: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
-        if isinstance(iterable, ResumableLoader):
-            start = iterable.first_batch
-        return original(iterable, start)
+        return original(iterable, getattr(iterable, "first_batch", start))
 
     return wrapped

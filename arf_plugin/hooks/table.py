@@ -11,9 +11,6 @@ from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, SUPPORT
 
 BOTH = " or ".join(SUPPORTED)
 
-# Step checkpoints rely on the trainer's loop over `enumerate(dataloader)` and on what main.py saves and loads.
-RESUMABLE = CREATE_LOSS
-
 ROWS = (
     Row(
         id="parse-args",
@@ -106,15 +103,23 @@ ROWS = (
     Row(
         id="webdataset",
         target="open_clip_train.data:wds",
-        versions=RESUMABLE,
+        versions=CREATE_LOSS,
         wrapper="arf_plugin.hooks.order:webdataset",
         when="ordering task data",
         why="--arf-deterministic: task samples are shuffled by seed and epoch, not by process id and clock",
     ),
     Row(
+        id="webdataset-of-task",
+        target="open_clip_train.data:wds",
+        versions=CREATE_TASK,
+        wrapper="arf_plugin.hooks.task:webdataset",
+        when="ordering task data",
+        why="the same where samples with an empty text are dropped",
+    ),
+    Row(
         id="latest-checkpoint",
         target="open_clip_train.main:get_latest_checkpoint",
-        versions=RESUMABLE,
+        versions=BOTH,
         wrapper="arf_plugin.hooks.resume:get_latest_checkpoint",
         when="resumable run",
         why="--resume latest passes over a checkpoint that a kill left half written",
@@ -123,16 +128,24 @@ ROWS = (
         id="load-checkpoint",
         target="open_clip_train.main:pt_load",
         origin="open_clip_train.file_utils:pt_load",
-        versions=RESUMABLE,
+        versions=CREATE_LOSS,
         wrapper="arf_plugin.hooks.resume:pt_load",
         when="resumable run",
         why="sees whether the run goes on from a step checkpoint, and where; reads learning rates of numpy's types",
     ),
     Row(
+        id="load-checkpoint-of-task",
+        target="open_clip_train.file_utils:pt_load",
+        versions=CREATE_TASK,
+        wrapper="arf_plugin.hooks.task:pt_load",
+        when="resumable run",
+        why="the same where weights have one name for any number of processes",
+    ),
+    Row(
         id="count-batches",
         target="open_clip_train.train:enumerate",
         origin="builtins:enumerate",
-        versions=RESUMABLE,
+        versions=BOTH,
         wrapper="arf_plugin.hooks.resume:enumerate_batches",
         when="resumable run",
         why="counts on from the resumed batch, for schedule and logs; everything but the resumable loader from 0",

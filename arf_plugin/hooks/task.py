@@ -7,16 +7,21 @@ the data, so the task gets its loss when the data is there and the sizes of a ba
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.data.batch import DeviceConcat
+from arf_plugin.data.order import SampleOrder
 from arf_plugin.errors import FlagError, IncompatibleUpstreamError
 from arf_plugin.hooks import data as tuples
 from arf_plugin.hooks.epoch import Training, listening
 from arf_plugin.hooks.loss import build_loss
+from arf_plugin.hooks.order import ordered
+from arf_plugin.hooks.resume import loading
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.task_flags import VARIABLE_TEXT
 
@@ -73,10 +78,57 @@ def train_one_epoch(original: Callable[..., None], session: Session) -> Callable
     @functools.wraps(original)
     def wrapped(state: Any, data: Any, args: Any, *rest: Any, **named: Any) -> None:
         parts = (state.task.trainable_module, state.optimizer, state.scaler, state.epoch)
-        with listening(session, Training(*parts, args, named.get("tb_writer"))):
+        with listening(session, TaskTraining(*parts, args, named.get("tb_writer"), state)):
             original(state, data, args, *rest, **named)
 
     return wrapped
+
+
+@dataclasses.dataclass
+class TaskTraining(Training):
+    """What this trainer holds while an epoch runs.
+
+    Attributes:
+        state: The trainer's own view of it, with counters of steps and samples.
+    """
+
+    state: Any
+
+    @property
+    def wandb(self) -> Any:
+        """The module that ``--report-to wandb``, or ``trackio``, reports to, or None."""
+        from open_clip_train.train import get_wandb_backend
+
+        return get_wandb_backend(self.args)
+
+    @property
+    def gathers(self) -> bool:
+        """With FSDP, each process has a part of the weights."""
+        return bool(self.args.fsdp)
+
+    def content(self) -> dict[str, Any]:
+        """See `Training.content`."""
+        from open_clip.task import save_checkpoint
+
+        counters = {"global_step": self.state.global_step, "samples_seen": self.state.samples_seen}
+        content: dict[str, Any] = save_checkpoint(
+            self.state.task, self.optimizer, self.epoch, self.scaler, self.args.name, **counters
+        )
+        return content
+
+
+def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """Loads a checkpoint as for the older releases; here its weights have one name for any number of processes."""
+    return loading(
+        original,
+        session,
+        lambda weights: {name.removeprefix("module."): tensor for name, tensor in weights.items()},
+    )
+
+
+def webdataset(original: Any, order: SampleOrder) -> SimpleNamespace:
+    """As for the older releases; a sample with an empty text gets no number, which open_clip would take for one."""
+    return ordered(original, order, lambda sample: bool(sample.get("txt", b"").decode().strip()))
 
 
 def _prepare_batch(
@@ -123,10 +175,17 @@ class _Tuples(_Loader):
     """``{"image": images, "text": texts}`` as ``(images, texts)``."""
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in self.loader:
-            if set(batch) != {IMAGE, TEXT}:
-                raise _unknown(f"a batch of {', '.join(sorted(batch))}", f"a batch of {IMAGE}, {TEXT}")
-            yield batch[IMAGE], batch[TEXT]
+        return map(_as_tuple, self.loader)
+
+    def collate_fn(self, samples: list[Any]) -> tuple[Any, Any]:
+        """Makes a batch, for who loads the data set otherwise."""
+        return _as_tuple(self.loader.collate_fn(samples))
+
+
+def _as_tuple(batch: dict[str, Any]) -> tuple[Any, Any]:
+    if set(batch) != {IMAGE, TEXT}:
+        raise _unknown(f"a batch of {', '.join(sorted(batch))}", f"a batch of {IMAGE}, {TEXT}")
+    return batch[IMAGE], batch[TEXT]
 
 
 class _Dictionaries(_Loader):

@@ -50,6 +50,11 @@ def check_args(args: Any, config: ArfConfig) -> None:
                 f"{name} and --fsdp do not go together: the baseline holds whole parameters, which --fsdp splits.\n"
                 "Drop one; without --fsdp open_clip trains with DistributedDataParallel."
             )
+    if config.saves_steps and args.fsdp and args.fsdp_checkpoint == "sharded":
+        raise FlagError(
+            "--arf-checkpoint-every and --arf-stop-file do not go together with --fsdp-checkpoint sharded: a step "
+            "checkpoint is one file.\nDrop --fsdp-checkpoint sharded; open_clip then saves one file per epoch, too."
+        )
 
 
 def _check_model(args: Any) -> None:

@@ -200,10 +200,8 @@ class Watch:
         if training.tb_writer is not None:
             for name, value in values.items():
                 training.tb_writer.add_scalar(name, value, row["epoch"])
-        if training.args.wandb:
-            import wandb
-
-            wandb.log({**values, "epoch": row["epoch"]}, step=row["step"])
+        if training.wandb is not None:
+            training.wandb.log({**values, "epoch": row["epoch"]}, step=row["step"])
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

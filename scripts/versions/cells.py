@@ -2,7 +2,8 @@
 
 Each cell is the real trainer on a tiny model. It passes if the run ends well and its log shows every loss term. If it
 ends with an error of ours, that is a refusal. If not, stock open_clip runs with the same flags of its own: when it ends
-with the same error, open_clip is what is broken; anything else is a failure of ours.
+with the same error, open_clip is what is broken; anything else is a failure of ours. What a kind of cell compares
+beside that is said by its function.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
 from features import FEATURES, Feature  # noqa: E402
-from support import data, environments, reference, releases, steps, trainer  # noqa: E402
+from support import data, environments, evaluation, reference, releases, resuming, steps, trainer  # noqa: E402
 
 
 class Bench:
@@ -58,6 +59,7 @@ class Bench:
             "csv_anchors": folder / "csv_anchors",
             "weights": weights,
             "probe": folder / "probe.pt",
+            "held_out": evaluation.write_set(folder / "held-out"),
         }
         self.train = trainer.Trainer(folder / "logs", self.configs, folder / "cache")
 
@@ -65,34 +67,102 @@ class Bench:
         """Flags with the names of files filled in."""
         return [str(self.files[word[1:-1]]) if word.startswith("{") else word for word in words]
 
-    def run(self, feature: Feature, *, stock: bool) -> trainer.Run:
-        """Runs the trainer with a feature, with ARF or as open_clip would."""
-        name = f"{feature.id}-{'stock' if stock else 'arf'}"
+    def all_flags(self, feature: Feature, *, stock: bool = False) -> list[str]:
+        """The command line of a feature, with ARF or as open_clip would have it."""
         flags = ["--train-data", self.task.urls, "--train-num-samples", "32", *self.flags(feature.flags)]
-        flags += [] if stock else self.flags(feature.arf)
+        return flags + ([] if stock else self.flags(feature.arf))
+
+    def run(self, feature: Feature, *more: Any, name: str = "arf", stock: bool = False) -> trainer.Run:
+        """Runs the trainer with a feature; a run of the same name goes on with ``--resume latest``."""
+        flags, options = self.all_flags(feature, stock=stock), {"nproc": feature.nproc, "check": False}
         start = self.train if feature.kind == "literal" else functools.partial(self.train.forked, timeout=900)
-        run = start(*flags, name=name, nproc=feature.nproc, check=False)
-        if feature.kind == "resumed" and run.status == 0:
-            run = start(*flags, "--epochs", "2", "--resume", "latest", name=name, check=False)
-        return run
+        return start(*flags, *more, name=f"{feature.id}-{name}", **options)
+
+
+RESUMED = ("--epochs", "2", "--resume", "latest")
 
 
 def forked(bench: Bench, feature: Feature) -> dict[str, str]:
     """A run with ARF, and one without where that fails."""
-    run = bench.run(feature, stock=False)
-    if run.status == 0:
-        return _judge(run, feature)
+    run = bench.run(feature)
+    return _judge(run, feature) if run.status == 0 else _blame(bench, feature, run)
+
+
+literal = forked
+
+
+def resumed(bench: Bench, feature: Feature) -> dict[str, str]:
+    """A run that goes on after its first epoch."""
+    for more in ((), RESUMED):
+        run = bench.run(feature, *more)
+        if run.status:
+            return _blame(bench, feature, run, more)
+    return _judge(run, feature)
+
+
+def deterministic(bench: Bench, feature: Feature) -> dict[str, str]:
+    """Two runs that end the same to the bit."""
+    runs = [bench.run(feature, "--epochs", "2", name=name) for name in ("first", "second")]
+    return _same_end(bench, feature, *runs)
+
+
+def killed(bench: Bench, feature: Feature) -> dict[str, str]:
+    """A run that is killed in the middle of each epoch and resumed, and one left alone: the same to the bit."""
+    calm = bench.run(feature, "--epochs", "2", name="calm")
+    if calm.status:
+        return _blame(bench, feature, calm, RESUMED)
+    flags = [*bench.all_flags(feature), "--epochs", "2", "--arf-checkpoint-every", "1"]
+    again = resuming.run_with_kills(bench.train, flags, [0.25, 1.25], name=f"{feature.id}-arf", check=False)
+    return _same_end(bench, feature, calm, again)
+
+
+def stopped(bench: Bench, feature: Feature) -> dict[str, str]:
+    """A run that is asked to stop before its first step and resumed, and one left alone: the same to the bit."""
+    calm, file = bench.run(feature, "--epochs", "2", name="calm"), bench.folder / "stop"
+    if calm.status:
+        return _blame(bench, feature, calm, RESUMED)
+    file.touch()
+    flags = (*RESUMED, "--arf-stop-file", file)
+    run = bench.run(feature, *flags)
+    if run.status or "asked to stop; step 1 is saved" not in run.output or file.exists():
+        return {"status": "failed", "detail": f"did not stop: {_last_error(run)}"}
+    return _same_end(bench, feature, calm, bench.run(feature, *flags))
+
+
+def watched(bench: Bench, feature: Feature) -> dict[str, str]:
+    """A run that measures before training and after the epoch, and writes and logs both."""
+    run = bench.run(feature)
+    if run.status:
+        return _blame(bench, feature, run)
+    lines = (run.folder / "arf_watch.jsonl").read_text().splitlines()
+    found = [(row["epoch"], bool(row["drift"])) for row in map(json.loads, lines)]
+    if found != [(epoch, "--arf-watch-drift" in feature.arf) for epoch in (0, 1)]:
+        return {"status": "failed", "detail": f"arf_watch.jsonl has {found}"}
+    if not all(f"ARF watch: {when}: held-out" in run.output for when in ("before training", "after epoch 1")):
+        return {"status": "failed", "detail": "the log has no line of it"}
+    return _judge(run, feature)
+
+
+def _same_end(bench: Bench, feature: Feature, *runs: trainer.Run) -> dict[str, str]:
+    for run in runs:
+        if run.status:
+            return _blame(bench, feature, run, RESUMED)
+    resuming.assert_same_end(*runs, epochs=2)
+    return _judge(runs[0], feature)
+
+
+def _blame(bench: Bench, feature: Feature, run: trainer.Run, more: tuple[str, ...] = ()) -> dict[str, str]:
+    """Why a run failed: it was refused, or stock open_clip fails in the same way, or the fault is ours."""
     refusal = re.search(r"arf-plugin: error: (.*)", run.output)
     if refusal:
         return {"status": "refused", "detail": refusal[1]}
-    stock = bench.run(feature, stock=True)
+    stock = bench.run(feature, name="stock", stock=True)
+    if more and stock.status == 0:
+        stock = bench.run(feature, *more, name="stock", stock=True)
     errors = _last_error(run), _last_error(stock)
     if stock.status != 0 and errors[0] == errors[1]:
         return {"status": "upstream broken", "detail": errors[1]}
     return {"status": "failed", "detail": f"{errors[0]} (stock: {errors[1] if stock.status else 'passed'})"}
-
-
-literal = resumed = forked
 
 
 def identity(bench: Bench, feature: Feature) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The columns of the table of releases and features: one entry each. A new one is run by the next matrix.py."""
+"""The columns of the tables of releases and features: one entry each. A new one is run by the next matrix.py."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ PROMPTS = ("--arf-classnames", "{classnames}", "--arf-templates", "{templates}")
 DISTILL = ("--pretrained", "{weights}", "--distill-model", "tiny-vit", "--distill-pretrained", "{weights}")
 BASICS, LOSS, PROCESSES = "Command line and data", "Loss", "Processes"
 MODEL, PRECISION, BASELINES = "Model", "Precision and compilation", "Baselines"
+RESUMABLE, WATCH = "Stop, resume, repeat", "Watch"
+DETERMINISTIC = ("--arf-anchors", "{anchors}", "--arf-deterministic")
 
 FEATURES = (
     Feature(
@@ -100,5 +102,20 @@ FEATURES = (
         BASELINES,
         arf=("--arf-head", "{probe}", "--arf-classnames", "{classnames}"),
         terms=("Cross_entropy_loss",),
+    ),
+    *(
+        Feature(name, title, RESUMABLE, ("--workers", "2"), DETERMINISTIC, kind=name)
+        for name, title in (
+            ("deterministic", "`--arf-deterministic`"),
+            ("killed", "`--arf-checkpoint-every 1`, killed, `--resume latest`"),
+            ("stopped", "`--arf-stop-file`, `--resume latest`"),
+        )
+    ),
+    *(
+        Feature(name, title, WATCH, arf=("--arf-anchors", "{anchors}", *flags), kind="watched")
+        for name, title, flags in (
+            ("watch", "`--arf-watch`", ("--arf-watch", "{held_out}")),
+            ("watch-drift", "`--arf-watch-drift`", ("--arf-watch", "{held_out}", "--arf-watch-drift")),
+        )
     ),
 )

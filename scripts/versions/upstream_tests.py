@@ -16,8 +16,8 @@ can be compared.
 
 A test is the same if its outcome (passed, failed, error, skipped) and the first line of its message are; addresses in
 memory are left out. Tests see no model hub unless --online is given: those that need it fail at once, with and without.
-Each test has --timeout seconds. Finished runs are kept in --work, with reports and logs, so an interrupted script goes
-on where it was.
+A run in which a test takes more than --timeout seconds ends the script. Finished runs are kept in --work, with reports
+and logs: started again, the script goes on where it was.
 
 One test is run for some of its parameters only: test_inference_with_data makes every model that open_clip knows, up to
 five billion parameters, and compares them with data that open_clip does not ship. Its own CI makes these data with
@@ -194,6 +194,10 @@ def outcomes(bench: Bench, name: str, python: Path) -> Outcomes:
             status = bench.run(log, python, *pytest, *junit, "tests", trusted=marked == MARKED[1])
             if status not in (0, 1):  # pytest's own: all passed, some failed
                 raise SystemExit(f"pytest ended with status {status}; see {log}")
+            if "from pytest-timeout" in incomplete.read_text(encoding="utf-8"):
+                raise SystemExit(
+                    f"a test took more than {bench.timeout} s (--timeout); see {log}, and run again"
+                )
             incomplete.rename(report)
         found.update(read_report(report, {str(python.parents[1]): "ENVIRONMENT"}))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import data, releases
+from support.resuming import assert_same_end, run_with_kills
 from support.trainer import TERMS, batches, logged
 
 from arf_plugin.hooks.versions import trains_tasks
@@ -47,6 +48,11 @@ REFUSED = {
     "json": (["--json-text-key", "caption"], "--json-text-key caption: ARF reads task samples as KEY.txt"),
     "image-key": (["--image-key", "tif"], "--image-key tif: ARF reads task samples as KEY.txt"),
     "l2sp": (["--fsdp", "--arf-l2sp", 0.1], "--arf-l2sp and --fsdp do not go together"),
+    "watch": (["--fsdp", "--arf-watch", "folder"], "--arf-watch needs the whole model in each process"),
+    "sharded": (
+        ["--fsdp", "--fsdp-checkpoint", "sharded", "--arf-checkpoint-every", 1],
+        "do not go together with --fsdp-checkpoint sharded",
+    ),
 }
 
 
@@ -70,6 +76,58 @@ def test_fsdp_trains_what_ddp_trains(train, csv_flags):
     assert first.keys() == second.keys()
     for name, weight in first.items():
         torch.testing.assert_close(weight, second[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    "way", [["--fsdp"], ["--fsdp", "--grad-checkpointing"]], ids=["fsdp", "checkpointing"]
+)
+def test_fsdp_killed_and_resumed_equals_undisturbed(train, task, anchors, way):
+    """Weights in parts, in one file between two steps: the same to the bit."""
+    run_flags = ["--train-data", task.urls, "--train-num-samples", 64, "--arf-anchors", anchors, *way]
+    run_flags += ["--epochs", 2, "--workers", 2, "--arf-deterministic", "--precision", "fp32"]
+    calm = train.forked(*run_flags, nproc=2, batch_size=4, name="calm")
+    every = [*run_flags, "--arf-checkpoint-every", 1]
+    killed = run_with_kills(train, every, [0.5, 1.4], nproc=2, batch_size=4, name="killed")
+    assert "FSDP2: sharding" in killed.output and "goes on after" in killed.output
+    assert_same_end(calm, killed, 2)
+
+
+def test_counters_of_a_step_checkpoint(train, flags):
+    """The trainer's own counts of steps and samples go on, too."""
+    run = train.forked(*flags, "--arf-checkpoint-every", 3, "--save-frequency", 0, "--epochs", 2)
+    path = run.folder / "checkpoints" / "epoch_1_step_6.pt"
+    saved = torch.load(path, weights_only=True)
+    assert (saved["epoch"], saved["global_step"], saved["samples_seen"]) == (1, 6, 6 * 16)
+    resumed = train.forked(*flags, "--epochs", 2, "--resume", path, name="resumed")
+    last = torch.load(resumed.folder / "checkpoints" / "epoch_2.pt", weights_only=True)
+    assert (last["global_step"], last["samples_seen"]) == (8, 8 * 16)
+
+
+def test_samples_without_text_are_dropped_in_order(train, tmp_path):
+    """open_clip 4 drops a sample with an empty text; the number that orders samples must not make up for it."""
+    task = data.write_task(tmp_path / "task", shards=1, per_shard=8)
+    members = {}
+    for number in range(4):
+        members |= {f"{number}.png": data.image(700 + number), f"{number}.txt": b" ", f"{number}.cls": b"0"}
+    data.write_tar(task.folder / "task-0001.tar", members)
+    seen = []
+    for name, more in (("plain", []), ("ordered", ["--arf-deterministic"])):
+        record = tmp_path / name
+        train.forked(
+            *(
+                "--train-data",
+                f"{task.folder}/task-{{0000..0001}}.tar",
+                "--train-num-samples",
+                8,
+                "--arf-freeze-bn",
+            ),
+            *more,
+            env={"ARF_TEST_RECORD": str(record)},
+            name=name,
+        )
+        ((images, _),) = torch.load(f"{record}.0", weights_only=True)["inputs"]
+        seen.append({image.numpy().tobytes() for image in images})
+    assert len(seen[0]) == 8 and seen[0] == seen[1]
 
 
 def test_samples_of_anchors_are_counted(train, flags):

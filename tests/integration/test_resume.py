@@ -179,7 +179,10 @@ def test_fresh_order_on_another_number_of_processes(train, uneven, uneven_anchor
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", nproc=2, batch_size=4)
     assert ("with the data in a fresh order" in resumed.output) == (moment < 1)
     rates, again = (
-        {7 * epoch + seen // 16: text.split()[1] for (epoch, seen), text in steps(run.output).items()}
+        {
+            7 * epoch + round(0.07 * percent): text.split()[1]
+            for (epoch, percent), text in steps(run.output).items()
+        }
         for run in (whole, resumed)
     )
     assert list(again) == list(range(first, 15)) and again.items() <= rates.items()

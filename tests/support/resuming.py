@@ -42,11 +42,14 @@ def assert_same_end(run: Run, other: Run, epochs: int) -> None:
 
 
 def steps(output: str) -> dict[tuple[int, int], str]:
-    """Schedule and losses of the logged steps, by epoch and samples seen; the last line of a repeated step."""
-    pattern = r"Train Epoch: (\d+) \[ *(\d+)/.*(LR: [\d.]+) (Logit Scale: [\d.]+) (.*)"
+    """Schedule and losses of the logged steps, by epoch and percent; the last line of a repeated step.
+
+    open_clip 4 counts the samples of an epoch from where the run goes on, and percent from the epoch's begin.
+    """
+    pattern = r"Train Epoch: (\d+) \[.*?\((\d+)%\).*(LR: [\d.]+) (Logit Scale: [\d.]+) (.*)"
     return {
-        (int(epoch), int(seen)): f"{rate} {scale} {re.sub(r' [(][^)]*[)]', '', losses)}"
-        for epoch, seen, rate, scale, losses in re.findall(pattern, output)
+        (int(epoch), int(percent)): f"{rate} {scale} {re.sub(r' [(][^)]*[)]', '', losses)}"
+        for epoch, percent, rate, scale, losses in re.findall(pattern, output)
     }
 
 

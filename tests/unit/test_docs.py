@@ -37,6 +37,17 @@ def test_every_release_was_run_with_every_feature():
             assert cell["status"] == "passed" or cell["detail"], (version, name)
 
 
+def test_open_clips_own_tests_end_the_same_with_the_plugin():
+    """Of every release that was run, and enough of them pass for that to say something."""
+    from arf_plugin.hooks.releases import RELEASES
+
+    found = json.loads((ROOT / "docs/upstream-tests.json").read_text(encoding="utf-8"))
+    assert found and set(found) <= {release.version for release in RELEASES}
+    for version, run in found.items():
+        assert not run["different"] and run["with"] == run["without"], version
+        assert run["with"]["passed"] >= 25 and sum(run["with"].values()) == run["tests"], version
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page):
     text = page.read_text(encoding="utf-8")
