@@ -36,6 +36,10 @@ COMBINATIONS = {
     "lock-text-norms": ("--lock-text", NORMS),
     "lock-text-unlocked": ("--lock-text", NORMS, "--lock-text-unlocked-layers", "1"),
     "lock-both": ("--lock-image", "--lock-text", NORMS),
+    "compile": ("--torchcompile",),
+    "compile-local": ("--torchcompile", "--local-loss"),
+    "compile-grad": ("--torchcompile", "--gather-with-grad"),
+    "compile-local-grad": ("--torchcompile", "--local-loss", "--gather-with-grad"),
     "distill": ("--distill-model", "tiny-vit", "--distill-pretrained", ""),
     **{
         f"siglip-{impl}": ("--siglip", "--loss-dist-impl", impl)

@@ -7,6 +7,7 @@ import torch
 from support import reference, releases, steps
 
 CASES = steps.FEW_CASES if releases.ONE_RELEASE else steps.CASES
+SLOW_CASES = steps.slow_cases()
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def runs(tmp_path_factory, model_configs):
 @pytest.fixture(scope="module")
 def slow_runs(tmp_path_factory, model_configs):
     """The same of the other cases."""
-    return steps.run(steps.SLOW_CASES, tmp_path_factory.mktemp("slow-steps"), model_configs)
+    return steps.run(SLOW_CASES, tmp_path_factory.mktemp("slow-steps"), model_configs)
 
 
 def compare(result) -> None:
@@ -34,10 +35,9 @@ def test_gradients_of_one_step_equal_three_forwards(runs, case):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(releases.ONE_RELEASE, reason="runs on the environment's own release")
-@pytest.mark.parametrize("case", steps.SLOW_CASES, ids=str)
+@pytest.mark.parametrize("case", SLOW_CASES, ids=str)
 def test_gradients_in_every_distributed_combination(slow_runs, case):
-    """Static graph and checkpointing change no gradient: the reference does without them."""
+    """Static graph, checkpointing and FSDP change no gradient: the reference does without them."""
     compare(slow_runs[case])
 
 

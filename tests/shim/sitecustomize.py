@@ -3,7 +3,8 @@
 The trainer itself stays stock open_clip, started by the literal command line. What is changed around it:
 
 * ARF_TEST_MODEL_CONFIGS  adds a folder of model configurations (open_clip has no flag for it)
-* ARF_TEST_FP64           makes float64 the default type, so that gradients can be compared to 1e-10
+* ARF_TEST_FP64           makes float64 the default type, so that gradients can be compared to 1e-10; FSDP sums them
+                          in it, too (open_clip asks for float32)
 * ARF_TEST_DDP_CPU        lets DistributedDataParallel run on CPU (open_clip passes device_ids=[cpu])
 * ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
 * ARF_TEST_RECORD_STEP    or of a later one, counted from 0
@@ -22,6 +23,10 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
     torch.set_num_threads(1)
     if os.environ.get("ARF_TEST_FP64"):
         torch.set_default_dtype(torch.float64)
+        from torch.distributed._composable import fsdp
+
+        _original_policy = fsdp.MixedPrecisionPolicy
+        fsdp.MixedPrecisionPolicy = lambda **dtypes: _original_policy(**{**dtypes, "reduce_dtype": None})
 
     if os.environ.get("ARF_TEST_MODEL_CONFIGS"):
         import open_clip
@@ -38,6 +43,9 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
 
     if os.environ.get("ARF_TEST_RECORD"):
         import open_clip.model
+
+        def _whole(tensor):
+            return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
         _inputs = []
         _original_forward = open_clip.model.CLIP.forward
@@ -58,9 +66,9 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
                 model = _forward.model
                 record = {
                     "inputs": list(_inputs),
-                    "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+                    "weights": {name: _whole(p.detach()) for name, p in model.named_parameters()},
                     "gradients": {
-                        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+                        name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
                     },
                 }
                 torch.save(record, path)

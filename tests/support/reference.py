@@ -119,7 +119,10 @@ def step_gradients(
 
     bias = {"init_logit_bias": -10} if job.siglip else {}
     model, _, _ = open_clip.create_model_and_transforms("tiny-vit", output_dict=True, **bias)
-    model.load_state_dict(weights, strict=False)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
+    model.load_state_dict(
+        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
+    )
     args = argparse.Namespace(
         **{
             "device": "cpu",

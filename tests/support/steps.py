@@ -13,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import open_clip_train
+from packaging.version import Version
 
 from arf_plugin.hooks.source_patches import Series
+from arf_plugin.hooks.versions import trains_tasks
 from support import data, reference, releases, trainer
 
 TASK_SIZE = 6
@@ -99,6 +101,28 @@ FEW_CASES = [
     for accum_freq in (1, 2)
     for nproc in (1, 2)
 ]
+
+# What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.
+FSDP = ("--fsdp", "--precision", "fp32")
+FSDP_CASES = [
+    *(Case(siglip, accum_freq, 4, 2, (*FSDP,)) for siglip in (False, True) for accum_freq in (1, 2)),
+    Case(False, 1, TASK_SIZE, 2, (*FSDP, LOCAL, GRAD)),
+    Case(False, 1, 4, 2, (*FSDP, "--grad-checkpointing", LOCAL, GRAD)),
+    Case(False, 1, 4, 4, (*FSDP, "--fsdp-no-reshard-after-forward")),
+]
+
+
+def slow_cases() -> list[Case]:
+    """All other cases, of the release in front of the environment's as far as open_clip has the flags there."""
+    if not releases.ONE_RELEASE:
+        return SLOW_CASES
+    fsdp = trains_tasks(releases.current())
+    exchanges = Version(releases.current()) >= Version("2.32")
+    return [
+        case
+        for case in (*CASES, *SLOW_CASES, *(FSDP_CASES if fsdp else ()))
+        if case not in FEW_CASES and not case.patched and (exchanges or case.dist_impl is None)
+    ]
 
 
 def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tuple[trainer.Run, Path]]:
