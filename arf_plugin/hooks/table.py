@@ -153,20 +153,15 @@ ROWS = (
 )
 
 
-def rows(when: str, version: str, optional: bool = False) -> tuple[Row, ...]:
+def rows(when: str, version: str) -> tuple[Row, ...]:
     """The rows of one phase that were written for a release.
 
-    Args:
-        when: The phase.
-        version: The release.
-        optional: Whether a release may have none.
-
     Raises:
-        IncompatibleUpstreamError: There is none, and it is not optional: the phase is for other releases alone.
+        IncompatibleUpstreamError: There is none: the phase is for other releases alone, or is misspelt.
     """
     phase = [row for row in ROWS if row.when == when]
     fitting = tuple(row for row in phase if row.covers(version))
-    if not fitting and not optional:
+    if not fitting:
         there = " or ".join(sorted({row.versions for row in phase}))
         raise IncompatibleUpstreamError(
             f"no hook of the phase '{when}' was written for {PACKAGE} {version}.\n"
