@@ -37,7 +37,7 @@ def test_gradients_of_one_step_equal_three_forwards(runs, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW_CASES, ids=str)
 def test_gradients_in_every_distributed_combination(slow_runs, case):
-    """Static graph, checkpointing and FSDP change no gradient: the reference does without them."""
+    """Static graph, checkpointing, compilation and FSDP change no gradient: the reference does without them."""
     compare(slow_runs[case])
 
 

@@ -50,10 +50,14 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
         _inputs = []
         _original_forward = open_clip.model.CLIP.forward
 
+        @torch.compiler.disable  # --torchcompile compiles what comes after it
+        def _note(model, image, text):
+            _inputs.append((image.clone(), None if text is None else text.clone()))
+            _note.model = model
+
         def _forward(self, image=None, text=None):
             if torch.is_grad_enabled() and self.training:
-                _inputs.append((image.clone(), None if text is None else text.clone()))
-                _forward.model = self
+                _note(self, image, text)
             return _original_forward(self, image, text)
 
         open_clip.model.CLIP.forward = _forward
@@ -63,7 +67,7 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
             path = Path(f"{os.environ['ARF_TEST_RECORD']}.{os.environ.get('RANK', 0)}")
             _step.number = getattr(_step, "number", -1) + 1
             if _step.number == int(os.environ.get("ARF_TEST_RECORD_STEP", 0)):
-                model = _forward.model
+                model = _note.model
                 record = {
                     "inputs": list(_inputs),
                     "weights": {name: _whole(p.detach()) for name, p in model.named_parameters()},

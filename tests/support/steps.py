@@ -64,6 +64,7 @@ class Case:
 LOCAL, GRAD = "--local-loss", "--gather-with-grad"
 GATHERS = ((), (LOCAL,), (GRAD,), (LOCAL, GRAD))
 EXCHANGES = tuple(("--loss-dist-impl", impl) for impl in ("bidir", "shift", "reduce", "gather"))
+COMPILED = ("--torchcompile",)
 MEMORY = (("--ddp-static-graph",), ("--grad-checkpointing",), ("--ddp-static-graph", "--grad-checkpointing"))
 
 # Every size alone and in two processes; in two, each way to gather or to exchange, one after the other.
@@ -80,7 +81,7 @@ CASES = [
     Case(True, 1, TASK_SIZE, 2, patched=True),
 ]
 
-# What is left: every way with every size in four processes, and what saves memory with every way in two.
+# What is left: every way with every size in four processes, and what saves memory or time with every way in two.
 SLOW_CASES = [
     *(
         Case(siglip, accum_freq, 4, 4, way)
@@ -92,6 +93,9 @@ SLOW_CASES = [
     *(Case(True, 1, 4, 2, memory) for memory in MEMORY),
     *(Case(False, 2, 4, 2, memory) for memory in MEMORY),
     Case(False, 1, 4, 1, ("--grad-checkpointing",)),
+    *(Case(False, 1, 4, 2, (*COMPILED, *way)) for way in GATHERS),
+    Case(False, 2, 4, 2, COMPILED),
+    Case(True, 1, 4, 2, COMPILED),
 ]
 
 # For other releases than the environment's: both losses, with and without accumulation, one and two processes.
@@ -149,7 +153,7 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
         }
         if case.patched:  # a run of its own: forks of this process have imported open_clip already
             return train(*flags, *case.flags, open_clip=fork, **options)
-        return train.forked(*flags, *case.flags, **options)
+        return train.forked(*flags, *case.flags, timeout=1200, **options)
 
     by_size = {nproc: [case for case in cases if case.nproc == nproc] for nproc in (1, 2, 4)}
     with ThreadPoolExecutor(2) as pool:
