@@ -18,10 +18,12 @@ class ArfConfig:
         caption_weight: Weight of the caption-anchor loss; 0 switches the term and its data off.
         pair_weight: Weight of the pair-anchor loss; 0 switches the term and its data off.
         pair_batch_size: Pairs per process and micro-batch (A); None means ``--batch-size`` (B).
+        pair_patch_dropout: Share of a pair image's patches that is left out while training; 0 keeps all.
         workers: Loader workers for pair anchors; None means a share of ``--workers``.
         missing_caption: ``error`` or ``prompt`` (use the class prompt in the caption's place).
         classnames: File of class names, one per line, or ``imagenet``.
         templates: File of prompt templates, one per line, or ``imagenet``.
+        trim_text: ``auto`` (cut each batch's texts to the longest where that is exact) or ``off``.
         freeze_bn: Keep BatchNorm layers on their pretrained statistics.
         deterministic: Make two runs with the same seed equal to the bit.
         checkpoint_every: Optimizer steps between step checkpoints; 0 saves none.
@@ -37,10 +39,12 @@ class ArfConfig:
     caption_weight: float = 1.0
     pair_weight: float = 1.0
     pair_batch_size: int | None = None
+    pair_patch_dropout: float = 0.0
     workers: int | None = None
     missing_caption: str = "error"
     classnames: str | None = None
     templates: str | None = None
+    trim_text: str = "auto"
     freeze_bn: bool = False
     deterministic: bool = False
     checkpoint_every: int = 0
@@ -67,6 +71,7 @@ NEED_ANCHORS = (
     "arf_caption_weight",
     "arf_pair_weight",
     "arf_pair_batch_size",
+    "arf_pair_patch_dropout",
     "arf_workers",
     "arf_missing_caption",
 )
@@ -108,6 +113,8 @@ def resolve(args: argparse.Namespace) -> ArfConfig:
         )
     if "arf_classnames" in given and "arf_head" not in given:
         given.setdefault("arf_templates", "imagenet")
+    if "arf_head" in given or not given.keys() & {"arf_anchors", "arf_classnames"}:
+        given.setdefault("arf_trim_text", "off")  # what trains as without the plugin keeps every bit
     config = ArfConfig(**{name.removeprefix("arf_"): value for name, value in given.items()})
     if config.anchors and config.caption_weight == 0 and config.pair_weight == 0:
         raise FlagError(

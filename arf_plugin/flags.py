@@ -52,6 +52,7 @@ def _number(
 
 _weight = _number(float, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
 _share = _number(float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)")
+_part_left_out = _number(float, lambda value: 0 <= value < 1, "a part, from 0 to below 1 (0.5 is half)")
 _count = _number(int, lambda value: value >= 0, "a whole number >= 0")
 _steps = _number(int, lambda value: value >= 1, "a whole number of steps >= 1")
 _batch = _number(int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)")
@@ -84,6 +85,13 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         help="Anchor pairs per process and micro-batch (default: --batch-size).",
     )
     group.add_argument(
+        "--arf-pair-patch-dropout",
+        type=_part_left_out,
+        metavar="P",
+        help="Leave out this part of the patches of pair images, as --force-patch-dropout does for all images: a "
+        "cheaper step. For open_clip's own vision transformers (default: 0).",
+    )
+    group.add_argument(
         "--arf-workers",
         type=_count,
         metavar="N",
@@ -104,6 +112,13 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="Prompt templates, one per line with {c} for the class name, or 'imagenet' (OpenAI's list, the "
         "default with --arf-classnames). One random template per sample.",
+    )
+    group.add_argument(
+        "--arf-trim-text",
+        choices=("auto", "off"),
+        help="Cut each batch's texts to the longest one. 'auto' does so for towers where features and gradients stay "
+        "the same, which are CLIP's own: causal, pooled at the end of the text (default: auto with anchors or class "
+        "prompts).",
     )
     group.add_argument(
         "--arf-freeze-bn",

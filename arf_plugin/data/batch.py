@@ -72,10 +72,16 @@ class DeviceConcat:
     """Tensors that become one, along the first dimension, where the trainer moves them to its device.
 
     Concatenating on the device leaves the host with nothing to do but to start the copies.
+
+    Args:
+        *parts: The tensors, equal in all dimensions but the first.
+        columns: Keep only so many of the second dimension; None for all. Done on the device, too, since a part of a
+            tensor in pinned memory would have to be copied before it could be sent.
     """
 
-    def __init__(self, *parts: torch.Tensor) -> None:
+    def __init__(self, *parts: torch.Tensor, columns: int | None = None) -> None:
         self.parts = parts
+        self.columns = columns
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -87,4 +93,6 @@ class DeviceConcat:
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Moves every part by a function and returns their concatenation."""
         parts = [move(part) for part in self.parts]
+        if self.columns is not None:
+            parts = [part[:, : self.columns] for part in parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

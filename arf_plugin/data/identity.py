@@ -1,4 +1,4 @@
-"""What determines which data a run sees, and in which order: compared when a deterministic run is resumed."""
+"""What determines which data a run sees, in which order and shape: compared when a deterministic run is resumed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def data_identity(
         **{"task_workers": task_workers, "pair_workers": pair_workers, "pair_batch_size": pairs},
         "anchors": _anchor_set(config) if config.anchors else None,
         "missing_caption": config.missing_caption,
+        **{"trim_text": config.trim_text, "pair_patch_dropout": config.pair_patch_dropout},
         "classnames": _file(config.classnames),
         "templates": _file(config.templates),
     }

@@ -8,6 +8,7 @@ from typing import Any
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.resume import ResumableLoader
+from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import AnchorSetError, ArfError
 
 
@@ -42,6 +43,7 @@ class AnchoredLoader:
         task: open_clip's loader: ``(images [B, 3, H, W], texts [B, L] or [B, 2, L])``.
         pairs: The loader of pair anchors, or None.
         layout: Sizes of a batch.
+        trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
 
     Attributes:
         num_batches: Micro-batches per epoch, as the task loader has them.
@@ -49,10 +51,13 @@ class AnchoredLoader:
             multiplies batches by the images it sees in one.
     """
 
-    def __init__(self, task: Any, pairs: Any | None, layout: BatchLayout) -> None:
+    def __init__(
+        self, task: Any, pairs: Any | None, layout: BatchLayout, trimmer: TextTrimmer | None = None
+    ) -> None:
         self.task = task
         self.pairs = pairs
         self.layout = layout
+        self.trimmer = trimmer
         self.num_batches: int = task.num_batches
         self.num_samples: int = task.num_samples * layout.images // layout.task
 
@@ -72,7 +77,8 @@ class AnchoredLoader:
                         )
                     image_parts.append(pair[0])
                     text_parts.append(pair[1])
-                yield DeviceConcat(*image_parts), DeviceConcat(*text_parts)
+                columns = self.trimmer.length(*text_parts) if self.trimmer else None
+                yield DeviceConcat(*image_parts), DeviceConcat(*text_parts, columns=columns)
         except ArfError as error:
             raise _from_worker(error) from None
 

@@ -27,6 +27,7 @@ from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames,
 from arf_plugin.data.startup import check_anchor_set, check_data
 from arf_plugin.data.streams import ShardStream, Stream
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
+from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError
 from arf_plugin.hooks.resumable import resumable_loader, sample_orders, task_stream
 from arf_plugin.hooks.session import Session
@@ -111,14 +112,27 @@ def _training_data(
             pair_loader, pair_workers, orders["pairs"], lambda batch: (batch[:2], int(batch[2][-1]))
         )
     loader = task.dataloader
-    if layout.captions or layout.pairs:
-        loader = AnchoredLoader(loader, pair_loader, layout)
+    trimmer = _trimmer(session, args)
+    if layout.captions or layout.pairs or trimmer:
+        loader = AnchoredLoader(loader, pair_loader, layout, trimmer)
     if config.resumable or session.resumed is not None:
         identity = data_identity(
             args, config, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
         )
         loader = resumable_loader(loader, streams, session, args, identity)
     return AnchoredData(task, loader, shared_epoch)
+
+
+def _trimmer(session: Session, args: Any) -> TextTrimmer | None:
+    """What cuts the texts of a batch; None, with a line in the log, where that would change what is computed."""
+    if session.config.trim_text == "off" or session.config.head:
+        return None
+    found = "it is traced with texts of full length" if getattr(args, "trace", False) else session.trimmer()
+    if isinstance(found, TextTrimmer):
+        return found
+    if args.rank == 0:
+        logging.info(f"ARF: texts keep all their positions, because of the model: {found}.")
+    return None
 
 
 def _load_prompts(config: ArfConfig) -> ClassPrompts | ClassIndices | None:

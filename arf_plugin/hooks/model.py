@@ -1,7 +1,7 @@
 """open_clip_train.main.create_model_and_transforms: what is done to the model before it trains.
 
 BatchNorm is the one layer that mixes samples of a batch, so it is frozen or warned about. Two baselines need the
-model, too: L2-SP its starting point, LP-FT a head on it.
+model, too: L2-SP its starting point, LP-FT a head on it. Text towers learn to take trimmed texts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arf_plugin.data.prompts import load_classnames
 from arf_plugin.data.rng import make_deterministic
 from arf_plugin.errors import FlagError
+from arf_plugin.hooks.images import drop_pair_patches
 from arf_plugin.hooks.session import Session
+from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
 
@@ -31,6 +33,7 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         if session.config.deterministic:  # after the trainer's own choice of kernels
             make_deterministic()
         result = original(*args, **kwargs)
+        _prepare_text(session, result[0])
         if session.model is not None:  # the trainer's second model is a distillation teacher: left as it is
             return result
         session.model = result[0]
@@ -44,6 +47,8 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
                 f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their "
                 "batch statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
             )
+        if session.config.pair_patch_dropout:
+            drop_pair_patches(result[0], session.config.pair_patch_dropout, lambda: session.layout)
         if session.config.head:
             _start_from_probe(result[0], session.config.head, session.config.classnames or "")
         if session.config.l2sp:
@@ -51,6 +56,14 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         return result
 
     return wrapped
+
+
+def _prepare_text(session: Session, model: nn.Module) -> None:
+    """Notes whether the model can take shorter texts, and makes it take them."""
+    found = trimmer(model)
+    session.trimmers.append(found)
+    if not isinstance(found, str) and session.config.trim_text != "off":
+        accept_trimmed(model)
 
 
 def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:

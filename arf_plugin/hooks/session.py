@@ -10,6 +10,7 @@ from torch import nn
 
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout
+from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.engine import Engine
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Session:
         model: The model that trains, known once it has been built.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
         task: The task that trains it, in releases that build one.
+        trimmers: For each model, the teacher's included, how its texts can be cut, or why they cannot.
         training: What the trainer holds in the current epoch, known once the first one begins.
         listeners: Who is told of every epoch.
         resumed: What the step checkpoint that the run goes on from says beside its weights; None without one.
@@ -40,9 +42,19 @@ class Session:
     model: nn.Module | None = None
     start: dict[str, torch.Tensor] | None = None
     task: nn.Module | None = None
+    trimmers: list[TextTrimmer | str] = dataclasses.field(default_factory=list)
     training: Training | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)
     resumed: dict[str, Any] | None = None
+
+    def trimmer(self) -> TextTrimmer | str:
+        """How the texts of a batch can be cut for all models that read them, or why they cannot."""
+        reasons = [found for found in self.trimmers if isinstance(found, str)]
+        if reasons:
+            return reasons[0]
+        if len(set(self.trimmers)) != 1:
+            return "student and teacher end their texts differently"
+        return self.trimmers[0]
 
     def need_layout(self, args: Any) -> BatchLayout:
         """The layout, or a plain one of task samples alone."""

@@ -30,6 +30,8 @@ import torch.distributed as dist
 from common import Bar, interleave, paired_ratio, parser, report
 from step import build_steps, count_gflops
 
+ARF = "ARF, A = B"
+
 
 def main() -> int:
     flags = parser(__doc__.split("\n")[0], rounds=7)
@@ -41,10 +43,10 @@ def main() -> int:
     args.device = "cpu"
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    steps = build_steps(args)
-    gflops = {name: count_gflops(steps[name]) for name in ("plain", "ARF")}
+    steps = build_steps(args, args.model)
+    gflops = {name: count_gflops(steps[name]) for name in ("plain", ARF)}
     del steps
-    ratio = gflops["ARF"] / gflops["plain"]
+    ratio = gflops[ARF] / gflops["plain"]
     facts: dict[str, object] = {
         "model": args.model,
         "batch": f"B = A = {args.batch_size} per process",
@@ -54,7 +56,7 @@ def main() -> int:
     for world_size in args.processes:
         found = run(args, world_size)
         seconds.update({f"{name}, {world_size} processes": v for name, v in found["seconds"].items()})
-        cost = paired_ratio(found["seconds"]["ARF"], found["seconds"]["plain"])
+        cost = paired_ratio(found["seconds"][ARF], found["seconds"]["plain"])
         bars.append(
             Bar(f"{world_size} processes: step time of ARF / plain by the FLOPs ratio", cost / ratio, 1.1)
         )
@@ -74,7 +76,7 @@ def main() -> int:
 def gathered(found: dict, world_size: int) -> dict[str, str]:
     """What is said of the gathers."""
     each, once, step = (
-        statistics.median(times) for times in (*found["gathers"].values(), found["seconds"]["ARF"])
+        statistics.median(times) for times in (*found["gathers"].values(), found["seconds"][ARF])
     )
     kilobytes = ", ".join(f"{name} {found[name] / 1024:.1f} kB" for name in ("bytes", "minimum"))
     return {
@@ -100,12 +102,12 @@ def work(rank: int, world_size: int, folder: str, args: argparse.Namespace) -> N
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
     with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
-        steps = build_steps(args, rank, world_size)
-        steps.pop("three forwards")
+        built = build_steps(args, args.model, rank, world_size)
+        steps = {name: built[name] for name in ("plain", ARF)}
         found: dict[str, object] = {"seconds": interleave(steps, args.rounds)}
         if world_size > 1:
             with counting() as count:
-                steps["ARF"]()
+                steps[ARF]()
             dimension = open_clip.get_model_config(args.model)["embed_dim"]
             size, floats = args.batch_size, torch.finfo(torch.float32).bits // 8
             images, texts = 2 * size, 3 * size

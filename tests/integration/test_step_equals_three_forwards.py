@@ -41,6 +41,13 @@ def test_gradients_in_every_distributed_combination(slow_runs, case):
     compare(slow_runs[case])
 
 
+def test_the_trainer_saw_trimmed_texts(runs):
+    """The references above pad every text to the tower's 32 positions."""
+    _, record = runs[CASES[0]]
+    (_, texts), *_ = torch.load(f"{record}.0", weights_only=True)["inputs"]
+    assert texts.shape[1] < 32 and texts.shape[1] % 8 == 0
+
+
 @pytest.mark.parametrize("missing", range(3), ids=["task", "caption", "pair"])
 def test_the_comparison_notices_a_missing_term(runs, missing):
     """The comparison above can fail: without any one of the terms the reference is far off."""

@@ -19,7 +19,7 @@ CLASSNAMES = ["cat", "dog", "tree", "house"]
 
 def write_model_configs(folder: Path) -> Path:
     """Writes open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
     folder.mkdir(parents=True, exist_ok=True)
