@@ -55,6 +55,7 @@ _share = _number(float, lambda value: 0 < value <= 1, "a part, above 0 and up to
 _part_left_out = _number(float, lambda value: 0 <= value < 1, "a part, from 0 to below 1 (0.5 is half)")
 _count = _number(int, lambda value: value >= 0, "a whole number >= 0")
 _steps = _number(int, lambda value: value >= 1, "a whole number of steps >= 1")
+_pixels = _number(int, lambda value: value >= 1, "a whole number of pixels")
 _batch = _number(int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)")
 
 
@@ -90,6 +91,20 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="Leave out this part of the patches of pair images, as --force-patch-dropout does for all images: a "
         "cheaper step. For open_clip's own vision transformers (default: 0).",
+    )
+    group.add_argument(
+        "--arf-pair-image-size",
+        type=_pixels,
+        metavar="PX",
+        help="Pair images of PX pixels, a multiple of the patch size, with the position embedding interpolated as for "
+        "--force-image-size: a cheaper step. For open_clip's own vision transformers (default: the model's size).",
+    )
+    group.add_argument(
+        "--arf-every",
+        type=_steps,
+        metavar="N",
+        help="Anchors on every N-th optimizer step only, counted over the whole run, with N times the weight: the same "
+        "gradient on average. The steps between load no pairs and cost what FLYP costs (default: 1).",
     )
     group.add_argument(
         "--arf-workers",

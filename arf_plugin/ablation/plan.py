@@ -140,9 +140,9 @@ class Run:
         steps = self.steps()
         if steps is None:
             return None
-        return (
-            steps * self.counts["accum-freq"] * (self.counts["batch-size"] + self._pairs()) * self.processes
-        )
+        anchored = math.ceil(steps / flag_words.number(self.arm.flags, "arf-every", 1))
+        images = steps * self.counts["batch-size"] + anchored * self._pairs()
+        return images * self.counts["accum-freq"] * self.processes
 
     def _pairs(self) -> int:
         """Pair anchors in a batch."""

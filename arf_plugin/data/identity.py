@@ -36,7 +36,8 @@ def data_identity(
         **{"task_workers": task_workers, "pair_workers": pair_workers, "pair_batch_size": pairs},
         "anchors": _anchor_set(config) if config.anchors else None,
         "missing_caption": config.missing_caption,
-        **{"trim_text": config.trim_text, "pair_patch_dropout": config.pair_patch_dropout},
+        **{"every": config.every, "trim_text": config.trim_text},
+        **{"pair_patch_dropout": config.pair_patch_dropout, "pair_image_size": config.pair_image_size},
         "classnames": _file(config.classnames),
         "templates": _file(config.templates),
     }

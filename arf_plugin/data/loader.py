@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from arf_plugin.data.anchor_steps import AnchorSteps
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.resume import ResumableLoader
@@ -44,22 +45,29 @@ class AnchoredLoader:
         pairs: The loader of pair anchors, or None.
         layout: Sizes of a batch.
         trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
+        steps: Which steps have anchors; None for all.
 
     Attributes:
         num_batches: Micro-batches per epoch, as the task loader has them.
         num_samples: Images per epoch, anchors included, so that the trainer's progress counts add up: it
-            multiplies batches by the images it sees in one.
+            multiplies batches by the images it sees in one. Of a step without anchors it counts fewer.
     """
 
     def __init__(
-        self, task: Any, pairs: Any | None, layout: BatchLayout, trimmer: TextTrimmer | None = None
+        self,
+        task: Any,
+        pairs: Any | None,
+        layout: BatchLayout,
+        trimmer: TextTrimmer | None = None,
+        steps: AnchorSteps | None = None,
     ) -> None:
         self.task = task
         self.pairs = pairs
         self.layout = layout
         self.trimmer = trimmer
+        self.steps = steps or AnchorSteps()
         self.num_batches: int = task.num_batches
-        self.num_samples: int = task.num_samples * layout.images // layout.task
+        self.num_samples: int = task.num_samples * layout.rows // layout.task
 
     def __len__(self) -> int:
         return self.num_batches
@@ -67,9 +75,12 @@ class AnchoredLoader:
     def __iter__(self) -> Iterator[tuple[DeviceConcat, DeviceConcat]]:
         try:
             pairs = iter(self.pairs) if self.pairs is not None else None
-            for images, texts in self.task:
+            for number, (images, texts) in enumerate(self.task, self.steps.first_batch):
                 image_parts, text_parts = [images], list(texts.unbind(1)) if self.layout.captions else [texts]
-                if pairs is not None:
+                anchored = self.steps.has_anchors(number)
+                if not anchored:
+                    del text_parts[1:]  # the captions that came along with the task data
+                if anchored and pairs is not None:
                     pair = next(pairs, None)
                     if pair is None:
                         raise AnchorSetError(
@@ -90,20 +101,27 @@ class AnchoredData:
         task: open_clip's ``DataInfo`` of the task data.
         dataloader: Its loader, the anchored one, or a resumable one around either.
         epoch: The epoch shared with our loader workers.
+        steps: Which steps have anchors; None for all.
     """
 
-    def __init__(self, task: Any, dataloader: Any, epoch: SharedEpoch) -> None:
+    def __init__(
+        self, task: Any, dataloader: Any, epoch: SharedEpoch, steps: AnchorSteps | None = None
+    ) -> None:
         self.task = task
         self.dataloader = dataloader
         self.epoch = epoch
         self._resumable = dataloader if isinstance(dataloader, ResumableLoader) else None
+        self.steps = steps or AnchorSteps()
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch in both loaders."""
         self.task.set_epoch(epoch)
         self.epoch.set(epoch)
+        first_batch = 0
         if self._resumable is not None:
             self._resumable.begin_epoch(epoch)
+            first_batch = self._resumable.first_batch
+        self.steps.begin(epoch, first_batch)
 
 
 def _from_worker(error: ArfError) -> ArfError:

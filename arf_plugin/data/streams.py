@@ -35,15 +35,22 @@ class ShardStream:
         workers: Its workers; 0 for none.
         order: The pipeline's order.
         split: Takes a loader's batch apart: the batch without numbers, and the number of its last sample.
+        count: How many of this loader's batches an epoch's first so many micro-batches took; None for as many.
     """
 
     def __init__(
-        self, loader: Any, workers: int, order: SampleOrder, split: Callable[[Any], tuple[Any, int]]
+        self,
+        loader: Any,
+        workers: int,
+        order: SampleOrder,
+        split: Callable[[Any], tuple[Any, int]],
+        count: Callable[[int, int], int] | None = None,
     ) -> None:
         self.loader = loader
         self.workers = max(1, workers)
         self.order = order
         self.split = split
+        self.count = count
         self.begin(-1, 0, [])
 
     def __getattr__(self, name: str) -> Any:
@@ -51,6 +58,8 @@ class ShardStream:
 
     def begin(self, epoch: int, batches: int, consumed: list[int]) -> None:
         """See `Stream`."""
+        if self.count is not None:
+            batches = self.count(epoch, batches)
         self._discard = batches % self.workers
         self._round = list(consumed) or [0] * self.workers
         self._now = list(self._round)

@@ -16,12 +16,14 @@ import pandas as pd
 
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.config import ArfConfig
+from arf_plugin.data.anchor_steps import AnchorSteps
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.identity import data_identity
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
 from arf_plugin.data.order import NumberedTokenizer, SampleOrder
+from arf_plugin.data.packing import packed_rows
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_anchor_set, check_data
@@ -75,7 +77,9 @@ def _training_data(
     )
     _on_every_rank(args, lambda: check_data(args, config, shards, pairs, task_workers))
     captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
-    layout = session.layout = BatchLayout(task=args.batch_size, captions=captions is not None, pairs=pairs)
+    layout = session.layout = BatchLayout(
+        args.batch_size, captions is not None, pairs, _pair_rows(session, pairs)
+    )
     if args.rank == 0:
         _log(config, layout, captions, shards)
     shared_epoch = SharedEpoch(epoch)
@@ -87,11 +91,12 @@ def _training_data(
     )
     orders = sample_orders(config, args, shared_epoch)
     task = _task_data(original, session, args, texts, preprocess_fns, epoch, tokenize, task_workers, orders)
+    steps = AnchorSteps(config.every, args.accum_freq, task.dataloader.num_batches)
     pair_loader = None
     if layout.pairs:
         pair_loader = build_pair_loader(
             shards,
-            preprocess=preprocess_fns[0],
+            preprocess=session.pair_transform or preprocess_fns[0],
             tokenize=tokenizer,
             batch_size=layout.pairs,
             num_batches=task.dataloader.num_batches,
@@ -109,18 +114,22 @@ def _training_data(
         )
     if orders and pair_loader is not None:
         pair_loader = streams["pairs"] = ShardStream(
-            pair_loader, pair_workers, orders["pairs"], lambda batch: (batch[:2], int(batch[2][-1]))
+            pair_loader,
+            pair_workers,
+            orders["pairs"],
+            lambda batch: (batch[:2], int(batch[2][-1])),
+            steps.count,
         )
     loader = task.dataloader
     trimmer = _trimmer(session, args)
     if layout.captions or layout.pairs or trimmer:
-        loader = AnchoredLoader(loader, pair_loader, layout, trimmer)
+        loader = AnchoredLoader(loader, pair_loader, layout, trimmer, steps)
     if config.resumable or session.resumed is not None:
         identity = data_identity(
             args, config, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
         )
         loader = resumable_loader(loader, streams, session, args, identity)
-    return AnchoredData(task, loader, shared_epoch)
+    return AnchoredData(task, loader, shared_epoch, steps)
 
 
 def _trimmer(session: Session, args: Any) -> TextTrimmer | None:
@@ -133,6 +142,15 @@ def _trimmer(session: Session, args: Any) -> TextTrimmer | None:
     if args.rank == 0:
         logging.info(f"ARF: texts keep all their positions, because of the model: {found}.")
     return None
+
+
+def _pair_rows(session: Session, pairs: int) -> int | None:
+    """Rows of the tensor of images that the pairs take, if they are smaller than the model's images."""
+    size = session.config.pair_image_size
+    if size is None or session.model is None:
+        return None
+    visual: Any = session.model.visual
+    return packed_rows(pairs, size, visual.image_size[0])
 
 
 def _load_prompts(config: ArfConfig) -> ClassPrompts | ClassIndices | None:
@@ -239,6 +257,11 @@ def _log(config: ArfConfig, layout: BatchLayout, captions: CaptionStore | None, 
             logging.info(f"ARF: the term of the {name} is off, because {reason}.")
     logging.info(
         f"ARF is on. Each micro-batch of a process: {' + '.join(terms)}; "
-        f"{layout.images} images, {sum(layout.text_sizes)} texts. Anchors: {config.anchors}, "
+        f"{layout.images} images, {sum(layout.text_sizes)} texts. {_how_often(config)}Anchors: {config.anchors}, "
         f"{len(captions) if captions is not None else 0} captions, {len(shards)} pair shards."
     )
+
+
+def _how_often(config: ArfConfig) -> str:
+    every = config.every
+    return "" if every == 1 else f"One step in {every} has anchors, at {every} times the weight. "

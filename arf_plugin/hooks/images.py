@@ -1,54 +1,131 @@
-"""open_clip's vision tower, with pair anchors that drop patches while task images keep all of theirs.
+"""open_clip's vision tower, with pair anchors that pass it at less cost than task images.
 
-Images with and without dropped patches have different numbers of tokens, so the tower runs once for the task images
-and once for the pairs. Patch dropout is open_clip's own module (Li et al. 2022, arXiv 2212.00794); it has no
-parameters, so checkpoints stay what they were. Dropping patches of anchors alone is ours, not the paper's.
+Pairs may drop patches, or come at a lower resolution. Either way they have fewer tokens than task images, so the tower
+runs twice: once for the task images as always, once for the pairs. Parameters, and with them checkpoints, stay as they
+were: patch dropout (Li et al. 2022, arXiv 2212.00794) is open_clip's own module and has none, and the position
+embedding of the smaller grid is interpolated from the tower's at every step, as open_clip does once when it loads
+weights for another image size. Cheaper anchors are ours, not the paper's.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import PatchDropout, VisionTransformer
 from torch import nn
 
 from arf_plugin.data.batch import BatchLayout
+from arf_plugin.data.packing import unpack
 from arf_plugin.errors import FlagError
 
 
-def drop_pair_patches(model: nn.Module, probability: float, layout: Callable[[], BatchLayout | None]) -> None:
-    """Makes the vision tower drop patches of pair anchors while it trains.
+def shrink_pairs(
+    model: nn.Module,
+    layout: Callable[[], BatchLayout | None],
+    *,
+    dropout: float = 0.0,
+    size: int | None = None,
+) -> None:
+    """Makes the vision tower treat pair anchors on their own while it trains.
 
     Args:
         model: A model of open_clip.
-        probability: Share of an image's patches that is left out.
         layout: Reads the sizes of a micro-batch; batches of another size, as in evaluation, pass as before.
+        dropout: Part of a pair image's patches that is left out.
+        size: Pixels of a pair image's sides, where pairs come smaller (packed into rows); None for the tower's own.
 
     Raises:
-        FlagError: The model's tower is not open_clip's own vision transformer.
+        FlagError: The model's tower is not open_clip's own vision transformer, or cannot take images of that size.
     """
-    visual: Any = getattr(model, "visual", None)
-    if type(visual) is not VisionTransformer:
-        raise FlagError(
-            f"--arf-pair-patch-dropout needs open_clip's own vision transformer; this model's vision tower is "
-            f"{type(visual).__name__}.\nDrop the flag, or use fewer pairs: --arf-pair-batch-size"
-        )
+    flags = [*(["--arf-pair-patch-dropout"] if dropout else []), *(["--arf-pair-image-size"] if size else [])]
+    visual = _own_transformer(model, " and ".join(flags))
+    positions = _Positions(visual, size) if size is not None else None
     whole = visual.forward
-    dropout = _Switch(visual.patch_dropout, PatchDropout(probability))
+    switch = _Switch(visual.patch_dropout, PatchDropout(dropout)) if dropout else None
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         sizes = layout()
-        if not visual.training or sizes is None or not sizes.pairs or len(images) != sizes.images:
+        if not visual.training or sizes is None or not sizes.pairs or len(images) != sizes.rows:
             return whole(images)
-        task, pairs = images.split(sizes.image_sizes)
+        if images.shape[-1] == size:  # unpacked already: the call below comes through here, too
+            return whole(images)
+        task, pairs = images.split([sizes.task, sizes.rows - sizes.task])
         task_features = whole(task)
-        with dropout:
-            return torch.cat([task_features, whole(pairs)])
+        with switch or contextlib.nullcontext():
+            if positions is None or size is None:
+                pair_features = whole(pairs)
+            else:
+                smaller = {"positional_embedding": positions(visual.positional_embedding)}
+                pair_features = torch.func.functional_call(
+                    visual, smaller, (unpack(pairs, sizes.pairs, size),)
+                )
+        return torch.cat([task_features, pair_features])
 
-    visual.patch_dropout = dropout
+    if switch is not None:
+        visual.patch_dropout = switch
     visual.forward = forward
+
+
+def pair_transform(model: nn.Module, size: int, augmentation: Any) -> Callable[[Any], torch.Tensor]:
+    """The trainer's transform for training images, to images of another size.
+
+    Args:
+        model: The model, which knows its preprocessing.
+        size: Pixels of the sides.
+        augmentation: The trainer's ``--aug-cfg``.
+    """
+    visual: Any = model.visual
+    preprocessing = PreprocessCfg(**{**visual.preprocess_cfg, "size": size})
+    transform: Callable[[Any], torch.Tensor] = image_transform_v2(
+        preprocessing, is_train=True, aug_cfg=augmentation
+    )
+    return transform
+
+
+def _own_transformer(model: nn.Module, flags: str) -> Any:
+    visual: Any = getattr(model, "visual", None)
+    if type(visual) is not VisionTransformer:
+        raise FlagError(
+            f"{flags}: only open_clip's own vision transformer can do that; this model's vision tower is "
+            f"{type(visual).__name__}.\nDrop the flag, or use fewer pairs: --arf-pair-batch-size"
+        )
+    return visual
+
+
+class _Positions:
+    """The position embedding for smaller images, interpolated.
+
+    Bicubic interpolation is linear, so it is one small matrix: its backward pass is the same in every run, which torch
+    does not promise of its own on GPUs.
+
+    Args:
+        visual: The vision tower.
+        size: Pixels of the images' sides.
+    """
+
+    def __init__(self, visual: Any, size: int) -> None:
+        (height, width), (patch_height, patch_width) = visual.image_size, visual.patch_size
+        if height != width or patch_height != patch_width or size % patch_height or not 0 < size < height:
+            raise FlagError(
+                f"--arf-pair-image-size {size}: expected a multiple of the patches' {patch_height} pixels below the "
+                f"{height} x {width} of the model's images, which must be square."
+            )
+        grid, smaller = height // patch_height, size // patch_height
+        each = torch.eye(grid**2, dtype=torch.float64).view(1, grid**2, grid, grid)
+        resized = F.interpolate(each, (smaller, smaller), mode="bicubic", antialias=True, align_corners=False)
+        self.matrix = resized.flatten(2)[0].T  # [s * s, g * g]
+
+    def __call__(self, embedding: torch.Tensor) -> torch.Tensor:
+        """``[1 + g * g, W]`` of the tower to ``[1 + s * s, W]``, in single precision at least."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            precise = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+            self.matrix = self.matrix.to(precise)
+            return torch.cat([precise[:1], self.matrix @ precise[1:]]).to(embedding.dtype)
 
 
 class _Switch(nn.Module):

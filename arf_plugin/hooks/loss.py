@@ -43,4 +43,5 @@ def _loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:
         return HeadLoss()
     if not (layout.captions or layout.pairs):
         return build_base()
-    return AnchoredLoss(build_base, layout, config.caption_weight, config.pair_weight)
+    weights = config.caption_weight, config.pair_weight
+    return AnchoredLoss(build_base, layout, *weights, every=config.every, micro_batches=args.accum_freq)

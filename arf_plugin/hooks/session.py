@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ class Session:
         engine: Applies the rows of later phases.
         version: Upstream's version.
         layout: Sizes of a batch, known once the data has been built.
+        pair_transform: Transform of pair images, where it is not the trainer's own.
         model: The model that trains, known once it has been built.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
         task: The task that trains it, in releases that build one.
@@ -39,6 +41,7 @@ class Session:
     engine: Engine
     version: str
     layout: BatchLayout | None = None
+    pair_transform: Callable[[Any], torch.Tensor] | None = None
     model: nn.Module | None = None
     start: dict[str, torch.Tensor] | None = None
     task: nn.Module | None = None

@@ -3,7 +3,8 @@
     L = base(x, t_cls) + w_cap * base(x, t_cap) + w_pair * base(x_a, t_a)
 
 Source: Han et al., "Anchor-based Robust Finetuning of Vision-Language Models", CVPR 2024, section 3. The paper adds
-the three terms with weight one; the weights are ours.
+the three terms with weight one; the weights are ours. So are steps without anchors: with ``every`` n the two anchor
+terms are there on one step in n, with n times their weight, which leaves the expected gradient as it is.
 
 In several processes each base loss gathers the features of its own term, so those of the task's images travel twice:
 1.2 times the minimum with A = B. A single gather for all terms would save far less than one per cent of a step
@@ -29,6 +30,8 @@ class AnchoredLoss(nn.Module):
         layout: Sizes of the parts of a micro-batch.
         caption_weight: w_cap.
         pair_weight: w_pair.
+        every: One optimizer step in so many has anchors.
+        micro_batches: Micro-batches in an optimizer step, whose features come together.
     """
 
     def __init__(
@@ -37,11 +40,14 @@ class AnchoredLoss(nn.Module):
         layout: BatchLayout,
         caption_weight: float = 1.0,
         pair_weight: float = 1.0,
+        every: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.layout = layout
-        self.caption_weight = caption_weight
-        self.pair_weight = pair_weight
+        self.caption_weight = caption_weight * every
+        self.pair_weight = pair_weight * every
+        self.rows_without = layout.task * micro_batches if every > 1 else None
         self.task = build_base()
         self.caption_anchor = build_base() if layout.captions else None
         self.pair_anchor = build_base() if layout.pairs else None
@@ -56,17 +62,23 @@ class AnchoredLoss(nn.Module):
             **outputs: What the model returned: ``image_features`` ``[n * (B + A), D]``, ``text_features``
                 ``[n * (2B + A), D]``, ``logit_scale`` and what else the base loss takes. Names that end in
                 ``image_features`` or ``text_features`` (also a distillation teacher's) are split, others passed on.
+                On a step without anchors there are ``n * B`` of either kind.
 
         Returns:
             Scalars: the base loss's own terms for the task, ``caption_anchor_loss`` and ``pair_anchor_loss``. They
-            are weighted already, because the trainer sums every value it gets.
+            are weighted already, because the trainer sums every value it gets. On a step without anchors these two
+            are 0: the trainer would go on to log the last value of a term that is gone.
         """
-        task, caption, pair = self._split(outputs)
+        anchored = len(outputs["text_features"]) != self.rows_without
+        task, caption, pair = self._split(outputs) if anchored else (outputs, {}, {})
         losses = dict(self.task(**task, output_dict=True))
-        if self.caption_anchor is not None:
-            losses["caption_anchor_loss"] = self.caption_weight * _total(self.caption_anchor, caption)
-        if self.pair_anchor is not None:
-            losses["pair_anchor_loss"] = self.pair_weight * _total(self.pair_anchor, pair)
+        nothing = outputs["logit_scale"].new_zeros(())
+        for name, base, weight, part in (
+            ("caption_anchor_loss", self.caption_anchor, self.caption_weight, caption),
+            ("pair_anchor_loss", self.pair_anchor, self.pair_weight, pair),
+        ):
+            if base is not None:
+                losses[name] = weight * _total(base, part) if anchored else nothing
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _split(self, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:

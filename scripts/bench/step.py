@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
 from arf_plugin.data.trim import TextTrimmer
-from arf_plugin.hooks.images import drop_pair_patches
+from arf_plugin.hooks.images import shrink_pairs
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.anchored import AnchoredLoss
 
@@ -111,7 +111,7 @@ def build_steps(
     size = args.batch_size
     model, _, _ = open_clip.create_model_and_transforms(name, output_dict=True, device=args.device)
     layouts: list[BatchLayout] = []  # that of the step under way, if its pairs lose patches
-    drop_pair_patches(model, 0.5, lambda: layouts[0] if layouts else None)
+    shrink_pairs(model, lambda: layouts[0] if layouts else None, dropout=0.5)
     trim = trimmer(model)
     assert isinstance(trim, TextTrimmer)
     accept_trimmed(model)  # texts of full length pass as before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.text import accept_trimmed, trimmer
@@ -109,17 +110,26 @@ def test_under_autocast(precision):
     torch.testing.assert_close(cut, whole, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.slow
-def test_under_compilation():
-    model = build()
-    tokens = texts(5, 13)
-    whole = features_and_gradients(model, tokens)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+def test_under_compilation(kind, checkpointing):
+    """Features stay, and lengths cost three compilations: for the first, for any other, for untrimmed texts."""
+    torch._dynamo.reset()
+    model, tokens, images = build(kind), texts(5, 13), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model.set_grad_checkpointing(checkpointing)
+    whole, gradients = features_and_gradients(model, tokens)
     accept_trimmed(model)
-    compiled = torch.compile(model)
-    for length in (16, 24, CONTEXT):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for length in (*range(16, CONTEXT, 8), CONTEXT):
         model.zero_grad()
-        features = compiled(None, tokens[:, :length])["text_features"]
-        torch.testing.assert_close(features, whole[0], rtol=1e-10, atol=1e-10)
+        features = compiled(images, tokens[:, :length])["text_features"]
+        (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+        torch.testing.assert_close(features, whole, rtol=1e-10, atol=1e-10)
+        for name, gradient in gradients.items():
+            error = (model.get_parameter(name).grad - gradient).norm()
+            assert error <= 1e-10 * gradient.norm(), (length, name)
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def shape(task, anchors, variant: str) -> list:
         "anchors": ["--arf-anchors", anchors, *prompts],
         "flyp": prompts,
         "plain": [],
+        "every": ["--arf-anchors", anchors, "--arf-every", 3],
         "accum": ["--arf-anchors", anchors, "--accum-freq", 2, "--arf-pair-batch-size", 3],
         "resampled": [*prompts, "--dataset-resampled"],
         "mixing": [
@@ -82,7 +83,7 @@ MODEL = {"model": "tiny-vit-dropout"}
 
 @pytest.mark.parametrize(
     ("variant", "workers", "nproc"),
-    [("anchors", 4, 1), ("flyp", 0, 2), ("mixing", 2, 1), ("accum", 0, 1), ("plain", 2, 1)],
+    [("anchors", 4, 1), ("flyp", 0, 2), ("mixing", 2, 1), ("accum", 0, 1), ("plain", 2, 1), ("every", 4, 1)],
 )
 def test_killed_and_resumed_equals_undisturbed(train, uneven, uneven_anchors, variant, workers, nproc):
     """Two runs with one seed, one of them killed twice, end with the same bits and log the same losses."""

@@ -47,27 +47,30 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
         def _whole(tensor):
             return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
-        _inputs = []
-        _original_forward = open_clip.model.CLIP.forward
+        _inputs, _models = [], []
 
         @torch.compiler.disable  # --torchcompile compiles what comes after it
         def _note(model, image, text):
             _inputs.append((image.clone(), None if text is None else text.clone()))
-            _note.model = model
+            _models[:] = [model]
 
-        def _forward(self, image=None, text=None):
-            if torch.is_grad_enabled() and self.training:
-                _note(self, image, text)
-            return _original_forward(self, image, text)
+        def _recording(original):
+            def forward(self, image=None, text=None):
+                if torch.is_grad_enabled() and self.training:
+                    _note(self, image, text)
+                return original(self, image, text)
 
-        open_clip.model.CLIP.forward = _forward
+            return forward
+
+        for _kind in (open_clip.model.CLIP, open_clip.model.CustomTextCLIP):
+            _kind.forward = _recording(_kind.forward)
         _original_step = torch.optim.AdamW.step
 
         def _step(self, closure=None):
             path = Path(f"{os.environ['ARF_TEST_RECORD']}.{os.environ.get('RANK', 0)}")
             _step.number = getattr(_step, "number", -1) + 1
             if _step.number == int(os.environ.get("ARF_TEST_RECORD_STEP", 0)):
-                model = _note.model
+                model = _models[0]
                 record = {
                     "inputs": list(_inputs),
                     "weights": {name: _whole(p.detach()) for name, p in model.named_parameters()},

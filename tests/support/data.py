@@ -18,7 +18,11 @@ CLASSNAMES = ["cat", "dog", "tree", "house"]
 
 
 def write_model_configs(folder: Path) -> Path:
-    """Writes open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""
+    """Writes open_clip model configurations: tiny ViTs and a ResNet with BatchNorm.
+
+    Of the ViTs one drops patches, and two are a ``CustomTextCLIP``: pooled at the end of the text as CLIP's own, or at
+    the last position.
+    """
     text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
     vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
@@ -26,6 +30,14 @@ def write_model_configs(folder: Path) -> Path:
     dropout = {**vit, "patch_dropout": 0.3}
     for name, vision in (("tiny-vit", vit), ("tiny-vit-dropout", dropout), ("tiny-resnet", resnet)):
         config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    for name, pool in (("tiny-custom", "argmax"), ("tiny-last", "last")):
+        config = {
+            "embed_dim": 16,
+            "vision_cfg": vit,
+            "text_cfg": {**text, "pool_type": pool},
+            "custom_text": True,
+        }
         (folder / f"{name}.json").write_text(json.dumps(config))
     return folder
 

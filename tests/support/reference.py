@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import tarfile
@@ -23,6 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+
+POSITIONS = "visual.positional_embedding"
 
 
 @dataclasses.dataclass
@@ -40,6 +43,10 @@ class Job:
         local_loss: --local-loss.
         gather_with_grad: --gather-with-grad.
         loss_dist_impl: --loss-dist-impl.
+        model: --model.
+        every: --arf-every.
+        step: The step that was recorded.
+        pair_image_size: --arf-pair-image-size.
     """
 
     record: str
@@ -52,6 +59,15 @@ class Job:
     local_loss: bool
     gather_with_grad: bool
     loss_dist_impl: str | None = None
+    model: str = "tiny-vit"
+    every: int = 1
+    step: int = 0
+    pair_image_size: int | None = None
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the recorded step is to have anchors."""
+        return self.step % self.every == 0
 
 
 def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -65,13 +81,14 @@ def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def pixels(png: bytes) -> torch.Tensor:
-    """``[3, H, W]`` float64, normalised as open_clip does by default."""
+def pixels(png: bytes, size: int | None) -> torch.Tensor:
+    """``[3, H, W]`` float64, normalised as open_clip does by default, resized if a size is given."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    array = (
-        torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("RGB"))).permute(2, 0, 1).double() / 255
-    )
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    array = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
     mean, std = (
         torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
     )
@@ -81,10 +98,10 @@ def pixels(png: bytes) -> torch.Tensor:
 class Files:
     """Finds the file of an image that the trainer saw."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int | None = None) -> None:
         self.samples = read_tars(folder)
         self.ids = list(self.samples)
-        self.images = torch.stack([pixels(self.samples[i]["png"]) for i in self.ids])
+        self.images = torch.stack([pixels(self.samples[i]["png"], size) for i in self.ids])
 
     def find(self, image: torch.Tensor) -> int:
         distance = (self.images - image).abs().flatten(1).amax(1)
@@ -96,12 +113,22 @@ class Files:
 def rebuild(
     job: Job, images: torch.Tensor, task: Files, pairs: Files, captions: dict[str, str], tokenize
 ) -> list:
-    """The three batches ``(images, texts)`` of one micro-batch, from the files."""
-    assert len(images) == job.task_size + job.pair_size
+    """The three batches ``(images, texts)`` of one micro-batch, from the files; one alone without anchors."""
     rows = [task.find(image) for image in images[: job.task_size]]
-    pair_rows = [pairs.find(image) for image in images[job.task_size :]]
+    pair_images = images[job.task_size :] if job.anchored else images[:0]
+    if job.pair_image_size:  # one after the other in the numbers of the last rows
+        shape = (job.pair_size, 3, job.pair_image_size, job.pair_image_size)
+        numbers, rest = pair_images.flatten().split(
+            [math.prod(shape), pair_images.numel() - math.prod(shape)]
+        )
+        assert rest.numel() < images[0].numel() and not rest.any()
+        pair_images = numbers.view(shape)
+    assert len(pair_images) == (job.pair_size if job.anchored else 0)
+    pair_rows = [pairs.find(image) for image in pair_images]
     own = [task.samples[task.ids[row]]["txt"].decode() for row in rows]
     anchors = [captions[task.ids[row]] for row in rows]
+    if not job.anchored:
+        return [(task.images[rows], tokenize(own))]
     pair_texts = [pairs.samples[pairs.ids[row]]["txt"].decode() for row in pair_rows]
     return [
         (task.images[rows], tokenize(own)),
@@ -111,17 +138,27 @@ def rebuild(
 
 
 def step_gradients(
-    job: Job, weights: dict, batches: list, rank: int, world_size: int
+    job: Job, weights: dict, batches: list, rank: int, world_size: int, image_size: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Gradients of one optimizer step of stock open_clip on the given micro-batches."""
+    """Gradients of one optimizer step of stock open_clip on the given micro-batches.
+
+    For another image size it is a model of that size, with the position embedding that open_clip interpolates when it
+    loads weights; the gradient passes back through that interpolation.
+    """
     import open_clip
     from open_clip_train import train
 
     bias = {"init_logit_bias": -10} if job.siglip else {}
-    model, _, _ = open_clip.create_model_and_transforms("tiny-vit", output_dict=True, **bias)
+    model, _, _ = open_clip.create_model_and_transforms(
+        job.model, output_dict=True, force_image_size=image_size, **bias
+    )
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
+    large = weights[POSITIONS].clone().requires_grad_()
+    resized = {**weights, POSITIONS: large}
+    if image_size:
+        open_clip.model.resize_pos_embed(resized, model)
     model.load_state_dict(
-        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
+        {name: resized[name].detach().reshape(shape) for name, shape in shapes.items()}, strict=False
     )
     args = argparse.Namespace(
         **{
@@ -147,7 +184,7 @@ def step_gradients(
         },
         **{
             "siglip": job.siglip,
-            "model": "tiny-vit",
+            "model": job.model,
             "loss_dist_impl": job.loss_dist_impl,
             "log_local": False,
         },
@@ -165,7 +202,10 @@ def step_gradients(
         data, loss = _data(Batches(batches), len(batches[0][0])), open_clip.create_loss(args)
         train.train_one_epoch(wrapped, data, loss, 0, optimizer, None, None, None, args)
     names = [name for name, _ in model.named_parameters()]
-    return dict(zip(names, optimizer.gradients, strict=True))
+    gradients = dict(zip(names, optimizer.gradients, strict=True))
+    if image_size:
+        (gradients[POSITIONS],) = torch.autograd.grad(resized[POSITIONS], large, gradients[POSITIONS])
+    return gradients
 
 
 class Batches(list):
@@ -185,20 +225,28 @@ class Capture(torch.optim.SGD):
 
 
 def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Reference gradients of one job, one dictionary per term: task, captions, pairs."""
+    """Reference gradients of one job, one dictionary per term: task, captions, pairs; anchors at their weight."""
     import open_clip
 
     record = torch.load(f"{job.record}.{rank}", weights_only=True)
-    task, pairs = Files(Path(job.task)), Files(Path(job.anchors) / "pairs")
+    task, pairs = Files(Path(job.task)), Files(Path(job.anchors) / "pairs", job.pair_image_size)
     frames = [pd.read_parquet(path) for path in sorted(Path(job.anchors, "captions").glob("*.parquet"))]
     captions = dict(pd.concat(frames)[["id", "caption"]].itertuples(index=False))
-    tokenize = open_clip.get_tokenizer("tiny-vit")
+    tokenize = open_clip.get_tokenizer(job.model)
     micro = [rebuild(job, images, task, pairs, captions, tokenize) for images, _ in record["inputs"]]
     assert len(micro) == job.accum_freq
-    return [
-        step_gradients(job, record["weights"], [parts[term] for parts in micro], rank, world_size)
-        for term in range(3)
+    terms = [
+        step_gradients(
+            job,
+            record["weights"],
+            [parts[term] for parts in micro],
+            rank,
+            world_size,
+            job.pair_image_size if term == 2 else None,
+        )
+        for term in range(len(micro[0]))
     ]
+    return [terms[0], *({name: job.every * g for name, g in term.items()} for term in terms[1:])]
 
 
 def relative_error(record: str, terms: list[dict[str, torch.Tensor]]) -> float:

@@ -34,6 +34,10 @@ class Case:
         nproc: Processes.
         distributed: The trainer's flags for several processes, and for saving memory.
         patched: Whether sources with the patches of patches/ run, in the place of hooks.
+        model: Name of the model.
+        every: --arf-every.
+        step: Which step is recorded, from 0.
+        pair_image_size: --arf-pair-image-size.
     """
 
     siglip: bool
@@ -42,16 +46,25 @@ class Case:
     nproc: int
     distributed: tuple[str, ...] = ()
     patched: bool = False
+    model: str = "tiny-vit"
+    every: int = 1
+    step: int = 0
+    pair_image_size: int | None = None
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
         distributed = "".join(flag.replace("--", "-") for flag in self.distributed)
         patched = "-patched" if self.patched else ""
+        patched += f"-{self.model}" if self.model != "tiny-vit" else ""
+        patched += f"-size{self.pair_image_size}" if self.pair_image_size else ""
+        patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
     @property
     def flags(self) -> list[object]:
         flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
+        flags += ["--arf-every", self.every] if self.every > 1 else []
+        flags += ["--arf-pair-image-size", self.pair_image_size] if self.pair_image_size else []
         return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
 
     @property
@@ -79,6 +92,15 @@ CASES = [
     Case(False, 1, 4, 2, (LOCAL, GRAD)),
     Case(False, 2, 4, 1, patched=True),
     Case(True, 1, TASK_SIZE, 2, patched=True),
+    # Texts are trimmed in all of them; here with what else changes how a tower runs.
+    *(Case(False, 1, 4, nproc, ("--grad-checkpointing",)) for nproc in (1, 2)),
+    *(Case(False, 1, 4, nproc, model="tiny-custom") for nproc in (1, 2)),
+    # Smaller pair images, with nothing packed into the last row or with something.
+    Case(False, 1, 4, 2, (LOCAL, GRAD), pair_image_size=16),
+    Case(True, 2, 5, 1, pair_image_size=24),
+    # A step with anchors and one without.
+    *(Case(True, 2, 4, 1, every=2, step=step) for step in (0, 1)),
+    *(Case(False, 1, TASK_SIZE, 2, (LOCAL, GRAD), every=2, step=step) for step in (0, 1)),
 ]
 
 # What is left: every way with every size in four processes, and what saves memory or time with every way in two.
@@ -92,7 +114,6 @@ SLOW_CASES = [
     *(Case(False, 1, 4, 2, (*memory, *way)) for memory in MEMORY for way in GATHERS),
     *(Case(True, 1, 4, 2, memory) for memory in MEMORY),
     *(Case(False, 2, 4, 2, memory) for memory in MEMORY),
-    Case(False, 1, 4, 1, ("--grad-checkpointing",)),
     *(Case(False, 1, 4, 2, (*COMPILED, *way)) for way in GATHERS),
     Case(False, 2, 4, 2, COMPILED),
     Case(True, 1, 4, 2, COMPILED),
@@ -147,8 +168,13 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
         options = {
             "nproc": case.nproc,
             "name": str(case),
+            "model": case.model,
             "batch_size": TASK_SIZE,
-            "env": {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(folder / str(case))},
+            "env": {
+                "ARF_TEST_FP64": "1",
+                "ARF_TEST_RECORD": str(folder / str(case)),
+                "ARF_TEST_RECORD_STEP": str(case.step),
+            },
             "check": False,
         }
         if case.patched:  # a run of its own: forks of this process have imported open_clip already
@@ -172,6 +198,10 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 local_loss=LOCAL in case.distributed,
                 gather_with_grad=GRAD in case.distributed,
                 loss_dist_impl=case.dist_impl,
+                model=case.model,
+                every=case.every,
+                step=case.step,
+                pair_image_size=case.pair_image_size,
             )
             for case in some
             if finished[case].status == 0
