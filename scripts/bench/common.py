@@ -78,9 +78,14 @@ def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 
 def report(
-    title: str, seconds: Mapping[str, Sequence[float]], bars: Sequence[Bar], out: Path | None, **facts: object
+    title: str,
+    seconds: Mapping[str, Sequence[float]],
+    bars: Sequence[Bar],
+    out: Path | None,
+    data: object = None,
+    **facts: object,
 ) -> int:
-    """Prints the table and the bars, writes JSON.
+    """Prints the table and the bars, writes JSON; `data` goes into the JSON alone.
 
     Returns:
         The exit status: 1 when a bar is missed.
@@ -101,6 +106,7 @@ def report(
             "title": title,
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
             "facts": facts,
+            **({"data": data} if data is not None else {}),
             "seconds": {name: list(values) for name, values in seconds.items()},
             "bars": [{**dataclasses.asdict(bar), "met": bar.met} for bar in bars],
         }

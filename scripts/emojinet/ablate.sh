@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# EmojiNet's grids, after scripts/quickstart.sh: twelve arms with three seeds, chosen on validation, and four ablations.
+# EmojiNet's grids, after scripts/quickstart.sh: twelve arms with three seeds, chosen on validation, and six ablations.
 #
 #   scripts/emojinet/ablate.sh                        the main grid; about three quarters of an hour on two cores
 #   scripts/emojinet/ablate.sh main --dry-run         its commands and cost
 #   scripts/emojinet/ablate.sh k | pool | captioner | weights [more arguments of arf ablate]
+#   scripts/emojinet/ablate.sh frontier | frontier-vit        then also accuracy against the measured cost of a step
 #
 # A second start goes on where the first one stopped. Results: $OUT/NAME/table.md, results.json and report/index.html.
 # Variables: DATA (data/emojinet), RUN (runs/quickstart), OUT (runs/ablation), VENV (.venv).
@@ -16,9 +17,9 @@ name=${1:-main}
 [ $# -eq 0 ] || shift
 case $name in
     main) grid=emojinet ;;
-    k | pool | captioner | weights) grid=emojinet-$name ;;
+    k | pool | captioner | weights | frontier | frontier-vit) grid=emojinet-$name ;;
     *)
-        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
         exit 2
         ;;
 esac
@@ -33,6 +34,15 @@ if [ "$name" = captioner ] && [ -z "$dry_run" ]; then
         "$VENV/bin/python" scripts/emojinet/captioner.py "$DATA" "$RUN" "$steps" "$OUT/captioners/$steps"
     done
 fi
+if [ "$name" = frontier-vit ] && [ -z "$dry_run" ]; then
+    "$VENV/bin/python" scripts/emojinet/vit.py "$DATA" "$OUT/vit"
+fi
+[ "$name" != frontier-vit ] || set -- --set "clip=$OUT/vit/clip" "$@"
 [ "$name" != captioner ] || set -- --set "captioners=$OUT/captioners" "$@"
 "$VENV/bin/arf" ablate "$grid" --out "$OUT/$name" --set "data=$DATA" --set "run=$RUN" "$@"
 [ -n "$dry_run" ] || "$VENV/bin/arf" report "$OUT/$name" --out "$OUT/$name/report"
+case $name in frontier*)
+    # Times steps, so nothing else should run by now.
+    [ -n "$dry_run" ] || "$VENV/bin/python" scripts/emojinet/frontier.py "$OUT/$name" --write docs/figures
+    ;;
+esac

@@ -109,15 +109,19 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
     return run.weights
 
 
-def model_folder(folder: Path, weights: Path | None = None) -> str:
+def model_folder(folder: Path, weights: Path | None = None, config: Mapping[str, object] = MODEL) -> str:
     """Makes a folder that open_clip takes as a model: configuration, and weights if there are any.
+
+    Args:
+        folder: the folder.
+        weights: a finished run's weights.
+        config: the configuration.
 
     Returns:
         What to give to `--model`.
     """
     from arf_plugin.evaluation.checkpoints import read_weights
 
-    config: Mapping[str, object] = MODEL
     target = folder / "open_clip_model.safetensors"
     if weights is not None and not target.is_file():
         from safetensors.torch import save_file

@@ -34,7 +34,7 @@ class Feature(NamedTuple):
 PROMPTS = ("--arf-classnames", "{classnames}", "--arf-templates", "{templates}")
 DISTILL = ("--pretrained", "{weights}", "--distill-model", "tiny-vit", "--distill-pretrained", "{weights}")
 BASICS, LOSS, PROCESSES = "Command line and data", "Loss", "Processes"
-MODEL, PRECISION, BASELINES = "Model", "Precision and compilation", "Baselines"
+MODEL, PRECISION, CHEAPER, BASELINES = "Model", "Precision and compilation", "Cheaper steps", "Baselines"
 RESUMABLE, WATCH = "Stop, resume, repeat", "Watch"
 DETERMINISTIC = ("--arf-anchors", "{anchors}", "--arf-deterministic")
 
@@ -86,6 +86,20 @@ FEATURES = (
         "`--torchcompile-strategy step`",
         PRECISION,
         ("--torchcompile", "--torchcompile-strategy", "step", "--precision", "fp32"),
+    ),
+    *(
+        Feature(
+            name,
+            f"`--arf-{name} {value}`",
+            CHEAPER,
+            arf=("--arf-anchors", "{anchors}", f"--arf-{name}", value),
+        )
+        for name, value in (
+            ("trim-text", "off"),
+            ("every", "2"),
+            ("pair-patch-dropout", "0.5"),
+            ("pair-image-size", "16"),
+        )
     ),
     Feature("flyp", "FLYP", BASELINES, arf=PROMPTS, terms=("Contrastive_loss",)),
     Feature(

@@ -125,6 +125,11 @@ FEW_CASES = [
     for siglip in (False, True)
     for accum_freq in (1, 2)
     for nproc in (1, 2)
+] + [
+    Case(False, 1, 4, 1, ("--grad-checkpointing",)),
+    Case(False, 1, 4, 1, model="tiny-custom"),
+    Case(False, 1, 4, 1, every=2, step=1),
+    Case(False, 1, 4, 1, pair_image_size=16),
 ]
 
 # What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.

@@ -1,0 +1,174 @@
+"""Training steps to compare: plain open_clip's, ARF's, and its cheaper settings, in open_clip's own train_one_epoch.
+
+Batches are ready in memory, so what is measured is the step alone. Prompts, captions and pair texts have 12, 18 and 24
+tokens unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from open_clip_train.train import train_one_epoch
+
+from arf_plugin.data.batch import BatchLayout, DeviceConcat
+from arf_plugin.data.packing import packed_rows
+from arf_plugin.data.trim import TextTrimmer
+from arf_plugin.hooks.images import shrink_pairs
+from arf_plugin.hooks.text import accept_trimmed, trimmer
+from arf_plugin.losses.anchored import AnchoredLoss
+
+TEXT_LENGTHS = (12, 18, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kind of step.
+
+    Attributes:
+        name: Row of the table.
+        pairs: A as a part of B; None for a step without anchors.
+        trim: Whether texts are cut to the longest of the batch.
+        dropout: Part of their patches that pair images lose.
+        image_size: Pixels of pair images; None for the model's own.
+        every: One step in so many has anchors.
+        accum_freq: Micro-batches that B is divided into.
+        checkpointing: Whether activations are computed again for the backward pass.
+        bound: Promised time, in units of plain open_clip's; None for no promise.
+    """
+
+    name: str
+    pairs: float | None = None
+    trim: bool = False
+    dropout: float = 0.0
+    image_size: int | None = None
+    every: int = 1
+    accum_freq: int = 1
+    checkpointing: bool = False
+    bound: float | None = None
+
+
+class Batches(list):
+    """A loader of ready batches."""
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches."""
+        return len(self)
+
+    num_samples = 1
+
+
+class StepBench:
+    """A model with random weights, and steps of it.
+
+    Args:
+        name: open_clip's name of the model.
+        batch_size: B.
+        device: Where it trains.
+        rank: This process among all.
+        world_size: Number of processes.
+        local_loss: With --local-loss --gather-with-grad.
+        lengths: Tokens of prompts, captions and pair texts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: int,
+        device: str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        local_loss: bool = False,
+        lengths: Sequence[int] = TEXT_LENGTHS,
+    ) -> None:
+        self.size, self.device = batch_size, device
+        self.core, _, _ = open_clip.create_model_and_transforms(name, output_dict=True, device=device)
+        self.optimizer = torch.optim.AdamW(self.core.parameters(), lr=1e-6)
+        self.image_size = self.core.visual.image_size[0]
+        self.layouts: dict[tuple[float, int | None], BatchLayout | None] = {}
+        self.trimmer = trimmer(self.core)
+        accept_trimmed(self.core)  # texts of full length pass as before
+        self.model = torch.nn.parallel.DistributedDataParallel(self.core) if world_size > 1 else self.core
+        torch.manual_seed(rank)
+        self.images = [torch.randn(batch_size, 3, self.image_size, self.image_size) for _ in range(2)]
+        self.texts = [self._texts(length) for length in lengths]
+        self.options = {
+            **{
+                "device": device,
+                "precision": "fp32",
+                "distill": False,
+                "horovod": False,
+                "skip_scheduler": True,
+            },
+            **{
+                "rank": rank,
+                "world_size": world_size,
+                "local_rank": rank,
+                "wandb": False,
+                "save_logs": False,
+            },
+            **{"log_every_n_steps": 1, "batch_size": batch_size, "grad_clip_norm": None, "log_local": False},
+            **{"local_loss": local_loss, "gather_with_grad": local_loss, "model": name, "siglip": False},
+        }
+
+    def step(self, variant: Variant) -> Callable[[], None]:
+        """A closure that runs one optimizer step, or a cycle of ``every`` of them."""
+        size = self.size // variant.accum_freq
+        pairs = int(size * (variant.pairs or 0))
+        rows = packed_rows(pairs, variant.image_size, self.image_size) if variant.image_size else None
+        layout = BatchLayout(size, captions=bool(pairs), pairs=pairs, pair_rows=rows)
+        kind = (variant.dropout, variant.image_size)
+        if any(kind) and kind not in self.layouts:
+            self.layouts[kind] = None
+            shrink_pairs(
+                self.core, lambda: self.layouts[kind], dropout=variant.dropout, size=variant.image_size
+            )
+        options = argparse.Namespace(**self.options, accum_freq=variant.accum_freq)
+        loss = open_clip.create_loss(options)
+        if pairs:
+            sizes = {"every": variant.every, "micro_batches": variant.accum_freq}
+            loss = AnchoredLoss(lambda: open_clip.create_loss(options), layout, **sizes)
+        anchored = [self._batch(layout, variant)] * variant.accum_freq
+        plain = [self._batch(BatchLayout(size), variant)] * variant.accum_freq
+        batches = Batches(anchored + plain * (variant.every - 1) if pairs else plain)
+        data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
+
+        def run() -> None:
+            self.layouts.update({other: layout if other == kind else None for other in self.layouts})
+            self.core.set_grad_checkpointing(variant.checkpointing)
+            train_one_epoch(self.model, data, loss, 0, self.optimizer, None, None, None, options)
+
+        return run
+
+    def three_forwards(self) -> None:
+        """A step of three separate forwards, with A = B and whole texts."""
+        self.layouts.update(dict.fromkeys(self.layouts))
+        self.core.set_grad_checkpointing(False)
+        options = argparse.Namespace(**self.options, accum_freq=1)
+        loss = open_clip.create_loss(options)
+        self.optimizer.zero_grad()
+        parts = zip((self.images[0], self.images[0], self.images[1]), self.texts, strict=True)
+        sum(loss(**self.model(x.to(self.device), t.to(self.device))) for x, t in parts).backward()
+        self.optimizer.step()
+
+    def _batch(self, layout: BatchLayout, variant: Variant) -> tuple[DeviceConcat, DeviceConcat]:
+        small, pairs = variant.image_size, self.images[1][: layout.pairs]
+        pairs = pairs[:, :, :small, :small].contiguous() if small else pairs
+        images = [self.images[0][: layout.task], *([pairs] if layout.pairs else [])]
+        texts = [part[:size] for part, size in zip(self.texts, layout.text_sizes, strict=True) if size]
+        columns = (
+            self.trimmer.length(*texts) if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
+        )
+        return DeviceConcat(*images), DeviceConcat(*texts, columns=columns)
+
+    def _texts(self, length: int) -> torch.Tensor:
+        """Tokens ``[B, context_length]`` that end, with the highest number, at ``length``."""
+        tokens = torch.zeros(self.size, self.core.context_length, dtype=torch.long)
+        tokens[:, : length - 1] = torch.randint(1, 400, (self.size, length - 1))
+        tokens[:, length - 1] = 49407
+        return tokens
