@@ -16,6 +16,8 @@ Anchor-based Robust Fine-tuning (arf-plugin):
       --arf-anchors ANCHORS
   A run that is killed goes on where it was, and ends equal to the bit, when the same command is given again:
       ... --arf-deterministic --arf-checkpoint-every 500 --resume latest
+  A step for less, ours and not the paper's: a quarter as many pairs as task images; on every second step only:
+      ... --batch-size 64 --arf-pair-batch-size 16            ... --arf-every 2
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 

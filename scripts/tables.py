@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from emojinet.frontier import by_cost
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
 from versions.features import FEATURES
@@ -108,6 +109,38 @@ def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     return as_markdown({**found, "rows": chosen}).rstrip()
 
 
+def frontier() -> str:
+    """Accuracy against the cost of a step, of the arms of `arf ablate emojinet-frontier`."""
+    return _frontier("emojinet-frontier")
+
+
+def frontier_vit() -> str:
+    """The same of `arf ablate emojinet-frontier-vit`."""
+    return _frontier("emojinet-frontier-vit")
+
+
+def _frontier(grid: str) -> str:
+    path = ROOT / "docs" / "figures" / f"{grid}.json"
+    if not path.is_file():
+        return f"*Not run yet: `scripts/emojinet/ablate.sh {grid.removeprefix('emojinet-')}`.*"
+    found = json.loads(path.read_text())
+    rows = []
+    for arm in by_cost(found):
+        mean, std, chosen = arm["mean"], arm["std"], arm["arm"] == found["recommended"]
+        rows.append(
+            [
+                f"**{arm['label']}** (recommended)" if chosen else arm["label"],
+                f"{arm['cost']['median']:.2f}" if arm["cost"] else "",
+                *(
+                    f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std and arm["cost"] else "")
+                    for name in found["metrics"]
+                ),
+            ]
+        )
+    picture = f"![Accuracy against the cost of a step](figures/{grid}.png)"
+    return f"{_table(['%', 'cost', *found['metrics']], rows)}\n\n{picture}"
+
+
 def features() -> str:
     """Releases and features, one table for each group; written by scripts/versions/matrix.py."""
     cells = json.loads((ROOT / "docs" / "versions.json").read_text())["cells"]
@@ -179,7 +212,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
-    tables = (versions, hooks, features, upstream_tests, results, seeds, grid, grid_wise)
+    tables = (
+        versions,
+        hooks,
+        features,
+        upstream_tests,
+        results,
+        seeds,
+        grid,
+        grid_wise,
+        frontier,
+        frontier_vit,
+    )
     makers = {maker.__name__: maker for maker in tables}
     return re.sub(
         r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)",

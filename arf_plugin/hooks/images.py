@@ -10,6 +10,8 @@ weights for another image size. Cheaper anchors are ours, not the paper's.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,7 @@ def shrink_pairs(
     dropout: float = 0.0,
     size: int | None = None,
 ) -> None:
-    """Makes the vision tower treat pair anchors on their own while it trains.
+    """Makes the vision tower treat pair anchors on their own while it trains; called again, it forgets the last call.
 
     Args:
         model: A model of open_clip.
@@ -44,31 +46,41 @@ def shrink_pairs(
     """
     flags = [*(["--arf-pair-patch-dropout"] if dropout else []), *(["--arf-pair-image-size"] if size else [])]
     visual = _own_transformer(model, " and ".join(flags))
-    positions = _Positions(visual, size) if size is not None else None
-    whole = visual.forward
-    switch = _Switch(visual.patch_dropout, PatchDropout(dropout)) if dropout else None
+    own = visual.patch_dropout
+    own = own.task if isinstance(own, _Switch) else own
+    visual.patch_dropout = _Switch(own, PatchDropout(dropout)) if dropout else own
+    visual.arf_pairs = _Pairs(layout, size, _Positions(visual, size) if size is not None else None)
+    # A method of the tower, so that a copy of the model (a moving average of its weights) has one of its own.
+    visual.forward = types.MethodType(_forward, visual)
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        sizes = layout()
-        if not visual.training or sizes is None or not sizes.pairs or len(images) != sizes.rows:
-            return whole(images)
-        if images.shape[-1] == size:  # unpacked already: the call below comes through here, too
-            return whole(images)
-        task, pairs = images.split([sizes.task, sizes.rows - sizes.task])
-        task_features = whole(task)
-        with switch or contextlib.nullcontext():
-            if positions is None or size is None:
-                pair_features = whole(pairs)
-            else:
-                smaller = {"positional_embedding": positions(visual.positional_embedding)}
-                pair_features = torch.func.functional_call(
-                    visual, smaller, (unpack(pairs, sizes.pairs, size),)
-                )
-        return torch.cat([task_features, pair_features])
 
-    if switch is not None:
-        visual.patch_dropout = switch
-    visual.forward = forward
+@dataclasses.dataclass
+class _Pairs:
+    """How a tower treats pairs; the arguments of `shrink_pairs`."""
+
+    layout: Callable[[], BatchLayout | None]
+    size: int | None
+    positions: _Positions | None
+
+
+def _forward(visual: Any, images: torch.Tensor) -> torch.Tensor:
+    """The tower's ``forward``: its own, or once for the task images and once for the pairs."""
+    whole, pairs, sizes = VisionTransformer.forward, visual.arf_pairs, visual.arf_pairs.layout()
+    if not visual.training or sizes is None or not sizes.pairs or len(images) != sizes.rows:
+        return whole(visual, images)
+    if images.shape[-1] == pairs.size:  # unpacked already: the call below comes through here, too
+        return whole(visual, images)
+    task, rows = images.split([sizes.task, sizes.rows - sizes.task])
+    features = [whole(visual, task)]
+    switch = visual.patch_dropout
+    with switch if isinstance(switch, _Switch) else contextlib.nullcontext():
+        if pairs.positions is None:
+            features.append(whole(visual, rows))
+        else:
+            smaller = {"positional_embedding": pairs.positions(visual.positional_embedding)}
+            unpacked = unpack(rows, sizes.pairs, pairs.size)
+            features.append(torch.func.functional_call(visual, smaller, (unpacked,)))
+    return torch.cat(features)
 
 
 def pair_transform(model: nn.Module, size: int, augmentation: Any) -> Callable[[Any], torch.Tensor]:

@@ -55,6 +55,8 @@ class Session:
         reasons = [found for found in self.trimmers if isinstance(found, str)]
         if reasons:
             return reasons[0]
+        if not self.trimmers:
+            return "it is not known"
         if len(set(self.trimmers)) != 1:
             return "student and teacher end their texts differently"
         return self.trimmers[0]

@@ -90,7 +90,6 @@ class StepBench:
         self.core, _, _ = open_clip.create_model_and_transforms(name, output_dict=True, device=device)
         self.optimizer = torch.optim.AdamW(self.core.parameters(), lr=1e-6)
         self.image_size = self.core.visual.image_size[0]
-        self.layouts: dict[tuple[float, int | None], BatchLayout | None] = {}
         self.trimmer = trimmer(self.core)
         accept_trimmed(self.core)  # texts of full length pass as before
         self.model = torch.nn.parallel.DistributedDataParallel(self.core) if world_size > 1 else self.core
@@ -122,12 +121,6 @@ class StepBench:
         pairs = int(size * (variant.pairs or 0))
         rows = packed_rows(pairs, variant.image_size, self.image_size) if variant.image_size else None
         layout = BatchLayout(size, captions=bool(pairs), pairs=pairs, pair_rows=rows)
-        kind = (variant.dropout, variant.image_size)
-        if any(kind) and kind not in self.layouts:
-            self.layouts[kind] = None
-            shrink_pairs(
-                self.core, lambda: self.layouts[kind], dropout=variant.dropout, size=variant.image_size
-            )
         options = argparse.Namespace(**self.options, accum_freq=variant.accum_freq)
         loss = open_clip.create_loss(options)
         if pairs:
@@ -139,7 +132,7 @@ class StepBench:
         data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
 
         def run() -> None:
-            self.layouts.update({other: layout if other == kind else None for other in self.layouts})
+            self._shrink_pairs(layout, variant.dropout, variant.image_size)
             self.core.set_grad_checkpointing(variant.checkpointing)
             train_one_epoch(self.model, data, loss, 0, self.optimizer, None, None, None, options)
 
@@ -147,7 +140,7 @@ class StepBench:
 
     def three_forwards(self) -> None:
         """A step of three separate forwards, with A = B and whole texts."""
-        self.layouts.update(dict.fromkeys(self.layouts))
+        self._shrink_pairs(None)
         self.core.set_grad_checkpointing(False)
         options = argparse.Namespace(**self.options, accum_freq=1)
         loss = open_clip.create_loss(options)
@@ -155,6 +148,12 @@ class StepBench:
         parts = zip((self.images[0], self.images[0], self.images[1]), self.texts, strict=True)
         sum(loss(**self.model(x.to(self.device), t.to(self.device))) for x, t in parts).backward()
         self.optimizer.step()
+
+    def _shrink_pairs(
+        self, layout: BatchLayout | None, dropout: float = 0.0, size: int | None = None
+    ) -> None:
+        if dropout or size or hasattr(self.core.visual, "arf_pairs"):
+            shrink_pairs(self.core, lambda: layout, dropout=dropout, size=size)
 
     def _batch(self, layout: BatchLayout, variant: Variant) -> tuple[DeviceConcat, DeviceConcat]:
         small, pairs = variant.image_size, self.images[1][: layout.pairs]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
@@ -158,3 +160,24 @@ def test_other_sizes_are_refused(size):
         FlagError, match=f"--arf-pair-image-size {size}: expected a multiple of the patches' 8"
     ):
         shrink_pairs(build(), lambda: SMALL, size=size)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"size": 16}], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_of_the_model_is_one_of_its_own(options, training):
+    """As open_clip 4 makes one for a moving average of the weights: its features follow its weights alone."""
+    model = build()
+    shrink_pairs(model, lambda: SMALL, **options)
+    copied = copy.deepcopy(model).train(training)
+    images = torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    torch.manual_seed(1)
+    before = copied.encode_image(images)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.manual_seed(1)
+    assert torch.equal(copied.encode_image(images), before) and before.abs().sum() > 0
+    with torch.no_grad():
+        for parameter in copied.visual.parameters():
+            parameter.zero_()
+    assert not copied.encode_image(images).any()

@@ -195,6 +195,7 @@ def test_fresh_order_on_another_number_of_processes(train, uneven, uneven_anchor
         (["--workers", 2], "task_workers: 0 then, 2 now"),
         (["--seed", 5], "seed: 0 then, 5 now"),
         (["--batch-size", 4], "batch_size: 8 then, 4 now"),
+        (["--arf-trim-text", "auto"], "trim_text: off then, auto now"),
     ],
 )
 def test_another_shape_is_refused(train, uneven, stopped, change, said):

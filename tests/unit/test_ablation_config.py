@@ -127,13 +127,15 @@ def test_a_file_that_extends_itself_is_refused(tmp_path):
 
 
 def test_steps_and_images_are_those_of_the_trainer(tmp_path):
-    grid = load(tmp_path)
-    runs = {run.arm.name: run for run in final_runs(grid, tmp_path, ["flyp", "arf"], [0], 1)}
+    every = "  - {name: every, kind: arf, anchors: own, flags: {workers: null, arf-every: 4}}\n"
+    grid = load(tmp_path, CONFIG + every)
+    runs = {run.arm.name: run for run in final_runs(grid, tmp_path, ["flyp", "arf", "every"], [0], 1)}
     assert runs["flyp"].steps() == math.ceil(415 / 64) * 15 == 105
     assert runs["flyp"].images() == 105 * 64
     # arf has open_clip's 4 workers: two load task data, and each of them rounds its share of 7 batches up.
     assert runs["arf"].steps() == 8 * 15
     assert runs["arf"].images() == 8 * 15 * 128
+    assert runs["every"].images() == 8 * 15 * 64 + 30 * 64  # pairs on every fourth of 120 steps
     with_four = Run(grid, tmp_path, grid.arm("flyp"), 0, processes=4)
     assert with_four.steps() == math.ceil(415 / 256) * 15
     assert with_four.images() == 2 * 15 * 64 * 4
