@@ -79,21 +79,16 @@ def main() -> int:
             for name, peak in peaks.items()
         },
     }
-    bars = [Bar("activations of ARF, A = B, trimmed / untrimmed", *_shares(peaks, state, ARF), 1.0)]
-    for name in ("--accum-freq 4", "--grad-checkpointing"):
-        bars.append(
-            Bar(
-                f"activations of ARF, A = B, trimmed, {name} / without",
-                *_shares(peaks, state, f"{ARF}, trimmed", f"{ARF}, trimmed, {name}"),
-                0.5,
-            )
-        )
+    trimmed = f"{ARF}, trimmed"
+
+    def share(name: str, of: str) -> float:
+        return (peaks[name] - state) / (peaks[of] - state)
+
+    bars = [Bar(f"activations of {trimmed} / untrimmed", share(trimmed, ARF), 1.0)]
+    for flag in ("--accum-freq 4", "--grad-checkpointing"):
+        name = f"{trimmed}, {flag}"
+        bars.append(Bar(f"activations of {name} / without", share(name, trimmed), 0.5))
     return report("memory: peak of an optimizer step", {}, bars, args.json, data=found, **facts)
-
-
-def _shares(peaks: dict[str, float], state: float, of: str, what: str | None = None) -> tuple[float]:
-    """Activations of one variant by another's."""
-    return ((peaks[what or f"{of}, trimmed"] - state) / (peaks[of] - state),)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
