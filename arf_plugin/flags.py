@@ -16,8 +16,10 @@ Anchor-based Robust Fine-tuning (arf-plugin):
       --arf-anchors ANCHORS
   A run that is killed goes on where it was, and ends equal to the bit, when the same command is given again:
       ... --arf-deterministic --arf-checkpoint-every 500 --resume latest
-  A step for less, ours and not the paper's: a quarter as many pairs as task images; on every second step only:
+  A step for less, ours and not the paper's: a quarter as many pairs as task images; anchors on every second step only;
+  for ViTs, pair images without half of their patches, or smaller ones:
       ... --batch-size 64 --arf-pair-batch-size 16            ... --arf-every 2
+      ... --arf-pair-patch-dropout 0.5                        ... --arf-pair-image-size 112
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 

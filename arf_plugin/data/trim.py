@@ -36,11 +36,11 @@ class TextTrimmer:
         Returns:
             A multiple of `MULTIPLE`, or the context length.
         """
-        needed = max(int(self._ends(tokens).max()) + 1 for tokens in texts)
+        needed = max(int(self.ends(tokens).max()) + 1 for tokens in texts)
         return min(-(-needed // MULTIPLE) * MULTIPLE, self.context_length)
 
-    def _ends(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Position that each text is pooled at, by the rule of upstream's ``text_global_pool``."""
+    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Position ``[N]``, int64, that each text of ``[N, L]`` is pooled at: upstream's ``text_global_pool``."""
         if self.end_token is None:
             return tokens.argmax(dim=-1)
         return (tokens == self.end_token).int().argmax(dim=-1)

@@ -4,7 +4,8 @@
 #   scripts/emojinet/ablate.sh                        the main grid; about three quarters of an hour on two cores
 #   scripts/emojinet/ablate.sh main --dry-run         its commands and cost
 #   scripts/emojinet/ablate.sh k | pool | captioner | weights [more arguments of arf ablate]
-#   scripts/emojinet/ablate.sh frontier | frontier-vit        then also accuracy against the measured cost of a step
+#   scripts/emojinet/ablate.sh frontier | frontier-vit        cheaper anchors; then, on an idle machine,
+#       python scripts/emojinet/step_cost.py $OUT/NAME && python scripts/emojinet/frontier.py $OUT/NAME
 #
 # A second start goes on where the first one stopped. Results: $OUT/NAME/table.md, results.json and report/index.html.
 # Variables: DATA (data/emojinet), RUN (runs/quickstart), OUT (runs/ablation), VENV (.venv).
@@ -19,7 +20,7 @@ case $name in
     main) grid=emojinet ;;
     k | pool | captioner | weights | frontier | frontier-vit) grid=emojinet-$name ;;
     *)
-        sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+        sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
         exit 2
         ;;
 esac
@@ -41,8 +42,3 @@ fi
 [ "$name" != captioner ] || set -- --set "captioners=$OUT/captioners" "$@"
 "$VENV/bin/arf" ablate "$grid" --out "$OUT/$name" --set "data=$DATA" --set "run=$RUN" "$@"
 [ -n "$dry_run" ] || "$VENV/bin/arf" report "$OUT/$name" --out "$OUT/$name/report"
-case $name in frontier*)
-    # Times steps, so nothing else should run by now.
-    [ -n "$dry_run" ] || "$VENV/bin/python" scripts/emojinet/frontier.py "$OUT/$name" --write docs/figures
-    ;;
-esac

@@ -1,21 +1,17 @@
-"""Accuracy against the cost of a step: a grid's results beside what its arms' steps cost, measured here.
+"""Accuracy against the cost of a step: a grid's results beside what scripts/emojinet/step_cost.py measured.
 
     python scripts/emojinet/frontier.py runs/ablation/frontier --write docs/figures
 
-Steps of all arms run in turn on one model, with batches ready in memory, so the ratios are compute alone and hold where
-the grid's own runs were disturbed. Cost is in units of a plain open_clip step: class prompts alone, texts untrimmed.
 The recommended arm is chosen on the validation sets: the cheapest one whose mean over ID, shift, mono and zero-shot is
 no further below that of ARF with A = B than this varies over the seeds. Test figures are told, and decide nothing.
 
-Files of GRID: cost.json (kept; --again measures anew), frontier.json and frontier.png; --write copies the last two into
-a folder as emojinet-frontier[-...].json and .png, for scripts/tables.py.
+Writes GRID/frontier.json and frontier.png; --write copies them into a folder as emojinet-frontier[-...].json and .png,
+for scripts/tables.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import shutil
 import statistics
 import sys
@@ -24,99 +20,12 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent.parent
-    sys.path[:0] = [str(here), str(here / "bench")]
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from emojinet.files import read_json, replacing, write_json
 
 METRICS = ("ID", "shift", "mono", "zero-shot")
-PLAIN, FULL = "plain", "arf"
-
-
-def costs(grid: Mapping[str, Any], rounds: int) -> dict[str, dict[str, float]]:
-    """Times a step of every trained arm.
-
-    Args:
-        grid: GRID/grid.json.
-        rounds: timed rounds; each runs every arm's step, or cycle of steps, once.
-
-    Returns:
-        Arm -> median, least and largest ratio of its step's time to the plain step's of the same round.
-    """
-    import torch
-    from common import interleave
-    from variants import StepBench, Variant
-
-    from arf_plugin.hooks.model import freeze_batch_norm
-
-    arms = [arm for arm in grid["arms"] if arm["kind"] != "before"]
-    batch_size = int(arms[0]["flags"]["batch-size"])
-    logging.disable(logging.INFO)
-    torch.set_num_threads(1)  # as the grid's runs have it: several side by side
-    bench = StepBench(grid["model"], batch_size, lengths=longest_texts(grid, batch_size))
-    freeze_batch_norm(bench.core)
-    variants = {PLAIN: Variant(PLAIN)}
-    for arm in arms:
-        flags = arm["flags"]
-        variants[arm["name"]] = Variant(
-            arm["name"],
-            pairs=int(flags.get("arf-pair-batch-size", batch_size)) / batch_size if arm["anchors"] else None,
-            trim=True,
-            dropout=float(flags.get("arf-pair-patch-dropout", 0)),
-            image_size=int(flags["arf-pair-image-size"]) if "arf-pair-image-size" in flags else None,
-            every=int(flags.get("arf-every", 1)),
-        )
-    seconds = interleave({name: bench.step(variant) for name, variant in variants.items()}, rounds)
-    found = {}
-    for name, variant in variants.items():
-        ratios = [a / b / variant.every for a, b in zip(seconds[name], seconds[PLAIN], strict=True)]
-        found[name] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return found
-
-
-def longest_texts(grid: Mapping[str, Any], batch_size: int) -> list[int]:
-    """Tokens of the longest prompt, caption and pair text of a batch: medians over many drawn at random."""
-    import random
-
-    import open_clip
-    import pyarrow.parquet as pq
-
-    from arf_plugin.anchors.task import expand_urls
-    from arf_plugin.data.trim import TextTrimmer
-
-    tokenize = open_clip.get_tokenizer(grid["model"])
-    anchors = Path(grid["anchors"])
-    folder = Path(expand_urls(grid["data"]["task"])[0]).parents[1]
-    classes, templates = (
-        (folder / f"{name}.txt").read_text().splitlines() for name in ("classnames", "templates")
-    )
-    prompts = [template.replace("{c}", name) for name in classes for template in templates]
-    captions = [
-        text
-        for path in anchors.glob("captions/*.parquet")
-        for text in pq.read_table(path)["caption"].to_pylist()
-    ]
-    drawn, medians = random.Random(0), []
-    for texts in (prompts, captions, list(pair_texts(anchors))):
-        tokens = tokenize(texts)
-        ends = (TextTrimmer(tokens.shape[1])._ends(tokens) + 1).tolist()
-        medians.append(round(statistics.median(max(drawn.choices(ends, k=batch_size)) for _ in range(200))))
-    return medians
-
-
-def pair_texts(anchors: Path) -> list[str]:
-    """Texts of an anchor set's pairs."""
-    import tarfile
-
-    texts = []
-    for path in sorted(anchors.glob("pairs/*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".txt"):
-                    content = tar.extractfile(member)
-                    texts.append(content.read().decode() if content is not None else "")
-    return texts
+FULL = "arf"  # the arm that the others are measured by
 
 
 def summarize(folder: Path, cost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -242,17 +151,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("grid", type=Path, help="folder of a finished `arf ablate emojinet-frontier[-vit]`")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
-    parser.add_argument("--again", action="store_true", help="time steps anew")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="also put figures and picture there")
     args = parser.parse_args()
-    for name in ("grid.json", "results.json", "validation.jsonl"):
-        if not (args.grid / name).is_file():
-            parser.error(f"{args.grid} has no {name}; run scripts/emojinet/ablate.sh frontier first")
-    cost = args.grid / "cost.json"
-    if args.again or not cost.is_file():
-        write_json(cost, costs(read_json(args.grid / "grid.json"), args.rounds))
-    result = summarize(args.grid, read_json(cost))
+    for command, names in (
+        ("scripts/emojinet/ablate.sh frontier", ("grid.json", "results.json", "validation.jsonl")),
+        (f"python scripts/emojinet/step_cost.py {args.grid}", ("cost.json",)),
+    ):
+        for name in names:
+            if not (args.grid / name).is_file():
+                parser.error(f"{args.grid} has no {name}; run first: {command}")
+    result = summarize(args.grid, read_json(args.grid / "cost.json"))
     write_json(args.grid / "frontier.json", result)
     plot(result, args.grid / "frontier.png")
     if args.write:
