@@ -36,7 +36,7 @@ if [ "$name" = captioner ] && [ -z "$dry_run" ]; then
     done
 fi
 if [ "$name" = frontier-vit ] && [ -z "$dry_run" ]; then
-    "$VENV/bin/python" scripts/emojinet/vit.py "$DATA" "$OUT/vit"
+    "$VENV/bin/python" scripts/emojinet/vit.py "$DATA" "$RUN" "$OUT/vit"
 fi
 [ "$name" != frontier-vit ] || set -- --set "clip=$OUT/vit/clip" "$@"
 [ "$name" != captioner ] || set -- --set "captioners=$OUT/captioners" "$@"

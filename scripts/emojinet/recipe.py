@@ -106,6 +106,3 @@ FAST = Recipe(
     neighbours=2,
     fine_tuning=Training(epochs=2, batch_size=64, lr=5e-4, warmup=2, scale=0.6),
 )
-
-# A transformer learns more slowly from so few images: it sees them twice as often.
-VIT_PRETRAINING = Training(epochs=30, batch_size=64, lr=1e-3, warmup=100, scale=0.6, samples=5120)
