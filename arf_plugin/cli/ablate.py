@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list:
         for name, path in ready().items():
-            print(f"{name:<20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            print(f"{name:<22} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         return 0
     if args.config is None or args.out is None:
         raise FlagError("CONFIG and --out are needed. Ready grids: arf ablate --list")
