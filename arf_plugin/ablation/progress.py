@@ -39,16 +39,11 @@ class Board:
             else:
                 print(text, file=sys.stderr, flush=True)
 
-    def begin(self, name: str, total: int | None) -> RunProgress:
-        """Begins a run.
-
-        Args:
-            name: the run's name.
-            total: images that it forwards, if known.
-        """
+    def begin(self, name: str, epochs: int) -> RunProgress:
+        """Begins a run of so many epochs."""
         with self._lock:
             line = self._free.pop(0) if self._free else None
-        return RunProgress(self, name, total, line)
+        return RunProgress(self, name, epochs, line)
 
     def end(self, line: int | None) -> None:
         """Takes a run's line back; one run fewer is left."""
@@ -68,14 +63,13 @@ class Board:
 
 
 class RunProgress:
-    """Progress of one run; a context manager."""
+    """Progress of one run, in images as the trainer counts them; a context manager."""
 
-    def __init__(self, board: Board, name: str, total: int | None, line: int | None) -> None:
-        self.board, self.name, self.total, self.line = board, name, total, line
+    def __init__(self, board: Board, name: str, epochs: int, line: int | None) -> None:
+        self.board, self.name, self.epochs, self.line = board, name, epochs, line
         self.started = self.printed = time.monotonic()
-        self.images, self.first, self.loss = 0, 0, float("nan")
+        self.images, self.first, self.total, self.loss = 0, 0, 0, float("nan")
         self._bar = tqdm(
-            total=total,
             desc=f"  {name}",
             unit=" images",
             position=line,
@@ -90,6 +84,7 @@ class RunProgress:
         if not self.images and step.epoch:  # a run that goes on; its rate is that of this start
             self.first = step.epoch * step.epoch_images
         self.images, self.loss = images, step.loss
+        self.total = self._bar.total = step.epoch_images * self.epochs
         if not self._bar.disable:
             self._bar.set_postfix_str(f"epoch {step.epoch + 1}, loss {step.loss:.3f}", refresh=False)
             self._bar.update(images - self._bar.n)

@@ -97,7 +97,7 @@ def run_all(runs: Sequence[Run], where: Places, title: str) -> dict[str, str]:
             environment = free.get()
             try:
                 _wait_for_head(run, finished)
-                with board.begin(run.name, run.images()) as progress:
+                with board.begin(run.name, run.epochs) as progress:
                     execute(run, progress.advance, environment)
             except ArfError as error:
                 failures[run.name] = str(error)

@@ -16,6 +16,7 @@ from arf_plugin.ablation import table
 from arf_plugin.ablation.choose import Choices
 from arf_plugin.ablation.launch import Step, last_lines, parse_step, remove_torn_checkpoints, run_logged
 from arf_plugin.ablation.plan import Run, final_runs
+from arf_plugin.ablation.progress import Board
 from arf_plugin.ablation.reader import load_grid
 from arf_plugin.ablation.schedule import places
 from arf_plugin.errors import GridError
@@ -67,6 +68,15 @@ def test_progress_is_read_from_the_trainers_log(line, step):
 def test_a_loss_that_is_no_number_is_shown_as_such():
     step = parse_step(b"Train Epoch: 1 [8/8 (100%)] LR: 0.1 Contrastive_loss: nan (nan) Loss: nan (nan)")
     assert step is not None and math.isnan(step.loss)
+
+
+def test_progress_ends_at_all_images_as_the_trainer_counts_them():
+    """Of steps without anchors it counts more than pass the model."""
+    with Board("train", 1, 1) as board, board.begin("every2-0", 3) as progress:
+        progress.advance(Step(1, 400, 560, 2.5))
+        assert progress.text().startswith("every2-0: 960 of 1680 images, ")
+        progress.advance(Step(2, 560, 560, 2.0))
+        assert progress.text().startswith("every2-0: 1680 of 1680 images, ")
 
 
 def python(code: str) -> list[str]:
