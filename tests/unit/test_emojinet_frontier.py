@@ -1,4 +1,4 @@
-"""The frontier's choice is made on validation figures, and what it writes becomes a table."""
+"""The frontier's choice is made on validation figures, and what it writes becomes a table; how its ViT begins."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from arf_plugin.evaluation.rows import append_row
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from emojinet import frontier  # noqa: E402
+from emojinet import frontier, vit  # noqa: E402
 from emojinet.split import MONO_VENDORS  # noqa: E402
+from emojinet.trainer import model_folder  # noqa: E402
 
 VENDORS = ("twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "emojione-v1", "fxemoji")
 
@@ -74,3 +75,18 @@ def test_validation_figures_are_read_by_arm_and_seed(tmp_path):
     mean = round((80 + shift + 4 + 20) / 4, 3)
     found = frontier.validation_means(tmp_path, {"suite": "emojinet"})
     assert found == {"a4": {"0": mean}, "a4-every2": {"1": mean}}
+
+
+def test_the_vision_transformer_begins_with_the_texts_of_the_quickstarts_clip(tmp_path):
+    import open_clip
+    import torch
+    from open_clip.transformer import VisionTransformer
+    from safetensors.torch import save_file
+
+    clip = open_clip.create_model(model_folder(tmp_path / "run" / "clip")).eval()
+    save_file(clip.state_dict(), tmp_path / "run" / "clip" / vit.WEIGHTS)
+    begun = open_clip.create_model(vit.start(tmp_path / "run", tmp_path / "begun")).eval()
+    texts = open_clip.tokenize(["a red apple", "an owl"], context_length=clip.context_length)
+    assert torch.equal(begun.encode_text(texts), clip.encode_text(texts))
+    assert type(begun.visual) is VisionTransformer
+    assert torch.equal(begun.logit_scale, clip.logit_scale)
