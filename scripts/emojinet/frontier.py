@@ -165,7 +165,8 @@ def main() -> int:
     plot(result, args.grid / "frontier.png")
     if args.write:
         for suffix in (".json", ".png"):
-            shutil.copyfile(args.grid / f"frontier{suffix}", args.write / f"{result['grid']}{suffix}")
+            with replacing(args.write / f"{result['grid']}{suffix}") as temporary:
+                shutil.copyfile(args.grid / f"frontier{suffix}", temporary)
     print(table(result))
     return 0
 
