@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import data, trainer
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # train.forked forks this process: its children would wait for threads that they have not got
 
 
 @pytest.fixture(scope="session")
