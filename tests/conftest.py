@@ -12,7 +12,9 @@ import torch
 from support import data, trainer
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(1)  # train.forked forks this process: its children would wait for threads that they have not got
+torch.set_num_threads(
+    1
+)  # train.forked forks this process: its children would wait for threads that they have not got
 
 
 @pytest.fixture(scope="session")

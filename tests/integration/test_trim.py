@@ -7,6 +7,7 @@ import torch
 from support import resuming
 from support.trainer import TERMS, logged
 
+LONG = {"model": "tiny-long"}  # with room to trim
 KEPT = "texts keep all their positions, because of the model"
 
 
@@ -35,6 +36,7 @@ def test_a_whole_run_is_the_same(train, tmp_path, task, anchors, nproc):
             batch_size=8 // nproc,
             name=choice,
             env=recording(tmp_path / choice),
+            **LONG,
         )
         for choice in ("auto", "off")
     ]
@@ -61,6 +63,7 @@ def test_under_autocast_and_compilation(train, task, anchors, precision):
             *flags(task, anchors, *how, "--arf-deterministic", "--arf-trim-text", choice),
             name=choice,
             timeout=900,
+            **LONG,
         )
         for choice in ("auto", "off")
     ]
@@ -80,14 +83,14 @@ def test_class_prompts_alone_are_trimmed(train, tmp_path, task):
     """FLYP, too; the longest prompt has 7 tokens."""
     prompts = ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
     data = ["--train-data", task.urls, "--train-num-samples", 16]
-    train.forked(*data, *prompts, env=recording(tmp_path / "flyp"))
+    train.forked(*data, *prompts, env=recording(tmp_path / "flyp"), **LONG)
     assert seen(tmp_path / "flyp").shape == (8, 8)
 
 
 def test_what_trains_as_without_the_plugin_is_left_alone(train, tmp_path, task):
     """--arf-freeze-bn by itself asks for nothing of the texts."""
     data = ["--train-data", task.urls, "--train-num-samples", 16, "--arf-freeze-bn"]
-    train.forked(*data, env=recording(tmp_path / "plain"))
+    train.forked(*data, env=recording(tmp_path / "plain"), **LONG)
     assert seen(tmp_path / "plain").shape == (8, 32)
-    train.forked(*data, "--arf-trim-text", "auto", name="asked", env=recording(tmp_path / "asked"))
+    train.forked(*data, "--arf-trim-text", "auto", name="asked", env=recording(tmp_path / "asked"), **LONG)
     assert seen(tmp_path / "asked").shape[1] < 32

@@ -20,23 +20,27 @@ CLASSNAMES = ["cat", "dog", "tree", "house"]
 def write_model_configs(folder: Path) -> Path:
     """Writes open_clip model configurations: tiny ViTs and a ResNet with BatchNorm.
 
-    Of the ViTs one drops patches, and two are a ``CustomTextCLIP``: pooled at the end of the text as CLIP's own, or at
-    the last position.
+    Of the ViTs one drops patches. Three have a text tower with room to trim: of a CLIP, and of a ``CustomTextCLIP``
+    pooled at the end of the text, as CLIP's own, or at the last position.
     """
-    text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    long = {**text, "context_length": 32}
     vit = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
     resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
     folder.mkdir(parents=True, exist_ok=True)
-    dropout = {**vit, "patch_dropout": 0.3}
-    for name, vision in (("tiny-vit", vit), ("tiny-vit-dropout", dropout), ("tiny-resnet", resnet)):
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-        (folder / f"{name}.json").write_text(json.dumps(config))
-    for name, pool in (("tiny-custom", "argmax"), ("tiny-last", "last")):
+    for name, vision, texts in (
+        ("tiny-vit", vit, text),
+        ("tiny-vit-dropout", {**vit, "patch_dropout": 0.3}, text),
+        ("tiny-resnet", resnet, text),
+        ("tiny-long", vit, long),
+        ("tiny-custom", vit, {**long, "pool_type": "argmax"}),
+        ("tiny-last", vit, {**long, "pool_type": "last"}),
+    ):
         config = {
             "embed_dim": 16,
-            "vision_cfg": vit,
-            "text_cfg": {**text, "pool_type": pool},
-            "custom_text": True,
+            "vision_cfg": vision,
+            "text_cfg": texts,
+            "custom_text": "pool_type" in texts,
         }
         (folder / f"{name}.json").write_text(json.dumps(config))
     return folder

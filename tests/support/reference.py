@@ -59,7 +59,7 @@ class Job:
     local_loss: bool
     gather_with_grad: bool
     loss_dist_impl: str | None = None
-    model: str = "tiny-vit"
+    model: str = "tiny-long"
     every: int = 1
     step: int = 0
     pair_image_size: int | None = None
@@ -81,7 +81,7 @@ def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def pixels(png: bytes, size: int | None) -> torch.Tensor:
+def pixels(png: bytes, size: int | None = None) -> torch.Tensor:
     """``[3, H, W]`` float64, normalised as open_clip does by default, resized if a size is given."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 

@@ -46,7 +46,7 @@ class Case:
     nproc: int
     distributed: tuple[str, ...] = ()
     patched: bool = False
-    model: str = "tiny-vit"
+    model: str = "tiny-long"
     every: int = 1
     step: int = 0
     pair_image_size: int | None = None
@@ -55,7 +55,7 @@ class Case:
         loss = "siglip" if self.siglip else "clip"
         distributed = "".join(flag.replace("--", "-") for flag in self.distributed)
         patched = "-patched" if self.patched else ""
-        patched += f"-{self.model}" if self.model != "tiny-vit" else ""
+        patched += f"-{self.model}" if self.model != "tiny-long" else ""
         patched += f"-size{self.pair_image_size}" if self.pair_image_size else ""
         patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
