@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import open_clip
 import torch
 from common import Bar, interleave, paired_ratio, parser, report
-from step import build_steps
+from variants import StepBench, Variant
 
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.resume import ResumableLoader
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
 
     seconds = interleave({"torch.save": bare, "step checkpoint": lambda: checkpoints.save(1, 1)}, args.rounds)
     (saved,) = folder.glob("epoch_*_step_*.pt")
-    step = build_steps(args)["ARF"]
+    step = StepBench(args.model, args.batch_size, args.device).step(Variant("ARF, A = B", 1))
     step()
     start = time.perf_counter()
     step()

@@ -21,14 +21,15 @@ import logging
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.distributed as dist
 from common import Bar, interleave, paired_ratio, parser, report
-from step import build_steps, count_gflops
+from step import count_gflops
+from variants import StepBench, Variant
 
 ARF = "ARF, A = B"
 
@@ -43,7 +44,7 @@ def main() -> int:
     args.device = "cpu"
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
-    steps = build_steps(args, args.model)
+    steps = build_steps(args)
     gflops = {name: count_gflops(steps[name]) for name in ("plain", ARF)}
     del steps
     ratio = gflops[ARF] / gflops["plain"]
@@ -102,8 +103,7 @@ def work(rank: int, world_size: int, folder: str, args: argparse.Namespace) -> N
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
     with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
-        built = build_steps(args, args.model, rank, world_size)
-        steps = {name: built[name] for name in ("plain", ARF)}
+        steps = build_steps(args, rank, world_size)
         found: dict[str, object] = {"seconds": interleave(steps, args.rounds)}
         if world_size > 1:
             with counting() as count:
@@ -117,6 +117,14 @@ def work(rank: int, world_size: int, folder: str, args: argparse.Namespace) -> N
         Path(folder, "found.json").write_text(json.dumps(found))
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def build_steps(
+    args: argparse.Namespace, rank: int = 0, world_size: int = 1
+) -> dict[str, Callable[[], None]]:
+    """A step of both kinds, on the same model."""
+    bench = StepBench(args.model, args.batch_size, args.device, rank, world_size, args.local_loss)
+    return {variant.name: bench.step(variant) for variant in (Variant("plain"), Variant(ARF, 1))}
 
 
 @contextlib.contextmanager

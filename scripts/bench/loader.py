@@ -3,6 +3,9 @@
 Both are built by the trainer's ``get_data``, ours with the hook around it: task tars with captions to join on the one
 hand and pair tars on the other. open_clip's own loader reads the same tars as one data set, in batches of B + A.
 
+Loading ends where the main process has a batch. The trainer then moves it to its device, where ARF's two tensors of
+images become one. On a GPU that is a copy within its memory; a run on CPUs pays for it in the time told separately.
+
     python scripts/bench/loader.py --workers 2 --json runs/bench/loader.json
 """
 
@@ -35,6 +38,8 @@ from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.versions import upstream_version
 
+JOINED = "ARF, images joined on the CPU"
+
 
 def main() -> int:
     flags = parser(__doc__.split("\n")[0], rounds=7)
@@ -58,10 +63,12 @@ def main() -> int:
         config = ArfConfig(anchors=str(folder / "anchors"))
         ours = loader(task, args.images, args.batch_size, args.workers, config)
         own = loader(f"{task}::{pairs}", 2 * args.images, 2 * args.batch_size, args.workers, None)
-        counts: dict[str, list[int]] = {"open_clip": [], "ARF": []}
-        seconds = interleave(
-            {"open_clip": epoch(own, counts["open_clip"]), "ARF": epoch(ours, counts["ARF"])}, args.rounds
-        )
+        counts: dict[str, list[int]] = {"open_clip": [], "ARF": [], JOINED: []}
+        runs = {
+            name: epoch(own if name == "open_clip" else ours, made, name == JOINED)
+            for name, made in counts.items()
+        }
+        seconds = interleave(runs, args.rounds)
     rates = {
         name: [count / time for count, time in zip(counts[name][1:], times, strict=True)]
         for name, times in seconds.items()
@@ -98,11 +105,11 @@ def loader(urls: str, images: int, batch_size: int, workers: int, config: ArfCon
     return begin
 
 
-def epoch(begin: Callable, counts: list[int]) -> Callable[[], None]:
-    """Loads one epoch as the trainer does, and notes how many images there were."""
+def epoch(begin: Callable, counts: list[int], move: bool = False) -> Callable[[], None]:
+    """Loads one epoch, and moves its images if asked to; notes how many there were."""
 
     def run() -> None:
-        counts.append(sum(len(images.to("cpu")) for images, _ in begin()))
+        counts.append(sum(len(images.to("cpu") if move else images) for images, _ in begin()))
 
     return run
 
