@@ -198,7 +198,8 @@ def _outcome(outcome: str, message: str) -> str:
     """What kind of outcome a test that did not pass had."""
     if outcome == "skipped":
         return "left out" if message.startswith("left out") else "skipped"
-    return "no hub" if re.search("huggingface|HF_HUB_OFFLINE|offline mode", message) else "failed"
+    hub = "huggingface|HF_HUB_OFFLINE|offline mode|on the Hub|HF Hub|Failed to download weights"
+    return "no hub" if re.search(hub, message) else "failed"
 
 
 def _as_cell(text: str) -> str:

@@ -55,11 +55,15 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     checkpoints, content = build_checkpoints(args, folder)
     plain = folder / "plain.pt"
 
-    def bare() -> None:
-        with plain.open("wb") as stream:
+    def bare() -> (
+        None
+    ):  # into new blocks of the disk, as a step checkpoint is; the file before it goes afterwards
+        new = plain.with_suffix(".new")
+        with new.open("wb") as stream:
             torch.save(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
+        new.replace(plain)
 
     seconds = interleave({"torch.save": bare, "step checkpoint": lambda: checkpoints.save(1, 1)}, args.rounds)
     (saved,) = folder.glob("epoch_*_step_*.pt")

@@ -6,7 +6,11 @@ hand and pair tars on the other. open_clip's own loader reads the same tars as o
 Loading ends where the main process has a batch. The trainer then moves it to its device, where ARF's two tensors of
 images become one. On a GPU that is a copy within its memory; a run on CPUs pays for it in the time told separately.
 
-    python scripts/bench/loader.py --workers 2 --json runs/bench/loader.json
+ARF has a third text for every two to tokenize, all of them in the workers of the task data. With one such worker and
+one for pairs (--workers 2) the latter waits for the former at the end; with the trainer's default of four, the cores
+even that out.
+
+    python scripts/bench/loader.py --workers 4 --json runs/bench/loader.json
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ def main() -> int:
     flags.add_argument("--shards", type=int, default=8, help="tars of each")
     flags.add_argument("--batch-size", type=int, default=64, help="B = A")
     flags.add_argument(
-        "--workers", type=int, default=2, help="loader workers in all, as --workers of the trainer"
+        "--workers", type=int, default=4, help="loader workers in all, as --workers of the trainer"
     )
     args = flags.parse_args()
     torch.set_num_threads(1)
