@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_clip_train.distributed import is_using_distributed
+
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import FlagError
 
@@ -44,6 +46,13 @@ def check_args(args: Any, config: ArfConfig) -> None:
                 f"{flag} {value}: ARF reads task samples as KEY.txt and KEY.(jpg|jpeg|png|webp), where it joins "
                 "prompts and captions to them.\nRename the members of the tars, or train without --arf-* flags."
             )
+    contrastive = not args.siglip and args.accum_freq == 1
+    if args.torchcompile and contrastive and not args.gather_with_grad and is_using_distributed():
+        raise FlagError(
+            "--torchcompile in several processes: this open_clip compiles its loss with the model, and where features "
+            "are gathered without their gradients, compiled gradients are wrong (without the plugin, too).\n"
+            "Add --gather-with-grad, or drop --torchcompile."
+        )
     for name, given in (("--arf-l2sp", config.l2sp), ("--arf-head", config.head)):
         if given and args.fsdp:
             raise FlagError(

@@ -63,6 +63,38 @@ def test_what_cannot_go_with_arf_is_refused(train, flags, more, message):
     assert "Traceback" not in run.output and "Start epoch" not in run.output
 
 
+def test_compiled_gathers_without_gradients_are_refused(train, flags):
+    run = train.forked(*flags, "--torchcompile", "--local-loss", nproc=2, check=False)
+    assert (
+        run.status != 0 and "compiled gradients are wrong" in run.output and "Start epoch" not in run.output
+    )
+
+
+@pytest.mark.slow
+def test_what_open_clip_itself_breaks_in_two_processes(train, tmp_path, csv_flags):
+    """Without the plugin: the reason for the refusal above, and for the cases that tests of gradients leave out."""
+    stock = [*csv_flags[:2], "--precision", "fp32"]
+    static = train.forked(*stock, "--ddp-static-graph", "--accum-freq", 2, nproc=2, batch_size=4, check=False)
+    assert static.status != 0 and "expect_autograd_hooks_ INTERNAL ASSERT FAILED" in static.output
+    for gathers, wrong in (([], True), (["--local-loss"], True), (["--gather-with-grad"], False)):
+        gradients = []
+        for compiled in ([], ["--torchcompile"]):
+            record = tmp_path / "-".join(["record", *gathers, *compiled])
+            train.forked(
+                *(*stock, *gathers, *compiled),
+                nproc=2,
+                batch_size=4,
+                name=record.name,
+                timeout=900,
+                env={"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(record)},
+            )
+            found = torch.load(f"{record}.0", weights_only=True)["gradients"]
+            gradients.append({name.removeprefix("_orig_mod."): value for name, value in found.items()})
+        one, other = gradients
+        errors = [float((one[name] - other[name]).norm() / one[name].norm()) for name in one]
+        assert (max(errors) > 0.5) if wrong else (max(errors) <= 1e-10), gathers
+
+
 def test_fsdp_trains_what_ddp_trains(train, csv_flags):
     runs = [
         train(*csv_flags, *more, "--precision", "fp32", nproc=2, batch_size=4, name=name)

@@ -146,13 +146,22 @@ def slow_cases() -> list[Case]:
     """All other cases, of the release in front of the environment's as far as open_clip has the flags there."""
     if not releases.ONE_RELEASE:
         return SLOW_CASES
-    fsdp = trains_tasks(releases.current())
+    tasks = trains_tasks(releases.current())
     exchanges = Version(releases.current()) >= Version("2.32")
     return [
         case
-        for case in (*CASES, *SLOW_CASES, *(FSDP_CASES if fsdp else ()))
+        for case in dict.fromkeys((*CASES, *SLOW_CASES, *(FSDP_CASES if tasks else ())))
         if case not in FEW_CASES and not case.patched and (exchanges or case.dist_impl is None)
+        if not (tasks and _broken_by_tasks(case))
     ]
+
+
+def _broken_by_tasks(case: Case) -> bool:
+    """What stock open_clip 4 does not do right: a test of tests/integration/test_create_task.py shows it."""
+    accumulates = case.accum_freq > 1
+    static = accumulates and "--ddp-static-graph" in case.distributed
+    compiled = set(COMPILED) <= set(case.distributed) and GRAD not in case.distributed
+    return static or (compiled and not case.siglip and not accumulates)
 
 
 def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tuple[trainer.Run, Path]]:
