@@ -105,6 +105,7 @@ def test_frozen_batch_norm_stays_frozen(train, task_csv, held_out):
     assert {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")} == {2}
 
 
+@releases.FOLDERS_OF_MODELS
 def test_figures_are_those_of_arf_evaluate(
     train, run_arf, tmp_path, model_configs, task_csv, held_out, start
 ):
