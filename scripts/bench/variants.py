@@ -6,9 +6,11 @@ tokens unless told otherwise.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import open_clip
@@ -21,6 +23,10 @@ from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.images import shrink_pairs
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.anchored import AnchoredLoss
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from support.arguments import training_arguments
 
 TEXT_LENGTHS = (12, 18, 24)
 
@@ -96,24 +102,17 @@ class StepBench:
         torch.manual_seed(rank)
         self.images = [torch.randn(batch_size, 3, self.image_size, self.image_size) for _ in range(2)]
         self.texts = [self._texts(length) for length in lengths]
-        self.options = {
+        self.arguments = functools.partial(
+            training_arguments,
             **{
                 "device": device,
-                "precision": "fp32",
-                "distill": False,
-                "horovod": False,
-                "skip_scheduler": True,
-            },
-            **{
                 "rank": rank,
                 "world_size": world_size,
-                "local_rank": rank,
-                "wandb": False,
-                "save_logs": False,
+                "batch_size": batch_size,
+                "model": name,
             },
-            **{"log_every_n_steps": 1, "batch_size": batch_size, "grad_clip_norm": None, "log_local": False},
-            **{"local_loss": local_loss, "gather_with_grad": local_loss, "model": name, "siglip": False},
-        }
+            **{"local_loss": local_loss, "gather_with_grad": local_loss},
+        )
 
     def step(self, variant: Variant) -> Callable[[], None]:
         """A closure that runs one optimizer step, or a cycle of ``every`` of them."""
@@ -121,7 +120,7 @@ class StepBench:
         pairs = int(size * (variant.pairs or 0))
         rows = packed_rows(pairs, variant.image_size, self.image_size) if variant.image_size else None
         layout = BatchLayout(size, captions=bool(pairs), pairs=pairs, pair_rows=rows)
-        options = argparse.Namespace(**self.options, accum_freq=variant.accum_freq)
+        options = self.arguments(accum_freq=variant.accum_freq)
         loss = open_clip.create_loss(options)
         if pairs:
             sizes = {"every": variant.every, "micro_batches": variant.accum_freq}
@@ -142,7 +141,7 @@ class StepBench:
         """A step of three separate forwards, with A = B and whole texts."""
         self._shrink_pairs(None)
         self.core.set_grad_checkpointing(False)
-        options = argparse.Namespace(**self.options, accum_freq=1)
+        options = self.arguments()
         loss = open_clip.create_loss(options)
         self.optimizer.zero_grad()
         parts = zip((self.images[0], self.images[0], self.images[1]), self.texts, strict=True)

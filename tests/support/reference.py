@@ -9,7 +9,6 @@ Run as a script under torchrun: reference.py JOBS.json (see `Job`); writes gradi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -24,6 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+
+from support.arguments import training_arguments
 
 POSITIONS = "visual.positional_embedding"
 
@@ -160,35 +161,12 @@ def step_gradients(
     model.load_state_dict(
         {name: resized[name].detach().reshape(shape) for name, shape in shapes.items()}, strict=False
     )
-    args = argparse.Namespace(
-        **{
-            "device": "cpu",
-            "precision": "fp32",
-            "distill": False,
-            "accum_freq": job.accum_freq,
-            "horovod": False,
-        },
-        **{
-            "skip_scheduler": True,
-            "rank": rank,
-            "world_size": world_size,
-            "local_rank": rank,
-            "wandb": False,
-        },
-        **{
-            "log_every_n_steps": 1,
-            "batch_size": len(batches[0][0]),
-            "grad_clip_norm": None,
-            "save_logs": False,
-            "distributed": world_size > 1,
-        },
-        **{
-            "siglip": job.siglip,
-            "model": job.model,
-            "loss_dist_impl": job.loss_dist_impl,
-            "log_local": False,
-        },
-        **{"local_loss": job.local_loss, "gather_with_grad": job.gather_with_grad},
+    args = training_arguments(
+        rank=rank,
+        world_size=world_size,
+        batch_size=len(batches[0][0]),
+        **{name: getattr(job, name) for name in ("accum_freq", "siglip", "model", "loss_dist_impl")},
+        **{name: getattr(job, name) for name in ("local_loss", "gather_with_grad")},
     )
     optimizer = Capture(model.parameters(), lr=0.0)
     if hasattr(open_clip, "create_task"):  # open_clip 4

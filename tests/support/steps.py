@@ -230,7 +230,7 @@ def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_con
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     env = {
         **os.environ,
-        "PYTHONPATH": releases.path(trainer.SHIM),
+        "PYTHONPATH": releases.path(trainer.SHIM, Path(__file__).parents[1]),
         "ARF_TEST_SHIM_ALWAYS": "1",
         "ARF_TEST_FP64": "1",
         "ARF_TEST_MODEL_CONFIGS": str(model_configs),
