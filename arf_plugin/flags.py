@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Callable
-from typing import TypeVar
 
-Number = TypeVar("Number", int, float)
+from arf_plugin.number_types import number_type
 
 EPILOG = """\
 Anchor-based Robust Fine-tuning (arf-plugin):
@@ -40,27 +37,15 @@ Other ways to fine-tune robustly, on the same data. Two more need no flag of the
 """
 
 
-def _number(
-    kind: Callable[[str], Number], allows: Callable[[Number], bool], expected: str
-) -> Callable[[str], Number]:
-    """A type for argparse: a number in a range."""
-
-    def parse(text: str) -> Number:
-        with contextlib.suppress(ValueError):
-            if allows(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-
-    return parse
-
-
-_weight = _number(float, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
-_share = _number(float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)")
-_part_left_out = _number(float, lambda value: 0 <= value < 1, "a part, from 0 to below 1 (0.5 is half)")
-_count = _number(int, lambda value: value >= 0, "a whole number >= 0")
-_steps = _number(int, lambda value: value >= 1, "a whole number of steps >= 1")
-_pixels = _number(int, lambda value: value >= 1, "a whole number of pixels")
-_batch = _number(int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)")
+_weight = number_type(float, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
+_share = number_type(float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)")
+_part_left_out = number_type(float, lambda value: 0 <= value < 1, "a part, from 0 to below 1 (0.5 is half)")
+_count = number_type(int, lambda value: value >= 0, "a whole number >= 0")
+_steps = number_type(int, lambda value: value >= 1, "a whole number of steps >= 1")
+_pixels = number_type(int, lambda value: value >= 1, "a whole number of pixels")
+_batch = number_type(
+    int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"
+)
 
 
 def add_arf_flags(parser: argparse.ArgumentParser) -> None:

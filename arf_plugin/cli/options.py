@@ -9,9 +9,13 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from arf_plugin.number_types import number_type
+
 if TYPE_CHECKING:
     from arf_plugin.pipeline.source import Source
     from arf_plugin.pipeline.stage import RunOptions, Stage
+
+positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
 
 
 def add_parser(
@@ -91,14 +95,6 @@ def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[
         metavar="N",
         help="share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)",
     )
-
-
-def positive(text: str) -> int:
-    """Type of a flag that takes a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
 
 
 def byte_size(text: str) -> int:

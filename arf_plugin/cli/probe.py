@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+from arf_plugin.number_types import number_type
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     group.add_argument(
         "--validation-fraction",
-        type=_fraction,
+        type=number_type(float, lambda value: 0 < value < 1, "a part, between 0 and 1 (0.1 is a tenth)"),
         default=0.2,
         metavar="F",
         help="without --validation: part of each class to choose by; the probe is then fitted to all (%(default)s)",
@@ -148,10 +149,3 @@ def _warn(summary: dict, task: Features) -> None:
             f"warning: the best penalty, {summary['l2']:g}, is at the edge of those that were tried",
             file=sys.stderr,
         )
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number between 0 and 1")
-    return value

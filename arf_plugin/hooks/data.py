@@ -27,11 +27,11 @@ from arf_plugin.data.packing import packed_rows
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_anchor_set, check_data
-from arf_plugin.data.streams import ShardStream, Stream
+from arf_plugin.data.streams import Stream
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError
-from arf_plugin.hooks.resumable import resumable_loader, sample_orders, task_stream
+from arf_plugin.hooks.resumable import pair_stream, resumable_loader, sample_orders, task_stream
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.table import rows
 
@@ -109,17 +109,10 @@ def _training_data(
         )
     streams: dict[str, Stream] = {}
     if config.deterministic:
-        task.dataloader = streams["task"] = task_stream(
-            task.dataloader, args, config, layout, orders, task_workers
-        )
+        streams["task"] = task_stream(task.dataloader, args, config, layout, orders, task_workers)
+        task.dataloader = streams["task"]
     if orders and pair_loader is not None:
-        pair_loader = streams["pairs"] = ShardStream(
-            pair_loader,
-            pair_workers,
-            orders["pairs"],
-            lambda batch: (batch[:2], int(batch[2][-1])),
-            steps.count,
-        )
+        pair_loader = streams["pairs"] = pair_stream(pair_loader, pair_workers, orders["pairs"], steps)
     loader = task.dataloader
     trimmer = _trimmer(session, args)
     if layout.captions or layout.pairs or trimmer:

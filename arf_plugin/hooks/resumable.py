@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.config import ArfConfig
+from arf_plugin.data.anchor_steps import AnchorSteps
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.order import SampleOrder, take_numbers
@@ -45,6 +46,11 @@ def task_stream(
         return (batch[0], texts), number
 
     return ShardStream(loader, workers, orders["task"], split)
+
+
+def pair_stream(loader: Any, workers: int, order: SampleOrder, steps: AnchorSteps) -> Stream:
+    """The pair loader of a deterministic run, with a position."""
+    return ShardStream(loader, workers, order, lambda batch: (batch[:2], int(batch[2][-1])), steps.count)
 
 
 def resumable_loader(

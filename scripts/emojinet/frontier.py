@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="also put figures and picture there")
     args = parser.parse_args()
     for command, names in (
-        ("scripts/emojinet/ablate.sh frontier", ("grid.json", "results.json", "validation.jsonl")),
+        (f"scripts/emojinet/ablate.sh {args.grid.name}", ("grid.json", "results.json", "validation.jsonl")),
         (f"python scripts/emojinet/step_cost.py {args.grid}", ("cost.json",)),
     ):
         for name in names:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -74,7 +73,6 @@ def main() -> int:
     )
     parser.add_argument("--fast", action="store_true", help="after scripts/quickstart.sh --fast")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in the quickstart
     suffix = "-fast" if args.fast else ""
     out = Path(f"runs/quickstart{suffix}")
     quickstart = Quickstart(Path(f"data/emojinet{suffix}"), out, FAST if args.fast else FULL, [0], args.fast)

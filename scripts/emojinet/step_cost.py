@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
     args = parser.parse_args()
     if not (args.grid / "grid.json").is_file():
-        parser.error(f"{args.grid} has no grid.json; run scripts/emojinet/ablate.sh frontier first")
+        parser.error(f"{args.grid} has no grid.json; run scripts/emojinet/ablate.sh {args.grid.name} first")
     found = costs(read_json(args.grid / "grid.json"), args.rounds)
     write_json(args.grid / "cost.json", found)
     for name, cost in sorted(found.items(), key=lambda item: item[1]["median"]):

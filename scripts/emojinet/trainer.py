@@ -69,6 +69,14 @@ class Run:
         ]
 
 
+def cpu_threads(count: int = THREADS) -> dict[str, str]:
+    """Environment of a process with that many CPU threads, which do not spin while they wait.
+
+    It must be set before torch is loaded. Threads that spin slow down training wherever other programs run, too.
+    """
+    return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive"}
+
+
 def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Path:
     """Trains, unless the run is finished; a run that was killed goes on after its last full epoch.
 
@@ -88,7 +96,6 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
         print(f"{run.folder} is complete")
         return run.weights
     log = run.folder / "console.log"
-    environment = {"OMP_NUM_THREADS": str(threads)}
     with bar(desc=title, unit="image", position=position) as shown:
 
         def follow(line: bytes) -> None:
@@ -102,7 +109,7 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
             launch.remove_torn_checkpoints(run.checkpoint.parent)
             return not run.checkpoint.is_file()
 
-        status = launch.run_logged(run.command(), log, follow, environment, left)
+        status = launch.run_logged(run.command(), log, follow, cpu_threads(threads), left)
     if status or not run.checkpoint.is_file():
         raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{launch.last_lines(log)}")
     strip(run.checkpoint, run.weights, run.folder.name)
@@ -138,8 +145,7 @@ def model_folder(folder: Path, weights: Path | None = None, config: Mapping[str,
 def call(command: Sequence[str]) -> None:
     """Runs another command of this environment, its output on the terminal."""
     print("+ " + shlex.join(command), flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
     argv = [str(Path(sys.executable).parent / command[0]), *command[1:]]
-    status = subprocess.run(argv, env=environment, check=False).returncode
+    status = subprocess.run(argv, env=os.environ | cpu_threads(), check=False).returncode
     if status:
         raise TrainingError(f"`{shlex.join(command)}` failed ({status})")

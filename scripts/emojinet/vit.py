@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from emojinet.files import replacing
 from emojinet.quickstart import pattern
 from emojinet.recipe import FAST, FULL, VIT
-from emojinet.trainer import Run, TrainingError, model_folder, train
+from emojinet.trainer import Run, TrainingError, cpu_threads, model_folder, train
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="OUT/clip will be the model")
     parser.add_argument("--fast", action="store_true", help="hardly any training")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.update(cpu_threads())
     training = (FAST if args.fast else FULL).pretraining
     shards = sorted((args.data / "pretraining").glob("*.tar"))
     begun = start(args.run, args.out / "clip-config")
