@@ -101,6 +101,8 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
         def follow(line: bytes) -> None:
             step = launch.parse_step(line)
             if step is not None:
+                if shown.total is None:  # what an earlier start trained is none of this bar's rate
+                    shown.initial = shown.n = shown.last_print_n = step.epoch * step.epoch_images
                 shown.total = step.epoch_images * run.training.epochs
                 shown.set_postfix_str(f"epoch {step.epoch + 1}/{run.training.epochs}, loss {step.loss:.3f}")
                 shown.update(step.epoch * step.epoch_images + step.images - shown.n)
