@@ -141,6 +141,37 @@ def _frontier(grid: str) -> str:
     return f"{_table(['%', 'cost', *found['metrics']], rows)}\n\n{picture}"
 
 
+def step() -> str:
+    """Time and FLOPs of a step in units of a plain one; written by scripts/bench/step.py."""
+    found = _figures("step")["data"]
+    header = [f"{model}, B = {each['batch size']}" for model, each in found.items()]
+    costs = [each["time and FLOPs, x plain"] for each in found.values()]
+    rows = [
+        [name, *(f"{each[name][0]:.2f} ({each[name][1]:.2f})" for each in costs)]
+        for name in next(iter(costs))
+    ]
+    return _table(["step", *header], rows)
+
+
+def memory() -> str:
+    """Peak memory of a step; written by scripts/bench/memory.py."""
+    found = _figures("memory")
+    peaks = {name: min(run["peak"] for run in runs) for name, runs in found["data"].items()}
+    plain, state = peaks["plain"], found["data"]["plain"][0]["state"]
+    rows = [
+        [name, f"{peak:,.0f}", f"{peak / plain:.2f}", f"{(peak - state) / (plain - state):.2f}"]
+        for name, peak in peaks.items()
+    ]
+    what = f"{found['facts']['model']}, {found['facts']['batch']}"
+    return _table([what, "peak, MB", "of plain", "of plain, without weights and state"], rows)
+
+
+def _figures(name: str) -> dict[str, Any]:
+    """What a script of scripts/bench/ wrote for README.md."""
+    found: dict[str, Any] = json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())
+    return found
+
+
 def features() -> str:
     """Releases and features, one table for each group; written by scripts/versions/matrix.py."""
     cells = json.loads((ROOT / "docs" / "versions.json").read_text())["cells"]
@@ -224,6 +255,8 @@ def rewritten(text: str) -> str:
         grid_wise,
         frontier,
         frontier_vit,
+        step,
+        memory,
     )
     makers = {maker.__name__: maker for maker in tables}
     return re.sub(

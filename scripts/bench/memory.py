@@ -7,7 +7,9 @@ GPU). *Weights and state* are what weights, gradients and AdamW's two moments ta
 activations, which is what B, trimming, --accum-freq and --grad-checkpointing change. B is the same in every row: with
 --accum-freq 4 there are four micro-batches of B/4.
 
-    python scripts/bench/memory.py --model ViT-B-16 --batch-size 32 --json runs/bench/memory.json
+    python scripts/bench/memory.py --model ViT-B-16 --batch-size 32 --json docs/figures/memory.json
+
+writes the figures that scripts/tables.py puts into README.md.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ VARIANTS = (
     Variant("ARF, A = B, trimmed", 1, trim=True),
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True),
-    Variant("ARF, A = B/4, dropout 0.5, trimmed", 1 / 4, trim=True, dropout=0.5),
+    Variant("ARF, A = B/4, patch dropout 0.5, trimmed", 1 / 4, trim=True, dropout=0.5),
     Variant("ARF, A = B, trimmed, --accum-freq 2", 1, trim=True, accum_freq=2),
     Variant("ARF, A = B, trimmed, --accum-freq 4", 1, trim=True, accum_freq=4),
     Variant("plain, --grad-checkpointing", checkpointing=True),

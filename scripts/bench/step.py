@@ -8,7 +8,9 @@ AdamW's update of all weights, and filling their gradients with zeros, take the 
 FLOPs that torch counts. B has to be large enough for them not to matter: 16 with ViT-B/32, whose images are 50 tokens,
 is about what 4 is with ViT-B/16. With less, steps that are cheaper than a plain one look dearer than their FLOPs.
 
-    python scripts/bench/step.py --models ViT-B-32 ViT-B-16 --batch-size 16 4 --json runs/bench/step.json
+    python scripts/bench/step.py --models ViT-B-32 ViT-B-16 --batch-size 16 4 --json docs/figures/step.json
+
+writes the figures that scripts/tables.py puts into README.md.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ VARIANTS = (
     Variant("ARF, A = B, trimmed", 1, trim=True, bound=1.9),
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True, bound=1.2),
-    Variant("ARF, A = B/4, dropout", 1 / 4, dropout=0.5),
-    Variant("ARF, A = B/4, dropout, trimmed", 1 / 4, trim=True, dropout=0.5),
+    Variant("ARF, A = B/4, patch dropout 0.5", 1 / 4, dropout=0.5),
+    Variant("ARF, A = B/4, patch dropout 0.5, trimmed", 1 / 4, trim=True, dropout=0.5),
     Variant("ARF, A = B, every 4, trimmed", 1, trim=True, every=4),
 )
 
@@ -55,6 +57,7 @@ def main() -> int:
     if len(args.batch_size) != len(args.models):
         flags.error(f"{len(args.models)} --models and {len(args.batch_size)} numbers of --batch-size")
     facts: dict[str, object] = {"threads": args.threads}
+    data: dict[str, dict[str, object]] = {}
     for model, size in zip(args.models, args.batch_size, strict=True):
         facts[f"{model}: batch"] = f"B = {size}"
         steps = build_steps(StepBench(model, size, args.device))
@@ -65,18 +68,17 @@ def main() -> int:
             taken[variant.name] = [value / variant.every for value in taken[variant.name]]
         seconds |= {f"{model}: {name}": values for name, values in taken.items()}
         ratio = {name: paired_ratio(values, taken["plain"]) for name, values in taken.items()}
+        cost = {each.name: (ratio[each.name], gflops[each.name] / gflops["plain"]) for each in VARIANTS[1:]}
+        data[model] = {"batch size": size, "time and FLOPs, x plain": cost}
         for variant in VARIANTS[1:]:
-            flops_ratio = gflops[variant.name] / gflops["plain"]
-            name = f"{model}: {variant.name}"
-            facts[name] = f"{ratio[variant.name]:.3f} x plain, FLOPs {flops_ratio:.3f} x"
-            bars.append(
-                Bar(f"{name} / plain, in units of the FLOPs ratio", ratio[variant.name] / flops_ratio, 1.05)
-            )
+            name, (time, flops) = f"{model}: {variant.name}", cost[variant.name]
+            facts[name] = f"{time:.3f} x plain, FLOPs {flops:.3f} x"
+            bars.append(Bar(f"{name} / plain, in units of the FLOPs ratio", time / flops, 1.05))
             if variant.bound is not None:
-                bars.append(Bar(f"{name} / plain", ratio[variant.name], variant.bound))
+                bars.append(Bar(f"{name} / plain", time, variant.bound))
         speedup = paired_ratio(taken["three forwards"], taken["ARF, A = B"])
         bars.append(Bar(f"{model}: three forwards / ARF, A = B", speedup, 1.25, at_most=False))
-    return report("step: one optimizer step", seconds, bars, args.json, **facts)
+    return report("step: one optimizer step", seconds, bars, args.json, data, **facts)
 
 
 def build_steps(bench: StepBench) -> dict[str, Callable[[], None]]:

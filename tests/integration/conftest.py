@@ -1,3 +1,21 @@
 """Fixtures of the tests that run whole commands."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 from support.building_fixtures import arf, inputs  # noqa: F401 - pytest finds fixtures here
+
+
+@pytest.fixture
+def start(tmp_path: Path, model_configs: Path) -> Path:
+    """Starting weights as a checkpoint."""
+    import open_clip
+    import torch
+
+    open_clip.add_model_config(model_configs)
+    torch.manual_seed(3)
+    path = tmp_path / "start.pt"
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
+    return path

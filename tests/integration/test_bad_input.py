@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import data
+from support.tars import write_tar
 
 
 class Inputs:
@@ -37,9 +38,7 @@ class Inputs:
             members = {member.name: tar.extractfile(member).read() for member in tar}
         for extension, content in changes.items():
             members[f"000000.{extension}"] = content
-        data.write_tar(
-            self.pairs, {name: content for name, content in members.items() if content is not None}
-        )
+        write_tar(self.pairs, {name: content for name, content in members.items() if content is not None})
 
 
 def no_anchors(inputs):
@@ -101,7 +100,7 @@ def truncated_tar(inputs):
 
 
 def path_escape(inputs):
-    data.write_tar(inputs.pairs, {"../../evil.png": data.image(1), "../../evil.txt": b"x"})
+    write_tar(inputs.pairs, {"../../evil.png": data.image(1), "../../evil.txt": b"x"})
     return "a member whose name leaves the folder: '../../evil.png'"
 
 
@@ -283,7 +282,7 @@ def test_an_unreadable_task_image_needs_no_caption(tmp_path, train, task, anchor
     with tarfile.open(shard) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     members["000011.png"] = members["000011.png"][:200]
-    data.write_tar(shard, members)
+    write_tar(shard, members)
     flags = ["--train-data", inputs.train_data, "--train-num-samples", 32, "--arf-anchors", inputs.anchors]
     run = train.forked(*flags)
     assert "1 of 32 task images are unreadable and will be skipped, first: task-0001/000011" in run.output

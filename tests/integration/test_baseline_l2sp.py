@@ -13,18 +13,6 @@ from arf_plugin.errors import FlagError
 WEIGHT = 0.7
 
 
-@pytest.fixture
-def start(tmp_path, model_configs):
-    """Starting weights as a checkpoint."""
-    import open_clip
-
-    open_clip.add_model_config(model_configs)
-    torch.manual_seed(3)
-    path = tmp_path / "start.pt"
-    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("nproc", "accum_freq"), [(1, 1), (1, 2), (2, 1)], ids=["plain", "accumulation", "two-processes"]
 )

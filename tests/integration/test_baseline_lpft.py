@@ -12,6 +12,7 @@ import pytest
 import torch
 from packaging.version import Version
 from support import data, reference, releases
+from support.tars import write_tar
 from torch.nn import functional
 
 from arf_plugin.errors import FlagError
@@ -19,16 +20,6 @@ from arf_plugin.evaluation.checkpoints import read_weights, write_weights
 from arf_plugin.evaluation.head import Head, names_digest, split_head
 
 IMAGES = 16
-
-
-@pytest.fixture
-def start(tmp_path, model_configs):
-    """Starting weights as a checkpoint."""
-    open_clip.add_model_config(model_configs)
-    torch.manual_seed(3)
-    path = tmp_path / "start.pt"
-    torch.save(open_clip.create_model("tiny-vit").state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -120,7 +111,7 @@ def test_the_head_needs_its_own_classes_and_a_class_for_every_sample(tmp_path, t
     flags = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]
     names = tmp_path / "names.txt"
     names.write_text("\n".join(data.CLASSNAMES[::-1]))
-    bare = data.write_tar(tmp_path / "bare.tar", {"0.png": data.image(0), "0.txt": b"a text"})
+    bare = write_tar(tmp_path / "bare.tar", {"0.png": data.image(0), "0.txt": b"a text"})
     for broken, message in (
         (["--arf-head", probe, "--arf-classnames", names], "was made for other classes (4 of them)"),
         (["--arf-head", start, "--arf-classnames", task.classnames], "has no head among its weights"),
@@ -222,7 +213,7 @@ def test_arf_probe_names_samples_without_a_class(tmp_path, run_arf, model_config
     monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
     monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "shim"))
-    bare = data.write_tar(tmp_path / "bare.tar", {"7.png": data.image(0), "7.txt": b"a text"})
+    bare = write_tar(tmp_path / "bare.tar", {"7.png": data.image(0), "7.txt": b"a text"})
     argv = ["probe", "--task-data", bare, "--classnames", task.classnames, "--model", "tiny-vit"]
     done = run_arf(*argv, "--pretrained", start, "--out", tmp_path / "probe.pt", check=False)
     assert done.returncode == 1 and "Sample bare/7 has no 'cls'" in done.stderr

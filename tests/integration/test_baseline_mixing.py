@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from support import data, reference
+from support.tars import write_tar
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def broken(folder, task, change):
         if identity.startswith("task-0000/"):
             key = identity.partition("/")[2]
             members.update({f"{key}.{ext}": content for ext, content in change(key, files).items()})
-    data.write_tar(folder / "task-0000.tar", members)
+    write_tar(folder / "task-0000.tar", members)
     return ["--train-data", f"{folder}/task-{{0000..0003}}.tar", "--train-num-samples", 32]
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.building import folder_bytes, write_pool, write_tar, write_task
+from support.building import folder_bytes, write_pool, write_task
 from support.building_fixtures import Inputs
+from support.tars import write_tar
 
 from arf_plugin.pipeline.embeddings import Embeddings
 

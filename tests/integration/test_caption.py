@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_git, write_tar
+from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_git
 from support.building_fixtures import Inputs
+from support.tars import write_tar
 
 from arf_plugin.pipeline.captioner import Captioner, captioner_identity
 from arf_plugin.pipeline.generation import Generation

@@ -10,7 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.building import drawing, write_tar, write_task
+from support.building import drawing, write_task
+from support.tars import write_tar
 
 from arf_plugin.anchors.check import check_captions, check_pairs
 

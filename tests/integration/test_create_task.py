@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import data, releases
 from support.resuming import assert_same_end, run_with_kills
+from support.tars import write_tar
 from support.trainer import TERMS, batches, logged
 
 from arf_plugin.hooks.versions import trains_tasks
@@ -141,7 +142,7 @@ def test_samples_without_text_are_dropped_in_order(train, tmp_path):
     members = {}
     for number in range(4):
         members |= {f"{number}.png": data.image(700 + number), f"{number}.txt": b" ", f"{number}.cls": b"0"}
-    data.write_tar(task.folder / "task-0001.tar", members)
+    write_tar(task.folder / "task-0001.tar", members)
     seen = []
     for name, more in (("plain", []), ("ordered", ["--arf-deterministic"])):
         record = tmp_path / name

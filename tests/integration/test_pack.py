@@ -13,37 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
-from support.building import describe, drawing, folder_bytes, unit_vectors, write_pool, write_tar
-from support.building_fixtures import Inputs
+from support.building import describe, drawing, folder_bytes, unit_vectors
+from support.building_fixtures import Inputs, retrieve_pairs
+from support.tars import write_tar
 from test_embed import write_embeddings
 
 
 @pytest.fixture
 def retrieved(arf, inputs: Inputs, tmp_path: Path) -> Path:
     """Hits in a pool that the test may change."""
-    write_pool(tmp_path / "pool")
-    arf("embed", "--task-data", inputs.task, "--model", inputs.clip, "--out", tmp_path / "E/task")
-    arf(
-        "embed",
-        "--pool",
-        f"{tmp_path}/pool/pool-{{00..03}}.tar",
-        "--model",
-        inputs.clip,
-        "--out",
-        tmp_path / "E/pool",
-    )
-    arf(
-        "retrieve",
-        "--queries",
-        tmp_path / "E/task",
-        "--pool",
-        tmp_path / "E/pool",
-        "--k",
-        3,
-        "--out",
-        tmp_path / "H",
-    )
-    return tmp_path / "H"
+    return retrieve_pairs(arf, inputs, tmp_path, k=3)
 
 
 def samples_of(anchors: Path) -> list[dict]:

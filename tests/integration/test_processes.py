@@ -7,28 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.building import drawing, folder_bytes, write_pool, write_tar
-from support.building_fixtures import Inputs
+from support.building import drawing, folder_bytes
+from support.building_fixtures import Inputs, retrieve_pairs
+from support.tars import write_tar
 
 
 @pytest.fixture
 def hits(arf, inputs: Inputs, tmp_path: Path) -> Path:
     """Retrieved pairs from a pool that the test may change; packing is the stage that starts fastest."""
-    pool = write_pool(tmp_path / "pool")
-    for flag, data, name in (("--task-data", inputs.task, "task"), ("--pool", pool, "pool")):
-        arf("embed", flag, data, "--model", inputs.clip, "--out", tmp_path / "E" / name)
-    arf(
-        "retrieve",
-        "--queries",
-        tmp_path / "E/task",
-        "--pool",
-        tmp_path / "E/pool",
-        "--k",
-        48,
-        "--out",
-        tmp_path / "H",
-    )
-    return tmp_path / "H"
+    return retrieve_pairs(arf, inputs, tmp_path, k=48)
 
 
 def test_three_processes_give_the_bytes_of_one(arf, hits: Path, tmp_path: Path):

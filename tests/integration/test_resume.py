@@ -18,6 +18,7 @@ from support.resuming import (
     run_with_kills,
     steps,
 )
+from support.tars import write_tar
 from support.trainer import Trainer
 
 from arf_plugin.errors import FlagError
@@ -39,7 +40,7 @@ def uneven(tmp_path_factory) -> data.Task:
             f"90001{number}.cls": b"2",
             f"90001{number}.txt": f"an own text number 60{number}".encode(),
         }
-    data.write_tar(folder / "task-0004.tar", members)
+    write_tar(folder / "task-0004.tar", members)
     task.samples |= {f"task-0004/{key}": (0, 0) for key in ("900000", "900010", "900011", "900012")}
     task.shards = 5
     return task

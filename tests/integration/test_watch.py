@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import building, data, evaluation, loggers, releases
 from support.loggers import TENSORBOARD, WANDB
+from support.tars import write_tar
 
 from arf_plugin.errors import FlagError
 from arf_plugin.hooks.versions import trains_tasks
@@ -254,7 +255,7 @@ def test_a_set_that_cannot_be_watched_stops_before_the_first_step(
         expected = "expected a number from 0 to 2"
     elif broken == "image":
         members = [("0.jpg", building.drawing(0)[:300]), ("0.cls", b"0")]
-        building.write_tar(held_out / "test" / "1.tar", members)
+        write_tar(held_out / "test" / "1.tar", members)
         expected = "sample 0: the image"
     else:
         folders, expected = (

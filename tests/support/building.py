@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from support.tars import write_tar
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("circle", "square", "cross")
@@ -37,16 +38,6 @@ def drawing(index: int, kind: str = "JPEG", size: int = 32) -> bytes:
 
 def describe(index: int) -> str:
     return f"a {COLOURS[index % len(COLOURS)]} {SHAPES[index % len(SHAPES)]}"
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def write_task(folder: Path, shards: int = 3, per_shard: int = 7) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,17 @@ def arf(capsys: pytest.CaptureFixture[str]):
         return out, err
 
     return run
+
+
+def retrieve_pairs(arf: Callable[..., object], inputs: Inputs, folder: Path, k: int) -> Path:
+    """Retrieves pairs from a pool of the test's own, which it may change: FOLDER/pool.
+
+    Returns:
+        The folder of hits and pairs, FOLDER/H.
+    """
+    pool = building.write_pool(folder / "pool")
+    for flag, data, name in (("--task-data", inputs.task, "task"), ("--pool", pool, "pool")):
+        arf("embed", flag, data, "--model", inputs.clip, "--out", folder / "E" / name)
+    out = folder / "H"
+    arf("retrieve", "--queries", folder / "E/task", "--pool", folder / "E/pool", "--k", k, "--out", out)
+    return out

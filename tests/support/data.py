@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from support.tars import write_tar
 
 CLASSNAMES = ["cat", "dog", "tree", "house"]
 
@@ -52,17 +53,6 @@ def image(seed: int, size: int = 32, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise).resize((size, size), Image.BICUBIC).save(buffer, format)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Mapping[str, bytes]) -> Path:
-    """Writes a tar of the given members, in order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 @dataclasses.dataclass

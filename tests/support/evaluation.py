@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from support import building
+from support.tars import write_tar
 
 NAMES = [f"{colour} thing" for colour in building.COLOURS]
 TEMPLATES = ["a drawing of a {c}.", "this is a {c}"]
@@ -57,7 +58,7 @@ def write_set(
         members = []
         for n in range(per * shard, per * (shard + 1)):
             members += [(f"{n:04d}.jpg", building.drawing(n)), (f"{n:04d}.cls", str(n % 6).encode())]
-        building.write_tar(root / split / f"{shard}.tar", members)
+        write_tar(root / split / f"{shard}.tar", members)
     (root / split / "nshards.txt").write_text(f"{shards}\n")
     write_texts(root, names)
     return root

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from support import building, data
+from support.tars import write_tar
 
 CLASSES = [f"{colour} {shape}" for colour, shape in zip(building.COLOURS, building.SHAPES * 2, strict=True)]
 
@@ -78,7 +79,7 @@ def write_world(folder: Path) -> World:
             members = []
             for n in range(first, first + 12):
                 members += [(f"{n}.jpg", building.drawing(n)), (f"{n}.cls", str(n % 6).encode())]
-            building.write_tar(root / "test" / "0.tar", members)
+            write_tar(root / "test" / "0.tar", members)
             (root / "test" / "nshards.txt").write_text("1\n")
             (root / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
             (root / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}.\n")

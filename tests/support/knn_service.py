@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.building import describe, drawing, write_tar
+from support.building import describe, drawing
 from support.building_fixtures import Inputs
+from support.tars import write_tar
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "knn_service.sh"
 START = 120  # seconds

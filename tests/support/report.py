@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from support import building, data, grids
+from support import data, grids
+from support.tars import write_tar
 from support.trainer import Trainer
 
 SUITE = """\
@@ -133,7 +134,7 @@ def write_pair_shards(anchors: Path, pairs: list[dict], per_shard: int = 5) -> N
                 (f"{number:09d}.txt", pair.get("text", f"pair {number}").encode()),
                 (f"{number:09d}.json", json.dumps(record).encode()),
             ]
-        building.write_tar(anchors / "pairs" / f"{first // per_shard:06d}.tar", members)
+        write_tar(anchors / "pairs" / f"{first // per_shard:06d}.tar", members)
 
 
 def train_grid(folder: Path, world: grids.World, train: Trainer, seeds: tuple[int, ...] = (0, 1)) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.tars import write_tar
 from webdataset.tariterators import base_plus_ext
 
 from arf_plugin.anchors.headers import _plain, walk_headers
@@ -20,15 +21,6 @@ def image_bytes(kind: str = "JPEG", size: int = 32) -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise((size, size), 60).convert("RGB").save(buffer, kind)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture

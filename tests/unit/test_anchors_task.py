@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from support.building import drawing, write_tar, write_task
+from support.building import drawing, write_task
+from support.tars import write_tar
 
 from arf_plugin.anchors import scan as scan_module
 from arf_plugin.anchors.task import expand_urls, is_csv, scan_task_ids

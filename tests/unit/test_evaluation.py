@@ -19,6 +19,7 @@ from support.evaluation import (
     write_folders,
     write_set,
 )
+from support.tars import write_tar
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import run
@@ -215,7 +216,7 @@ def test_an_incomplete_set_is_warned_of_and_recorded(clip, paths, sets):
 def test_an_unreadable_image_is_named(clip, paths, tmp_path, workers):
     root = write_set(tmp_path / "shapes")
     members = [("a.jpg", building.drawing(0)[:200]), ("a.cls", b"1")]
-    building.write_tar(root / "test" / "1.tar", members)
+    write_tar(root / "test" / "1.tar", members)
     with pytest.raises(EvaluationError, match=r"1\.tar, sample a: the image cannot be decoded") as error:
         evaluate(paths[:1], clip, find_sets(root), workers=workers)
     assert "Traceback" not in str(error.value)

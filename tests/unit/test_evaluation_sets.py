@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from support import building
 from support.evaluation import NAMES, TEMPLATES, write_folders, write_set, write_texts
+from support.tars import write_tar
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.sets import find_sets, open_folders, open_list, open_webdataset
@@ -273,7 +274,7 @@ def test_a_malformed_set_is_named(images, name, content, message):
 
 def test_a_set_without_images(images):
     for shard in range(2):
-        building.write_tar(images / "test" / f"{shard}.tar", [])
+        write_tar(images / "test" / f"{shard}.tar", [])
     with pytest.raises(EvaluationError, match=r"set 'shapes' at .* has no images"):
         find_sets(images)
 
@@ -298,7 +299,7 @@ def test_class_numbers_that_classnames_do_not_count(images):
     ],
 )
 def test_a_bad_sample_is_named(images, members, message):
-    building.write_tar(images / "test" / "1.tar", members)
+    write_tar(images / "test" / "1.tar", members)
     with pytest.raises(EvaluationError, match=message) as error:
         find_sets(images)
     assert "1.tar" in str(error.value)
@@ -308,7 +309,7 @@ def test_a_pickle_in_a_tar_is_left_alone(images):
     """CLIP_benchmark's decoder unpickles members of this kind."""
     evil = b"cos\nmkdir\n(S'" + str(images / "made").encode() + b"'\ntR."
     members = [("a.jpg", building.drawing(0)), ("a.cls", b"1"), ("a.pyd", evil), ("a.pickle", evil)]
-    building.write_tar(images / "test" / "1.tar", members)
+    write_tar(images / "test" / "1.tar", members)
     [found] = find_sets(images)
     assert found.samples[9][1] == 1
     assert not (images / "made").exists()

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from support import data
+from support.tars import write_tar
 
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.epoch import SharedEpoch
@@ -83,7 +84,7 @@ def test_more_consumers_than_shards_are_refused(shards):
 
 
 def test_an_undecodable_pair_is_skipped_as_open_clip_does(tmp_path, shards, caplog):
-    data.write_tar(
+    write_tar(
         tmp_path / "pairs" / "0.tar",
         {
             **{"bad.png": b"\x89PNG\r\n\x1a\n damaged inside", "bad.txt": b"number 7"},

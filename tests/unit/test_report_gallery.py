@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from support import data
-from support.building import write_tar
 from support.report import HOSTILE, write_pair_shards
+from support.tars import write_tar
 
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.report.gallery import build_gallery, place_in_hash_order
