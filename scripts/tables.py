@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,19 +127,20 @@ def _frontier(grid: str) -> str:
     found = json.loads(path.read_text())
     rows = []
     for arm in by_cost(found):
-        mean, std, chosen = arm["mean"], arm["std"], arm["arm"] == found["recommended"]
+        mean, std, chosen = arm["mean"], arm["std"], arm["arm"] == found["chosen"]
         rows.append(
             [
-                f"**{arm['label']}** (recommended)" if chosen else arm["label"],
+                f"**{arm['label']}** (chosen)" if chosen else arm["label"],
                 f"{arm['cost']['median']:.2f}" if arm["cost"] else "",
                 *(
                     f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std and arm["cost"] else "")
                     for name in found["metrics"]
                 ),
+                f"{statistics.fmean(arm['validation'].values()):.1f}",
             ]
         )
     picture = f"![Accuracy against the cost of a step](figures/{grid}.png)"
-    return f"{_table(['%', 'cost', *found['metrics']], rows)}\n\n{picture}"
+    return f"{_table(['%', 'cost', *found['metrics'], 'validation'], rows)}\n\n{picture}"
 
 
 def step() -> str:

@@ -2,7 +2,7 @@
 
     python scripts/emojinet/frontier.py runs/ablation/frontier --write docs/figures
 
-The recommended arm is chosen on the validation sets: the cheapest one whose mean over ID, shift, mono and zero-shot is
+One arm is chosen on the validation sets: the cheapest one whose mean over ID, shift, mono and zero-shot is
 no further below that of ARF with A = B than this varies over the seeds. Test figures are told, and decide nothing.
 
 Writes GRID/frontier.json and frontier.png; --write copies them into a folder as emojinet-frontier[-...].json and .png,
@@ -24,7 +24,8 @@ if __name__ == "__main__":
 
 from emojinet.files import read_json, replacing, write_json
 
-METRICS = ("ID", "shift", "mono", "zero-shot")
+CHOSEN_BY = ("ID", "shift", "mono", "zero-shot")
+METRICS = (*CHOSEN_BY, "zero-shot fine")
 FULL = "arf"  # the arm that the others are measured by
 
 
@@ -33,7 +34,7 @@ def summarize(folder: Path, cost: Mapping[str, Mapping[str, float]]) -> dict[str
 
     Returns:
         ``arms``: name, label, cost, mean, std and per_seed (test, percent), and ``validation``, the mean over the four
-        averages by seed. ``recommended``: the arm that validation chose.
+        averages by seed. ``chosen``: the arm that validation chose.
     """
     grid, results = read_json(folder / "grid.json"), read_json(folder / "results.json")
     validation = validation_means(folder, grid)
@@ -48,7 +49,7 @@ def summarize(folder: Path, cost: Mapping[str, Mapping[str, float]]) -> dict[str
         "seeds": results["seeds"],
         "metrics": list(METRICS),
         "arms": arms,
-        "recommended": recommend(arms),
+        "chosen": choose(arms),
     }
 
 
@@ -65,11 +66,11 @@ def validation_means(folder: Path, grid: Mapping[str, Any]) -> dict[str, dict[st
     for checkpoint, rows in grouped.items():
         arm, _, seed = Path(checkpoint).parent.name.rpartition("-")
         averages = average(suite, by_set(rows))
-        found.setdefault(arm, {})[seed] = round(statistics.fmean(averages[name] for name in METRICS), 3)
+        found.setdefault(arm, {})[seed] = round(statistics.fmean(averages[name] for name in CHOSEN_BY), 3)
     return found
 
 
-def recommend(arms: Sequence[Mapping[str, Any]]) -> str | None:
+def choose(arms: Sequence[Mapping[str, Any]]) -> str | None:
     """The cheapest arm with anchors that validation cannot tell from ARF with A = B; None before there are figures."""
     full = next((arm for arm in arms if arm["arm"] == FULL), None)
     if full is None or not full["validation"]:
@@ -94,13 +95,13 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(METRICS), figsize=(13, 4), dpi=150, sharex=True)
+    figure, panels = plt.subplots(1, len(METRICS), figsize=(15, 4), dpi=150, sharex=True)
     for axes, metric in zip(panels, METRICS, strict=True):
         for number, arm in enumerate(result["arms"]):
             if arm["cost"] is None:
                 axes.axhline(arm["mean"][metric], color="#9aa0a6", lw=0.8, ls=":", label=arm["label"])
                 continue
-            chosen = arm["arm"] == result["recommended"]
+            chosen = arm["arm"] == result["chosen"]
             axes.errorbar(
                 arm["cost"]["median"],
                 arm["mean"][metric],
@@ -111,7 +112,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
                 mfc=None if number < 10 else "white",
                 lw=0.9,
                 capsize=2,
-                label=arm["label"] + (" (recommended)" if chosen else ""),
+                label=arm["label"] + (" (chosen)" if chosen else ""),
             )
         axes.set_title(metric)
         axes.set_xlabel("step, times a plain one")
@@ -129,14 +130,14 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 def table(result: Mapping[str, Any]) -> str:
     """The figures as text, cheapest first."""
-    lines = [f"{'':<32}{'cost':>7}" + "".join(f"{name:>14}" for name in METRICS) + f"{'validation':>12}"]
+    lines = [f"{'':<32}{'cost':>7}" + "".join(f"{name:>16}" for name in METRICS) + f"{'validation':>12}"]
     for arm in by_cost(result):
         mean, std, means = arm["mean"], arm["std"], list(arm["validation"].values())
         cells = [f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std else "") for name in METRICS]
         cost = f"{arm['cost']['median']:.2f}" if arm["cost"] else ""
-        line = f"{arm['label']:<32}{cost:>7}" + "".join(f"{cell:>14}" for cell in cells)
+        line = f"{arm['label']:<32}{cost:>7}" + "".join(f"{cell:>16}" for cell in cells)
         line += f"{statistics.fmean(means):12.1f}" if means else ""
-        lines.append(line + (" <- recommended" if arm["arm"] == result["recommended"] else ""))
+        lines.append(line + (" <- chosen" if arm["arm"] == result["chosen"] else ""))
     return "\n".join(lines)
 
 

@@ -40,18 +40,18 @@ ARMS = [
 ]
 
 
-def test_the_cheapest_arm_that_validation_cannot_tell_from_the_full_one_is_recommended():
+def test_the_cheapest_arm_that_validation_cannot_tell_from_the_full_one_is_chosen():
     """Neither FLYP, however good it is, nor the arm with the best test figures."""
-    assert frontier.recommend(ARMS) == "a4"
-    assert frontier.recommend([entry for entry in ARMS if entry["arm"] != "a4"]) == "arf"
-    assert frontier.recommend([entry for entry in ARMS if entry["arm"] != "arf"]) is None
+    assert frontier.choose(ARMS) == "a4"
+    assert frontier.choose([entry for entry in ARMS if entry["arm"] != "a4"]) == "arf"
+    assert frontier.choose([entry for entry in ARMS if entry["arm"] != "arf"]) is None
 
 
 def test_table_and_picture(tmp_path):
-    result = {"metrics": list(frontier.METRICS), "arms": ARMS, "recommended": "a4"}
+    result = {"metrics": list(frontier.METRICS), "arms": ARMS, "chosen": "a4"}
     lines = frontier.table(result).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["BEFORE", "FLYP", "EVERY4", "A4", "ARF"]
-    assert lines[4].endswith("<- recommended") and "10.0 ± 0.5" in lines[4] and " 1.20" in lines[4]
+    assert lines[4].endswith("<- chosen") and "10.0 ± 0.5" in lines[4] and " 1.20" in lines[4]
     frontier.plot(result, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
 
