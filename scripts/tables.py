@@ -11,13 +11,12 @@ from __future__ import annotations
 import collections
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emojinet.frontier import by_cost
+from emojinet.frontier import by_cost, cells
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
 from versions.features import FEATURES
@@ -30,8 +29,8 @@ from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md", ROOT / "docs" / "versions.md")
-RESULTS = ROOT / "docs" / "figures" / "emojinet.json"  # runs/quickstart/results.json of a clean clone
-GRID = ROOT / "docs" / "figures" / "emojinet-grid.json"  # runs/ablation/main/results.json
+RESULTS = "emojinet"  # runs/quickstart/results.json of a clean clone
+GRID = "emojinet-grid"  # runs/ablation/main/results.json
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
 
 
@@ -60,7 +59,7 @@ def hooks() -> str:
 
 def results() -> str:
     """The quickstart's figures: mean and sample standard deviation over seeds, and every seed."""
-    found = json.loads(RESULTS.read_text())
+    found = _figures(RESULTS)
     mean, deviation = found["arms"], found["std"]
     rows = [
         [
@@ -77,7 +76,7 @@ def results() -> str:
 
 def seeds() -> str:
     """The same, FLYP and ARF seed by seed."""
-    found = json.loads(RESULTS.read_text())
+    found = _figures(RESULTS)
     flyp, arf = found["per_seed"]["flyp"], found["per_seed"]["arf"]
     each = [
         [f"seed {seed}", *(f"{flyp[seed][column]:.1f} → {arf[seed][column]:.1f}" for column in COLUMNS)]
@@ -104,7 +103,7 @@ def grid_wise() -> str:
 
 def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     """Some rows of the grid's figures, columns in the suite's order (the file is sorted by name)."""
-    found = json.loads(GRID.read_text())
+    found = _figures(GRID)
     columns = load_suite(found["suite"]).averages
     chosen = [{**row, "mean": {name: row["mean"][name] for name in columns}} for row in rows(found)]
     return as_markdown({**found, "rows": chosen}).rstrip()
@@ -121,24 +120,11 @@ def frontier_vit() -> str:
 
 
 def _frontier(grid: str) -> str:
-    path = ROOT / "docs" / "figures" / f"{grid}.json"
-    if not path.is_file():
-        return f"*Not run yet: `scripts/emojinet/ablate.sh {grid.removeprefix('emojinet-')}`.*"
-    found = json.loads(path.read_text())
+    found = _figures(grid)
     rows = []
     for arm in by_cost(found):
-        mean, std, chosen = arm["mean"], arm["std"], arm["arm"] == found["chosen"]
-        rows.append(
-            [
-                f"**{arm['label']}** (chosen)" if chosen else arm["label"],
-                f"{arm['cost']['median']:.2f}" if arm["cost"] else "",
-                *(
-                    f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std and arm["cost"] else "")
-                    for name in found["metrics"]
-                ),
-                f"{statistics.fmean(arm['validation'].values()):.1f}",
-            ]
-        )
+        label = f"**{arm['label']}** (chosen)" if arm["arm"] == found["chosen"] else arm["label"]
+        rows.append([label, *cells(arm)])
     picture = f"![Accuracy against the cost of a step](figures/{grid}.png)"
     return f"{_table(['%', 'cost', *found['metrics'], 'validation'], rows)}\n\n{picture}"
 
@@ -169,7 +155,7 @@ def memory() -> str:
 
 
 def _figures(name: str) -> dict[str, Any]:
-    """What a script of scripts/bench/ wrote for README.md."""
+    """Figures that a script wrote for the documentation."""
     found: dict[str, Any] = json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())
     return found
 

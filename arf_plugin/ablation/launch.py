@@ -55,6 +55,14 @@ def trainer(processes: int = 1) -> list[str]:
     return [*torchrun, "--nproc_per_node", str(processes), "-m", "--", "open_clip_train.main"]
 
 
+def cpu_threads(count: int) -> dict[str, str]:
+    """Environment of a process with that many CPU threads; it must be set before torch is loaded.
+
+    Threads that wait do not spin in it: those that do slow down training wherever other programs run, too.
+    """
+    return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive"}
+
+
 def parse_step(line: bytes) -> Step | None:
     """Reads a line of the trainer's log; None for lines that do not tell progress."""
     match = _STEP.search(line.rstrip())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from arf_plugin.ablation.launch import is_stopping, stop_all
+from arf_plugin.ablation.launch import cpu_threads, is_stopping, stop_all
 from arf_plugin.ablation.plan import Run
 from arf_plugin.ablation.progress import Board
 from arf_plugin.ablation.runs import execute, is_finished
@@ -64,10 +64,7 @@ def places(jobs: int | None, processes: int, on_cpu: bool) -> Places:
     cores = len(os.sched_getaffinity(0))
     count = jobs if jobs is not None else max(1, cores // processes)
     threads = max(1, cores // (count * processes))
-    # Threads that wait must not spin, or training crawls where other programs run too.
-    return Places(
-        tuple({"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"} for _ in range(count))
-    )
+    return Places(tuple(cpu_threads(threads) for _ in range(count)))
 
 
 def run_all(runs: Sequence[Run], where: Places, title: str) -> dict[str, str]:

@@ -55,9 +55,8 @@ def measure(args: argparse.Namespace, folder: Path) -> int:
     checkpoints, content = build_checkpoints(args, folder)
     plain = folder / "plain.pt"
 
-    def bare() -> (
-        None
-    ):  # into new blocks of the disk, as a step checkpoint is; the file before it goes afterwards
+    def bare() -> None:
+        # Into new blocks of the disk, as a step checkpoint is; the file before it goes afterwards.
         new = plain.with_suffix(".new")
         with new.open("wb") as stream:
             torch.save(content, stream)

@@ -104,14 +104,13 @@ class StepBench:
         self.texts = [self._texts(length) for length in lengths]
         self.arguments = functools.partial(
             training_arguments,
-            **{
-                "device": device,
-                "rank": rank,
-                "world_size": world_size,
-                "batch_size": batch_size,
-                "model": name,
-            },
-            **{"local_loss": local_loss, "gather_with_grad": local_loss},
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+            model=name,
+            local_loss=local_loss,
+            gather_with_grad=local_loss,
         )
 
     def step(self, variant: Variant) -> Callable[[], None]:

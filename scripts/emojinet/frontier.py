@@ -128,16 +128,23 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def cells(arm: Mapping[str, Any]) -> list[str]:
+    """An arm's figures for a table: cost, the averages of the test sets, and the mean of validation."""
+    mean, std, means = arm["mean"], arm["std"], arm["validation"].values()
+    return [
+        f"{arm['cost']['median']:.2f}" if arm["cost"] else "",
+        *(f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std else "") for name in METRICS),
+        f"{statistics.fmean(means):.1f}" if means else "",
+    ]
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The figures as text, cheapest first."""
     lines = [f"{'':<32}{'cost':>7}" + "".join(f"{name:>16}" for name in METRICS) + f"{'validation':>12}"]
     for arm in by_cost(result):
-        mean, std, means = arm["mean"], arm["std"], list(arm["validation"].values())
-        cells = [f"{mean[name]:.1f}" + (f" ± {std[name]:.1f}" if std else "") for name in METRICS]
-        cost = f"{arm['cost']['median']:.2f}" if arm["cost"] else ""
-        line = f"{arm['label']:<32}{cost:>7}" + "".join(f"{cell:>16}" for cell in cells)
-        line += f"{statistics.fmean(means):12.1f}" if means else ""
-        lines.append(line + (" <- chosen" if arm["arm"] == result["chosen"] else ""))
+        cost, *averages, validation = cells(arm)
+        line = f"{arm['label']:<32}{cost:>7}" + "".join(f"{each:>16}" for each in averages)
+        lines.append(f"{line}{validation:>12}" + (" <- chosen" if arm["arm"] == result["chosen"] else ""))
     return "\n".join(lines)
 
 

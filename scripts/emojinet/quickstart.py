@@ -18,12 +18,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arf_plugin.ablation.launch import cpu_threads
 from emojinet import captioner, report
 from emojinet.build import build
 from emojinet.download import DownloadError
 from emojinet.files import Stage, read_json
-from emojinet.recipe import FAST, FULL, Recipe
-from emojinet.trainer import Run, TrainingError, call, cpu_threads, model_folder, stop_all, train
+from emojinet.recipe import FAST, FULL, THREADS, Recipe
+from emojinet.trainer import Run, TrainingError, call, model_folder, stop_all, train
 
 
 class Quickstart:
@@ -207,7 +208,7 @@ def main() -> int:
         help="evaluate on the validation sets, for choosing hyper-parameters; results go to OUT/validation",
     )
     args = parser.parse_args()
-    os.environ.update(cpu_threads())  # of the captioner's training, which is in this process
+    os.environ.update(cpu_threads(THREADS))  # of the captioner's training, which is in this process
     signal.signal(signal.SIGTERM, lambda *_: (stop_all(), sys.exit(143)))
     suffix = "-fast" if args.fast else ""
     quickstart = Quickstart(

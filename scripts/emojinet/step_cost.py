@@ -21,8 +21,8 @@ from typing import Any
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(here), str(here / "bench")]
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from arf_plugin.ablation.launch import cpu_threads
 from emojinet.files import read_json, write_json
 
 PLAIN = "plain"
@@ -38,7 +38,6 @@ def costs(grid: Mapping[str, Any], rounds: int) -> dict[str, dict[str, float]]:
     Returns:
         Arm -> median, least and largest ratio of its step's time to the plain step's of the same round.
     """
-    import torch
     from common import interleave
     from variants import StepBench, Variant
 
@@ -47,7 +46,6 @@ def costs(grid: Mapping[str, Any], rounds: int) -> dict[str, dict[str, float]]:
     arms = [arm for arm in grid["arms"] if arm["kind"] != "before"]
     batch_size = int(arms[0]["flags"]["batch-size"])
     logging.disable(logging.INFO)
-    torch.set_num_threads(1)  # as the grid's runs have it: several side by side
     bench = StepBench(grid["model"], batch_size, lengths=longest_texts(grid, batch_size))
     freeze_batch_norm(bench.core)
     variants = {PLAIN: Variant(PLAIN)}
@@ -123,6 +121,7 @@ def main() -> int:
     args = parser.parse_args()
     if not (args.grid / "grid.json").is_file():
         parser.error(f"{args.grid} has no grid.json; run scripts/emojinet/ablate.sh {args.grid.name} first")
+    os.environ.update(cpu_threads(1))  # as the grid's runs have it: several side by side
     found = costs(read_json(args.grid / "grid.json"), args.rounds)
     write_json(args.grid / "cost.json", found)
     for name, cost in sorted(found.items(), key=lambda item: item[1]["median"]):

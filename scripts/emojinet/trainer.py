@@ -69,14 +69,6 @@ class Run:
         ]
 
 
-def cpu_threads(count: int = THREADS) -> dict[str, str]:
-    """Environment of a process with that many CPU threads, which do not spin while they wait.
-
-    It must be set before torch is loaded. Threads that spin slow down training wherever other programs run, too.
-    """
-    return {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "passive"}
-
-
 def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Path:
     """Trains, unless the run is finished; a run that was killed goes on after its last full epoch.
 
@@ -111,7 +103,7 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
             launch.remove_torn_checkpoints(run.checkpoint.parent)
             return not run.checkpoint.is_file()
 
-        status = launch.run_logged(run.command(), log, follow, cpu_threads(threads), left)
+        status = launch.run_logged(run.command(), log, follow, launch.cpu_threads(threads), left)
     if status or not run.checkpoint.is_file():
         raise TrainingError(f"{title} failed ({status}); the end of {log}:\n{launch.last_lines(log)}")
     strip(run.checkpoint, run.weights, run.folder.name)
@@ -148,6 +140,6 @@ def call(command: Sequence[str]) -> None:
     """Runs another command of this environment, its output on the terminal."""
     print("+ " + shlex.join(command), flush=True)
     argv = [str(Path(sys.executable).parent / command[0]), *command[1:]]
-    status = subprocess.run(argv, env=os.environ | cpu_threads(), check=False).returncode
+    status = subprocess.run(argv, env=os.environ | launch.cpu_threads(THREADS), check=False).returncode
     if status:
         raise TrainingError(f"`{shlex.join(command)}` failed ({status})")

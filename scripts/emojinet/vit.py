@@ -17,10 +17,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arf_plugin.ablation.launch import cpu_threads
 from emojinet.files import replacing
 from emojinet.quickstart import pattern
-from emojinet.recipe import FAST, FULL, VIT
-from emojinet.trainer import Run, TrainingError, cpu_threads, model_folder, train
+from emojinet.recipe import FAST, FULL, THREADS, VIT
+from emojinet.trainer import Run, TrainingError, model_folder, train
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -60,7 +61,7 @@ def main() -> int:
     parser.add_argument("out", type=Path, help="OUT/clip will be the model")
     parser.add_argument("--fast", action="store_true", help="hardly any training")
     args = parser.parse_args()
-    os.environ.update(cpu_threads())
+    os.environ.update(cpu_threads(THREADS))
     training = (FAST if args.fast else FULL).pretraining
     shards = sorted((args.data / "pretraining").glob("*.tar"))
     begun = start(args.run, args.out / "clip-config")

@@ -165,8 +165,12 @@ def step_gradients(
         rank=rank,
         world_size=world_size,
         batch_size=len(batches[0][0]),
-        **{name: getattr(job, name) for name in ("accum_freq", "siglip", "model", "loss_dist_impl")},
-        **{name: getattr(job, name) for name in ("local_loss", "gather_with_grad")},
+        model=job.model,
+        accum_freq=job.accum_freq,
+        siglip=job.siglip,
+        loss_dist_impl=job.loss_dist_impl,
+        local_loss=job.local_loss,
+        gather_with_grad=job.gather_with_grad,
     )
     optimizer = Capture(model.parameters(), lr=0.0)
     if hasattr(open_clip, "create_task"):  # open_clip 4
