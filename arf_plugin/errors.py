@@ -46,6 +46,10 @@ class CheckpointError(ArfError):
     """A checkpoint that training cannot go on from, or cannot write."""
 
 
+class CacheError(ArfError):
+    """The folder for caches cannot be used."""
+
+
 class EvaluationError(ArfError):
     """A checkpoint or an evaluation set that cannot be evaluated."""
 

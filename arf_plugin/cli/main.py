@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from arf_plugin import __version__
 from arf_plugin.errors import ArfError
+from arf_plugin.untrusted import printable
 
 # Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
 # on it. The modules import nothing heavy at their top level, so that `arf --help` stays instant.
@@ -62,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit status: 0 when all went well, 1 for an ArfError, 2 for wrong arguments.
     """
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # names of files and captions hold what a console's encoding may lack
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.rest, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArfError as error:
         if os.environ.get("ARF_DEBUG"):
             raise
-        print(f"arf {args.command}: error: {error}", file=sys.stderr)
+        print(f"arf {args.command}: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"arf {args.command}: interrupted; the same command goes on where it stopped", file=sys.stderr)

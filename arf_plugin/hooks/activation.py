@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from arf_plugin.hooks.engine import Engine, Row
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import rows
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
+from arf_plugin.untrusted import printable
 
 MAIN = "open_clip_train.main"
 
@@ -110,7 +112,25 @@ def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: Module
 
     session = Session(arf, ENGINE, version)
     ENGINE.apply(rows_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
+    _make_logs_printable()
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
+
+
+def _make_logs_printable() -> None:
+    """Keeps control sequences of names and captions out of what this package logs; others' records stay as they are."""
+    original = logging.getLogRecordFactory()
+    if getattr(original, "arf", False):
+        return
+    package = str(Path(__file__).parents[1])
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = original(*args, **kwargs)
+        if made.pathname.startswith(package):
+            made.msg, made.args = printable(made.getMessage()), ()
+        return made
+
+    record.arf = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(record)
 
 
 def _main_module(params: ModuleType) -> ModuleType:
@@ -129,6 +149,6 @@ def _main_module(params: ModuleType) -> ModuleType:
 def print_arf_errors(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Shows an ArfError as its message alone; ``ARF_DEBUG=1`` brings the traceback back."""
     if issubclass(kind, ArfError) and not os.environ.get("ARF_DEBUG"):
-        print(f"arf-plugin: error: {error}", file=sys.stderr)
+        print(f"arf-plugin: error: {printable(str(error))}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
