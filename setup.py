@@ -121,7 +121,8 @@ setup(
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
         "dev": [
-            *("mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML", "types-requests", "types-tqdm"),
+            *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
+            *("types-PyYAML", "types-requests", "types-tqdm"),
             *("brotli", "playwright"),  # the report's page in a real browser: tests/support/browser.py
         ],
     },
