@@ -17,7 +17,7 @@ from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass
@@ -47,6 +47,9 @@ class ShardScan:
     bad_texts: dict[str, str] = field(default_factory=dict)
     image_bytes: int = 0
     digests: list[str] = field(default_factory=list)
+    labels: dict[str, list] = field(default_factory=dict)
+    strays: int = 0
+    repeated: dict[str, int] = field(default_factory=dict)
 
 
 def scan_shard(
@@ -88,13 +91,10 @@ def cached_scan(url: str, *, texts: bool = False, decode: bool = False) -> Shard
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
     scan = ShardScan(url)
     seen: set[str] = set()
-    read = [*(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else [])]
+    read = ["cls", *(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else [])]
     for sample in scan_samples(url, error, read=read, images=True, decode=decode):
         if sample.key in seen:
-            raise error(
-                f"{url} has the key {sample.key!r} twice, in samples apart from each other. Expected each key once, "
-                "with all members of a sample side by side (tar --sort=name); pack it again."
-            )
+            scan.repeated[sample.key] = scan.repeated.get(sample.key, 1) + 1
         seen.add(sample.key)
         if sample.image is None:
             scan.without_image.append(sample.key)
@@ -103,6 +103,11 @@ def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardSc
         scan.image_bytes += sample.image.size
         if sample.image.data is not None:
             scan.digests.append(hashlib.blake2b(sample.image.data, digest_size=12).hexdigest())
+        if "cls" in sample.members:
+            entry = scan.labels.setdefault(
+                (sample.members["cls"].data or b"").decode("latin-1").strip()[:40], [0, sample.key]
+            )
+            entry[0] += 1
         scan.without_class += "cls" not in sample.members
         text = sample.members.get("txt")
         scan.without_text += text is None

@@ -1,18 +1,33 @@
-"""The ids of the task data, as open_clip's ``--train-data`` names it."""
+"""The task data, as open_clip's ``--train-data`` names it: ids, labels, and what training would pass over."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arf_plugin.anchors.ids import sample_id, shard_name
-from arf_plugin.anchors.images import image_problem
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.scan import scan_shard
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.task_csv import CLASS_COLUMN, file_problem, label_text, read_csv, unreadable_files
 from arf_plugin.errors import ArfError, TaskDataError
+from arf_plugin.untrusted import utf8
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CSV_SUFFIXES = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class ShardCount:
+    """How many samples of a shard training could use, by what they have beside a readable image."""
+
+    with_text: int
+    with_class_or_text: int
 
 
 @dataclass
@@ -28,6 +43,8 @@ class TaskScan:
         without_both: ids of samples with an image but neither.
         half_classed: shards in which some samples have a ``cls`` and some have none.
         unreadable: reason per id of a damaged image, which training passes over with a warning.
+        labels: how often each ``cls`` occurs, and the id of the first sample with it, by its text.
+        counts: usable samples of each shard; empty for a CSV.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -38,6 +55,8 @@ class TaskScan:
     without_both: list[str] = field(default_factory=list)
     half_classed: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, tuple[int, str]] = field(default_factory=dict)
+    counts: list[ShardCount] = field(default_factory=list)
 
 
 def is_csv(data: str, dataset_type: str = "auto") -> bool:
@@ -55,19 +74,27 @@ def is_csv(data: str, dataset_type: str = "auto") -> bool:
     return data.lower().endswith(CSV_SUFFIXES)
 
 
-def expand_urls(data: str, error: type[ArfError] = TaskDataError) -> list[str]:
+def expand_urls(data: str, error: type[ArfError] = TaskDataError, *, unique: bool = True) -> list[str]:
     """Expands ``::`` and braces as open_clip does.
 
+    Args:
+        data: what a flag names.
+        error: family of the errors.
+        unique: refuses a shard that is named twice; without it, open_clip's own way, it counts twice.
+
     Raises:
-        error: if nothing is left, or a shard is named twice.
+        error: if nothing is left, braces do not match, or a shard is named twice.
     """
     from webdataset.shardlists import expand_urls as expand
 
-    urls = [url for url in expand(data) if url]
+    try:
+        urls = [url for url in expand(data) if url]
+    except ValueError as cause:  # of the library for braces
+        raise error(f"{data!r} cannot be expanded: {cause}. Expected braces such as {{000..099}}.") from cause
     if not urls:
         raise error(f"{data!r} names no shard. Expected tars such as 'data/{{000..099}}.tar'.")
     url, count = Counter(urls).most_common(1)[0]
-    if count > 1:
+    if unique and count > 1:
         raise error(f"{url} is named {count} times in {data!r}. Each shard counts once; name it once.")
     return urls
 
@@ -80,6 +107,7 @@ def scan_task_ids(
     *,
     images: bool = False,
     decode: bool = False,
+    unique: bool = True,
     advance: Callable[[str], object] | None = None,
 ) -> TaskScan:
     """Lists the ids of the task data by the headers of its tars, or by the rows of its CSV.
@@ -94,6 +122,7 @@ def scan_task_ids(
         csv_separator: separator of the columns.
         images: also looks at the image files that a CSV names.
         decode: decodes every image rather than look at its end markers.
+        unique: refuses an id that occurs twice; needed where captions are joined by it.
         advance: called with the URL of each shard when it is done.
 
     Raises:
@@ -101,19 +130,18 @@ def scan_task_ids(
             both its places.
     """
     if is_csv(train_data, dataset_type):
-        scan = TaskScan(read_csv_ids(train_data, csv_img_key, csv_separator))
-        if images or decode:
-            scan.unreadable = _unreadable_files(scan.ids, decode)
-        return scan
+        frame = read_csv(train_data, csv_img_key, csv_separator)
+        return scan_csv(frame, train_data, csv_img_key, images=images, decode=decode, unique=unique)
     scan = TaskScan()
+    urls = expand_urls(train_data, unique=unique)
     keys_of: dict[str, tuple[str, set[str]]] = {}
-    repeated = {name for name, n in Counter(map(shard_name, expand_urls(train_data))).items() if n > 1}
-    for url in expand_urls(train_data):
+    repeated = {name for name, n in Counter(map(shard_name, urls)).items() if n > 1}
+    for url in urls:
         shard = scan_shard(url, decode=decode)
+        if unique and shard.repeated:
+            raise TaskDataError(repeated_key_message(url, next(iter(shard.repeated))))
         name = shard_name(url)
-        if (
-            name in repeated
-        ):  # shards of one name in two folders: the only way to equal ids in different shards
+        if unique and name in repeated:
             other, known = keys_of.setdefault(name, (url, set()))
             shared = next((key for key in shard.keys if key in known), None)
             if shared is not None:
@@ -128,6 +156,13 @@ def scan_task_ids(
         scan.without_text += shard.without_text
         scan.without_class += shard.without_class
         scan.without_both += [sample_id(url, key) for key in shard.without_both]
+        for label, (count, key) in shard.labels.items():
+            before, first = scan.labels.get(label, (0, sample_id(url, key)))
+            scan.labels[label] = (before + count, first)
+        readable = len(shard.keys) - len(shard.unreadable)
+        scan.counts.append(
+            ShardCount(max(0, readable - shard.without_text), max(0, readable - len(shard.without_both)))
+        )
         if 0 < shard.without_class < len(shard.keys):
             scan.half_classed.append(url)
         scan.shards += 1
@@ -140,38 +175,48 @@ def scan_task_ids(
     return scan
 
 
-def read_csv_ids(path: str, image_column: str, separator: str) -> list[str]:
+def repeated_key_message(url: str, key: str) -> str:
+    """Says what to do about a key whose samples stand apart in a tar."""
+    return (
+        f"{url} has the key {key!r} twice, in samples apart from each other. Expected each key once, "
+        "with all members of a sample side by side (tar --sort=name); pack it again."
+    )
+
+
+def scan_csv(
+    frame: pd.DataFrame,
+    path: str,
+    image_column: str,
+    *,
+    images: bool = False,
+    decode: bool = False,
+    unique: bool = True,
+) -> TaskScan:
+    """What a CSV of `read_csv` holds; see `scan_task_ids` for arguments and errors."""
+    ids = [utf8(str(value)) for value in frame[image_column]]
+    if unique:
+        _refuse_repeated(ids, path)
+    scan = TaskScan(ids)
+    if CLASS_COLUMN in frame.columns:
+        for identity, value in zip(ids, frame[CLASS_COLUMN], strict=True):
+            label = label_text(value)
+            count, first = scan.labels.get(label, (0, identity))
+            scan.labels[label] = (count + 1, first)
+    if images or decode:
+        scan.unreadable = unreadable_files(list(dict.fromkeys(ids)), decode)
+    return scan
+
+
+def read_csv_ids(path: str, image_column: str, separator: str, *, unique: bool = True) -> list[str]:
     """Returns the image paths of a CSV file, exactly as it has them: the ids of its samples.
 
     Raises:
-        TaskDataError: if the file is missing or no table, if it lacks the column, for a row without a path, and for
-            a path that occurs twice.
+        TaskDataError: see `read_csv`; also for a path that occurs twice, if they are to be unique.
     """
-    import pandas as pd
+    return scan_csv(read_csv(path, image_column, separator), path, image_column, unique=unique).ids
 
-    if not Path(path).is_file():
-        raise TaskDataError(f"{path} does not exist. Expected a CSV or TSV file with image paths.")
-    try:
-        frame = pd.read_csv(path, sep=separator)  # as open_clip reads it
-    except (ValueError, OSError) as cause:  # pandas' ParserError and UnicodeDecodeError are ValueErrors
-        raise TaskDataError(
-            f"{path} cannot be read as a table separated by {separator!r}: {cause}"
-        ) from cause
-    if image_column not in frame.columns:
-        found = ", ".join(map(str, frame.columns))
-        raise TaskDataError(
-            f"{path} has no column {image_column!r} (found: {found}; separator {separator!r}).\n"
-            "Name the right ones with --csv-img-key and --csv-separator."
-        )
-    column = frame[image_column]
-    if column.empty:
-        raise TaskDataError(
-            f"{path} has no rows. Expected one image path per row in column {image_column!r}."
-        )
-    empty = column.index[column.isna()]
-    if len(empty):
-        raise TaskDataError(f"{path} has no image path in row {empty[0] + 1} (column {image_column!r}).")
-    ids = [str(value) for value in column]
+
+def _refuse_repeated(ids: list[str], path: str) -> None:
     first: dict[str, int] = {}
     for row, value in enumerate(ids, start=1):
         if first.setdefault(value, row) != row:
@@ -179,17 +224,37 @@ def read_csv_ids(path: str, image_column: str, separator: str) -> list[str]:
                 f"The id {value!r} occurs twice in the task data: in rows {first[value]} and {row} of {path}.\n"
                 "An id is an image path; keep one row for each."
             )
-    return ids
 
 
-def _unreadable_files(paths: list[str], decode: bool) -> dict[str, str]:
-    problems = {}
-    for path in paths:
-        try:
-            with Path(path).open("rb") as file:
-                problem = image_problem(file, 0, Path(path).stat().st_size, decode)
-        except OSError as cause:
-            problem = f"cannot be opened ({cause.strerror or cause})"
-        if problem:
-            problems[path] = problem
-    return problems
+def decodable(train_data: str, csv: bool, ids: Sequence[str]) -> list[str]:
+    """Those of some samples whose images really decode: end markers cannot tell, and a captioner had to know.
+
+    Args:
+        train_data: the task data, local.
+        csv: whether it is a CSV.
+        ids: the samples; few, since each is decoded.
+    """
+    wanted, good = set(ids), []
+    if csv:
+        return [identity for identity in ids if file_problem(identity, decode=True) is None]
+    shards = {identity.rsplit("/", 1)[0] for identity in wanted}
+    for url in expand_urls(train_data, unique=False):
+        if is_remote(url) or not any(shard.startswith(shard_name(url)) for shard in shards):
+            continue
+        for sample in scan_samples(url, read=IMAGE_EXTENSIONS):
+            identity = sample_id(url, sample.key)
+            if identity in wanted and sample.image is not None:
+                try:
+                    decode_image(sample.image.data or b"")
+                except ValueError:
+                    continue
+                good.append(identity)
+    return good
+
+
+def local_files(train_data: str, csv: bool) -> list[Path] | None:
+    """The local tars, or the CSV file, that task data lies in; None if some are remote."""
+    if csv:
+        return [Path(train_data)]
+    urls = expand_urls(train_data, unique=False)
+    return None if any(map(is_remote, urls)) else [local_path(url) for url in urls]

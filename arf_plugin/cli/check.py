@@ -6,12 +6,18 @@ import argparse
 import dataclasses
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+from arf_plugin.untrusted import printable
+
+if TYPE_CHECKING:
+    from arf_plugin.checks.inputs import Run
 
 EXAMPLES = """\
   arf check ANCHORS
   arf check ANCHORS --train-data 'task/{000..099}.tar'
+  arf check ANCHORS --train-data 'task/{000..099}.tar' --arf-classnames names.txt --batch-size 512 --workers 4
   arf check ANCHORS --train-data train.csv --csv-img-key path --csv-separator , --full --json
 """
 
@@ -35,7 +41,22 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="judge samples without a caption as training would with the same flag",
     )
     parser.add_argument(
-        "--full", action="store_true", help="decode every image, rather than look at its last bytes"
+        "--arf-classnames",
+        metavar="FILE",
+        help="class names, or imagenet: judge each sample's `cls` as training would with the same flag",
+    )
+    parser.add_argument(
+        "--csv-caption-key", default="title", metavar="COLUMN", help="column of a CSV's texts"
+    )
+    shape = parser.add_argument_group("run", "with --batch-size, also: does every loader worker get a batch?")
+    shape.add_argument("--batch-size", type=options.positive, metavar="N", help="per process, as in training")
+    shape.add_argument("--accum-freq", type=options.positive, default=1, metavar="N")
+    shape.add_argument("--workers", type=int, default=4, metavar="N", help="default: open_clip's %(default)s")
+    shape.add_argument("--nproc-per-node", type=options.positive, default=1, metavar="N", help="processes")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="decode every image, rather than look at its last bytes, and trust no cache",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
@@ -46,20 +67,47 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from arf_plugin.anchors.check import check_anchor_set
+    from arf_plugin.checks.inputs import Inputs
+    from arf_plugin.data.prompts import load_classnames
 
     with tqdm(desc="check", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
-        report = check_anchor_set(
-            args.anchors,
-            args.task_data,
-            args.dataset_type,
-            args.csv_img_key,
-            args.csv_separator,
+        inputs = Inputs(
+            anchors=args.anchors,
             missing_caption=args.arf_missing_caption,
+            train_data=args.task_data,
+            dataset_type=args.dataset_type,
+            csv_img_key=args.csv_img_key,
+            csv_caption_key=args.csv_caption_key,
+            csv_separator=args.csv_separator,
+            classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
+            texts_known=args.arf_classnames is not None,
             full=args.full,
             advance=lambda url: bar.update(1),
         )
+        if args.batch_size and args.task_data:
+            inputs.run = _shape(args, len(inputs.pair_shards))
+        report = check_anchor_set(inputs)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(report.lines()))
+        print(printable("\n".join(report.lines())))
     return 1 if report.errors else 0
+
+
+def _shape(args: argparse.Namespace, pair_shards: int) -> Run:
+    """The shape of a run with the trainer's defaults for what was not given."""
+    from arf_plugin.checks.inputs import Run
+    from arf_plugin.data.batch import BatchLayout
+    from arf_plugin.data.loader import split_workers
+
+    layout = BatchLayout(args.batch_size, pairs=args.batch_size if pair_shards else 0)
+    task_workers, pair_workers = split_workers(args.workers, layout, None, pair_shards, args.nproc_per_node)
+    return Run(
+        batch_size=args.batch_size,
+        accum_freq=args.accum_freq,
+        world_size=args.nproc_per_node,
+        workers=args.workers,
+        task_workers=task_workers,
+        pair_workers=pair_workers,
+        pair_batch=layout.pairs,
+    )

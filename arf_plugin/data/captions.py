@@ -48,6 +48,11 @@ class CaptionStore:
         return next(self._rows(sample_id), None) is not None
 
     @property
+    def ids(self) -> pa.Array:
+        """The ids of all rows."""
+        return self._ids
+
+    @property
     def example_id(self) -> str:
         """One of the ids, for messages."""
         return self._ids[0].as_py() if len(self) else ""

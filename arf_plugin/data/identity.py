@@ -1,14 +1,26 @@
-"""What determines which data a run sees, in which order and shape: compared when a deterministic run is resumed."""
+"""What determines which data a run sees, in which order and shape: compared when a deterministic run is resumed.
+
+Data are told apart by the contents of their files, never by names, sizes or times. Every byte is read for it once; then
+the digests are found in the cache for as long as no file is touched.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from tqdm import tqdm
 
+from arf_plugin.anchors.files import content_digest, digest, list_files_of
+from arf_plugin.anchors.tars import is_remote, local_path
+from arf_plugin.anchors.task import expand_urls, is_csv
+from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.config import ArfConfig
+from arf_plugin.errors import CheckpointError
 
 TRAINER_FLAGS = (
     *("seed", "world_size", "batch_size", "accum_freq", "train_data", "train_num_samples", "dataset_type"),
@@ -16,14 +28,24 @@ TRAINER_FLAGS = (
 )
 
 
+_FILES_AT_ONCE = 1000  # images of a CSV whose digest is cached together
+
+
 def data_identity(
-    args: Any, config: ArfConfig, *, task_workers: int, pair_workers: int, pairs: int
+    args: Any,
+    config: ArfConfig,
+    contents: dict[str, str | None],
+    *,
+    task_workers: int,
+    pair_workers: int,
+    pairs: int,
 ) -> dict[str, Any]:
     """Collects it.
 
     Args:
         args: The trainer's arguments.
         config: The ARF flags.
+        contents: What `content_of_data` found; empty where the order of data is fresh in each run.
         task_workers: Loader workers of the task data.
         pair_workers: Loader workers of the pair anchors.
         pairs: A, pair anchors per process and micro-batch.
@@ -34,13 +56,71 @@ def data_identity(
     return {
         **{name: _plain(getattr(args, name, None)) for name in TRAINER_FLAGS},
         **{"task_workers": task_workers, "pair_workers": pair_workers, "pair_batch_size": pairs},
-        "anchors": _anchor_set(config) if config.anchors else None,
+        **contents,
         "missing_caption": config.missing_caption,
         **{"every": config.every, "trim_text": config.trim_text},
         **{"pair_patch_dropout": config.pair_patch_dropout, "pair_image_size": config.pair_image_size},
         "classnames": _file(config.classnames),
         "templates": _file(config.templates),
     }
+
+
+def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
+    """Digests of the contents of task data, captions and pairs; None for what the run does not use.
+
+    Args:
+        args: The trainer's arguments.
+        config: The ARF flags.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    logging.info("ARF: reading all data once, to know them when the run is resumed (cached)")
+    try:
+        with tqdm(desc="contents", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            if is_csv(args.train_data, args.dataset_type):
+                frame = read_csv(args.train_data, args.csv_img_key, args.csv_separator)
+                images = [str(path) for path in frame[args.csv_img_key]]
+                task = _contents([args.train_data, *dict.fromkeys(images)], bar.update)
+            else:
+                task = _contents(expand_urls(args.train_data, unique=False), bar.update)
+            captions = _half(config, "captions", ".parquet", bar.update) if config.caption_weight else None
+            pairs = _half(config, "pairs", ".tar", bar.update) if config.pair_weight else None
+    except OSError as cause:
+        raise CheckpointError(
+            f"Data cannot be read, so that a resumed run could not know them: {cause}"
+        ) from cause
+    return {"task contents": task, "caption contents": captions, "pair contents": pairs}
+
+
+def _half(config: ArfConfig, folder: str, suffix: str, advance: Any) -> str | None:
+    if config.anchors is None:
+        return None
+    fs, names = list_files_of(config.anchors, folder, suffix)
+    if is_remote(config.anchors):
+        names = [fs.unstrip_protocol(name) for name in names]
+    return _contents(names, advance) if names else None
+
+
+def _contents(urls: Sequence[str], advance: Any) -> str:
+    """One digest over the contents of files in order; of remote files, over what their store says to tell versions."""
+    if any(map(is_remote, urls)):
+        return "sha256 " + digest(
+            [_remote(url) if is_remote(url) else content_digest([local_path(url)]) for url in urls]
+        )
+    paths = [local_path(url) for url in urls]
+    step = 1 if len(paths) <= _FILES_AT_ONCE else _FILES_AT_ONCE
+    parts = [
+        content_digest(paths[start : start + step], advance=advance) for start in range(0, len(paths), step)
+    ]
+    return "sha256 " + digest(parts)
+
+
+def _remote(url: str) -> list[str]:
+    if url.startswith("pipe:"):
+        return [url]
+    fs, path = fsspec.core.url_to_fs(url)
+    return [url, str(fs.ukey(path))]
 
 
 def _plain(value: Any) -> Any:
@@ -51,18 +131,4 @@ def _file(name: str | None) -> str | None:
     """A file's digest; a built-in list's name."""
     if name is None or not Path(name).is_file():
         return name
-    return "sha256 " + hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16]
-
-
-def _anchor_set(config: ArfConfig) -> str:
-    """A digest of names and sizes: it stays when the set is copied, and changes when the set is built anew."""
-    fs, root = fsspec.core.url_to_fs(config.anchors)
-    listing = []
-    for pattern, weight in (
-        ("captions/*.parquet", config.caption_weight),
-        ("pairs/*.tar", config.pair_weight),
-    ):
-        if weight:
-            found = fs.glob(f"{root.rstrip('/')}/{pattern}", detail=True)
-            listing += sorted((name.rsplit("/", 1)[-1], info["size"]) for name, info in found.items())
-    return "sha256 " + hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
+    return "sha256 " + hashlib.sha256(Path(name).read_bytes()).hexdigest()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import fsspec
 
+from arf_plugin.anchors.task_csv import label_text
+from arf_plugin.checks.messages import is_class_index, unusable_label_message
 from arf_plugin.errors import FlagError, TaskDataError
 
 PLACEHOLDERS = ("{c}", "{}")  # CLIP_benchmark's, and Python's
@@ -74,16 +76,10 @@ def class_index(cls: object, sample_id: str, classes: int) -> int:
     Raises:
         TaskDataError: It is no class index below ``classes``.
     """
-    try:
-        index = int(cls.decode() if isinstance(cls, bytes) else cls)  # type: ignore[call-overload]
-    except (ValueError, UnicodeDecodeError):
-        index = -1
-    if not 0 <= index < classes:
-        raise TaskDataError(
-            f"Sample {sample_id}: cls is {cls!r}, expected a class index from 0 to {classes - 1} "
-            f"({classes} class names were given). Use the class names of this data set."
-        )
-    return index
+    text = cls.decode("latin-1").strip() if isinstance(cls, bytes) else label_text(cls)
+    if not is_class_index(text, classes):
+        raise TaskDataError(unusable_label_message(sample_id, text, classes))
+    return int(text)
 
 
 def load_classnames(classnames: str, flag: str = "--arf-classnames") -> list[str]:

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 
 from arf_plugin.anchors.task import is_csv
+from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.anchor_steps import AnchorSteps
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.epoch import SharedEpoch
-from arf_plugin.data.identity import data_identity
+from arf_plugin.data.identity import content_of_data, data_identity
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
 from arf_plugin.data.order import NumberedTokenizer, SampleOrder
 from arf_plugin.data.packing import packed_rows
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
-from arf_plugin.data.startup import check_anchor_set, check_data
+from arf_plugin.data.startup import check_inputs, inputs_of_run
 from arf_plugin.data.streams import Stream
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.data.trim import TextTrimmer
@@ -67,15 +68,20 @@ def _training_data(
     original: Callable[..., Any], session: Session, args: Any, preprocess_fns: Any, epoch: int, tokenizer: Any
 ) -> AnchoredData:
     config = session.config
-    _on_every_rank(args, lambda: check_anchor_set(config))
     prompts = _load_prompts(config)
-    shards = list_pair_shards(config.anchors) if config.anchors and config.pair_weight else []
-    pairs = (config.pair_batch_size or args.batch_size) if shards else 0
-    # Whether there are captions is known after the check has read them; it changes no worker's share.
-    task_workers, pair_workers = split_workers(
-        args.workers, BatchLayout(args.batch_size, pairs=pairs), config.workers, len(shards), args.world_size
+    inputs = inputs_of_run(args, config, _classes(prompts), lambda inputs: _shape(session, args, inputs))
+    assert inputs.run is not None
+    task_workers, pair_workers, pairs = (
+        inputs.run.task_workers,
+        inputs.run.pair_workers,
+        inputs.run.pair_batch,
     )
-    _on_every_rank(args, lambda: check_data(args, config, shards, pairs, task_workers))
+    usable = _on_first_rank(args, lambda: check_inputs(inputs))
+    if usable is not None and needs_count(args):
+        if args.rank == 0:
+            logging.info(f"ARF: --train-num-samples is not given: {usable} usable samples were counted.")
+        args.train_num_samples = usable
+    shards = list_pair_shards(config.anchors) if pairs and config.anchors else []
     captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
     layout = session.layout = BatchLayout(
         args.batch_size, captions is not None, pairs, _pair_rows(session, pairs)
@@ -118,11 +124,55 @@ def _training_data(
     if layout.captions or layout.pairs or trimmer:
         loader = AnchoredLoader(loader, pair_loader, layout, trimmer, steps)
     if config.resumable or session.resumed is not None:
+        contents = _on_first_rank(args, lambda: content_of_data(args, config)) if config.deterministic else {}
         identity = data_identity(
-            args, config, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
+            args, config, contents, task_workers=task_workers, pair_workers=pair_workers, pairs=pairs
         )
         loader = resumable_loader(loader, streams, session, args, identity)
     return AnchoredData(task, loader, shared_epoch, steps)
+
+
+def _shape(session: Session, args: Any, inputs: Inputs) -> Run:
+    """What the trainer's flags say of which data a process gets."""
+    config = session.config
+    shards = len(inputs.pair_shards) if config.pair_weight else 0
+    pairs = (config.pair_batch_size or args.batch_size) if shards else 0
+    # Whether there are captions is known after the check has read them; it changes no worker's share.
+    task_workers, pair_workers = split_workers(
+        args.workers, BatchLayout(args.batch_size, pairs=pairs), config.workers, shards, args.world_size
+    )
+    return Run(
+        batch_size=args.batch_size,
+        accum_freq=args.accum_freq,
+        world_size=args.world_size,
+        workers=args.workers,
+        task_workers=task_workers,
+        pair_workers=pair_workers,
+        pair_batch=pairs,
+        epochs=args.epochs,
+        samples=args.train_num_samples,
+        resampled=bool(getattr(args, "dataset_resampled", False)),
+        seed=args.seed,
+        lr=args.lr,
+        warmup=args.warmup,
+        pretrained=bool(args.pretrained or ":" in args.model),
+    )
+
+
+def _classes(prompts: ClassPrompts | ClassIndices | None) -> list[str] | None:
+    """Class names; for a head, which has numbers alone, as many."""
+    if isinstance(prompts, ClassIndices):
+        return [str(number) for number in range(prompts.classes)]
+    return prompts.classnames if prompts is not None else None
+
+
+def needs_count(args: Any) -> bool:
+    """Whether open_clip would ask for ``--train-num-samples``."""
+    from open_clip_train.data import get_dataset_size
+
+    if is_csv(args.train_data, args.dataset_type) or args.train_num_samples is not None:
+        return False
+    return not get_dataset_size(args.train_data)[0]
 
 
 def _trimmer(session: Session, args: Any) -> TextTrimmer | None:
@@ -202,30 +252,31 @@ def _watch(session: Session, args: Any, preprocess: Any, tokenizer: Any) -> Watc
     from arf_plugin.hooks.watch import Watch
 
     # The first process reads every label for all of them, which then open sets that are known to be sound.
-    sets = _on_every_rank(args, lambda: open_sets(session.config.watch))
-    watch = Watch(session.config, args, sets or open_sets(session.config.watch), preprocess, tokenizer)
+    opened: list[Any] = []
+    _on_first_rank(args, lambda: opened.extend(open_sets(session.config.watch)))
+    watch = Watch(session.config, args, opened or open_sets(session.config.watch), preprocess, tokenizer)
     session.listeners.append(watch)
     return watch
 
 
-def _on_every_rank(args: Any, check: Callable[[], Found]) -> Found | None:
-    """Runs a check on the first process and hands its verdict to all, so that none trains on or waits for ever.
+def _on_first_rank(args: Any, check: Callable[[], Found]) -> Found:
+    """Runs a check on the first process and hands what it found, or its verdict, to all.
 
-    Returns:
-        What the check found, on the first process.
+    None trains on then, or waits for ever. What is found is sent between processes.
     """
     if not args.distributed:
         return check()
     from open_clip_train.distributed import broadcast_object
 
-    found: Found | None = None
+    result: tuple[bool, Any] = (True, None)
     verdict: ArfError | None = None
     if args.rank == 0:
         try:
-            found = check()
+            result = (True, check())
         except ArfError as error:
-            verdict = error
-    if broadcast_object(args, verdict is None):
+            verdict, result = error, (False, None)
+    passed, found = broadcast_object(args, result)
+    if passed:
         return found
     raise verdict if verdict is not None else SystemExit(1)
 

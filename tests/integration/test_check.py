@@ -13,7 +13,8 @@ import pytest
 from support.building import drawing, write_task
 from support.tars import write_tar
 
-from arf_plugin.anchors.check import check_captions, check_pairs
+from arf_plugin.anchors.check import check_anchor_set
+from arf_plugin.checks.inputs import Inputs
 
 
 def write_captions(anchors: Path, rows: dict[str, object], name: str = "part-00000.parquet") -> Path:
@@ -82,13 +83,13 @@ def test_missing_and_empty_folders(arf, tmp_path: Path):
     assert "is not a folder" in out and "arf anchors" in out
     (tmp_path / "empty").mkdir()
     out, _ = arf("check", tmp_path / "empty", status=1)
-    assert "neither captions/*.parquet nor pairs/*.tar" in out
+    assert "no captions/*.parquet and no pairs/*.tar (found: nothing)" in out
 
 
 def test_one_missing_caption(check, anchors: Path):
     write_captions(anchors, {"id": [f"{i // 4:03d}/{i:05d}" for i in range(7)], "caption": ["c"] * 7})
     report = check(status=1)
-    assert "1 task samples have no caption: 001/00007" in only_error(report)
+    assert "No caption for task sample 001/00007;" in only_error(report)
     assert report["coverage"]["missing_examples"] == ["001/00007"]
     report = check("--arf-missing-caption", "prompt", status=0)
     assert "their class prompt takes its place" in report["warnings"][0]
@@ -219,7 +220,8 @@ def test_a_manifest_of_the_future_is_refused(check, anchors: Path):
     assert "is not JSON" in only_error(check(status=1))
 
 
-def test_the_functions_take_urls(anchors: Path):
-    captions, pairs = check_captions(f"file://{anchors}"), check_pairs(f"file://{anchors}")
-    assert captions is not None and captions.rows == 8
-    assert pairs is not None and pairs.count == 5 and pairs.errors == []
+def test_a_set_may_be_a_url(anchors: Path):
+    report = check_anchor_set(Inputs(f"file://{anchors}"))
+    assert report.errors == []
+    assert report.captions is not None and report.captions["rows"] == 8
+    assert report.pairs is not None and report.pairs["count"] == 5
