@@ -125,13 +125,6 @@ RULES: tuple[Rule, ...] = (
         task_rules.task_data,
     ),
     Rule(
-        "task-images",
-        "task images",
-        "end as their format does (`--full`: decode); files that a CSV names are there",
-        "tars: warning, as open_clip skips them; CSV: error, as open_clip would end with a traceback",
-        task_rules.images,
-    ),
-    Rule(
         "texts",
         "task texts",
         "a `txt`, or with `--arf-classnames` a `cls`, for every sample; a CSV's column without empty cells",
@@ -144,6 +137,13 @@ RULES: tuple[Rule, ...] = (
         "a whole number from 0 to one below the number of class names",
         "error with the sample and the count",
         task_rules.labels,
+    ),
+    Rule(
+        "task-images",
+        "task images",
+        "end as their format does (`--full`: decode); files that a CSV names are there",
+        "tars: warning, as open_clip skips them; CSV: error, as open_clip would end with a traceback",
+        task_rules.images,
     ),
     Rule(
         "coverage",
