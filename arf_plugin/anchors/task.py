@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import image_problem
-from arf_plugin.anchors.scan import scan_shard
+from arf_plugin.anchors.scan import require_unique_keys, scan_shard
 from arf_plugin.errors import ArfError, TaskDataError
 
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -110,6 +110,7 @@ def scan_task_ids(
     repeated = {name for name, n in Counter(map(shard_name, expand_urls(train_data))).items() if n > 1}
     for url in expand_urls(train_data):
         shard = scan_shard(url, decode=decode)
+        require_unique_keys(shard)
         name = shard_name(url)
         if (
             name in repeated
