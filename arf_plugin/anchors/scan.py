@@ -110,9 +110,12 @@ def require_unique_keys(scan: ShardScan, error: type[ArfError] = TaskDataError) 
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
     scan = ShardScan(url)
     seen: set[str] = set()
-    strays: list[str] = []
+
+    def note_stray(name: str) -> None:
+        scan.strays += 1
+
     read = ("cls", *(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else []))
-    for sample in scan_samples(url, error, read=read, images=True, decode=decode, on_stray=strays.append):
+    for sample in scan_samples(url, error, read=read, images=True, decode=decode, on_stray=note_stray):
         key, members, image = sample.key, sample.members, sample.image
         if image is None and sample.is_stray:
             scan.strays += len(members)
@@ -141,7 +144,6 @@ def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardSc
             problem = "has no txt" if text is None else _text_problem(text.data or b"")
             if problem:
                 scan.bad_texts[key] = problem
-    scan.strays += len(strays)
     return scan
 
 
