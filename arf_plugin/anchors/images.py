@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Those that open_clip trains on, in its order of preference.
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 
+LARGEST_IMAGE = 1 << 29  # bytes of an encoded image that are read; photos have millions
+
 _PEEK = 16
 
 
@@ -20,8 +22,9 @@ def image_problem(file: IO[bytes], start: int, size: int, decode: bool = False) 
 
     With ``decode`` it is decoded in full; otherwise only if its first and last bytes leave a doubt.
     """
-    if size == 0:
-        return "is empty (0 bytes)"
+    problem = size_problem(size)
+    if problem is not None:
+        return problem
     file.seek(start)
     head = file.read(min(_PEEK, size))
     file.seek(start + max(0, size - _PEEK))
@@ -33,6 +36,15 @@ def image_problem(file: IO[bytes], start: int, size: int, decode: bool = False) 
         decode_image(file.read(size))
     except ValueError as cause:
         return str(cause)
+    return None
+
+
+def size_problem(size: int) -> str | None:
+    """Says that an encoded image is empty, or larger than what is read into memory; None if it is neither."""
+    if size == 0:
+        return "is empty (0 bytes)"
+    if size > LARGEST_IMAGE:
+        return f"has {size:,} bytes, more than the {LARGEST_IMAGE:,} that are read"
     return None
 
 

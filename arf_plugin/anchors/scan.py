@@ -1,33 +1,36 @@
 """What a WebDataset shard holds, by its headers, with a cache: a million samples are looked at once.
 
-The cache is below ``ARF_CACHE_DIR`` (default ``~/.cache/arf-plugin``), one file per shard; a shard that has changed
-in size or time is scanned again. Only local shards are cached.
+A shard that has changed in size, times or inode is scanned again, and one whose images are to be decoded always is.
+Only local shards are cached (see :mod:`arf_plugin.anchors.files`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from arf_plugin.anchors.files import cache_folder, digest, write_json
+from arf_plugin.anchors.files import digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
-from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.tars import Sample, is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
 
+MOST_LABELS = 100_000  # distinct values of cls that are noted
+
 _FORMAT = 4
+_LABEL_LENGTH = 40
 
 
 @dataclass
 class ShardScan:
     """The samples of one shard.
 
+    Keys are text that can be written anywhere (:func:`arf_plugin.untrusted.utf8`).
+
     Attributes:
         url: the shard.
         keys: keys of the samples that have an image, in order.
-        without_image: keys of the others.
+        without_image: keys of the samples that have a ``txt`` or a ``cls`` and no image.
         without_text: number of samples that have an image but no ``txt``.
         without_class: number of samples that have an image but no ``cls``.
         without_both: keys of the samples that have an image but neither.
@@ -35,6 +38,11 @@ class ShardScan:
         bad_texts: reason per key of an unusable ``txt``, if texts were read.
         image_bytes: size of all images.
         digests: digest of each image's bytes, in the order of ``keys``, if images were decoded.
+        labels: of each ``cls`` beside an image, stripped and cut to 40 characters: the number of samples that have
+            it, and the key of the first.
+        labels_capped: whether there are more than `MOST_LABELS` different ones, of which the first are noted.
+        strays: number of files that are no part of a sample: system files, AppleDouble files, a README.
+        repeated: how often each key occurs that occurs more than once, in samples apart from each other.
     """
 
     url: str
@@ -47,7 +55,8 @@ class ShardScan:
     bad_texts: dict[str, str] = field(default_factory=dict)
     image_bytes: int = 0
     digests: list[str] = field(default_factory=list)
-    labels: dict[str, list] = field(default_factory=dict)
+    labels: dict[str, list[Any]] = field(default_factory=dict)
+    labels_capped: bool = False
     strays: int = 0
     repeated: dict[str, int] = field(default_factory=dict)
 
@@ -61,65 +70,92 @@ def scan_shard(
         url: local path, fsspec URL or ``pipe:`` command.
         error: family of the errors.
         texts: also reads each ``txt`` and notes those that are missing, empty or not UTF-8.
-        decode: decodes every image in full rather than look at its end markers.
+        decode: decodes every image in full rather than look at its end markers; never answered from the cache.
 
     Raises:
-        error: see :func:`arf_plugin.anchors.tars.scan_tar`; also for a key that occurs twice.
+        error: see :func:`arf_plugin.anchors.tars.scan_tar`.
     """
-    known = cached_scan(url, texts=texts, decode=decode)
+    if decode:
+        return _scan(url, error, texts, decode)
+    key = _cache_key(url, texts)
+    known = _cached(url, key)
     if known is not None:
         return known
     scan = _scan(url, error, texts, decode)
-    cached = _cache_path(url, texts, decode)
-    if cached is not None:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
-            write_json(cached, {"scan": asdict(scan)})
+    if key is not None:
+        write_cache("scans", key, {"scan": asdict(scan)})
     return scan
 
 
-def cached_scan(url: str, *, texts: bool = False, decode: bool = False) -> ShardScan | None:
+def cached_scan(url: str, *, texts: bool = False) -> ShardScan | None:
     """Finds the scan of a shard in the cache; None if it is not there, or the shard has changed."""
-    cached = _cache_path(url, texts, decode)
-    if cached is None or not cached.exists():
-        return None
-    try:
-        return ShardScan(**json.loads(cached.read_text(encoding="utf-8"))["scan"] | {"url": url})
-    except (ValueError, KeyError, TypeError, OSError):
-        return None  # a damaged cache file is as good as none
+    return _cached(url, _cache_key(url, texts))
+
+
+def require_unique_keys(scan: ShardScan, error: type[ArfError] = TaskDataError) -> None:
+    """Refuses a shard in which a key comes again, for data that something is joined with by its ids.
+
+    Raises:
+        error: a key occurs in samples apart from each other.
+    """
+    if scan.repeated:
+        key, count = next(iter(scan.repeated.items()))
+        times = "twice" if count == 2 else f"{count} times"
+        raise error(
+            f"{scan.url} has the key {key!r} {times}, in samples apart from each other. Expected each key once, "
+            "with all members of a sample side by side (tar --sort=name); pack it again."
+        )
 
 
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
     scan = ShardScan(url)
     seen: set[str] = set()
-    read = ["cls", *(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else [])]
-    for sample in scan_samples(url, error, read=read, images=True, decode=decode):
-        if sample.key in seen:
-            scan.repeated[sample.key] = scan.repeated.get(sample.key, 1) + 1
-        seen.add(sample.key)
-        if sample.image is None:
-            scan.without_image.append(sample.key)
+
+    def note_stray(name: str) -> None:
+        scan.strays += 1
+
+    read = ("cls", *(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else []))
+    for sample in scan_samples(url, error, read=read, images=True, decode=decode, on_stray=note_stray):
+        key, members, image = sample.key, sample.members, sample.image
+        if image is None and sample.is_stray:
+            scan.strays += len(members)
             continue
-        scan.keys.append(sample.key)
-        scan.image_bytes += sample.image.size
-        if sample.image.data is not None:
-            scan.digests.append(hashlib.blake2b(sample.image.data, digest_size=12).hexdigest())
-        if "cls" in sample.members:
-            entry = scan.labels.setdefault(
-                (sample.members["cls"].data or b"").decode("latin-1").strip()[:40], [0, sample.key]
-            )
-            entry[0] += 1
-        scan.without_class += "cls" not in sample.members
-        text = sample.members.get("txt")
+        if key in seen:
+            scan.repeated[key] = scan.repeated.get(key, 1) + 1
+        seen.add(key)
+        if image is None:
+            scan.without_image.append(key)
+            continue
+        scan.keys.append(key)
+        scan.image_bytes += image.size
+        if decode:
+            scan.digests.append(hashlib.blake2b(image.data or b"", digest_size=12).hexdigest())
+        text = members.get("txt")
         scan.without_text += text is None
-        if text is None and "cls" not in sample.members:
-            scan.without_both.append(sample.key)
-        if sample.image.problem:
-            scan.unreadable[sample.key] = sample.image.problem
+        if "cls" in members:
+            _note_label(scan, sample)
+        else:
+            scan.without_class += 1
+            if text is None:
+                scan.without_both.append(key)
+        if image.problem:
+            scan.unreadable[key] = image.problem
         if texts:
             problem = "has no txt" if text is None else _text_problem(text.data or b"")
             if problem:
-                scan.bad_texts[sample.key] = problem
+                scan.bad_texts[key] = problem
     return scan
+
+
+def _note_label(scan: ShardScan, sample: Sample) -> None:
+    label = (sample.members["cls"].data or b"").strip()[:_LABEL_LENGTH].decode("latin-1")
+    known = scan.labels.get(label)
+    if known is not None:
+        known[0] += 1
+    elif len(scan.labels) < MOST_LABELS:
+        scan.labels[label] = [1, sample.key]
+    else:
+        scan.labels_capped = True
 
 
 def _text_problem(data: bytes) -> str | None:
@@ -130,13 +166,22 @@ def _text_problem(data: bytes) -> str | None:
     return None if text.strip() else "has an empty txt"
 
 
-def _cache_path(url: str, texts: bool, decode: bool) -> Path | None:
+def _cache_key(url: str, texts: bool) -> str | None:
     if is_remote(url):
         return None
     path = local_path(url)
     try:
-        stat = path.stat()
+        return digest([_FORMAT, str(path.absolute()), *stat_key(path), texts])
     except OSError:
         return None
-    name = digest([_FORMAT, str(path.absolute()), stat.st_size, stat.st_mtime_ns, texts, decode])
-    return cache_folder() / "scans" / f"{name[:40]}.json"
+
+
+def _cached(url: str, key: str | None) -> ShardScan | None:
+    found = None if key is None else read_cache("scans", key)
+    values = found.get("scan") if isinstance(found, dict) else None
+    blank = ShardScan("")
+    if not isinstance(values, dict) or any(
+        type(values.get(name)) is not type(getattr(blank, name)) for name in (f.name for f in fields(blank))
+    ):
+        return None  # there is none, or it is damaged
+    return ShardScan(**{f.name: values[f.name] for f in fields(blank)} | {"url": url})

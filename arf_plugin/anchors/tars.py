@@ -2,7 +2,8 @@
 
 Tars are untrusted input: names that leave the folder, links and devices are refused, and nothing is extracted
 to disk. Names are split into key and extension as ``webdataset.tariterators.base_plus_ext`` does it, and what
-webdataset skips is skipped here too, so that a scan lists exactly what training sees.
+webdataset skips is skipped here too, so that a scan lists exactly what training sees. Names are bytes: samples are
+grouped by them, and handed on as text that can be written anywhere (:func:`arf_plugin.untrusted.utf8`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from arf_plugin.anchors.headers import Header, StrictInfo, walk_headers
-from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
+from arf_plugin.anchors.headers import Header, SeekableTar, StreamedTar
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS, LARGEST_IMAGE, image_problem, size_problem
 from arf_plugin.errors import ArfError, TaskDataError
+from arf_plugin.untrusted import require_regular, utf8
 
 _SPLIT = re.compile(r"^((?:.*/)?[^.]+)\.([^/]*)$")
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
+_TEXT_OF_A_SET = re.compile(r"(^|/)(README|LICEN[SC]E|NOTICE|CHANGELOG|COPYING)$", re.IGNORECASE)
 _REMOTE = re.compile(r"^(?!file:)[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
-_PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+# TarInfo.isreg, by which webdataset goes.
+_PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
+_LINKS_AND_DEVICES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_PARTS = frozenset((*IMAGE_EXTENSIONS, "txt", "cls"))  # extensions by which a member is part of a sample
+_RESERVED = frozenset(
+    ("__key__", "__url__", "__bad__")
+)  # extensions that would overwrite webdataset's own notes
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
 
+LARGEST_TEXT = 1 << 26  # bytes of a txt, cls or json; longer ones are no captions
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Member:
     """One regular file of a tar.
 
@@ -35,7 +46,7 @@ class Member:
         name: full name in the tar.
         key: name without its extensions; members of a sample share it.
         ext: extensions in lower case, without the first dot (``jpg``, ``seg.png``).
-        offset: first byte of the data in the tar; -1 if the tar cannot be read there (compressed, piped).
+        offset: first byte of the data in the tar; -1 if it cannot be read there (compressed, piped, a file with holes).
         size: data bytes.
         data: the bytes, if they were asked for.
         problem: why an image is unreadable; None if it looks whole or was not examined.
@@ -60,7 +71,17 @@ class Sample:
     @property
     def image(self) -> Member | None:
         """The member that open_clip takes as the image."""
-        return next((self.members[ext] for ext in IMAGE_EXTENSIONS if ext in self.members), None)
+        for ext in IMAGE_EXTENSIONS:
+            if ext in self.members:
+                return self.members[ext]
+        return None
+
+    @property
+    def is_stray(self) -> bool:
+        """Whether these are no parts of a sample: system files, a README, AppleDouble files (``d/._0.jpg``)."""
+        return _PARTS.isdisjoint(self.members) or (
+            "txt" in self.members and len(self.members) == 1 and _TEXT_OF_A_SET.search(self.key) is not None
+        )
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -94,10 +115,14 @@ def open_shard(url: str, error: type[ArfError] = TaskDataError) -> IO[bytes]:
             import fsspec
 
             return fsspec.open(url, "rb").open()
-        return local_path(url).open("rb")
+        path = local_path(url)
+        require_regular(path, error)
+        return path.open("rb")
     except FileNotFoundError:
         raise error(f"{url} does not exist. Expected a tar; check the path and its braces.") from None
-    except (OSError, ImportError, ValueError) as cause:
+    except ArfError as cause:
+        raise error(f"{url} cannot be opened as a tar: {cause}") from None
+    except Exception as cause:  # each of fsspec's file systems has errors of its own
         raise error(f"{url} cannot be opened: {cause}") from cause
 
 
@@ -122,31 +147,8 @@ def scan_tar(
     Raises:
         error: if the tar is missing, empty, cut off or corrupt; for escaping names, links and devices.
     """
-    last = "the start"
-    try:
-        with open_shard(url, error) as file:
-            seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
-            for header, load in _seekable(file) if seekable else _stream(file):
-                last = f"member {header.name!r}"
-                split = split_name(header.name)
-                if not _accept(header, url, error) or split is None:
-                    continue
-                key, ext = split
-                examine = images and ext in IMAGE_EXTENSIONS
-                data = problem = None
-                if ext in read or (examine and not seekable):
-                    data = load()
-                if examine and data is not None:
-                    problem = image_problem(io.BytesIO(data), 0, header.size, decode)
-                elif examine:
-                    problem = image_problem(file, header.offset, header.size, decode)
-                kept = data if ext in read else None
-                yield Member(header.name, key, ext, header.offset, header.size, kept, problem)
-    except _BROKEN as cause:
-        raise error(
-            f"{url} is cut off or corrupt after {last}: {cause}.\n"
-            "Expected a whole tar; copy or download it again, or leave it out."
-        ) from cause
+    for _, member in _members(url, error, read, images, decode, None):
+        yield member
 
 
 def scan_samples(
@@ -156,50 +158,82 @@ def scan_samples(
     read: Collection[str] = (),
     images: bool = False,
     decode: bool = False,
+    on_stray: Callable[[str], object] | None = None,
 ) -> Iterator[Sample]:
     """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
 
-    Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip.
+    Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip. That makes samples
+    of system files too: see :attr:`Sample.is_stray`.
+
+    Args:
+        on_stray: called with the name of each file that has no extension, and so is part of no sample.
     """
     sample: Sample | None = None
-    for member in scan_tar(url, error, read=read, images=images, decode=decode):
-        if sample is None or member.key != sample.key or member.ext in sample.members:
+    current: str | None = None
+    for key, member in _members(url, error, read, images, decode, on_stray):
+        if sample is None or key != current or member.ext in sample.members:
             if sample is not None:
                 yield sample
-            sample = Sample(member.key)
+            sample, current = Sample(member.key), key
         sample.members[member.ext] = member
     if sample is not None:
         yield sample
 
 
-def _seekable(file: IO[bytes]) -> Iterator[tuple[Header, Callable[[], bytes]]]:
-    """Yields headers, each with a function that reads the data."""
-    for header in walk_headers(file):
+def _members(
+    url: str,
+    error: type[ArfError],
+    read: Collection[str],
+    images: bool,
+    decode: bool,
+    on_stray: Callable[[str], object] | None,
+) -> Iterator[tuple[str, Member]]:
+    """Yields members with their keys as bytes (``os.fsdecode``); see :func:`scan_tar`."""
+    last: str | None = None
+    try:
+        with open_shard(url, error) as file:
+            seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
+            tar = SeekableTar(file) if seekable else StreamedTar(file)
+            for header in tar:
+                last = name = header.name
+                split = split_name(name)
+                if not _accept(header, split, url, error):
+                    continue
+                if split is None:
+                    if on_stray is not None:
+                        on_stray(utf8(name))
+                    continue
+                key, ext = split
+                examine = images and ext in IMAGE_EXTENSIONS
+                data = problem = None
+                wanted = ext in read
+                if wanted or (examine and header.offset < 0):
+                    problem = size_problem(header.size) if examine else None
+                    if problem is None or not header.size:
+                        _require_size(header, ext, url, error)
+                        data = tar.load(header)
+                if examine and problem is None:
+                    if data is not None:
+                        problem = image_problem(io.BytesIO(data), 0, header.size, decode)
+                    else:
+                        problem = image_problem(file, header.offset, header.size, decode)
+                if not name.isascii():
+                    name, shown = utf8(name), utf8(key)
+                else:
+                    shown = key
+                yield (
+                    key,
+                    Member(name, shown, ext, header.offset, header.size, data if wanted else None, problem),
+                )
+    except _BROKEN as cause:
+        after = "the start" if last is None else f"member {last!r}"
+        raise error(
+            f"{url} is cut off or corrupt after {after}: {cause}.\n"
+            "Expected a whole tar; copy or download it again, or leave it out."
+        ) from cause
 
-        def load(header: Header = header) -> bytes:
-            file.seek(header.offset)
-            return file.read(header.size)
 
-        yield header, load
-
-
-def _stream(file: IO[bytes]) -> Iterator[tuple[Header, Callable[[], bytes]]]:
-    """As :func:`_seekable`, for what can be read only once; the offset is -1."""
-    with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictInfo) as tar:
-        for info in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
-
-            def load(info: tarfile.TarInfo = info) -> bytes:
-                member = tar.extractfile(info)
-                data = member.read() if member is not None else b""
-                if len(data) != info.size:
-                    raise tarfile.ReadError(f"unexpected end of data in {info.name!r}")
-                return data
-
-            yield Header(info.name, info.type, -1, info.size), load
-
-
-def _accept(header: Header, url: str, error: type[ArfError]) -> bool:
+def _accept(header: Header, split: tuple[str, str] | None, url: str, error: type[ArfError]) -> bool:
     """True for members that webdataset reads; raises for those that no data set should have."""
     name = header.name
     if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
@@ -207,17 +241,34 @@ def _accept(header: Header, url: str, error: type[ArfError]) -> bool:
             f"{url} has a member whose name leaves the folder: {name!r}.\n"
             "Expected names below the tar's root; the tar is broken or hostile: leave it out or repack it."
         )
-    if header.type == tarfile.DIRTYPE:
-        return False
     if header.type not in _PLAIN_TYPES:
+        # webdataset passes over all of them; a link that stands for a part of a sample would be missed in silence.
+        if header.type in _LINKS_AND_DEVICES and split is not None and split[1] in _PARTS:
+            raise error(
+                f"{url} has a member that is not a regular file: {name!r} (tar type {header.type!r}).\n"
+                "Expected files only, no links and no devices; pack it again (tar --dereference)."
+            )
+        return False
+    if _SKIPPED.match(name):
+        return False
+    if split is not None and split[1] in _RESERVED:
         raise error(
-            f"{url} has a member that is not a regular file: {name!r} (tar type {header.type!r}).\n"
-            "Expected files only, no links and no devices; pack it again (tar --dereference)."
+            f"{url} has the member {name!r}, whose extension is a word that webdataset keeps for itself.\n"
+            "Expected extensions such as jpg, txt and cls; leave the member out."
         )
-    return not _SKIPPED.match(name)
+    return True
+
+
+def _require_size(header: Header, ext: str, url: str, error: type[ArfError]) -> None:
+    largest = LARGEST_IMAGE if ext in IMAGE_EXTENSIONS else LARGEST_TEXT
+    if header.size > largest:
+        raise error(
+            f"{url}: {header.name!r} has {header.size:,} bytes, more than the {largest:,} that are read of a member.\n"
+            "The tar is damaged or no data set: leave it out, or pack it again without this member."
+        )
 
 
 def _is_compressed(file: IO[bytes]) -> bool:
     magic = file.read(6)
     file.seek(0)
-    return magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+    return magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\x00\x00\x80"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-from arf_plugin.anchors.scan import scan_shard
+from arf_plugin.anchors.scan import require_unique_keys, scan_shard
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.anchors.task_csv import CLASS_COLUMN, file_problem, label_text, read_csv, unreadable_files
 from arf_plugin.errors import ArfError, TaskDataError
@@ -138,8 +138,8 @@ def scan_task_ids(
     repeated = {name for name, n in Counter(map(shard_name, urls)).items() if n > 1}
     for url in urls:
         shard = scan_shard(url, decode=decode)
-        if unique and shard.repeated:
-            raise TaskDataError(repeated_key_message(url, next(iter(shard.repeated))))
+        if unique:
+            require_unique_keys(shard)
         name = shard_name(url)
         if unique and name in repeated:
             other, known = keys_of.setdefault(name, (url, set()))
@@ -173,14 +173,6 @@ def scan_task_ids(
             f"{train_data} holds no sample with an image. Expected members KEY.jpg, .jpeg, .png or .webp."
         )
     return scan
-
-
-def repeated_key_message(url: str, key: str) -> str:
-    """Says what to do about a key whose samples stand apart in a tar."""
-    return (
-        f"{url} has the key {key!r} twice, in samples apart from each other. Expected each key once, "
-        "with all members of a sample side by side (tar --sort=name); pack it again."
-    )
 
 
 def scan_csv(

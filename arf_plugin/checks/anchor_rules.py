@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from arf_plugin.anchors.scan import ShardScan
+from arf_plugin.anchors.scan import ShardScan, require_unique_keys
 from arf_plugin.anchors.tars import is_remote
-from arf_plugin.anchors.task import repeated_key_message
 from arf_plugin.checks.finding import Finding
 from arf_plugin.checks.inputs import Inputs
 from arf_plugin.checks.messages import BUILD
@@ -93,8 +92,10 @@ def pairs(inputs: Inputs) -> Iterator[Finding]:
         count += len(scan.keys)
         digests.update(scan.digests)
         images += len(scan.digests)
-        for key in scan.repeated:
-            yield Finding("error", repeated_key_message(url, key))
+        try:
+            require_unique_keys(scan, AnchorSetError)
+        except AnchorSetError as cause:
+            yield Finding("error", str(cause))
         problems = list(scan.unreadable.items()) + list(scan.bad_texts.items())
         problems += [(key, "has no image (KEY.jpg, .jpeg, .png or .webp)") for key in scan.without_image]
         for key, reason in problems:

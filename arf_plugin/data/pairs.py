@@ -12,27 +12,36 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
 import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from arf_plugin.anchors.images import IMAGE_EXTENSIONS
+from arf_plugin.anchors.files import list_files_of
+from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
+from arf_plugin.anchors.tars import scan_samples
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.order import SampleOrder
 from arf_plugin.errors import AnchorSetError
 
 SHUFFLE_BUFFER = 2000
-NUMBER = "__number__"
+NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted
+
+
+class RawPair(NamedTuple):
+    """A pair as it is stored; nothing else in the tar is read."""
+
+    url: str
+    key: str
+    image: bytes
+    text: bytes
 
 
 def list_pair_shards(anchors: str) -> list[str]:
     """URLs of the pair shards of an anchor set, sorted; empty if it has none."""
-    fs, root = fsspec.core.url_to_fs(anchors)
-    return [fs.unstrip_protocol(name) for name in sorted(fs.glob(f"{root.rstrip('/')}/pairs/*.tar"))]
+    fs, names = list_files_of(anchors, "pairs", ".tar")
+    return [fs.unstrip_protocol(name) for name in names]
 
 
 class PairShards(torch.utils.data.IterableDataset):
@@ -67,36 +76,87 @@ class PairShards(torch.utils.data.IterableDataset):
                 yield {"url": url, "pass": number}
 
 
-def _samples(shards: Iterator[dict[str, Any]], shuffle_seed: Callable[[], str]) -> Iterator[dict[str, Any]]:
-    """Raw samples of the shards, shuffled within a pass so that no pair meets its own copy from the next one."""
-    for number, group in itertools.groupby(shards, key=lambda shard: shard["pass"]):
-        streams = ({"url": shard["url"], "stream": fsspec.open(shard["url"], "rb").open()} for shard in group)
-        samples = group_by_keys(tar_file_expander(streams, handler=wds.reraise_exception))
-        rng = random.Random(f"{shuffle_seed()}/{number}")
-        yield from _shuffled((sample for sample in samples if _is_pair(sample)), rng)
+class PairDecoder:
+    """Reads and decodes pairs, and sees to it that a pass that yields none is the last one.
+
+    Pairs that cannot be decoded are passed over, as open_clip does with its samples, and named once.
+
+    Args:
+        preprocess: The trainer's image transform for training: PIL image -> ``[3, H, W]``.
+        tokenize: open_clip's tokenizer: text -> ``[1, L]``.
+    """
+
+    def __init__(self, preprocess: Callable[[Any], torch.Tensor], tokenize: Callable[[str], Any]) -> None:
+        self.preprocess = preprocess
+        self.tokenize = tokenize
+        self._named: set[tuple[str, str]] = set()
+        self._tried = self._bad = 0  # in this pass
+        self._reason = ""
+
+    def read(self, shards: Iterator[dict[str, Any]], shuffle_seed: Callable[[], str]) -> Iterator[RawPair]:
+        """Pairs of the shards, shuffled within a pass so that none meets its own copy from the next one.
+
+        Raises:
+            AnchorSetError: A whole pass over these shards has given no pair, or none that can be decoded.
+        """
+        for number, group in itertools.groupby(shards, key=lambda shard: shard["pass"]):
+            urls = [shard["url"] for shard in group]
+            rng = random.Random(f"{shuffle_seed()}/{number}")
+            self._tried = self._bad = read = 0
+            for pair in _shuffled(itertools.chain.from_iterable(map(_read_shard, urls)), rng):
+                read += 1
+                yield pair
+            self._end_pass(urls, read)
+
+    def decode(self, pair: RawPair) -> tuple[Any, Any] | None:
+        """Returns image and text of a pair as the trainer takes them; None, with a warning, if it cannot."""
+        self._tried += 1
+        try:
+            image, text = decode_image(pair.image), pair.text.decode("utf-8")
+            return self.preprocess(image), self.tokenize(text)[0]
+        except Exception as error:  # as open_clip: whatever a transform or a tokenizer raises
+            self._bad += 1
+            self._reason = f"{pair.url}, pair {pair.key}: {str(error) or repr(error)}"
+            place = (pair.url, pair.key)
+            if len(self._named) < NAMED and place not in self._named:
+                self._named.add(place)
+                logging.warning(f"ARF: skipping a pair anchor that cannot be decoded: {self._reason}")
+                if len(self._named) == NAMED:
+                    logging.warning("ARF: more pair anchors like these are not named; see: arf check --full")
+            return None
+
+    def _end_pass(self, urls: list[str], read: int) -> None:
+        where = f"{len(urls)} pair shards ({urls[0]}{', ...' if len(urls) > 1 else ''})"
+        if not read:
+            raise AnchorSetError(
+                f"A whole pass over {where} has given no pair; expected KEY.jpg + KEY.txt. Run `arf pack` again."
+            )
+        # After a resume some pairs are passed over and not decoded: then the next pass tells.
+        if self._tried == self._bad == read:
+            raise AnchorSetError(
+                f"None of the {read} pairs of a whole pass over {where} can be decoded, the last being {self._reason}.\n"
+                "Look at them with `arf check --full`, or run `arf pack` again."
+            )
 
 
-def _shuffled(samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[dict[str, Any]]:
-    buffer: list[dict[str, Any]] = []
-    for sample in samples:
+def _read_shard(url: str) -> Iterator[RawPair]:
+    for sample in scan_samples(url, AnchorSetError, read=(*IMAGE_EXTENSIONS, "txt")):
+        image, text = sample.image, sample.members.get("txt")
+        if image is not None and text is not None:
+            yield RawPair(url, sample.key, image.data or b"", text.data or b"")
+
+
+def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]:
+    buffer: list[RawPair] = []
+    for pair in pairs:
         if len(buffer) < SHUFFLE_BUFFER:
-            buffer.append(sample)
+            buffer.append(pair)
             continue
         spot = rng.randrange(SHUFFLE_BUFFER)
-        buffer[spot], sample = sample, buffer[spot]
-        yield sample
+        buffer[spot], pair = pair, buffer[spot]
+        yield pair
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _is_pair(sample: dict[str, Any]) -> bool:
-    return "txt" in sample and any(extension in sample for extension in IMAGE_EXTENSIONS)
-
-
-def _log_and_skip(error: Exception) -> bool:
-    """What open_clip does about a sample that cannot be decoded; the start-up check has named the truncated ones."""
-    logging.warning(f"ARF: skipping a pair anchor that cannot be decoded: {error!r}")
-    return True
 
 
 def build_pair_loader(
@@ -133,7 +193,8 @@ def build_pair_loader(
         `order` there is a third part, the numbers of the raw samples, ``[A]``.
 
     Raises:
-        AnchorSetError: Fewer shards than consumers.
+        AnchorSetError: Fewer shards than consumers. While it is iterated over: a shard that cannot be read, and a whole
+            pass of a consumer over its shards that gives nothing.
     """
     consumers = world_size * max(1, workers)
     if len(shards) < consumers:
@@ -149,22 +210,22 @@ def build_pair_loader(
         worker = get_worker_info()
         return f"{seed}/{epoch.get()}/{rank}/{worker.id if worker else 0}"
 
-    def samples(source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        shuffled = _samples(source, shuffle_seed)
+    decoder = PairDecoder(preprocess, tokenize)
+
+    def pairs(source: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+        raw = decoder.read(source, shuffle_seed)
         if order is None:
-            yield from shuffled
+            yield from (decoded for decoded in map(decoder.decode, raw) if decoded is not None)
             return
         order.begin()  # passes never end, so this is called once in an iteration
-        for number, sample in order.number(shuffled):
-            yield {**sample, NUMBER: number}
+        for number, pair in order.number(raw):
+            decoded = decoder.decode(pair)
+            if decoded is not None:
+                yield (*decoded, number)
 
     dataset = wds.DataPipeline(
         PairShards(shards, seed, epoch, rank, world_size),
-        samples,
-        wds.decode("pilrgb", handler=_log_and_skip),
-        wds.rename(image=";".join(IMAGE_EXTENSIONS), text="txt"),
-        wds.map_dict(image=preprocess, text=lambda text: tokenize(text)[0], handler=_log_and_skip),
-        wds.to_tuple("image", "text", *([NUMBER] if order else [])),
+        pairs,
         wds.batched(batch_size, partial=False),
     ).with_epoch(math.ceil(num_batches / max(1, workers)))
     return wds.WebLoader(

@@ -7,11 +7,13 @@ them, and `JointTokenizer` takes them apart where the pipeline calls the tokeniz
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from arf_plugin.anchors.headers import NAMES
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.data.captions import CaptionStore
@@ -49,13 +51,13 @@ class TaskTexts:
         self.epoch = epoch
         self.mix = mix
 
-    def __call__(self, identity: str, cls: object | None, text: str | None) -> str | None:
+    def __call__(self, identity: str, cls: object | None, text: str | bytes | None) -> str | None:
         """Joins the texts of one sample.
 
         Args:
             identity: The sample's id.
             cls: Its class index, if it has one.
-            text: Its own text, if it has one.
+            text: Its own text, if it has one; as bytes, it is decoded only where it is needed.
 
         Returns:
             ``prompt`` or ``prompt NUL caption``; None for a sample without a text of its own where one is needed,
@@ -64,15 +66,17 @@ class TaskTexts:
         Raises:
             TaskDataError: The sample has a ``cls`` that is no class index, or none and no text in its place.
             MissingCaptionError: The sample has no caption, and that is an error.
+            UnicodeDecodeError: The sample's own text is needed, and is not UTF-8.
         """
         prompt = self._prompt(identity, cls, text)
         if prompt is None or self.captions is None:
             return prompt
         return f"{prompt}{SEPARATOR}{self._caption(identity, prompt)}"
 
-    def _prompt(self, identity: str, cls: object | None, text: str | None) -> str | None:
+    def _prompt(self, identity: str, cls: object | None, text: str | bytes | None) -> str | None:
         if self.prompts is None or (self.mix and cls is None and text is not None):
-            return None if text is None else text.replace(SEPARATOR, " ")
+            own = text.decode("utf-8") if isinstance(text, bytes) else text
+            return None if own is None else own.replace(SEPARATOR, " ")
         if cls is None:
             raise TaskDataError(missing_class_message(identity))
         return self.prompts(cls, identity, self.seed, self.epoch())
@@ -110,6 +114,9 @@ def missing_caption_message(identity: str, count: int = 1) -> str:
 class JoinedSamples:
     """open_clip's tar reader with the joint text written into each raw sample's ``txt``.
 
+    Samples hold an image and a text and nothing else, so that the pipeline decodes nothing else. Those that it would
+    skip (no image, neither ``txt`` nor ``cls``, a text that is needed and not UTF-8) are left to it.
+
     Args:
         read: open_clip's own ``tarfile_to_samples_nothrow``.
         texts: Builds the joint text.
@@ -121,24 +128,38 @@ class JoinedSamples:
 
     def __call__(self, source: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
         """Yields raw samples (member suffix -> bytes), as the pipeline stage that this replaces does."""
-        for sample in self.read(source, **kwargs):
-            identity = sample_id(sample["__url__"], sample["__key__"])
-            own = sample.get("txt")
-            try:
-                text = self.texts(identity, sample.get("cls"), None if own is None else own.decode("utf-8"))
-            except MissingCaptionError:
-                image = next((sample[name] for name in IMAGE_EXTENSIONS if name in sample), b"")
-                if image_problem(io.BytesIO(image), 0, len(image), decode=True) is None:
-                    raise
-                continue  # no captioner could describe it, and open_clip would skip it too
-            except UnicodeDecodeError as error:
-                raise TaskDataError(
-                    f"Sample {identity}: its txt is not UTF-8 ({error.reason} at byte {error.start}). Re-encode it."
-                ) from error
-            if text is None:
-                yield sample
-            else:
-                yield {**sample, "txt": text.encode()}
+        # webdataset lets the locale say how names are decoded; ids are the same under every locale.
+        tarfile.TarFile.encoding = NAMES["encoding"]
+        for members in self.read(source, **kwargs):
+            sample = {name: value for name, value in members.items() if name.startswith("__")}
+            extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+            cls, text = members.get("cls"), members.get("txt")
+            if extension is not None:
+                image = sample[extension] = members[extension]
+                if cls is not None or text is not None:
+                    try:
+                        joint = self.texts(_identity(members), cls, text)
+                    except MissingCaptionError:
+                        if image_problem(io.BytesIO(image), 0, len(image), decode=True) is None:
+                            raise
+                        continue  # no captioner could describe it, and open_clip would skip it too
+                    except UnicodeDecodeError:
+                        pass  # open_clip meets it again, names it and goes on
+                    else:
+                        text = None if joint is None else joint.encode()
+            if text is not None:
+                sample["txt"] = text
+            yield sample
+
+
+def _identity(sample: dict[str, Any]) -> str:
+    url, key = sample["__url__"], sample["__key__"]
+    if not (isinstance(url, str) and isinstance(key, str)):
+        raise TaskDataError(
+            f"A task sample has a member named like webdataset's own notes (found: url {url!r}, key {key!r}), so it has "
+            "no id. Leave members such as KEY.__url__ out of the tars."
+        )
+    return sample_id(url, key)
 
 
 class JointTokenizer:
