@@ -23,6 +23,7 @@ class ArfConfig:
         every: One optimizer step in so many has anchors, with so many times their weight.
         workers: Loader workers for pair anchors; None means a share of ``--workers``.
         missing_caption: ``error`` or ``prompt`` (use the class prompt in the caption's place).
+        random_weights: Whether a run with anchors may start from weights that come from no file.
         classnames: File of class names, one per line, or ``imagenet``.
         templates: File of prompt templates, one per line, or ``imagenet``.
         trim_text: ``auto`` (cut each batch's texts to the longest where that is exact) or ``off``.
@@ -46,6 +47,7 @@ class ArfConfig:
     every: int = 1
     workers: int | None = None
     missing_caption: str = "error"
+    random_weights: bool = False
     classnames: str | None = None
     templates: str | None = None
     trim_text: str = "auto"
@@ -80,6 +82,7 @@ NEED_ANCHORS = (
     "arf_every",
     "arf_workers",
     "arf_missing_caption",
+    "arf_random_weights",
 )
 
 

@@ -107,6 +107,13 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         help="A task sample without a caption: stop, or use its class prompt (default: error).",
     )
     group.add_argument(
+        "--arf-random-weights",
+        action="store_true",
+        default=None,
+        help="Train with anchors although weights of the model come from no file. Without it that is an error: a "
+        "forgotten or misspelt --pretrained trains a model that there is nothing to keep of.",
+    )
+    group.add_argument(
         "--arf-classnames",
         metavar="FILE",
         help="Class names, one per line, or 'imagenet': builds class prompts from each sample's `cls`.",

@@ -31,7 +31,7 @@ from arf_plugin.data.startup import check_inputs, inputs_of_run
 from arf_plugin.data.streams import Stream
 from arf_plugin.data.texts import CsvTexts, JoinedSamples, JointTokenizer, LabelTokenizer, TaskTexts
 from arf_plugin.data.trim import TextTrimmer
-from arf_plugin.errors import ArfError
+from arf_plugin.errors import ArfError, FlagError
 from arf_plugin.hooks.resumable import pair_stream, resumable_loader, sample_orders, task_stream
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.table import rows
@@ -69,6 +69,7 @@ def _training_data(
 ) -> AnchoredData:
     config = session.config
     prompts = _load_prompts(config)
+    _on_first_rank(args, lambda: _check_weights(session, args))
     inputs = inputs_of_run(args, config, _classes(prompts), lambda inputs: _shape(session, args, inputs))
     assert inputs.run is not None
     task_workers, pair_workers, pairs = (
@@ -130,6 +131,25 @@ def _training_data(
         )
         loader = resumable_loader(loader, streams, session, args, identity)
     return AnchoredData(task, loader, shared_epoch, steps)
+
+
+def _check_weights(session: Session, args: Any) -> None:
+    """Refuses anchors for a model that nobody has trained: there is nothing that they could keep."""
+    found = session.random_parts
+    if not found or args.resume:
+        return
+    named = (
+        f"{len(found)} weights of --model {args.model} come from no file and are random (first: {found[0]})"
+    )
+    if session.config.anchors is None or session.config.random_weights:
+        logging.warning(f"ARF: {named}.")
+        return
+    raise FlagError(
+        f"{named}; --pretrained is {args.pretrained or 'not given'}.\n"
+        "Anchors keep what a model has learned: name its weights with --pretrained TAG_OR_FILE, or a model that brings "
+        "them along (local-dir:FOLDER with weights in it, hf-hub:NAME). To train from scratch all the same, add "
+        "--arf-random-weights."
+    )
 
 
 def _shape(session: Session, args: Any, inputs: Inputs) -> Run:

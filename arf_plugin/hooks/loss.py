@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ from arf_plugin.hooks.session import Session
 from arf_plugin.losses.anchored import AnchoredLoss
 from arf_plugin.losses.head import HeadLoss
 from arf_plugin.losses.l2sp import L2SPLoss
+
+WORSE_THAN_GUESSING = 1.25
 
 
 def create_loss(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -31,10 +35,34 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
         args: The trainer's arguments.
     """
     loss = _loss(build_base, session, args)
+    if not (session.config.head or session.random_parts or getattr(args, "siglip", False)):
+        _warn_of_first_loss(getattr(loss, "task", loss), args)
     if session.start is None or session.model is None:
         return loss
     start, session.start = session.start, None  # the loss keeps what it needs of it
     return L2SPLoss(loss, session.model, start, session.config.l2sp, args.accum_freq)
+
+
+def _warn_of_first_loss(loss: Any, args: Any) -> None:
+    """Looks at the loss of the first step, once: worse than guessing is what mixed up class names look like."""
+    if args.rank != 0 or getattr(args, "torchcompile", False):
+        return
+
+    def look(module: Any, inputs: Any, named: dict[str, Any], losses: Any) -> None:
+        handle.remove()
+        if not isinstance(losses, dict) or "contrastive_loss" not in losses:
+            return
+        found = float(losses["contrastive_loss"])
+        rows = len(named["image_features"]) * args.world_size
+        guessing = math.log(max(2, rows))
+        if found > WORSE_THAN_GUESSING * guessing:
+            logging.warning(
+                f"ARF: the first loss is {found:.2f}; guessing which of {rows} texts belongs to an image gives "
+                f"{guessing:.2f}. Are the class names in the order of the labels, the texts those of the images, and "
+                "--model and --pretrained of one kind?"
+            )
+
+    handle = loss.register_forward_hook(look, with_kwargs=True)
 
 
 def _loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:

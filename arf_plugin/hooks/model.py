@@ -23,6 +23,9 @@ from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
+from arf_plugin.weights import watching
+
+CONSTANTS = ("logit_scale", "logit_bias")  # which begin with a value of their own, not with a random one
 
 
 def create_model_and_transforms(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -32,7 +35,11 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if session.config.deterministic:  # after the trainer's own choice of kernels
             make_deterministic()
-        result = original(*args, **kwargs)
+        with watching() as loaded:
+            result = original(*args, **kwargs)
+        session.random_parts += [
+            name for name in loaded.random_parts(result[0]) if name.rpartition(".")[2] not in CONSTANTS
+        ]
         _prepare_text(session, result[0])
         if session.model is not None:  # the trainer's second model is a distillation teacher: left as it is
             return result

@@ -29,6 +29,7 @@ class Session:
         layout: Sizes of a batch, known once the data has been built.
         pair_transform: Transform of pair images, where it is not the trainer's own.
         model: The model that trains, known once it has been built.
+        random_parts: Names of weights, of it or of a teacher, that have come from no file.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
         task: The task that trains it, in releases that build one.
         trimmers: For each model, the teacher's included, how its texts can be cut, or why they cannot.
@@ -43,6 +44,7 @@ class Session:
     layout: BatchLayout | None = None
     pair_transform: Callable[[Any], torch.Tensor] | None = None
     model: nn.Module | None = None
+    random_parts: list[str] = dataclasses.field(default_factory=list)
     start: dict[str, torch.Tensor] | None = None
     task: nn.Module | None = None
     trimmers: list[TextTrimmer | str] = dataclasses.field(default_factory=list)

@@ -132,7 +132,9 @@ class Trainer:
         argv = ["--model", model, *releases.on_cpu(open_clip)]
         argv += ["--batch-size", str(batch_size), "--workers", "0"]
         argv += ["--epochs", "1", "--lr", "1e-3", "--warmup", "1", "--logs", str(self.logs), "--name", name]
-        return [*argv, "--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
+        argv += ["--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
+        # The tiny models have no weights of their own.
+        return [*argv, "--arf-random-weights"] if "--arf-anchors" in argv else argv
 
 
 def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
