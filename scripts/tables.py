@@ -22,13 +22,14 @@ from emojinet.report import METRICS as COLUMNS
 from versions.features import FEATURES
 
 from arf_plugin.ablation.table import as_markdown
+from arf_plugin.checks.rules import RULES
 from arf_plugin.evaluation.suites import load_suite
 from arf_plugin.hooks.engine import covers
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
 from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "emojinet.md", ROOT / "docs" / "versions.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("checks", "emojinet", "versions")))
 RESULTS = "emojinet"  # runs/quickstart/results.json of a clean clone
 GRID = "emojinet-grid"  # runs/ablation/main/results.json
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
@@ -55,6 +56,12 @@ def hooks() -> str:
     """Every upstream name that the plugin touches."""
     rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, row.why] for row in ROWS]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
+
+
+def checks() -> str:
+    """What is checked before the first step."""
+    rows = [[f"`{rule.id}`", rule.of, rule.checks, rule.happens, rule.where] for rule in RULES]
+    return _table(["rule", "input", "what is checked", "otherwise", "when"], rows)
 
 
 def results() -> str:
@@ -236,6 +243,7 @@ def rewritten(text: str) -> str:
         versions,
         hooks,
         features,
+        checks,
         upstream_tests,
         results,
         seeds,

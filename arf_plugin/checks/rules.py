@@ -57,7 +57,7 @@ RULES: tuple[Rule, ...] = (
         "command line",
         "flags that make sense alone, together and with this release of open_clip",
         "error of the parser, with the flags to change",
-        where="parser, `arf train --dry-run`",
+        where="parser",
     ),
     Rule(
         "class-names",
