@@ -128,7 +128,8 @@ RULES: tuple[Rule, ...] = (
         "texts",
         "task texts",
         "a `txt`, or with `--arf-classnames` a `cls`, for every sample; a CSV's column without empty cells",
-        "error, or a warning where open_clip skips the samples or plain mixing takes them",
+        "error; a warning where open_clip skips the samples (with class prompts: at most 1 % of them) or plain mixing "
+        "takes them",
         task_rules.texts,
     ),
     Rule(

@@ -16,6 +16,7 @@ from arf_plugin.checks.messages import (
 )
 from arf_plugin.errors import AnchorSetError, MissingCaptionError, TaskDataError
 
+STRAY_FRACTION = 0.01  # of images that belong to no sample, as of what stages reject by default
 DECODED_AT_MOST = 1000  # images without a caption that are decoded to see whether they could have one
 
 
@@ -103,8 +104,16 @@ def _mixture(inputs: Inputs) -> Iterator[Finding]:
             f"{task.without_class} of {total} task samples have no 'cls', which {flag} needs.\n"
             "Write the class index beside each image (KEY.cls), or drop the flag."
         )
-    if task.without_both:
+    if len(task.without_both) > STRAY_FRACTION * total:
         raise TaskDataError(missing_class_message(task.without_both[0], len(task.without_both)))
+    if task.without_both:
+        yield Finding(
+            "warning",
+            f"{len(task.without_both)} of {total} images have neither 'cls' nor 'txt' (first: {task.without_both[0]}); "
+            "open_clip skips them.",
+        )
+    if task.without_class == len(task.without_both):
+        return
     yield Finding(
         "note",
         f"plain mixing: {total - task.without_class} task samples have a class and get class prompts, "

@@ -283,6 +283,15 @@ def test_a_label_once_read_by_pandas_as_a_float_is_a_whole_number(made):
     assert check_inputs(made.inputs(training=True)) == 8
 
 
+def test_a_stray_image_is_skipped_as_open_clip_does(made, caplog):
+    members = [m for i in range(100) for m in ((f"{i}.jpg", drawing(i)), (f"{i}.cls", b"0"))]
+    write_tar(made.folder / "0.tar", [*members, ("cover.jpg", drawing(1))])
+    made.data, made.caption_weight = f"{made.folder}/0.tar", 0.0
+    made.run = replace(made.run, task_workers=1)
+    assert check_inputs(made.inputs(training=True)) == 100
+    assert "1 of 101 images have neither 'cls' nor 'txt' (first: 0/cover)" in caplog.text
+
+
 def test_ids_need_not_be_unique_where_nothing_is_joined(made):
     made.csv({"filepath": made.images() * 2, "cls": [0, 1] * 8})
     made.caption_weight = 0.0
