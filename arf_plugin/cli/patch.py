@@ -37,6 +37,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does what was asked, says how it stands then."""
     from arf_plugin.hooks.source_patches import Series, find_release
+    from arf_plugin.untrusted import printable
 
     release = args.release or find_release(args.target)
     series = Series(args.series, release)
@@ -55,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
         json.dump(found, sys.stdout, indent=2)
         print()
     else:
-        print(f"open_clip {release}, series {args.series}: {found['state']}")
+        print(f"open_clip {printable(release)}, series {args.series}: {found['state']}")
         for name in found["patches"]:
             print(f"  {name}")
         if found["problem"]:
-            print(found["problem"])
+            print(printable(found["problem"]))
     return 1 if found["problem"] else 0

@@ -1,6 +1,10 @@
 """Applies the patches of patches/ to a copy of open_clip's sources, checks and reverts them.
 
 git does the work: a series applies as a whole or not at all, and reverts only where nothing was changed since.
+
+The sources are somebody else's, and a work tree can bring settings that run programs (filters, hooks, a file system
+monitor). So git never sees it: the files that the patches name are copied into an empty folder, git works there with an
+environment of its own and without any configuration, and what it has changed is written back.
 """
 
 from __future__ import annotations
@@ -8,13 +12,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PatchError
+from arf_plugin.untrusted import require_regular
 
 PACKAGE = "open_clip_train"
 SERIES = ("arf", "upstream")
+LARGEST_SOURCE = 16 << 20  # bytes; open_clip's largest file has 80,000
 
 
 def patches_folder() -> Path:
@@ -38,14 +50,28 @@ def find_release(target: Path) -> str:
         PatchError: There is none, or it does not say.
     """
     path = target / "open_clip" / "version.py"
-    found = (
-        re.search(r"__version__\s*=\s*['\"]([^'\"]+)", path.read_text(encoding="utf-8"))
-        if path.is_file()
-        else None
-    )
+    text = _read(path).decode("utf-8", "replace") if path.exists() else ""
+    found = re.search(r"__version__\s*=\s*['\"]([^'\"\s]{1,40})['\"]", text)
     if found is None:
         raise PatchError(f"{path} does not say which release this is. Name it with --release.")
     return found[1]
+
+
+def _read(path: Path) -> bytes:
+    """Bytes of a source file.
+
+    Raises:
+        PatchError: it is no file, cannot be read, or is far too large for a source.
+    """
+    require_regular(path, PatchError)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_SOURCE + 1)
+    except OSError as cause:
+        raise PatchError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
+    if len(content) > LARGEST_SOURCE:
+        raise PatchError(f"{path} has more than {LARGEST_SOURCE >> 20} MiB, expected a source file of open_clip.")
+    return content
 
 
 class Series:
@@ -61,7 +87,8 @@ class Series:
 
     def __init__(self, name: str, release: str) -> None:
         folder = patches_folder() / release / name
-        self.paths = sorted(folder.glob("*.patch")) if folder.is_dir() else []
+        # The sources say which release they are; a name that is none of ours leads to no folder of theirs.
+        self.paths = sorted(folder.glob("*.patch")) if release in releases() else []
         if not self.paths:
             raise PatchError(
                 f"there are no patches of series '{name}' for open_clip {release}; there are for: "
@@ -114,19 +141,88 @@ class Series:
             )
 
     def _git(self, target: Path, *options: str) -> str:
-        """Runs ``git apply`` in the folder; returns what it complains of."""
-        if shutil.which("git") is None:
-            raise PatchError("git is not installed; it applies the patches.")
-        paths = self.paths[::-1] if "--reverse" in options else self.paths
-        # Below a repository git would take the patches' paths for the repository's, and silently skip them.
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.resolve().parent), "LC_ALL": "C"}
-        environment.pop("GIT_DIR", None)
-        done = subprocess.run(
-            ["git", "apply", *options, *(str(path.resolve()) for path in paths)],
-            cwd=target,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return done.stderr.strip() if done.returncode else ""
+        """Runs ``git apply`` on a copy of the files and writes back what it changes; returns what it complains of."""
+        paths = [str(path.resolve()) for path in (self.paths[::-1] if "--reverse" in options else self.paths)]
+        with _git_alone() as (folder, git):
+            # -z: names as they are, each ended by a zero byte, behind two counts.
+            listed = git("apply", "--numstat", "-z", *paths)
+            if listed.returncode:
+                return listed.stderr.strip()
+            names = {entry.split("\t")[2] for entry in listed.stdout.split("\0") if entry}
+            before = {name: content for name in sorted(names) if (content := _source(target, name)) is not None}
+            for name, content in before.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+            done = git("apply", *options, *paths)
+            if done.returncode:
+                return done.stderr.strip()
+            for name in sorted(names) if "--check" not in options else ():
+                _write_back(folder / name, target / name, before.get(name))
+        return ""
+
+
+@contextmanager
+def _git_alone() -> Iterator[tuple[Path, Any]]:
+    """Yields an empty folder and a function that runs git in it: outside of any repository, with no configuration."""
+    program = shutil.which("git")
+    if program is None:
+        raise PatchError("git is not installed; it applies the patches.")
+    with tempfile.TemporaryDirectory(prefix="arf-patch-") as scratch:
+        folder = Path(scratch) / "sources"
+        folder.mkdir()
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LC_ALL": "C",
+            "HOME": scratch,
+            # No repository is looked for: where the temporary folder lies in one, its configuration must not count.
+            "GIT_DIR": str(Path(scratch) / "none"),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_SYSTEM": os.devnull,
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_ATTR_NOSYSTEM": "1",
+        }
+
+        def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [os.path.abspath(program), *arguments],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+
+        yield folder, git
+
+
+def _source(target: Path, name: str) -> bytes | None:
+    """Bytes of a source file; None if it is missing.
+
+    Raises:
+        PatchError: it, or a folder on the way to it, is a link: it may be some other program's file.
+    """
+    path = target
+    for part in Path(name).parts:
+        path = path / part
+        if path.is_symlink():
+            raise PatchError(f"{path} is a link, expected a folder or file of its own: its target would be changed.")
+    return _read(path) if path.exists() else None
+
+
+def _write_back(changed: Path, path: Path, before: bytes | None) -> None:
+    """Gives a source file the content that git has left, or removes it."""
+    try:
+        if not changed.exists():
+            path.unlink(missing_ok=True)
+        elif (content := changed.read_bytes()) != before:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+                if before is not None:
+                    temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+    except OSError as cause:
+        raise PatchError(
+            f"{path} cannot be written: {cause.strerror or cause}. Files before it have been changed; see how it "
+            "stands with: arf patch check"
+        ) from cause

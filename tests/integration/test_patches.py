@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -100,6 +101,103 @@ def test_wrong_folders(run_arf, sources, tmp_path, problem):
     expected = {"no trainer": "expected the one that holds it", "no version": "Name it with --release"}
     done = run_arf("patch", "check", folder, *flags, check=False)
     assert done.returncode == 1 and expected.get(problem, "there are for: 2.") in done.stderr
+
+
+def hostile_repository(folder: Path, spy: Path) -> dict[str, str]:
+    """Makes a repository of a fork in which everything that git can be told to run tells on itself.
+
+    Returns:
+        Environment variables of a user whose own configuration does the same.
+    """
+    command = f"sh -c 'echo \"$0 $*\" >> {spy}; cat' "
+    settings = {
+        "core.fsmonitor": command + "fsmonitor",
+        "core.attributesFile": str(folder / "attributes"),
+        "filter.spy.clean": command + "clean",
+        "filter.spy.smudge": command + "smudge",
+        "filter.spy.process": command + "process",
+        "filter.spy.required": "true",
+        "diff.spy.textconv": command + "textconv",
+        "merge.spy.driver": command + "merge",
+        "include.path": str(folder / "more"),
+    }
+    git = ["git", "-C", str(folder)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for name, value in settings.items():
+        subprocess.run([*git, "config", name, value], check=True)
+    (folder / "more").write_text(f'[core]\n\thooksPath = {folder / "hooks"}\n')
+    (folder / "hooks").mkdir()
+    for hook in ("post-index-change", "post-checkout", "applypatch-msg", "pre-applypatch", "reference-transaction"):
+        for place in (folder / "hooks" / hook, folder / ".git" / "hooks" / hook):
+            place.write_text(f"#!/bin/sh\necho {hook} >> {spy}\n")
+            place.chmod(0o755)
+    for place in (folder, *folder.rglob("open_clip_train")):
+        (place / ".gitattributes").write_text("* filter=spy diff=spy merge=spy eol=crlf ident\n")
+    (folder / "attributes").write_text("* filter=spy\n")
+    (folder / ".git" / "info").mkdir(exist_ok=True)
+    (folder / ".git" / "info" / "attributes").write_text("* filter=spy\n")
+    (folder / "own").write_text((folder / ".git" / "config").read_text())
+    own = {"GIT_CONFIG_GLOBAL": str(folder / "own"), "GIT_DIR": str(folder / ".git"), "GIT_WORK_TREE": str(folder)}
+    own |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "filter.spy.clean"}
+    return own | {"GIT_CONFIG_VALUE_0": command + "own", "GIT_EXTERNAL_DIFF": command + "external"}
+
+
+@pytest.mark.parametrize("place", ["sources", "above"])
+def test_nothing_that_a_repository_brings_is_run(run_arf, sources, tmp_path, monkeypatch, place):
+    """Filters, hooks and monitors of the fork's repository, of one above it, and of the environment."""
+    folder, spy = sources(), tmp_path / "ran"
+    environment = {**os.environ, **hostile_repository(folder if place == "sources" else tmp_path, spy)}
+    if place == "above":
+        environment["TMPDIR"] = str(tmp_path)  # git's own scratch folder lies in that repository, too
+    # The trap is real: git itself falls into it.
+    git = ["git", "hash-object", "open_clip_train/main.py"]
+    subprocess.run(git, cwd=folder, env=environment, check=False, capture_output=True)
+    assert spy.exists()
+    spy.unlink()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for action in ("check", "apply", "check", "revert"):
+        run_arf("patch", action, folder)
+    assert not spy.exists(), spy.read_text()
+    plain = SOURCES[INSTALLED] / "open_clip_train" / "main.py"
+    assert (folder / "open_clip_train" / "main.py").read_bytes() == plain.read_bytes()
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_links_are_not_followed(run_arf, sources, tmp_path, link):
+    folder = sources()
+    inside = folder / "open_clip_train" / ("main.py" if link == "file" else "")
+    outside = tmp_path / "elsewhere"
+    inside.rename(outside)
+    inside.symlink_to(outside)
+    main = outside if link == "file" else outside / "main.py"
+    before = main.read_bytes()
+    for action in ("check", "apply"):
+        done = run_arf("patch", action, folder, check=False)
+        assert done.returncode == 1 and "is a link" in done.stderr and "Traceback" not in done.stderr
+    assert main.read_bytes() == before
+
+
+def test_a_name_that_needs_quoting(run_arf, sources, tmp_path):
+    folder = sources().rename(tmp_path / "a fork\n[1] 'of' \udce4 -x")
+    run_arf("patch", "apply", folder)
+    assert Series("arf", INSTALLED).state(folder) == "applied"
+
+
+@pytest.mark.parametrize("problem", ["pipe", "latin-1", "huge", "path", "control", "source is a pipe"])
+def test_odd_sources_are_refused_in_one_sentence(run_arf, sources, problem):
+    folder = sources()
+    version = folder / "open_clip" / "version.py"
+    if problem in ("pipe", "source is a pipe"):
+        version = version if problem == "pipe" else folder / "open_clip_train" / "main.py"
+        version.unlink()
+        os.mkfifo(version)
+    else:
+        content = {"latin-1": b"# caf\xe9\n", "huge": b"#" * (17 << 20), "path": b"__version__ = '../../fork'"}
+        version.write_bytes(content.get(problem, b"__version__ = '3.3.0\x1b[31m'"))
+    done = run_arf("patch", "check", folder, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "\x1b" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
 
 
 def test_every_row_is_in_the_patches():
