@@ -70,7 +70,9 @@ def _read(path: Path) -> bytes:
     except OSError as cause:
         raise PatchError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
     if len(content) > LARGEST_SOURCE:
-        raise PatchError(f"{path} has more than {LARGEST_SOURCE >> 20} MiB, expected a source file of open_clip.")
+        raise PatchError(
+            f"{path} has more than {LARGEST_SOURCE >> 20} MiB, expected a source file of open_clip."
+        )
     return content
 
 
@@ -149,7 +151,9 @@ class Series:
             if listed.returncode:
                 return listed.stderr.strip()
             names = {entry.split("\t")[2] for entry in listed.stdout.split("\0") if entry}
-            before = {name: content for name in sorted(names) if (content := _source(target, name)) is not None}
+            before = {
+                name: content for name in sorted(names) if (content := _source(target, name)) is not None
+            }
             for name, content in before.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
@@ -207,7 +211,9 @@ def _source(target: Path, name: str) -> bytes | None:
     for part in Path(name).parts:
         path = path / part
         if path.is_symlink():
-            raise PatchError(f"{path} is a link, expected a folder or file of its own: its target would be changed.")
+            raise PatchError(
+                f"{path} is a link, expected a folder or file of its own: its target would be changed."
+            )
     return _read(path) if path.exists() else None
 
 

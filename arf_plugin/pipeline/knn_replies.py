@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     import requests
 
 LARGEST_REPLY = 256 << 20  # bytes
+LARGEST_HIT = (
+    1 << 16
+)  # bytes, on average: a caption, an address, and whatever else the service's metadata has
+LARGEST_ROW = 1 << 62
 LARGEST_SIMILARITY = 1.1  # compressed indexes overshoot a little
 _CHUNK = 1 << 16
 
@@ -77,32 +83,86 @@ def _parse_hit(hit: Any) -> Hit:
         if isinstance(hit, dict)
         else (None, None, None)
     )
-    if not isinstance(row, int) or not isinstance(similarity, (int, float)):
+    if not _is_number(row, int) or not _is_number(similarity, (int, float)):
         raise ServiceError(
             f"The service answered the hit {shown(hit)}; expected numbers 'id' and 'similarity'. A similarity that is "
             "not a number (NaN) comes from NaN vectors in its index: build it again with arf index, which refuses them."
         )
-    if not isinstance(key, str) or not key:
-        found = ", ".join(sorted(map(str, hit))) or "nothing"
+    if not 0 <= row <= LARGEST_ROW:
         raise ServiceError(
-            f"The service's hit {row} has no 'image_path' (found: {found}), so nobody can tell which pair it is. "
+            f"The service answered the hit {shown(hit)}; its 'id' is the number of a row of the index, from 0. Faiss "
+            "writes -1 for neighbours that it has not found: ask for fewer with --k, or build the index again."
+        )
+    if not isinstance(key, str) or not key:
+        raise ServiceError(
+            f"The service's hit {row} has no 'image_path' (found: {names(sorted(hit)) or 'nothing'}), so nobody can "
+            "tell which pair it is. "
             "Serve an index folder whose metadata/*.parquet have that column, filled for every row (arf index copies "
             "them, clip-retrieval index too unless --copy_metadata False), and let the service return it: "
             'clip-retrieval back --columns_to_return \'["image_path","caption"]\''
         )
-    return Hit(key, row, float(similarity))
+    if not _is_text(key):
+        raise ServiceError(
+            f"The service's hit {row} has the 'image_path' {shown(hit['image_path'])}, which is no text. Expected the "
+            "key of a pair; build the index folder again with: arf index"
+        )
+    return Hit(key, row, _as_float(similarity))
 
 
-def read(reply: requests.Response) -> bytes:
-    """Reads a reply, which must not be endless."""
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+
+
+def _is_text(value: str) -> bool:
+    """False for a half of a surrogate pair, which JSON can spell and nothing can store."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def largest_reply(hits: int) -> int:
+    """Bytes that a reply with so many hits may have, generously."""
+    return min(LARGEST_REPLY, (4 << 20) + hits * LARGEST_HIT)
+
+
+def read(reply: requests.Response, largest: int = LARGEST_REPLY) -> bytes:
+    """Reads a reply, which must not be endless, nor become so when it is unpacked.
+
+    Raises:
+        PassingFault: it cannot be unpacked.
+        ServiceError: it is too large, or packed in an unknown way.
+    """
+    encoding = reply.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+        raise ServiceError(
+            f"{reply.url} answered with the Content-Encoding {shown(encoding)}, which was not asked for."
+        )
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding not in ("", "identity") else None
     parts, size = [], 0
-    for part in reply.iter_content(_CHUNK):
+    for part in reply.raw.stream(_CHUNK, decode_content=False):
+        if unpack is not None:
+            try:
+                part = unpack.decompress(part, largest - size + 1)
+            except zlib.error as cause:
+                raise PassingFault(f"{reply.url} answered what cannot be unpacked ({cause})") from cause
         parts.append(part)
         size += len(part)
-        if size > LARGEST_REPLY:
+        if size > largest:
             raise ServiceError(
-                f"{reply.url} answered more than {LARGEST_REPLY >> 20} MiB. Ask for fewer hits: --k"
+                f"{reply.url} answered more than {largest >> 20} MiB. Expected a few kilobytes per hit; look at what "
+                "the service returns (--columns_to_return), or ask for fewer hits: --k"
             )
+    if unpack is not None and size and not unpack.eof:
+        raise PassingFault(f"{reply.url} answered what cannot be unpacked (it is cut off)")
     return b"".join(parts)
 
 
@@ -129,20 +189,36 @@ def answer(url: str, reply: requests.Response, content: bytes) -> Any:
             f"{_shown_bytes(content)}. Is this the address of clip-retrieval back, not of its front end?"
         )
     try:
-        return json.loads(content, parse_constant=lambda name: None)
-    except ValueError as cause:
-        raise PassingFault(f"{url} answered broken JSON ({len(content)} bytes: {cause})") from cause
+        return json.loads(content.decode("utf-8-sig"), parse_constant=lambda name: None)
+    except (json.JSONDecodeError, UnicodeDecodeError) as cause:  # it may have been cut
+        raise PassingFault(
+            f"{url} answered broken JSON ({len(content)} bytes: {shown(str(cause))})"
+        ) from cause
+    except RecursionError:
+        problem = "is nested too deeply"
+    except ValueError:
+        problem = "has a number of thousands of digits"
+    raise ServiceError(
+        f"{url} answered JSON that {problem}: {_shown_bytes(content)}. Is this the address of clip-retrieval back?"
+    )
 
 
 def _shown_bytes(content: bytes) -> str:
     return shown(content[:200].decode("utf-8", "replace").strip())
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, longest: int = 120) -> str:
     """A foreign value for a message: short, and without control characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=True, default=repr)
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= 120 else text[:117] + "..."
+    if isinstance(value, str):
+        text = value
+    else:
+        text = ""
+        for piece in json.JSONEncoder(default=repr).iterencode(value):
+            text += piece[: longest + 1]
+            if len(text) > longest:
+                break
+    text = "".join(c if c.isprintable() else " " for c in text[: longest + 1])
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def names(values: Sequence[str]) -> str:

@@ -10,12 +10,16 @@ What is tried again, with exponential backoff and jitter:
 - 500: twice before the service has answered a query like this one, since it then means a mistake. Afterwards it
   cannot be one of those, so it counts as a passing fault, and is given up at the tenth 500 to one query.
 
+A reply that has not arrived whole within ``timeout`` counts as a timeout, however it is spread over that time: what
+drips a byte now and then keeps nobody waiting (:mod:`arf_plugin.pipeline.knn_connection`).
+
 A query is answered in full or the search stops with an error, so faults cost time and never change a result.
 Addresses that the service names (a redirect, an ``url`` in a hit) are never fetched.
 """
 
 from __future__ import annotations
 
+import http.client
 import math
 import threading
 import time
@@ -28,11 +32,21 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
-from arf_plugin.pipeline.knn_replies import Hit, PassingFault, ServerFault, answer, parse_hits, read, shown
+from arf_plugin.pipeline.knn_replies import (
+    Hit,
+    PassingFault,
+    ServerFault,
+    answer,
+    largest_reply,
+    parse_hits,
+    read,
+    shown,
+)
 
 if TYPE_CHECKING:
-    import requests
     import tenacity
+
+    from arf_plugin.pipeline.knn_connection import Session
 
 TRIES = 30
 TRIES_500_AT_START = 3
@@ -47,7 +61,7 @@ class Service:
         url: address of ``clip-retrieval back``, such as ``http://127.0.0.1:1234``.
         index: name of the index; None takes the only one.
         threads: requests under way at once.
-        timeout: seconds to wait for a connection, and for each part of a reply.
+        timeout: seconds for a whole answer, from the connection to its last byte.
         patience: seconds without any answer after which the service is given up.
         longest_pause: seconds between two tries, at most.
     """
@@ -68,6 +82,10 @@ class Service:
             )
         if self.threads < 1:
             raise FlagError(f"--service-threads {self.threads}: expected at least 1.")
+        if not 0 < self.timeout < threading.TIMEOUT_MAX:
+            raise FlagError(f"--service-timeout {self.timeout:g}: expected seconds, more than 0.")
+        if not self.patience >= 0:
+            raise FlagError(f"--service-patience {self.patience:g}: expected seconds, 0 or more.")
 
     @property
     def base(self) -> str:
@@ -89,6 +107,7 @@ class KnnClient:
         try:
             import requests
             import tenacity
+            import urllib3
         except ImportError as cause:
             name = cause.name or "requests"
             raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
@@ -96,7 +115,7 @@ class KnnClient:
         self.index = service.index
         self.proven = False  # has answered a query with this index, dimension and k
         self.retries = 0
-        self._requests, self._tenacity = requests, tenacity
+        self._requests, self._tenacity, self._urllib3 = requests, tenacity, urllib3
         self._local = threading.local()
         self._last_answer = -math.inf
         self._stop = threading.Event()
@@ -248,32 +267,41 @@ class KnnClient:
         """Sends a request once."""
         url = self.service.base + path
         errors = self._requests.exceptions
-        try:
-            with self._session().request(
-                method, url, json=body, timeout=self.service.timeout, stream=True, allow_redirects=False
-            ) as reply:
-                content = read(reply)
-        except (
+        passing = (
             errors.ConnectionError,
             errors.Timeout,
             errors.ChunkedEncodingError,
             errors.ContentDecodingError,
-        ) as cause:
-            raise PassingFault(str(cause)) from cause
+        )
+        session, timeout = self._session(), self.service.timeout
+        try:
+            with (
+                session.deadline(timeout),
+                session.request(
+                    method, url, json=body, timeout=timeout, stream=True, allow_redirects=False
+                ) as reply,
+            ):
+                content = read(reply, largest_reply(body["num_images"] if body else 0))
+            if session.is_late:  # cut off between two parts of a reply that has no length
+                raise PassingFault(session.lateness(url))
+        except (*passing, self._urllib3.exceptions.HTTPError, http.client.HTTPException) as cause:
+            raise PassingFault(
+                session.lateness(url) if session.is_late else shown(str(cause), 400)
+            ) from cause
         except errors.RequestException as cause:
-            raise ServiceError(f"{url} cannot be asked: {cause}") from cause
+            raise ServiceError(f"{url} cannot be asked: {shown(str(cause), 400)}") from cause
+        except (OSError, ValueError) as cause:
+            raise PassingFault(f"{url} broke off: {shown(str(cause), 400)}") from cause
         return answer(url, reply, content)
 
-    def _session(self) -> requests.Session:
+    def _session(self) -> Session:
         """This thread's session; requests does not promise that threads can share one."""
         if not hasattr(self._local, "session"):
-            session = self._requests.Session()
-            # Proxies and certificates of the environment, looked up once: requests would do so for every query.
-            found = session.merge_environment_settings(self.service.base, {}, None, None, None)
-            session.proxies, session.verify, session.cert = found["proxies"], found["verify"], found["cert"]
-            session.trust_env = False
-            self._local.session = session
-        return self._local.session
+            from arf_plugin.pipeline.knn_connection import Session
+
+            self._local.session = Session(self.service.base)
+        session: Session = self._local.session
+        return session
 
 
 def check_queries(queries: np.ndarray) -> None:

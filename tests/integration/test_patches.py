@@ -125,9 +125,15 @@ def hostile_repository(folder: Path, spy: Path) -> dict[str, str]:
     subprocess.run([*git, "init", "-q"], check=True)
     for name, value in settings.items():
         subprocess.run([*git, "config", name, value], check=True)
-    (folder / "more").write_text(f'[core]\n\thooksPath = {folder / "hooks"}\n')
+    (folder / "more").write_text(f"[core]\n\thooksPath = {folder / 'hooks'}\n")
     (folder / "hooks").mkdir()
-    for hook in ("post-index-change", "post-checkout", "applypatch-msg", "pre-applypatch", "reference-transaction"):
+    for hook in (
+        "post-index-change",
+        "post-checkout",
+        "applypatch-msg",
+        "pre-applypatch",
+        "reference-transaction",
+    ):
         for place in (folder / "hooks" / hook, folder / ".git" / "hooks" / hook):
             place.write_text(f"#!/bin/sh\necho {hook} >> {spy}\n")
             place.chmod(0o755)
@@ -137,7 +143,11 @@ def hostile_repository(folder: Path, spy: Path) -> dict[str, str]:
     (folder / ".git" / "info").mkdir(exist_ok=True)
     (folder / ".git" / "info" / "attributes").write_text("* filter=spy\n")
     (folder / "own").write_text((folder / ".git" / "config").read_text())
-    own = {"GIT_CONFIG_GLOBAL": str(folder / "own"), "GIT_DIR": str(folder / ".git"), "GIT_WORK_TREE": str(folder)}
+    own = {
+        "GIT_CONFIG_GLOBAL": str(folder / "own"),
+        "GIT_DIR": str(folder / ".git"),
+        "GIT_WORK_TREE": str(folder),
+    }
     own |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "filter.spy.clean"}
     return own | {"GIT_CONFIG_VALUE_0": command + "own", "GIT_EXTERNAL_DIFF": command + "external"}
 
@@ -193,7 +203,11 @@ def test_odd_sources_are_refused_in_one_sentence(run_arf, sources, problem):
         version.unlink()
         os.mkfifo(version)
     else:
-        content = {"latin-1": b"# caf\xe9\n", "huge": b"#" * (17 << 20), "path": b"__version__ = '../../fork'"}
+        content = {
+            "latin-1": b"# caf\xe9\n",
+            "huge": b"#" * (17 << 20),
+            "path": b"__version__ = '../../fork'",
+        }
         version.write_bytes(content.get(problem, b"__version__ = '3.3.0\x1b[31m'"))
     done = run_arf("patch", "check", folder, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "\x1b" not in done.stderr

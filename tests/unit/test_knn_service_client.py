@@ -6,6 +6,7 @@ had from the real one; that one is in tests/integration/test_knn_service.py.
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
@@ -72,6 +73,12 @@ def test_the_services_defaults_are_switched_off():
         "modality": "image", "num_images": 5, "num_result_ids": 5, "indice_name": "pool",
         "deduplicate": False, "use_safety_model": False, "use_violence_detector": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": float("nan")}, {"patience": -1.0}])
+def test_waits_must_be_possible(settings):
+    with pytest.raises(FlagError, match="--service-"):
+        client_of("http://127.0.0.1:1", **settings)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -156,6 +163,148 @@ def test_a_service_that_is_gone_is_given_up_after_the_patience():
     ):
         rows_of(client)
     assert 0.5 < time.monotonic() - started < 5
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+class Raw(LoopbackServer):
+    """Sends given bytes, part by part, with a pause before each; `after` says what comes for ever then."""
+
+    def __init__(self, parts: list[bytes], pause: float = 0.0, for_ever: bytes = b""):
+        super().__init__()
+        self.parts, self.pause, self.for_ever = parts, pause, for_ever
+
+    def answer(self, handler, method, path, body):
+        handler.close_connection = True
+        try:
+            for part in self.parts:
+                handler.wfile.write(part)
+                time.sleep(self.pause)
+            while self.for_ever:
+                handler.wfile.write(self.for_ever)
+                time.sleep(self.pause)
+        except OSError:  # the client has not waited
+            pass
+
+
+@pytest.mark.parametrize(
+    ("parts", "drip"),
+    [
+        ([HEAD + b"Content-Length: 100000\r\n\r\n["], b" "),
+        ([HEAD + b"\r\n["], b" "),
+        ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], b"1\r\n \r\n"),
+        ([HEAD], b"x"),
+        ([HEAD], b"X: y\r\n"),
+        ([], b"H"),
+        ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ([b"HTTP/1.1 307 Moved\r\nLocation: http://[\r\nContent-Length: 99999\r\n\r\n"], b"x"),
+    ],
+    ids=["length", "no length", "chunks", "header", "headers", "status", "continue", "redirect"],
+)
+def test_a_reply_that_drips_is_given_up(parts, drip):
+    """No wait for a byte is ever as long as the timeout; the reply as a whole is."""
+    with Raw(parts, pause=0.1, for_ever=drip) as service:
+        client = client_of(service.url, timeout=0.4, patience=1.0)
+        started = time.monotonic()
+        with pytest.raises(ServiceError) as error:
+            rows_of(client, QUERIES[:1])
+        assert time.monotonic() - started < 6
+    assert any(
+        said in str(error.value) for said in ("gave no answer", "redirects to", "more than 100 headers")
+    )
+    assert threading.active_count() < 20
+
+
+def test_a_slow_reply_that_is_whole_in_time_is_taken():
+    body = json.dumps([{"id": i, "similarity": 0.5, "image_path": f"k{i}"} for i in range(5)]).encode()
+    parts = [
+        HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode(),
+        *(body[i : i + 40] for i in range(0, len(body), 40)),
+    ]
+    with Raw(parts, pause=0.05) as service:
+        assert rows_of(client_of(service.url, timeout=5.0), QUERIES[:1]) == [[0, 1, 2, 3, 4]]
+
+
+def packed(reply, encoding="gzip", pack=gzip.compress):
+    return 200, JSON | {"Content-Encoding": encoding}, pack(json.dumps(reply).encode())
+
+
+def test_a_packed_reply_is_unpacked():
+    with serving(lambda q, r: packed(r)) as (_, client):
+        assert rows_of(client, QUERIES[:1]) == NEAREST[:1].tolist()
+
+
+def test_headers_that_are_wrong_about_the_length_do_not_disturb_the_next_query():
+    def longer(request, reply):
+        return 200, JSON, json.dumps(reply).encode() + b"  " * 50000
+
+    with serving(longer) as (_, client):
+        assert rows_of(client) == NEAREST.tolist()
+
+
+BOMB = packed(["x" * (80 << 20)])
+
+
+def body(content: bytes):
+    return lambda request, reply: (200, JSON, content)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (body(b"[" * 200_000), "nested too deeply"),
+        (body(b'[{"id": ' + b"9" * 5000 + b"}]"), "a number of thousands of digits"),
+        (lambda q, r: [h | {"id": 10**400} for h in r], "its 'id' is the number of a row"),
+        (lambda q, r: [h | {"id": -1} for h in r], "its 'id' is the number of a row"),
+        (lambda q, r: [h | {"id": True} for h in r], "expected numbers 'id' and 'similarity'"),
+        (lambda q, r: [h | {"id": 1.5} for h in r], "expected numbers 'id' and 'similarity'"),
+        (lambda q, r: [h | {"similarity": True} for h in r], "expected numbers 'id' and 'similarity'"),
+        (lambda q, r: [h | {"similarity": -(10**400)} for h in r], "similarity of"),
+        (lambda q, r: [h | {"image_path": "\ud800"} for h in r], "which is no text"),
+        (lambda q, r: [h | {"image_path": ["x"]} for h in r], "has no 'image_path'"),
+        (lambda q, r: {"\x1b[31m" * 50: [[[]]] * 100000}, "expected a list of hits"),
+        (lambda q, r: BOMB, "answered more than 4 MiB"),
+        (lambda q, r: (200, JSON, b" " * (6 << 20)), "answered more than 4 MiB"),
+        (lambda q, r: packed(r, "br"), "the Content-Encoding br, which was not asked for"),
+        (lambda q, r: packed(r, "gzip, gzip"), "the Content-Encoding gzip, gzip"),
+        (lambda q, r: (302, JSON | {"Location": "http://["}, b""), "redirects to http://["),
+        (lambda q, r: (302, JSON, b"x" * 1000), "redirects to null"),
+    ],
+)
+def test_a_reply_that_is_no_answer_is_refused_at_once(change, expected: str):
+    started = time.monotonic()
+    found = refusal(change)
+    assert expected in found and found.isprintable() and len(found) < 600
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, r: (200, JSON, b'["\xff\xfe"]'),
+        lambda q, r: (200, JSON, b""),
+        lambda q, r: (200, JSON, b"\xed\xa0\x80"),
+        lambda q, r: (200, JSON | {"Content-Encoding": "gzip"}, b"no gzip"),
+        lambda q, r: (200, JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"[]" * 99)[:-4]),
+        lambda q, r: None,
+    ],
+    ids=["bytes", "empty", "surrogate", "no gzip", "cut gzip", "broken off"],
+)
+def test_what_may_be_a_fault_on_the_way_is_asked_again(change):
+    """And given up after the patience, if it does not pass."""
+    first = threading.Event()
+
+    def once(request, reply):
+        if first.is_set():
+            return reply
+        first.set()
+        return change(request, reply)
+
+    with serving(once) as (_, client):
+        assert rows_of(client, QUERIES[:1]) == NEAREST[:1].tolist() and client.retries == 1
+    with serving(change, patience=0.3) as (_, client), pytest.raises(ServiceError, match="gave no answer"):
+        rows_of(client, QUERIES[:1])
 
 
 def infinite(reply) -> bytes:
