@@ -1,6 +1,6 @@
 """A YAML file whose values know where they stand, so that every complaint names file, line and key.
 
-The file is read with PyYAML's safe loader alone: plain values, no Python objects. Beyond YAML, ``${name}`` in a text is
+The file is read to nodes alone: plain values, no Python objects (:mod:`arf_plugin.plain_yaml`). Beyond YAML, ``${name}`` in a text is
 replaced by a variable, and a key that occurs twice is an error rather than the last one winning.
 """
 
@@ -11,9 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.errors import GridError, MissingDependencyError
+from arf_plugin.errors import GridError
+from arf_plugin.plain_yaml import compose
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
+LONGEST_MESSAGE = 600  # characters of what a file may say in an error
+LARGEST_NUMBER = (1 << 63) - 1
 _NULL = "tag:yaml.org,2002:null"
 _BOOL = "tag:yaml.org,2002:bool"
 
@@ -43,7 +46,7 @@ class Value:
 
     def error(self, message: str) -> GridError:
         """An error about this value, to be raised."""
-        return GridError(f"{self.where}: {message}")
+        return GridError(f"{self.where[:300]}: {message[:LONGEST_MESSAGE]}")
 
     @property
     def is_null(self) -> bool:
@@ -79,12 +82,12 @@ class Value:
             entry = Value(value_node, self.file, path, self.variables)
             if name in entries:
                 raise GridError(
-                    f"{self.file}, line {key_node.start_mark.line + 1}, {path}: this key stands on line "
+                    f"{self.file}, line {key_node.start_mark.line + 1}, {path[:120]}: this key stands on line "
                     f"{entries[name].line}, too. Keep one of them."
                 )
             if known is not None and name not in known:
                 raise GridError(
-                    f"{self.file}, line {key_node.start_mark.line + 1}, {path}: unknown key. "
+                    f"{self.file}, line {key_node.start_mark.line + 1}, {path[:120]}: unknown key. "
                     f"Expected one of: {', '.join(known)}."
                 )
             entries[name] = entry
@@ -124,7 +127,7 @@ class Value:
 
     def whole(self, smallest: int = 0) -> int:
         """Its value as a whole number."""
-        return int(self._number(int, "a whole number", smallest, float("inf")))
+        return int(self._number(int, "a whole number", smallest, LARGEST_NUMBER))
 
     def boolean(self) -> bool:
         """Its value as true or false."""
@@ -141,7 +144,7 @@ class Value:
         """Its text, which must be one of a few."""
         text = self.text()
         if text not in choices:
-            raise self.error(f"found '{text}', expected one of: {', '.join(choices)}.")
+            raise self.error(f"found '{text[:80]}', expected one of: {', '.join(choices)}.")
         return text
 
     def _number(self, convert: Callable[[str], float], kind: str, smallest: float, largest: float) -> float:
@@ -149,12 +152,14 @@ class Value:
         try:
             value = convert(text)
         except ValueError:
-            raise self.error(f"found '{text}', expected {kind}.") from None
+            raise self.error(f"found '{text[:80]}', expected {kind}.") from None
         if not smallest <= value <= largest:
             limits = (
-                f"at least {smallest:g}" if largest == float("inf") else f"from {smallest:g} to {largest:g}"
+                f"at least {smallest:g}"
+                if largest >= LARGEST_NUMBER
+                else f"from {smallest:g} to {largest:g}"
             )
-            raise self.error(f"found {text}, expected {kind}, {limits}.")
+            raise self.error(f"found {text[:80]}, expected {kind}, {limits}.")
         return value
 
     def _fill(self, match: re.Match[str]) -> str:
@@ -172,7 +177,7 @@ class Value:
     def _found(self) -> str:
         if self.is_null:
             return "nothing"
-        return {"mapping": "a mapping", "sequence": "a list"}.get(self.node.id, f"'{self.node.value}'")
+        return {"mapping": "a mapping", "sequence": "a list"}.get(self.node.id, f"'{str(self.node.value)[:80]}'")
 
 
 def parse(path: Path, name: str) -> Any:
@@ -181,37 +186,7 @@ def parse(path: Path, name: str) -> Any:
     Raises:
         GridError: the file cannot be read, is not YAML, or holds something else than plain values.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependencyError("pyyaml", "Reading a grid", "evaluation") from None
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as cause:
-        raise GridError(f"{name} cannot be read: {cause}. Expected a YAML file.") from cause
-    except yaml.YAMLError as cause:
-        mark = getattr(cause, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark is not None else ""
-        raise GridError(
-            f"{name}{place}: this is not YAML: {getattr(cause, 'problem', None) or cause}."
-        ) from cause
+    node = compose(path, name, "a grid", GridError)
     if node is None:
         raise GridError(f"{name} is empty. Expected a grid; `arf ablate --list` names ready ones.")
-    _refuse_tags(node, name, set())
     return node
-
-
-def _refuse_tags(node: Any, name: str, seen: set[int]) -> None:
-    """Refuses what is not a plain value, such as ``!!python/object``."""
-    if id(node) in seen:  # an alias; its target has been looked at
-        return
-    seen.add(id(node))
-    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        raise GridError(
-            f"{name}, line {node.start_mark.line + 1}: the tag {node.tag} is not allowed; expected plain values."
-        )
-    children = node.value if node.id != "scalar" else ()
-    for child in children:
-        for part in child if isinstance(child, tuple) else (child,):
-            _refuse_tags(part, name, seen)

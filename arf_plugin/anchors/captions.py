@@ -1,16 +1,41 @@
-"""Reads and validates the caption files of an anchor set."""
+r"""Reads and validates the caption files of an anchor set.
+
+Columns are taken in every form that holds text without loss: strings of any layout, bytes that are UTF-8, dictionaries
+of either. Ids are text: what is no UTF-8 in the name of a shard or file stands in them as ``\xNN``
+(:func:`arf_plugin.untrusted.utf8`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from arf_plugin.anchors.files import list_files_of
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.untrusted import printable, require_regular
 
 REBUILD = "rebuild the captions with: arf caption ..."
+COLUMNS = ("id", "caption")
+_BATCH = 1 << 16  # rows
+# A file that says one thing a billion times is no set of captions. Real ones shrink to a tenth at most.
+_LARGEST_RATIO, _ALWAYS_READ = 1000, 1 << 30
+
+
+def list_caption_files(anchors: str) -> tuple[Any, list[str]]:
+    """The set's file system, and its ``captions/*.parquet`` in it by name; hidden files are none.
+
+    Raises:
+        AnchorSetError: the folder cannot be listed.
+    """
+    try:
+        return list_files_of(anchors, "captions", ".parquet")
+    except (OSError, ValueError, ImportError) as cause:
+        raise AnchorSetError(f"{anchors}: the folder captions cannot be listed: {cause}.") from cause
 
 
 def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
@@ -26,70 +51,125 @@ def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
     Raises:
         AnchorSetError: See `open_captions`.
     """
-    tables = []
-    for name in files:
-        short = "/".join(name.split("/")[-2:])
-        try:
-            with fs.open(name, "rb") as stream:
-                file = pq.ParquetFile(stream)
-                found = file.schema_arrow.names
-                missing = [column for column in ("id", "caption") if column not in found]
-                if missing:
+    schema = pa.schema([(name, pa.large_string()) for name in COLUMNS])
+    return pa.concat_tables(
+        [schema.empty_table(), *(table for name in files for table in caption_batches(fs, name))]
+    )
+
+
+def caption_batches(fs: Any, name: str) -> Iterator[pa.Table]:
+    """Yields a caption file's rows, some ten thousand at a time, as `read_caption_files` returns them.
+
+    Raises:
+        AnchorSetError: See `open_captions`.
+    """
+    short = "/".join(name.split("/")[-2:])
+    if is_local(fs):
+        require_regular(Path(name), AnchorSetError)
+    row = size = 0
+    try:
+        with fs.open(name, "rb") as stream:
+            largest = _ALWAYS_READ + _LARGEST_RATIO * stream.seek(0, 2)
+            stream.seek(0)
+            file = pq.ParquetFile(stream)
+            _check_columns(file.schema_arrow.names, short)
+            for batch in file.iter_batches(_BATCH, columns=list(COLUMNS)):
+                table = _validated(pa.Table.from_batches([batch]), short, row)
+                size += table.nbytes
+                if size > largest:
                     raise AnchorSetError(
-                        f"{short} has no column {' and no column '.join(map(repr, missing))} "
-                        f"(found: {', '.join(found) or 'none'}). An anchor set's captions need 'id' and 'caption'; "
-                        f"rename the columns or {REBUILD}"
+                        f"{short} unpacks to more than {_LARGEST_RATIO} times its size: these are no captions. "
+                        f"Replace it or {REBUILD}"
                     )
-                table = file.read(columns=["id", "caption"])
-        except (pa.ArrowException, OSError) as error:
-            raise AnchorSetError(
-                f"{short} is no readable parquet file: {error}\nReplace it or {REBUILD}"
-            ) from error
-        tables.append(_validated(table, short))
-    return pa.concat_tables(tables)
+                yield table
+                row += batch.num_rows
+    # pyarrow raises ValueError and KeyError of its own, and those of Python for names that are no UTF-8.
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
+        reason = " ".join(printable(str(error)).split())[:300] or type(error).__name__
+        raise AnchorSetError(
+            f"{short} is no readable parquet file: {reason}\nReplace it or {REBUILD}"
+        ) from error
 
 
-def _validated(table: pa.Table, short: str) -> pa.Table:
-    columns = []
-    for name in ("id", "caption"):
-        column = table[name]
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            column = _decoded(column, short, name)
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-            raise AnchorSetError(
-                f"{short}: column '{name}' holds {column.type}, expected string. Convert it or {REBUILD}"
-            )
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:
-            column = _decoded(column.cast(pa.large_binary()), short, name)
-            raise AnchorSetError(f"{short}: column '{name}' is damaged: {error}. {REBUILD}") from error
-        column = column.cast(pa.large_string())
-        # NUL separates a prompt from its caption on the way to the tokenizer; tokenizers drop it at best.
-        unusable = pc.fill_null(
-            pc.or_(pc.equal(pc.utf8_trim_whitespace(column), ""), pc.match_substring(column, "\0")), True
+def is_local(fs: Any) -> bool:
+    """Whether an fsspec file system is that of this machine."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def _check_columns(found: list[str], short: str) -> None:
+    shown = (", ".join(found) or "none")[:300]
+    missing = [column for column in COLUMNS if column not in found]
+    if missing:
+        raise AnchorSetError(
+            f"{short} has no column {' and no column '.join(map(repr, missing))} (found: {shown}). An anchor set's "
+            f"captions need 'id' and 'caption'; rename the columns or {REBUILD}"
         )
+    for column in COLUMNS:
+        if found.count(column) > 1:
+            raise AnchorSetError(
+                f"{short} has {found.count(column)} columns '{column}' (found: {shown}). Keep one of them or {REBUILD}"
+            )
+
+
+def _validated(table: pa.Table, short: str, first: int) -> pa.Table:
+    columns = []
+    for name in COLUMNS:
+        column = _as_text(table[name], short, name, first)
+        # NUL separates a prompt from its caption on the way to the tokenizer; tokenizers drop it at best. A byte-order
+        # mark by itself is as good as nothing.
+        bare = pc.utf8_trim_whitespace(pc.utf8_trim(column, "\ufeff"))
+        unusable = pc.fill_null(pc.or_(pc.equal(bare, ""), pc.match_substring(column, "\0")), True)
         row = pc.index(unusable, True).as_py()
         if row >= 0:
+            text = column[row].as_py()
             raise AnchorSetError(
-                f"{short}, row {row}: {name} is {column[row].as_py()!r}; expected non-empty text without NUL "
-                f"characters. Remove the row or {REBUILD}"
+                f"{short}, row {first + row}: {name} is {text if text is None else repr(text[:80])}; expected "
+                f"non-empty text without NUL characters. Remove the row or {REBUILD}"
             )
         columns.append(column)
-    return pa.table(columns, names=["id", "caption"])
+    return pa.table(columns, names=list(COLUMNS))
 
 
-def _decoded(column: pa.ChunkedArray, short: str, name: str) -> pa.ChunkedArray:
-    """Decodes bytes as UTF-8; parquet files by other writers may store text as bytes, or bytes as text."""
-    texts = []
-    for row, value in enumerate(column.to_pylist()):
-        try:
-            texts.append(None if value is None else value.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise AnchorSetError(
-                f"{short}, row {row}: {name} is not UTF-8 ({error.reason} at byte {error.start}: {value[:40]!r}). "
-                f"Re-encode the text as UTF-8 or {REBUILD}"
-            ) from error
-    return pa.chunked_array([pa.array(texts, pa.large_string())])
+def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.ChunkedArray:
+    """The column as ``large_string``, whatever form of text it has."""
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType) and _is_text(kind.storage_type):
+        kind = kind.storage_type
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind)
+    if pa.types.is_dictionary(kind):
+        column.validate(full=True)
+        kind = kind.value_type
+        column = column.cast(kind)
+    if not (_is_text(kind) or _is_bytes(kind)):
+        raise AnchorSetError(
+            f"{short}: column '{name}' holds {printable(str(kind))[:120]}, expected string. Convert it or {REBUILD}"
+        )
+    # By way of bytes: a file may call bytes a string that are none.
+    content = column.cast(pa.large_binary())
+    try:
+        return content.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        for row, value in enumerate(content.to_pylist()):
+            try:
+                (value or b"").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise AnchorSetError(
+                    f"{short}, row {first + row}: {name} is not UTF-8 ({error.reason} at byte {error.start}: "
+                    f"{value[:40]!r}). Re-encode the text as UTF-8 or {REBUILD}"
+                ) from error
+        raise
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )

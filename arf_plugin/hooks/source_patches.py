@@ -188,7 +188,7 @@ def _git_alone() -> Iterator[tuple[Path, Any]]:
 
         def git(*arguments: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
-                [os.path.abspath(program), *arguments],
+                [str(Path(program).absolute()), *arguments],
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,

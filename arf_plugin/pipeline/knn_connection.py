@@ -94,7 +94,7 @@ class _Adapter(HTTPAdapter):
     def _watched(self, pool: Any) -> Any:
         adapter = self
 
-        class Connection(pool.ConnectionCls):  # type: ignore[misc]
+        class Connection(pool.ConnectionCls):
             def _new_conn(self) -> socket.socket:
                 return adapter.remember(super()._new_conn())
 

@@ -83,7 +83,8 @@ def _parse_hit(hit: Any) -> Hit:
         if isinstance(hit, dict)
         else (None, None, None)
     )
-    if not _is_number(row, int) or not _is_number(similarity, (int, float)):
+    is_bool = isinstance(row, bool) or isinstance(similarity, bool)  # which are numbers to Python
+    if is_bool or not isinstance(row, int) or not isinstance(similarity, (int, float)):
         raise ServiceError(
             f"The service answered the hit {shown(hit)}; expected numbers 'id' and 'similarity'. A similarity that is "
             "not a number (NaN) comes from NaN vectors in its index: build it again with arf index, which refuses them."
@@ -107,10 +108,6 @@ def _parse_hit(hit: Any) -> Hit:
             "key of a pair; build the index folder again with: arf index"
         )
     return Hit(key, row, _as_float(similarity))
-
-
-def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _as_float(value: float) -> float:
