@@ -49,7 +49,9 @@ def compose(path: Path, name: str, what: str, error: type[ArfError]) -> Any:
         mark = getattr(cause, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
         reason = getattr(cause, "problem", None) or getattr(cause, "reason", None) or str(cause)
-        raise error(f"{name}{place} cannot be read as YAML: {' '.join(str(reason).split())[:200]}.") from cause
+        raise error(
+            f"{name}{place} cannot be read as YAML, for this is not YAML: {' '.join(str(reason).split())[:200]}."
+        ) from cause
     except (ValueError, OverflowError) as cause:  # escapes and directives of thousands of digits
         raise error(f"{name} cannot be read as YAML: {printable(str(cause))[:200]}.") from cause
     return node
@@ -89,14 +91,15 @@ def _check(root: Any, name: str, error: type[ArfError]) -> None:
         if id(node) in open_nodes:
             raise error(f"{name}, line {line}: this value contains itself. Write it out.")
         if node.tag.removeprefix(_PREFIX) not in _PLAIN or not node.tag.startswith(_PREFIX):
-            raise error(
-                f"{name}, line {line}: the tag {printable(node.tag)[:100]} is not allowed; expected plain values."
-            )
+            tag = printable(node.tag)[:100]
+            raise error(f"{name}, line {line}: the tag {tag} cannot be read as YAML of plain values.")
         open_nodes.add(id(node))
         total = 1
         for child in node.value if node.id != "scalar" else ():
             if isinstance(child, tuple) and child[0].id != "scalar":
-                raise error(f"{name}, line {child[0].start_mark.line + 1}: a key is no text. Expected key: value.")
+                raise error(
+                    f"{name}, line {child[0].start_mark.line + 1}: a key is no text. Expected key: value."
+                )
             total += sum(map(size, child)) if isinstance(child, tuple) else size(child)
             if total > LARGEST_VALUE:
                 raise error(

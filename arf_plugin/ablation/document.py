@@ -1,7 +1,8 @@
 """A YAML file whose values know where they stand, so that every complaint names file, line and key.
 
-The file is read to nodes alone: plain values, no Python objects (:mod:`arf_plugin.plain_yaml`). Beyond YAML, ``${name}`` in a text is
-replaced by a variable, and a key that occurs twice is an error rather than the last one winning.
+The file is read to nodes alone: plain values, no Python objects (:mod:`arf_plugin.plain_yaml`). Beyond YAML,
+``${name}`` in a text is replaced by a variable, and a key that occurs twice is an error rather than the last one
+winning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from arf_plugin.plain_yaml import compose
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 LONGEST_MESSAGE = 600  # characters of what a file may say in an error
+LARGEST_TEXT = 1 << 20  # characters, variables filled in
 LARGEST_NUMBER = (1 << 63) - 1
 _NULL = "tag:yaml.org,2002:null"
 _BOOL = "tag:yaml.org,2002:bool"
@@ -119,7 +121,11 @@ class Value:
         """
         if self.node.id != "scalar" or self.is_null or not str(self.node.value).strip():
             raise self.error(f"found {self._found()}, expected a text.")
-        return _VARIABLE.sub(self._fill, str(self.node.value))
+        written = str(self.node.value)
+        used = _VARIABLE.findall(written)
+        if sum(len(self.variables.get(name) or "") for name in used) > LARGEST_TEXT:
+            raise self.error(f"with its variables filled in this has more than {LARGEST_TEXT} characters.")
+        return _VARIABLE.sub(self._fill, written)
 
     def number(self, smallest: float = float("-inf"), largest: float = float("inf")) -> float:
         """Its value as a number of a range, ends included."""
@@ -155,9 +161,7 @@ class Value:
             raise self.error(f"found '{text[:80]}', expected {kind}.") from None
         if not smallest <= value <= largest:
             limits = (
-                f"at least {smallest:g}"
-                if largest >= LARGEST_NUMBER
-                else f"from {smallest:g} to {largest:g}"
+                f"at least {smallest:g}" if largest >= LARGEST_NUMBER else f"from {smallest:g} to {largest:g}"
             )
             raise self.error(f"found {text[:80]}, expected {kind}, {limits}.")
         return value
@@ -177,7 +181,9 @@ class Value:
     def _found(self) -> str:
         if self.is_null:
             return "nothing"
-        return {"mapping": "a mapping", "sequence": "a list"}.get(self.node.id, f"'{str(self.node.value)[:80]}'")
+        return {"mapping": "a mapping", "sequence": "a list"}.get(
+            self.node.id, f"'{str(self.node.value)[:80]}'"
+        )
 
 
 def parse(path: Path, name: str) -> Any:

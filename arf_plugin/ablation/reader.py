@@ -90,6 +90,8 @@ class _Reader:
     def _set_variables(self, settings: Mapping[str, str]) -> None:
         self.variables["grid"] = str(self.out)
         for name, value in self.sections["variables"].items():
+            if value.is_mapping or value.is_list:
+                raise value.error("a variable stands for a text, expected one.")
             self.variables[name] = settings.get(name, None if value.is_null else str(value.node.value))
         for name in settings:
             if name not in self.sections["variables"]:

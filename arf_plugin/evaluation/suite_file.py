@@ -8,9 +8,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.suites import HALVES, KINDS, LAYOUTS, METRICS, Average, SetEntry, Source, Suite
+from arf_plugin.plain_yaml import compose
 
+LONGEST_MESSAGE = 600  # characters of what a file may say in an error
 _SET_KEYS = ("sources", "metric", "classes", "templates", "classnames", "subset")
 
 
@@ -41,33 +43,38 @@ def read_suite(path: Path) -> Suite:
 
 
 def _load(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingDependencyError("pyyaml", "Reading a suite", "evaluation") from None
+    if not path.exists():
+        raise EvaluationError(f"There is no suite file at {path}.")
+    return _value(compose(path, str(path), "a suite", EvaluationError), path)
 
-    class Loader(yaml.SafeLoader):
-        pass
 
-    def construct(loader: Any, node: Any) -> Located:
+def _value(node: Any, path: Path) -> Any:
+    """What a node stands for: mappings, lists, truth values, whole numbers and nothing; else the text as it is."""
+    if node is None or node.tag.endswith(":null"):
+        return None
+    if node.id == "sequence":
+        return [_value(child, path) for child in node.value]
+    if node.id == "mapping":
         result = Located()
         result.line, result.lines = node.start_mark.line + 1, {}
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in result:
                 raise EvaluationError(
-                    f"{path}, line {line}: key '{name}' is there twice (line {result.lines[name]})."
+                    f"{path}, line {line}: key '{name[:80]}' is there twice (line {result.lines[name]})."
                 )
-            result[name], result.lines[name] = loader.construct_object(value, deep=True), line
+            result[name], result.lines[name] = _value(value, path), line
         return result
+    if node.tag.endswith(":bool"):
+        return node.value.lower() in ("true", "yes", "on")
+    if node.tag.endswith(":int") and len(node.value) < 20 and node.value.lstrip("+-").isdecimal():
+        return int(node.value)
+    return str(node.value)
 
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, construct)
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader: plain values only
-    except FileNotFoundError:
-        raise EvaluationError(f"There is no suite file at {path}.") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as cause:
-        raise EvaluationError(f"{path} cannot be read as YAML: {cause}") from cause
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 class _Reader:
@@ -77,11 +84,11 @@ class _Reader:
         self.path = path
 
     def error(self, line: int, text: str) -> EvaluationError:
-        return EvaluationError(f"{self.path}, line {line}: {text}")
+        return EvaluationError(f"{self.path}, line {line}: {text[:LONGEST_MESSAGE]}")
 
     def mapping(self, value: Any, line: int, what: str) -> Located:
         if not isinstance(value, Located) or not value:
-            raise self.error(line, f"{what} is {value!r}, expected a mapping.")
+            raise self.error(line, f"{what} is {_shown(value)}, expected a mapping.")
         return value
 
     def keys(self, value: Located, known: Collection[str], required: Collection[str] = ()) -> None:
@@ -90,7 +97,7 @@ class _Reader:
                 close = difflib.get_close_matches(key, known, n=1)
                 meant = f" Did you mean '{close[0]}'?" if close else ""
                 raise self.error(
-                    value.lines[key], f"unknown key '{key}', expected one of {', '.join(known)}.{meant}"
+                    value.lines[key], f"unknown key '{key[:80]}', expected one of {', '.join(known)}.{meant}"
                 )
         for key in required:
             if key not in value:
@@ -99,19 +106,21 @@ class _Reader:
     def one_of(self, value: Located, key: str, known: Sequence[str], default: str) -> str:
         found = value.get(key, default)
         if found not in known:
-            raise self.error(value.lines[key], f"'{key}' is {found!r}, expected one of {', '.join(known)}.")
+            raise self.error(
+                value.lines[key], f"'{key}' is {_shown(found)}, expected one of {', '.join(known)}."
+            )
         return str(found)
 
     def number(self, value: Located, key: str) -> int | None:
         found = value.get(key)
         if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 1):
-            raise self.error(value.lines[key], f"'{key}' is {found!r}, expected a positive number.")
+            raise self.error(value.lines[key], f"'{key}' is {_shown(found)}, expected a positive number.")
         return found
 
     def texts(self, value: Located, key: str) -> tuple[str, ...]:
         found = value.get(key, [])
         if not isinstance(found, list) or not all(isinstance(item, str) and item for item in found):
-            raise self.error(value.lines[key], f"'{key}' is {found!r}, expected a list of texts.")
+            raise self.error(value.lines[key], f"'{key}' is {_shown(found)}, expected a list of texts.")
         return tuple(found)
 
     def entry(self, name: str, sets: Located) -> SetEntry:
@@ -119,11 +128,13 @@ class _Reader:
         self.keys(value, _SET_KEYS, required=("sources",))
         sources = value["sources"]
         if not isinstance(sources, list) or not sources:
-            raise self.error(value.lines["sources"], f"'sources' is {sources!r}, expected a list.")
+            raise self.error(value.lines["sources"], f"'sources' is {_shown(sources)}, expected a list.")
         templates = self.texts(value, "templates")
         for template in templates:
             if "{c}" not in template:
-                raise self.error(value.lines["templates"], f"{template!r} has no {{c}} for the class name.")
+                raise self.error(
+                    value.lines["templates"], f"{_shown(template)} has no {{c}} for the class name."
+                )
         subset: Any = value.get("subset")
         if isinstance(subset, list):
             subset = self.texts(value, "subset")
@@ -145,7 +156,8 @@ class _Reader:
         layouts = [key for key in value if key in LAYOUTS]
         if len(layouts) != 1 or not isinstance(value[layouts[0]], str):
             raise self.error(
-                value.line, f"a source needs exactly one of {', '.join(LAYOUTS)} (found: {dict(value)})."
+                value.line,
+                f"a source needs exactly one of {', '.join(LAYOUTS)} (found: {_shown(dict(value))}).",
             )
         [layout] = layouts
         if "at" in value and layout != "builder":
@@ -155,7 +167,7 @@ class _Reader:
         where = value[layout].replace("{set}", name)
         at = str(value.get("at", where)).replace("{set}", name)
         if Path(at).is_absolute() or ".." in Path(at).parts:
-            raise self.error(value.line, f"{at!r} leaves the data root, expected a path below it.")
+            raise self.error(value.line, f"{_shown(at)} leaves the data root, expected a path below it.")
         return Source(layout, where, at, self.number(value, "images"))
 
     def average(self, name: str, averages: Located, sets: list[str], earlier: list[str]) -> Average:
@@ -179,7 +191,7 @@ class _Reader:
             if not found:
                 close = difflib.get_close_matches(pattern, sets, n=1)
                 meant = f" Did you mean '{close[0]}'?" if close else ""
-                raise self.error(value.lines["of"], f"{pattern!r} matches no set of the suite.{meant}")
+                raise self.error(value.lines["of"], f"{_shown(pattern)} matches no set of the suite.{meant}")
             members += [member for member in found if member not in members]
         if not members:
             raise self.error(value.lines["of"], "'of' is empty, expected names of sets.")
