@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from arf_plugin.ablation.config import AnchorSet, Grid
 from arf_plugin.ablation.launch import last_lines, run_logged
 from arf_plugin.ablation.plan import ARF
-from arf_plugin.anchors.files import replacing, write_json
+from arf_plugin.anchors.files import list_files, replacing, write_json
 from arf_plugin.errors import GridError
+from arf_plugin.untrusted import read_json
 
 
 def build(
@@ -32,7 +32,7 @@ def build(
     marker = chosen.path / "built.json"
     recipe = {"captions": chosen.captions, "build": [list(words) for words in chosen.build]}
     if marker.is_file():
-        before = json.loads(marker.read_text(encoding="utf-8"))
+        before = read_json(marker, GridError, advice="Remove the file to build the set again.")
         if before != recipe:
             raise GridError(
                 f"The anchor set {chosen.path} was built by other commands than the grid has now:\n"
@@ -49,7 +49,7 @@ def build(
             )
     if chosen.captions is not None:
         _copy_captions(grid.anchors[chosen.captions].path, chosen.path)
-    if not any(chosen.path.glob("captions/*.parquet")) and not any(chosen.path.glob("pairs/*.tar")):
+    if not list_files(chosen.path / "captions", ".parquet") and not list_files(chosen.path / "pairs", ".tar"):
         raise GridError(
             f"The commands of anchor set '{chosen.name}' left neither captions/*.parquet nor pairs/*.tar in "
             f"{chosen.path}; the last one should end in: --out ${{out}}"
@@ -68,7 +68,7 @@ def needed(grid: Grid, names: set[str]) -> list[AnchorSet]:
 
 
 def _copy_captions(source: Path, target: Path) -> None:
-    files = sorted(source.glob("captions/*.parquet"))
+    files = list_files(source / "captions", ".parquet")
     if not files:
         raise GridError(f"{source} has no captions/*.parquet to take over into {target}.")
     for file in files:

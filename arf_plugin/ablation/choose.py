@@ -16,6 +16,9 @@ from arf_plugin.ablation.config import Arm, Grid
 from arf_plugin.ablation.plan import Run
 from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import GridError
+from arf_plugin.untrusted import read_json, require_fields
+
+_ADVICE = "Remove it, and what was chosen is chosen again from what has been measured."
 
 
 class Choices:
@@ -29,7 +32,8 @@ class Choices:
         self.path = folder / "choices.json"
         self.content: dict[str, Any] = {"arms": {}, "wise": {}}
         if self.path.is_file():
-            self.content |= json.loads(self.path.read_text(encoding="utf-8"))
+            self.content |= read_json(self.path, GridError, advice=_ADVICE)
+            require_fields(self.content, {"arms": dict, "wise": dict}, str(self.path), GridError, _ADVICE)
 
     def chosen(self, arm: Arm) -> int | None:
         """Number of the chosen candidate; None if the choice has not been made.
@@ -40,13 +44,19 @@ class Choices:
         if arm.choice is None or arm.name not in self.content["arms"]:
             return None
         entry = self.content["arms"][arm.name]
+        where = f"{self.path}, arm '{arm.name}'"
+        again = f"Choose again with: --restart {arm.name}"
+        require_fields({"entry": entry}, {"entry": dict}, where, GridError, again)
+        require_fields(entry, {"candidates": list, "by": str, "chosen": int}, where, GridError, again)
         now = _candidates(arm)
-        before = [candidate["flags"] for candidate in entry["candidates"]]
+        before = [found.get("flags") if isinstance(found, dict) else found for found in entry["candidates"]]
         if before != now or entry["by"] != arm.choice.by:
             raise GridError(
                 f"Arm '{arm.name}' was chosen among {json.dumps(before)} by {entry['by']}; the grid now has "
                 f"{json.dumps(now)} by {arm.choice.by}.\nChoose again with: --restart {arm.name}"
             )
+        if not 0 <= entry["chosen"] < len(now):
+            raise GridError(f"{where}: candidate {entry['chosen']} is none of {len(now)}. {again}")
         return int(entry["chosen"])
 
     def decide(self, arm: Arm, seed: int, averages: Sequence[Mapping[str, float]]) -> int:

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_STEP = re.compile(rb"Train Epoch: (\d+) \[\s*(\d+)/(\d+).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$")
+_STEP = re.compile(
+    rb"Train Epoch: (\d{1,15}) \[\s*(\d{1,15})/(\d{1,15}).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$"
+)
 _TORCHRUN = re.compile(rb"[EW]\d{4} .*torch/distributed/elastic/")
 _STATISTICS = re.compile(rb"I\d{4} .*torch/_(dynamo|subclasses|inductor)/")
-_EPOCH = re.compile(r"epoch_(\d+)\.pt")
+_EPOCH = re.compile(r"epoch_(\d{1,15})\.pt")
 _POLL_SECONDS = 0.3
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -66,7 +68,10 @@ def cpu_threads(count: int) -> dict[str, str]:
 def parse_step(line: bytes) -> Step | None:
     """Reads a line of the trainer's log; None for lines that do not tell progress."""
     match = _STEP.search(line.rstrip())
-    return Step(int(match[1]), int(match[2]), int(match[3]), float(match[4])) if match else None
+    try:
+        return Step(int(match[1]), int(match[2]), int(match[3]), float(match[4])) if match else None
+    except ValueError:  # a loss that is no number
+        return None
 
 
 def run_logged(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from arf_plugin.ablation import flags as flag_words
 from arf_plugin.ablation.config import Arm, Grid
 from arf_plugin.ablation.launch import trainer
+from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.task import expand_urls
-from arf_plugin.errors import GridError
+from arf_plugin.errors import GridError, TaskDataError
+from arf_plugin.untrusted import read_json
 
 ARF = [sys.executable, "-m", "arf_plugin.cli.main"]
 MISSING = "..."  # stands for what is not known before the anchors are built
@@ -216,7 +216,7 @@ def candidate_runs(grid: Grid, folder: Path, arms: Collection[str], processes: i
 
 
 def _shards(anchors: Path) -> list[Path]:
-    return sorted((anchors / "pairs").glob("*.tar"))
+    return list_files(anchors / "pairs", ".tar")
 
 
 def count_samples(data: str) -> int | None:
@@ -232,9 +232,15 @@ def count_samples(data: str) -> int | None:
         path = Path(url)
         sizes = path.parent / "sizes.json"
         if sizes.is_file():
-            known: dict[str, Any] = json.loads(sizes.read_text())
+            advice = "open_clip reads it, too: correct it, or remove it and the samples are counted."
+            known = read_json(sizes, TaskDataError, advice=advice)
             if path.name in known:
-                total += int(known[path.name])
+                count = str(known[path.name])  # open_clip takes texts, too
+                if not (count.isdecimal() and len(count) < 16):
+                    raise TaskDataError(
+                        f"{sizes}: '{path.name}' is {count[:40]!r}, expected a number. {advice}"
+                    )
+                total += int(count)
                 continue
         if not path.is_file():
             return None

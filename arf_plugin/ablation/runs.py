@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +20,11 @@ from typing import Any
 
 from arf_plugin.ablation.launch import Step, last_lines, parse_step, remove_torn_checkpoints, run_logged
 from arf_plugin.ablation.plan import Run
-from arf_plugin.anchors.files import digest, file_digest, write_json
+from arf_plugin.anchors.files import content_digest, digest, list_files, write_json
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.errors import GridError
 from arf_plugin.pipeline.embedder import model_identity
+from arf_plugin.untrusted import read_json
 
 PACKAGES = ("arf-plugin", "open_clip_torch", "torch", "webdataset", "timm", "numpy")
 
@@ -47,8 +47,8 @@ def settings(run: Run) -> dict[str, Any]:
         chosen = grid.anchors[run.arm.anchors]
         own = [
             str(path)
-            for half in ("captions/*.parquet", "pairs/*.tar")
-            for path in sorted(chosen.path.glob(half))
+            for half, suffix in (("captions", ".parquet"), ("pairs", ".tar"))
+            for path in list_files(chosen.path / half, suffix)
         ]
         found["anchors"] = {
             "name": chosen.name,
@@ -66,7 +66,10 @@ def changes(run: Run) -> list[str]:
     file = run.path / "settings.json"
     if not file.is_file():
         return []
-    before, now = json.loads(file.read_text(encoding="utf-8")), settings(run)
+    before, now = (
+        read_json(file, GridError, advice=f"Do the run again with: --restart {run.arm.name}"),
+        settings(run),
+    )
     return [
         f"{key}: was {_short(before.get(key))}, is {_short(now.get(key))}"
         for key in dict.fromkeys([*before, *now])
@@ -190,12 +193,15 @@ def discard(run: Run) -> None:
 def _digest_of(name: str | None) -> str | None:
     """Digest of a local file; the name itself of what is none, such as ``imagenet``."""
     path = Path(name) if name else None
-    return file_digest(path) if path is not None and path.is_file() else name
+    return content_digest([path]) if path is not None and path.is_file() else name
 
 
 def _listing(urls: list[str]) -> str:
-    """Digest of names and sizes: enough to notice other data, and instant on a million samples."""
-    entries = [[Path(url).name, Path(url).stat().st_size if Path(url).is_file() else None] for url in urls]
+    """Digest of what the files hold, computed once and then known as long as they stay as they are.
+
+    What is on no disk of this machine is known by its name.
+    """
+    entries = [content_digest([path]) if (path := Path(url)).is_file() else url for url in urls]
     return f"{len(entries)} files, {digest(entries)[:16]}"
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.untrusted import parse_json, require_regular
 
 FORMAT = 1
 Row = dict[str, Any]
@@ -50,6 +51,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         EvaluationError: if the file is missing, or a line is no row.
     """
+    require_regular(path, EvaluationError)
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as cause:
@@ -61,12 +63,12 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as cause:
+            row = parse_json(line, f"{path}, line {number}", EvaluationError, object, "Remove the line.")
+        except EvaluationError:
             if number == len(lines):  # no newline behind it
                 warnings.warn(f"{path}: the last line is unfinished; it is measured again.", stacklevel=2)
                 continue
-            raise EvaluationError(f"{path}, line {number} is no JSON: {cause}. Remove the line.") from None
+            raise
         if not isinstance(row, dict) or row.get("format") != FORMAT:
             found = row.get("format") if isinstance(row, dict) else row
             raise EvaluationError(

@@ -8,17 +8,19 @@ only, however large the anchor set is.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from arf_plugin.anchors.captions import caption_batches
+from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.tars import Sample, scan_samples
 from arf_plugin.errors import AnchorSetError, ReportError
 from arf_plugin.report.images import Place, TaskImages, read_image
+from arf_plugin.report.numbers import finite
 from arf_plugin.report.thumbnails import Thumbnail, thumbnail
+from arf_plugin.untrusted import parse_json
 
 CANDIDATES = 6  # queries followed per card that is shown
 PAIRS_SHOWN = 6
@@ -142,12 +144,12 @@ def build_gallery(
 
 def pair_shards(anchors: Path) -> list[Path]:
     """The set's tars of pairs."""
-    return sorted((anchors / "pairs").glob("*.tar"))
+    return list_files(anchors / "pairs", ".tar")
 
 
 def caption_files(anchors: Path) -> list[Path]:
     """The set's tables of captions."""
-    return sorted((anchors / "captions").glob("*.parquet"))
+    return list_files(anchors / "captions", ".parquet")
 
 
 def place_in_hash_order(identity: str) -> bytes:
@@ -211,17 +213,19 @@ def _follow(
 def _record(sample: Sample) -> dict[str, Any]:
     """The pair's provenance; empty if it has none, or none that can be read: hand-made sets need none."""
     member = sample.members.get("json")
-    try:
-        record = json.loads(member.data or b"") if member is not None else {}
-    except ValueError:
+    if member is None:
         return {}
-    return record if isinstance(record, dict) else {}
+    try:
+        record: dict[str, Any] = parse_json(member.data or b"", sample.key, ReportError)
+    except ReportError:
+        return {}
+    return record
 
 
 def _similarities(record: dict[str, Any], count: int) -> list[float | None]:
     found = record.get("query_similarities")
     values = found if isinstance(found, list) and len(found) == count else [None] * count
-    return [float(v) if isinstance(v, (int, float)) and math.isfinite(v) else None for v in values]
+    return [finite(value) for value in values]
 
 
 def _text(sample: Sample) -> str:
@@ -241,27 +245,17 @@ def _smallest(ids: Iterable[str], count: int) -> list[str]:
 
 
 def _tables(files: list[Path]) -> Iterator[Any]:
-    """Yields record batches with the columns id and caption."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Yields tables with the columns id and caption, some ten thousand rows at a time."""
+    import fsspec
 
+    local = fsspec.filesystem("file")
     for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                missing = {"id", "caption"} - set(file.schema_arrow.names)
-                if missing:
-                    raise AnchorSetError(
-                        f"{path} has no column '{min(missing)}' (found: {', '.join(file.schema_arrow.names)}). "
-                        "An anchor set's captions need 'id' and 'caption'."
-                    )
-                yield from file.iter_batches(65536, columns=["id", "caption"])
-        except (pa.ArrowException, OSError) as cause:
-            raise AnchorSetError(f"{path} is no readable parquet file: {cause}. See: arf check") from cause
+        yield from caption_batches(local, str(path.absolute()))
 
 
 def _caption_ids(files: list[Path]) -> Iterator[str]:
     for batch in _tables(files):
-        yield from (str(value) for value in batch.column("id").to_pylist() if value is not None)
+        yield from batch.column("id").to_pylist()
 
 
 def _captions(files: list[Path], wanted: Collection[str]) -> dict[str, list[str]]:
@@ -270,8 +264,8 @@ def _captions(files: list[Path], wanted: Collection[str]) -> dict[str, list[str]
         for identity, caption in zip(
             batch.column("id").to_pylist(), batch.column("caption").to_pylist(), strict=True
         ):
-            if identity in wanted and caption is not None:
-                found.setdefault(identity, []).append(str(caption))
+            if identity in wanted:
+                found.setdefault(identity, []).append(caption)
     return found
 
 

@@ -12,6 +12,8 @@ from arf_plugin.anchors.tars import Member, local_path, scan_samples
 from arf_plugin.anchors.task import expand_urls, is_csv
 from arf_plugin.errors import ArfError, TaskDataError
 
+LARGEST_IMAGE = 1 << 30  # bytes of a file
+
 
 @dataclass(frozen=True)
 class Place:
@@ -56,17 +58,30 @@ class TaskImages:
         from arf_plugin.anchors.task import read_csv_ids
 
         known = set(read_csv_ids(self.data, self.column, self.separator))
-        images = {i: Path(i).read_bytes() for i in ids if i in known and Path(i).is_file()}
-        frame = pd.read_csv(self.data, sep=self.separator)
+        images = {i: data for i in ids if i in known and (data := _read(Path(i))) is not None}
+        try:
+            frame = pd.read_csv(self.data, sep=self.separator)
+        except (ValueError, OSError) as cause:  # pandas' own errors are ValueErrors
+            raise TaskDataError(f"{self.data} is no readable CSV: {cause}.") from cause
         classes = {}
         if "cls" in frame.columns:
             rows = frame[frame[self.column].isin(list(ids))]
             classes = {
                 str(i): int(c)
                 for i, c in zip(rows[self.column], rows["cls"], strict=True)
-                if str(c).isdecimal()
+                if str(c).isdecimal() and len(str(c)) < 10
             }
         return images, classes
+
+
+def _read(path: Path) -> bytes | None:
+    """Bytes of an image file that a CSV names; None if it is missing, no file, or too large for an image."""
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_IMAGE:
+            return None
+        return path.read_bytes()
+    except (OSError, ValueError):
+        return None
 
 
 def read_image(place: Place, error: type[ArfError]) -> bytes | None:

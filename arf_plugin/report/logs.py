@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from arf_plugin.errors import ReportError
+from arf_plugin.untrusted import require_regular
 
-_STEP = re.compile(r"Train Epoch: (\d+) \[\s*(\d+)/(\d+) .*? Logit Scale: \S+ (.*)$")
+_STEP = re.compile(r"Train Epoch: (\d{1,15}) \[\s*(\d{1,15})/(\d{1,15}) .*? Logit Scale: \S+ (.*)$")
 _TERM = re.compile(r"([A-Za-z]\w*): (\S+) \(\S+\)")
 
 NAMES = {
@@ -50,6 +51,7 @@ def read_curves(path: Path) -> Curves:
     Raises:
         ReportError: if the log cannot be read.
     """
+    require_regular(path, ReportError)
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             return parse_curves(lines)

@@ -1,18 +1,27 @@
-"""Where things came from: the anchor set's manifest and the runs' records, as rows of text for the page."""
+"""Where things came from: the anchor set's manifest and the runs' records, as rows of text for the page.
+
+Records name anchor sets, task data and class names. What lies below the folders that the user has named is shown; what
+does not is to be named on the command line, since records come from others, and a page from them is made to be shown.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.manifest import read_manifest
-from arf_plugin.errors import ReportError
+from arf_plugin.errors import ArfError, ReportError
+from arf_plugin.report.numbers import finite, is_below
 from arf_plugin.report.sources import Collected, Run
+from arf_plugin.untrusted import require_regular, split_lines
 
 LONGEST = 160  # characters of a value
+LARGEST_NAMES = 1 << 20  # bytes of class names
+_LARGE_RANGE = re.compile(r"\d{8}|\.\..*\.\..*\.\.")  # of shards: numbers of eight digits, or three ranges
 
 
 def anchors_folder(found: Collected) -> Path | None:
@@ -20,7 +29,7 @@ def anchors_folder(found: Collected) -> Path | None:
     runs = sorted(found.runs, key=lambda run: run.arm != found.subject)
     names = [name for run in runs for name in (run.info.get("anchors"), flag(run.command, "--arf-anchors"))]
     names += [grid.get("anchors") for grid in found.grids]
-    folders = (Path(name) for name in names if isinstance(name, str) and "://" not in name)
+    folders = (Path(name) for name in names if isinstance(name, str) and is_below(name, found.roots))
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
@@ -32,27 +41,38 @@ def task_data(found: Collected) -> str | None:
     for run in sorted(found.runs, key=lambda run: run.arm != found.subject):
         data_of += [flag(run.command, "--train-data"), flag(run.command, "--task-data")]
     for data in data_of:
-        if isinstance(data, str) and data and "://" not in data and not data.startswith("pipe:"):
+        if not isinstance(data, str) or not data or "://" in data or _LARGE_RANGE.search(data):
+            continue
+        try:
             files = [data] if is_csv(data) else expand_urls(data)
-            if all(Path(name).is_file() for name in files):
-                return data
+        except ArfError:
+            continue
+        if all(is_below(name, found.roots) and Path(name).is_file() for name in files):
+            return data
     return None
 
 
 def class_names(found: Collected, given: Path | None) -> list[str] | None:
     """Names by class number: from the file that is given, else from the one that training was given."""
     if given is not None:
-        try:
-            return given.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as cause:
-            raise ReportError(
-                f"{given} cannot be read: {cause}. Expected class names, one per line."
-            ) from cause
+        return _names(given)
     for run in found.runs:
         name = flag(run.command, "--arf-classnames")
-        if name and Path(name).is_file():
-            return Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        if name and is_below(name, found.roots) and Path(name).is_file():
+            return _names(Path(name))
     return None
+
+
+def _names(path: Path) -> list[str]:
+    require_regular(path, ReportError)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_NAMES + 1)
+        if len(content) > LARGEST_NAMES:
+            raise ValueError(f"it has more than {LARGEST_NAMES} bytes")
+        return split_lines(content.decode("utf-8"))
+    except (OSError, ValueError) as cause:
+        raise ReportError(f"{path} cannot be read: {cause}. Expected class names, one per line.") from cause
 
 
 def flag(command: Sequence[str], name: str) -> str | None:
@@ -95,7 +115,7 @@ def _pairs_sentence(pairs: Mapping[str, Any]) -> str:
         if isinstance(model, dict) and model.get("name"):
             text += f" in the embedding of {model['name']}"
     if isinstance(similarity, dict) and all(
-        isinstance(similarity.get(key), (int, float)) for key in ("min", "mean", "max")
+        finite(similarity.get(key)) is not None for key in ("min", "mean", "max")
     ):
         text += "; cosine {min:.2f} to {max:.2f}, mean {mean:.2f}".format(**similarity)
     return text + "."
@@ -184,7 +204,7 @@ def choice_rows(found: Collected) -> list[dict[str, Any]]:
                 continue
             by = str(entry.get("by"))
             listed = []
-            for number, candidate in enumerate(candidates):
+            for place, candidate in enumerate(candidates):
                 flags = candidate.get("flags") if isinstance(candidate, dict) else None
                 values = candidate.get("validation") if isinstance(candidate, dict) else None
                 figure = values.get(by) if isinstance(values, dict) else None
@@ -193,8 +213,8 @@ def choice_rows(found: Collected) -> list[dict[str, Any]]:
                         "flags": ", ".join(f"{k} {v}" for k, v in flags.items())
                         if isinstance(flags, dict)
                         else "",
-                        "figure": f"{figure:.1f}" if isinstance(figure, (int, float)) else "",
-                        "chosen": number == entry.get("chosen"),
+                        "figure": f"{number:.1f}" if (number := finite(figure)) is not None else "",
+                        "chosen": place == entry.get("chosen"),
                     }
                 )
             rows.append(
@@ -216,7 +236,8 @@ def _number(value: Any) -> str:
 
 
 def _minutes(value: Any) -> str:
-    return f"{value / 60:,.1f}" if isinstance(value, (int, float)) else ""
+    seconds = finite(value)
+    return f"{seconds / 60:,.1f}" if seconds is not None else ""
 
 
 def _count(value: Any) -> str:

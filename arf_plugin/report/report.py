@@ -13,7 +13,8 @@ from arf_plugin.report.comparison import sentence
 from arf_plugin.report.figures import Group
 from arf_plugin.report.gallery import Advance, Gallery, build_gallery
 from arf_plugin.report.logs import Curves, read_curves
-from arf_plugin.report.results import Averages, Results, suites_of
+from arf_plugin.report.numbers import entries, is_below
+from arf_plugin.report.results import Averages, Results, is_file_of_suite, suites_of
 from arf_plugin.report.sources import Collected, collect
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
@@ -147,7 +148,12 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
         for arm in pair:
             if arm not in found.arms:
                 raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
-    of_grids = [grid["suite"] for grid in found.grids if isinstance(grid.get("suite"), str)]
+    of_grids = [
+        grid["suite"]
+        for grid in found.grids
+        if isinstance(grid.get("suite"), str)
+        and (not is_file_of_suite(grid["suite"]) or is_below(grid["suite"], found.roots))
+    ]
     names = suites_of(found.test, options.suites, of_grids)
     averages = Averages(names, sorted({item.row["set"] for item in found.test}))
     results = Results(found.test, averages)
@@ -262,7 +268,7 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
 def _add_notes(report: Report) -> None:
     report.notes += report.results.truncated()
     wanted = sorted(
-        {seed for grid in report.found.grids for seed in grid.get("seeds") or [] if isinstance(seed, int)}
+        {seed for grid in report.found.grids for seed in entries(grid.get("seeds")) if type(seed) is int}
     )
     for one in report.slices[:1]:
         for arm, by_average in one.figures.items():

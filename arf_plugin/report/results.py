@@ -214,6 +214,13 @@ def suites_of(
         files = {Path(name).stem: name for name in known}
         found = (item.row.get("suite") for item in measured)
         names = [files.get(name, name) for name in dict.fromkeys(found) if isinstance(name, str)]
+        for name in names:
+            if name not in files.values() and is_file_of_suite(
+                name
+            ):  # rows name suites, and no files to be opened
+                raise ReportError(
+                    f"The rows are of the suite '{name}', which is no name. Give --suite FILE.yaml."
+                )
     for name in names:
         try:
             load_suite(name)
@@ -223,6 +230,11 @@ def suites_of(
                 "Name the suite's file with --suite FILE.yaml."
             ) from cause
     return names
+
+
+def is_file_of_suite(name: str) -> bool:
+    """Whether a suite is given by its file."""
+    return Path(name).suffix in (".yaml", ".yml")
 
 
 def binomial(percent: float, images: int | None) -> float:

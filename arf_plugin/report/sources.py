@@ -9,17 +9,23 @@ a file of rows            ``*.jsonl`` by ``arf evaluate --out``; the checkpoints
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from arf_plugin import untrusted
+from arf_plugin.anchors.files import list_files
 from arf_plugin.errors import EvaluationError, ReportError
+from arf_plugin.report.numbers import entries, finite
 
 _ARM_AND_SEED = re.compile(r"(?P<arm>.+?)[-_](?:seed[-_]?|s)?(?P<seed>\d+)")
+_AGAIN = "Measure it again."
+_ROW: dict[str, Any] = {"set": str, "headline": str, "checkpoint": str}
+_OPTIONAL: dict[str, Any] = dict.fromkeys(("digest", "original_digest", "suite", "split"), (str, type(None)))
+_OPTIONAL |= {"images": (int, type(None)), "alpha": (int, float, type(None))}
+_UNKNOWN = dict.fromkeys(_OPTIONAL)
 _LABELS = {"before": "before", "flyp": "FLYP", "arf": "ARF"}
 
 EXPECTED = "a grid folder of `arf ablate`, a run folder (run.json or out.log) or a file of rows of `arf evaluate --out`"
@@ -84,6 +90,8 @@ class Collected:
         grids: contents of each ``grid.json``.
         choices: contents of each ``choices.json``: hyper-parameters and alphas that validation chose.
         comparisons: further pairs of arms that a grid wants compared.
+        roots: folders below which places that the records name may be opened: those that hold what the user has named,
+            and the current one.
     """
 
     arms: dict[str, Arm] = field(default_factory=dict)
@@ -94,6 +102,7 @@ class Collected:
     grids: list[dict[str, Any]] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     comparisons: list[tuple[str, str]] = field(default_factory=list)
+    roots: list[Path] = field(default_factory=list)
 
     @property
     def before(self) -> str | None:
@@ -117,7 +126,7 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
     Raises:
         ReportError: for a source that is none, damaged or empty, and for two checkpoints of one arm and seed.
     """
-    found = Collected()
+    found = Collected(roots=[*(source.resolve().parent for source in sources), Path.cwd().resolve()])
     loose: list[tuple[Path, list[dict[str, Any]]]] = []
     for source in sources:
         if not source.exists():
@@ -130,7 +139,7 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
             found.runs.append(_read_run(source))
             other = ("validation", "arf_watch")
             loose += [
-                (source, _rows(path)) for path in sorted(source.glob("*.jsonl")) if path.stem not in other
+                (source, _rows(path)) for path in list_files(source, ".jsonl") if path.stem not in other
             ]
         elif (source / "results.jsonl").is_file():
             loose.append((source, _rows(source / "results.jsonl")))
@@ -158,7 +167,7 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
 def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, list[dict[str, Any]]]]:
     grid = read_json(folder / "grid.json")
     found.grids.append(grid)
-    for entry in grid.get("arms") or []:
+    for entry in entries(grid.get("arms")):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ReportError(f"{folder / 'grid.json'}: an arm is {entry!r}, expected an object with a name.")
         name = entry["name"]
@@ -168,8 +177,8 @@ def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, list[dict[str
         found.arms.setdefault(name, Arm(name, *words))
     if (folder / "choices.json").is_file():
         found.choices.append(read_json(folder / "choices.json"))
-    for pair in grid.get("comparisons") or []:
-        if isinstance(pair, list) and len(pair) == 2 and all(name in found.arms for name in pair):
+    for pair in entries(grid.get("comparisons")):
+        if len(entries(pair)) == 2 and all(isinstance(name, str) and name in found.arms for name in pair):
             found.comparisons.append((pair[0], pair[1]))
     if found.reference is None and isinstance(grid.get("reference"), str):
         found.reference = grid["reference"]
@@ -191,7 +200,7 @@ def _read_run(folder: Path) -> Run:
     info = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     arm, seed = arm_and_seed(folder.resolve().name)
     arm = info["arm"] if isinstance(info.get("arm"), str) else arm
-    seed = info["seed"] if isinstance(info.get("seed"), int) else seed
+    seed = info["seed"] if type(info.get("seed")) is int else seed
     return Run(folder, arm, seed, info, _logs(folder))
 
 
@@ -212,16 +221,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except EvaluationError as cause:
         raise ReportError(str(cause)) from cause
     for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        untrusted.require_fields(row, _ROW, where, ReportError, _AGAIN)
+        untrusted.require_fields({**_UNKNOWN, **row}, _OPTIONAL, where, ReportError, _AGAIN)
         metrics = row["metrics"]
-        figure = metrics.get(row["headline"]) if isinstance(metrics, dict) else None
-        if not isinstance(figure, (int, float)) or not math.isfinite(figure):
-            raise ReportError(
-                f"{path}, row {number}: metrics has no number {row['headline']!r}. Measure it again."
-            )
-        if not isinstance(row["set"], str):
-            raise ReportError(
-                f"{path}, row {number}: set is {row['set']!r}, expected a name. Measure it again."
-            )
+        if not isinstance(metrics, dict) or finite(metrics.get(row["headline"])) is None:
+            raise ReportError(f"{where}: metrics has no number {row['headline']!r}. {_AGAIN}")
+        if row.get("alpha") is not None and finite(row["alpha"]) is None:
+            raise ReportError(f"{where}: 'alpha' is not finite. {_AGAIN}")
+        if "\0" in row["checkpoint"]:
+            raise ReportError(f"{where}: 'checkpoint' is {row['checkpoint']!r}, expected a path. {_AGAIN}")
+        row["metrics"] = {name: value for name, value in metrics.items() if finite(value) is not None}
     return rows
 
 
@@ -231,15 +241,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ReportError: if it is none.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as cause:
-        raise ReportError(
-            f"{path} cannot be read as JSON: {cause}. Make it again, or leave the folder out."
-        ) from cause
-    if not isinstance(value, dict):
-        raise ReportError(f"{path} holds {type(value).__name__}, expected a JSON object.")
-    return value
+    found: dict[str, Any] = untrusted.read_json(
+        path, ReportError, advice="Make it again, or leave the folder out."
+    )
+    return found
 
 
 def arm_and_seed(name: str) -> tuple[str, int | None]:
@@ -263,7 +268,7 @@ class _Attribution:
 
     def of(self, row: dict[str, Any], folder: Path) -> Measurement:
         alpha = row.get("alpha")
-        alpha = float(alpha) if isinstance(alpha, (int, float)) else None
+        alpha = finite(alpha)
         path = Path(str(row["checkpoint"]))
         run = self._run(path, folder)
         if run is not None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from arf_plugin.report.comparison import Difference, difference
+from arf_plugin.report.numbers import finite
 from arf_plugin.report.results import Averages, Figure, Key, Results
 from arf_plugin.report.sources import Collected
 
@@ -82,12 +83,9 @@ def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
     for content in found.choices:
         entries = content.get("wise")
         for arm, entry in (entries if isinstance(entries, dict) else {}).items():
-            if (
-                arm in found.arms
-                and isinstance(entry, dict)
-                and isinstance(entry.get("chosen"), (int, float))
-            ):
-                chosen[arm] = float(entry["chosen"])
+            alpha = finite(entry.get("chosen")) if isinstance(entry, dict) else None
+            if arm in found.arms and alpha is not None:
+                chosen[arm] = alpha
     judge = next((name for name in averages.known if averages.kind(name) == "id"), None)
     if chosen or judge is None:
         return chosen

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from dataclasses import dataclass
 
 from arf_plugin.anchors.images import decode_image
 
+MOST_PIXELS = 1 << 26  # of an image that is decoded for the page: 200 MB of memory
 LARGEST = 96  # pixels of the longer side
 
 
@@ -26,7 +28,7 @@ def thumbnail(data: bytes | None) -> Thumbnail:
     if data is None:
         return Thumbnail(None, problem="not found")
     try:
-        image = decode_image(data)
+        image = decode_image(_bounded(data))
     except ValueError as cause:
         return Thumbnail(None, problem=str(cause))
     image.thumbnail((LARGEST, LARGEST))
@@ -40,3 +42,23 @@ def thumbnail(data: bytes | None) -> Thumbnail:
         files.append((kind.lower(), buffer.getvalue()))
     kind, content = min(files, key=lambda file: len(file[1]))
     return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size)
+
+
+def _bounded(data: bytes) -> bytes:
+    """The image's bytes, unless they would come to more pixels than a page of thumbnails is worth.
+
+    Raises:
+        ValueError: with the reason as a clause.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:  # its head alone
+                width, height = image.size
+    except Exception:  # decoding says what is wrong with it
+        return data
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"has {width} x {height} pixels, too many to be shown")
+    return data
