@@ -101,9 +101,7 @@ def try_once(name: str, examples: int, seed: int) -> Found:
             ["-q", "-x", f"--hypothesis-seed={seed}", f"--basetemp={scratch}/pytest", name], variables
         )
         tried = [json.loads(line) for line in counts.read_text().splitlines()] if counts.is_file() else []
-    found = Found(
-        name, sum(one["examples"] for one in tried), seconds=sum(one["seconds"] for one in tried)
-    )
+    found = Found(name, sum(one["examples"] for one in tried), seconds=sum(one["seconds"] for one in tried))
     if done.returncode:
         blob = re.search(r"@reproduce_failure\(.*\)", done.stdout)
         lines = (done.stdout + done.stderr).strip().splitlines()

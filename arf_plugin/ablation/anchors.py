@@ -31,7 +31,7 @@ def build(
     """
     marker = chosen.path / "built.json"
     recipe = {"captions": chosen.captions, "build": [list(words) for words in chosen.build]}
-    if marker.is_file():
+    if marker.exists():
         before = read_json(marker, GridError, advice="Remove the file to build the set again.")
         if before != recipe:
             raise GridError(

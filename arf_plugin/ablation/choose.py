@@ -31,7 +31,7 @@ class Choices:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "choices.json"
         self.content: dict[str, Any] = {"arms": {}, "wise": {}}
-        if self.path.is_file():
+        if self.path.exists():
             self.content |= read_json(self.path, GridError, advice=_ADVICE)
             require_fields(self.content, {"arms": dict, "wise": dict}, str(self.path), GridError, _ADVICE)
 

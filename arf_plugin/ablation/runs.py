@@ -64,7 +64,7 @@ def settings(run: Run) -> dict[str, Any]:
 def changes(run: Run) -> list[str]:
     """What differs between the settings a run was started with and its settings now; empty if it has none yet."""
     file = run.path / "settings.json"
-    if not file.is_file():
+    if not file.exists():
         return []
     before, now = (
         read_json(file, GridError, advice=f"Do the run again with: --restart {run.arm.name}"),
