@@ -85,14 +85,16 @@ def decode_text(data: bytes, where: str, error: type[ArfError], *, names: bool =
     """
     advice = "Save it as UTF-8 text"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        raise error(f"{where} is no UTF-8 text: it has the bytes of UTF-16 or of no text at all. {advice}.")
+        raise error(
+            f"{where} cannot be read as UTF-8 text: it has the bytes of UTF-16, or of no text. {advice}."
+        )
     try:
         return data.decode("utf-8", "surrogateescape" if names else "strict")
     except UnicodeDecodeError as cause:
         line = data[: cause.start].count(b"\n") + 1
         raise error(
-            f"{where} is no UTF-8 text: line {line} has the byte 0x{data[cause.start]:02x}, as Latin-1 and Windows' "
-            f"code pages write letters with accents. {advice}."
+            f"{where} cannot be read as UTF-8 text: line {line} has the byte 0x{data[cause.start]:02x}, as of Latin-1 "
+            f"or a code page of Windows. {advice}."
         ) from None
 
 

@@ -28,7 +28,14 @@ SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 # Images by their first bytes, whatever their names are.
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*")
+_MAGIC: tuple[bytes, ...] = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\x00",
+    b"MM\x00*",
+)
 _MAGIC += (b"\x00\x00\x00\x0cjP  ", b"\x00\x00\x00\x0cJXL ", b"\xff\x4f\xff\x51", b"8BPS")
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NO_PICTURES = (".pdf", ".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr")  # known to PIL, too
@@ -114,7 +121,8 @@ def listing(folder: str) -> tuple[list[str], list[str]]:
     Raises:
         EvaluationError: it cannot be listed.
     """
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -138,7 +146,7 @@ def place_of(folder: str) -> tuple[int, int]:
         EvaluationError: it is gone.
     """
     try:
-        found = os.stat(folder)
+        found = Path(folder).stat()
     except OSError as cause:
         raise EvaluationError(f"{folder} cannot be read: {cause.strerror}.") from cause
     return found.st_dev, found.st_ino
@@ -152,13 +160,12 @@ def _listed(root: Path) -> tuple[list[str], list[str]]:
 
 def _read_class(root: Path, name: str) -> ClassFolder:
     found = ClassFolder(name)
-    top = os.path.join(str(root), name)
-    start = len(str(root).rstrip(os.sep)) + 1 if str(root) != os.sep else 1
+    top = f"{str(root).rstrip(os.sep)}/{name}"
     for folder, files in sorted(_walk(top, place_of(str(root)))):
-        relative = folder[start:]
-        part = relative.split(os.sep)[1:2]
+        relative = name + folder[len(top) :]
+        part = relative.split("/", 2)[1:2]
         for file in files:
-            path = os.path.join(relative, file)
+            path = f"{relative}/{file}"
             if is_image(file):
                 _refuse_apple_double(root, path)
                 found.images.append(path)
@@ -167,7 +174,7 @@ def _read_class(root: Path, name: str) -> ClassFolder:
             elif not file.startswith("."):
                 if file.lower().endswith(ARCHIVES):
                     found.archives.append(path)
-                elif _is_other_image(os.path.join(folder, file)):
+                elif _is_other_image(Path(folder, file)):
                     found.unread.append(path)
     return found
 
@@ -190,21 +197,21 @@ def _walk(top: str, root: tuple[int, int]) -> Iterator[tuple[str, list[str]]]:
         folders, files = listing(folder)
         _refuse_dangling(folder, files)
         yield folder, files
-        waiting += [os.path.join(folder, name) for name in folders]
+        waiting += [f"{folder}/{name}" for name in folders]
 
 
 def _refuse_dangling(folder: str, files: Iterable[str]) -> None:
     for name in files:
-        path = os.path.join(folder, name)
-        if not name.startswith(".") and os.path.islink(path) and not os.path.exists(path):
+        path = Path(folder, name)
+        if not name.startswith(".") and path.is_symlink() and not path.exists():
             raise EvaluationError(
-                f"{path} is a link to {printable(os.readlink(path))}, which is not there: is it an image or a "
+                f"{path} is a link to {printable(str(path.readlink()))}, which is not there: is it an image or a "
                 "class? Mend the link, or remove it."
             )
 
 
 def _refuse_apple_double(root: Path, path: str) -> None:
-    if os.path.basename(path).startswith("._") and _head(str(root / path)).startswith(_APPLE_DOUBLE):
+    if path.rpartition("/")[2].startswith("._") and _head(root / path).startswith(_APPLE_DOUBLE):
         raise EvaluationError(
             f"{root / path} is no image but what macOS copies beside one (AppleDouble). Remove such files: "
             f"find {root} -name '._*' -delete"
@@ -262,12 +269,12 @@ def _warn_of_twins(root: Path, names: list[str]) -> None:
             )
 
 
-def _is_other_image(path: str) -> bool:
+def _is_other_image(path: Path) -> bool:
     """Whether a file is an image although its name is not one that is read."""
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = path.suffix.lower()
     if suffix in _CAMERAS:
         return True
-    if not os.path.isfile(path):  # a pipe
+    if not path.is_file():  # a pipe
         return False
     head = _head(path)
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
@@ -276,7 +283,7 @@ def _is_other_image(path: str) -> bool:
     return suffix not in _NO_PICTURES and _opens(path, suffix)
 
 
-def _opens(path: str, suffix: str) -> bool:
+def _opens(path: Path, suffix: str) -> bool:
     """Whether PIL knows the suffix, and the file by its header."""
     from PIL import Image
 
@@ -291,11 +298,11 @@ def _opens(path: str, suffix: str) -> bool:
         return False
 
 
-def _head(path: str) -> bytes:
-    if not os.path.isfile(path):
+def _head(path: Path) -> bytes:
+    if not path.is_file():
         return b""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return file.read(32)
     except OSError as cause:
         raise EvaluationError(f"{path} cannot be read: {cause.strerror}.") from cause

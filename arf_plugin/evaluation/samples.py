@@ -303,8 +303,9 @@ def _cached_digests(
     """
     from arf_plugin.pipeline.progress import Progress
 
-    keys = [[str(path.absolute()), *(_stat_key(path) or [])] for path in files]
-    key = digest(["evaluation-1", kind, count, keys])
+    states = [_stat_key(path) for path in files]
+    places = [str(path.absolute()) for path in files]
+    key = digest(["evaluation-1", kind, count, places, states])
     if size >= _WORTH_CACHING:
         known = read_cache("evaluation", key, list)
         if known is not None and len(known) == count and all(_is_sha256(each) for each in known):
@@ -319,7 +320,8 @@ def _cached_digests(
             for each in readers.map(one, range(start, min(start + _READ_AHEAD, count))):
                 found.append(each)
                 progress.advance()
-    settled = all(len(each) > 3 and started - max(each[2], each[3]) > _SETTLED for each in keys)
+    # Times of change are the second and third of a state.
+    settled = all(state is not None and started - max(state[1:3]) > _SETTLED for state in states)
     if size >= _WORTH_CACHING and settled:
         write_cache("evaluation", key, [each.hex() for each in found])
     return found
@@ -368,7 +370,7 @@ def _labels(dataset: Any, listed: Sequence[Any]) -> list[int]:
     if listed and isinstance(listed[0], (tuple, list)):
         return [int(entry[1]) for entry in listed]
     lists = ("_labels", "targets", "labels", "y")
-    found = next((getattr(dataset, each) for each in lists if hasattr(dataset, each)), [])
+    found: Any = next((getattr(dataset, each) for each in lists if hasattr(dataset, each)), [])
     return [int(each) for each in found]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -170,9 +169,8 @@ def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:
             f"The set '{name}': {root} has {len(folders)} folders, expected one for each of "
             f"{len(dataset.classes)} classes. Class numbers would be wrong; copy the data set again."
         )
-    listed = getattr(dataset, "root", None)
-    if builder != "objectnet" and folders is not None and isinstance(listed, (str, Path)):
-        _all_is_read(name, Path(listed), dataset)
+    if builder != "objectnet" and type(dataset).__name__ == "ImageFolder":
+        _all_is_read(name, Path(dataset.root), dataset)
     part = split if BUILDERS[builder] else "all"
     samples = BuilderSamples(dataset, builder, len(dataset.classes), root, part)
     warn_of_repeated(dataset.classes, f"the set '{name}'")
@@ -183,8 +181,8 @@ def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:
 
 def _all_is_read(name: str, root: Path, dataset: Any) -> None:
     """Refuses what torchvision's ImageFolder, which the builder uses, passes over in silence."""
-    files = {os.path.join(str(root), path) for one in read_classes(root, named=True) for path in one.images}
-    left = sorted(files.difference(str(path) for path, _ in dataset.samples))
+    files = {str(root / path) for one in read_classes(root, named=True) for path in one.images}
+    left = sorted(files.difference(str(Path(path)) for path, _ in dataset.samples))
     if left:
         raise EvaluationError(
             f"The set '{name}': the builder passes over {shortened(left)}. Convert them to PNG, or remove them."

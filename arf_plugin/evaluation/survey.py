@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from arf_plugin.evaluation.folders import is_image, listing, place_of, shortened
 
 NSHARDS = "nshards.txt"
 _NUMBERED = re.compile(r"[0-9]+\.tar")
+_Waiting = tuple[str, tuple[tuple[int, int], ...]]  # a folder, and itself and those above it
 _MOST_REPEATED = 10_000  # folders that links lead to once more
 
 
@@ -103,8 +103,8 @@ def _folders(folder: Path) -> Iterator[_Seen]:
     A link to a folder above itself adds nothing; one to another place is another name for what is there.
     """
     start = place_of(str(folder))
-    waiting = deque([(str(folder), (start,))])
-    links: deque[tuple[str, tuple[tuple[int, int], ...]]] = deque()
+    waiting: deque[_Waiting] = deque([(str(folder), (start,))])
+    links: deque[_Waiting] = deque()
     known, repeated = {start}, 0
     while waiting or links:
         path, above = (waiting or links).popleft()
@@ -116,7 +116,7 @@ def _folders(folder: Path) -> Iterator[_Seen]:
             tars=any(_NUMBERED.fullmatch(name) for name in files),
         )
         for name in folders:
-            inner = os.path.join(path, name)
+            inner = f"{path}/{name}"
             place = place_of(inner)
             if place in above:
                 continue
@@ -126,4 +126,4 @@ def _folders(folder: Path) -> Iterator[_Seen]:
                     f"{folder}: links lead to the same folders over and over, such as {inner}. Remove them."
                 )
             known.add(place)
-            (links if os.path.islink(inner) else waiting).append((inner, (*above, place)))
+            (links if Path(inner).is_symlink() else waiting).append((inner, (*above, place)))
