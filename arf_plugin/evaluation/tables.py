@@ -7,6 +7,7 @@ from typing import Any
 
 from arf_plugin.evaluation.rows import Row
 from arf_plugin.evaluation.suites import Suite, average
+from arf_plugin.untrusted import printable
 
 _HEADINGS = {
     "top1": "top-1",
@@ -48,12 +49,17 @@ def summary(rows: Sequence[Row], suite: Suite | None) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], suite: Suite | None) -> str:
-    """Lays rows out: for one checkpoint all metrics of each set; for several, a column each of headline metrics."""
+    """Lays rows out for a console: for one checkpoint all metrics of each set; for several, a column each of headline metrics."""
+    return printable(_laid_out(rows, suite))
+
+
+def _laid_out(rows: Sequence[Row], suite: Suite | None) -> str:
     result = summary(rows, suite)
     names = list(result["accuracy"])
     headline = {row["set"]: row["headline"] for row in rows}
     titles = [
-        name + ("" if headline[name] == "top1" else f" ({_HEADINGS[headline[name]]})") for name in headline
+        name + ("" if headline[name] == "top1" else f" ({_HEADINGS.get(headline[name], headline[name])})")
+        for name in headline
     ]
     averages = list(result["averages"][names[0]]) if names else []
     width = max(map(len, [*titles, *averages, "percent"]))

@@ -111,7 +111,7 @@ def test_figures_are_those_of_arf_evaluate(
     train, run_arf, tmp_path, model_configs, task_csv, held_out, start
 ):
     folders = evaluation.write_folders(tmp_path / "by-folder")
-    evaluation.write_texts(folders)
+    evaluation.write_texts(folders, sorted(evaluation.NAMES))
     run = train.forked(
         *("--train-data", task_csv, *FP32, "--pretrained", start, "--epochs", 2),
         *("--arf-watch", held_out, folders, "--arf-watch-drift"),
@@ -271,7 +271,7 @@ def test_a_set_that_cannot_be_watched_stops_before_the_first_step(
 def test_an_image_that_vanishes_later_does_not_end_the_training(train, tmp_path, task_csv):
     """Each process's optimizer step deletes it, which is after the first look."""
     folders = evaluation.write_folders(tmp_path / "folders")
-    evaluation.write_texts(folders)
+    evaluation.write_texts(folders, sorted(evaluation.NAMES))
     victim = next(folders.rglob("*.png"))
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

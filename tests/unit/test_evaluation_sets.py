@@ -74,7 +74,7 @@ def test_folders_of_images(tmp_path):
     assert [found.samples[n][1] for n in range(12)] == [n // 2 for n in range(12)]
     assert pixels(found.samples[0][0]) == pixels(Image.open(io.BytesIO(building.drawing(5, "PNG"))))
     assert len(found.templates) == 80  # ImageNet's
-    write_texts(root)
+    write_texts(root, sorted(NAMES))
     assert open_folders(root, "colours").templates == tuple(TEMPLATES)
 
 
