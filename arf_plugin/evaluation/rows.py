@@ -109,17 +109,19 @@ def _check(row: Any, where: str) -> None:
     require_fields(row, {name: fields[name] for name in fields if name in row}, where, EvaluationError)
     metrics = row["metrics"]
     require_fields(metrics, dict.fromkeys(metrics, (int, float)), f"{where}, metrics", EvaluationError)
-    for name, value in {
-        **metrics,
-        **{name: row[name] for name in _FIELDS if row.get(name) is not None},
-    }.items():
-        if not -_LARGEST < value < _LARGEST:  # neither is NaN
-            raise EvaluationError(f"{where}: '{printable(name)}' is {str(value)[:40]}, expected a figure.")
     if row["headline"] not in metrics:
         raise EvaluationError(
             f"{where}: 'headline' is {printable(row['headline'])!r}, expected one of the metrics ("
             f"{printable(', '.join(metrics))[:200]})."
         )
+    undefined = {name for name, value in metrics.items() if value != value and name != row["headline"]}
+    figures = {
+        name: value for name, value in metrics.items() if name not in undefined
+    }  # of weights that are NaN
+    figures |= {name: row[name] for name in _FIELDS if row.get(name) is not None}
+    for name, value in figures.items():
+        if not -_LARGEST < value < _LARGEST:
+            raise EvaluationError(f"{where}: '{printable(name)}' is {str(value)[:40]}, expected a figure.")
 
 
 def append_row(path: Path, row: Row) -> None:
@@ -129,7 +131,7 @@ def append_row(path: Path, row: Row) -> None:
         EvaluationError: the file cannot be written.
     """
     require_regular(path, EvaluationError)
-    text = json.dumps(_as_text(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_as_text(row), ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:

@@ -49,7 +49,10 @@ def summary(rows: Sequence[Row], suite: Suite | None) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], suite: Suite | None) -> str:
-    """Lays rows out for a console: for one checkpoint all metrics of each set; for several, a column each of headline metrics."""
+    """Lays rows out for a console.
+
+    Of one checkpoint all metrics of each set are shown; of several, a column each of headline metrics.
+    """
     return printable(_laid_out(rows, suite))
 
 
@@ -57,10 +60,8 @@ def _laid_out(rows: Sequence[Row], suite: Suite | None) -> str:
     result = summary(rows, suite)
     names = list(result["accuracy"])
     headline = {row["set"]: row["headline"] for row in rows}
-    titles = [
-        name + ("" if headline[name] == "top1" else f" ({_HEADINGS.get(headline[name], headline[name])})")
-        for name in headline
-    ]
+    heading = {name: _HEADINGS.get(metric, metric) for name, metric in headline.items()}
+    titles = [name + ("" if metric == "top1" else f" ({heading[name]})") for name, metric in headline.items()]
     averages = list(result["averages"][names[0]]) if names else []
     width = max(map(len, [*titles, *averages, "percent"]))
     if len(names) == 1:
