@@ -287,7 +287,7 @@ def _own_texts(
         for called, folder in zip(names, folders, strict=True):
             if utf8(folder) != folder or not called.strip():
                 raise EvaluationError(
-                    f"{place or root} has the class folder {utf8(folder)!r}, whose name is no text of UTF-8. Rename "
+                    f"{place or root} has the class folder '{utf8(folder)}', whose name is no text of UTF-8. Rename "
                     f"it, or list the names of all classes in {root / CLASSNAMES}."
                 )
     warn_of_repeated(names, root / CLASSNAMES if os.path.lexists(root / CLASSNAMES) else place or root)
