@@ -71,6 +71,33 @@ def split_lines(text: str) -> list[str]:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
+def decode_text(data: bytes, where: str, error: type[ArfError], *, names: bool = False) -> str:
+    """Decodes a text file that people write: UTF-8, with or without a byte-order mark.
+
+    Args:
+        data: the file's bytes.
+        where: the file, for messages.
+        error: family of the error.
+        names: keeps other bytes as file names keep them (``surrogateescape``), for lists of files.
+
+    Raises:
+        error: it is of another encoding, such as the UTF-16 of Windows' programs.
+    """
+    advice = "Save it as UTF-8 text"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+        raise error(
+            f"{where} cannot be read as UTF-8 text: it has the bytes of UTF-16, or of no text. {advice}."
+        )
+    try:
+        return data.decode("utf-8", "surrogateescape" if names else "strict")
+    except UnicodeDecodeError as cause:
+        line = data[: cause.start].count(b"\n") + 1
+        raise error(
+            f"{where} cannot be read as UTF-8 text: line {line} has the byte 0x{data[cause.start]:02x}, as of Latin-1 "
+            f"or a code page of Windows. {advice}."
+        ) from None
+
+
 def require_regular(path: Path, error: type[ArfError]) -> None:
     """Refuses what would block or never end when it is read: FIFOs, sockets, devices. A missing file passes.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
 from arf_plugin.errors import EvaluationError
+from arf_plugin.untrusted import printable
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.candidates import Candidate
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     suite, sets = find(args)
     candidates = _candidates(args)
     if args.dry_run:
-        print(_plan(args, sets, candidates))
+        print(printable(_plan(args, sets, candidates)))
         return 0
     rows = evaluate(
         candidates,
@@ -226,4 +227,4 @@ def _finished(
 
 
 def _warn(text: str) -> None:
-    print(f"arf evaluate: warning: {text}", file=sys.stderr)
+    print(f"arf evaluate: warning: {printable(text)}", file=sys.stderr)

@@ -7,6 +7,7 @@ template drawn at random. Our draw is a hash of seed, epoch and sample id: the s
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 
 import fsspec
@@ -14,6 +15,7 @@ import fsspec
 from arf_plugin.anchors.task_csv import label_text
 from arf_plugin.checks.messages import is_class_index, unusable_label_message
 from arf_plugin.errors import FlagError, TaskDataError
+from arf_plugin.untrusted import decode_text, printable, split_lines
 
 PLACEHOLDERS = ("{c}", "{}")  # CLIP_benchmark's, and Python's
 
@@ -92,7 +94,10 @@ def load_classnames(classnames: str, flag: str = "--arf-classnames") -> list[str
         from open_clip import IMAGENET_CLASSNAMES
 
         return list(IMAGENET_CLASSNAMES)
-    return _lines(classnames, flag)
+    names = _lines(classnames, flag)
+    if problem := repeated_names(names):
+        warnings.warn(f"{flag} {printable(classnames)}: {problem}", stacklevel=2)
+    return names
 
 
 def load_prompts(classnames: str, templates: str) -> ClassPrompts:
@@ -120,15 +125,34 @@ def load_prompts(classnames: str, templates: str) -> ClassPrompts:
 
 def _lines(path: str, flag: str) -> list[str]:
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as stream:
-            lines = [line.strip() for line in stream.read().splitlines()]
-    except (OSError, UnicodeDecodeError, ValueError, ImportError) as error:
+        with fsspec.open(path, "rb") as stream:
+            data = stream.read()
+    except (OSError, ValueError, ImportError) as error:
         raise FlagError(
             f"{flag} {path} cannot be read: {error}\nExpected a UTF-8 text file with one entry per line."
         ) from error
+    # A mark within the text is that of a file that was appended to another.
+    text = decode_text(data, f"{flag} {path}", FlagError)
+    lines = [line.strip().strip("\ufeff").strip() for line in split_lines(text)]
     while lines and not lines[-1]:
         lines.pop()
     if not lines or "" in lines:
         where = f"line {lines.index('') + 1} is empty" if lines else "the file is empty"
         raise FlagError(f"{flag} {path}: {where}; expected one entry per line. Remove empty lines.")
     return lines
+
+
+def repeated_names(names: Sequence[str]) -> str | None:
+    """Says which class names stand for several classes, if any do: texts cannot tell those classes apart."""
+    lines: dict[str, list[int]] = {}
+    for number, name in enumerate(names, 1):
+        lines.setdefault(name, []).append(number)
+    twice = {name: found for name, found in lines.items() if len(found) > 1}
+    if not twice:
+        return None
+    name, found = next(iter(twice.items()))
+    more = f", and {len(twice) - 1} more names" if len(twice) > 1 else ""
+    return (
+        f"{printable(name)!r} names classes {' and '.join(map(str, found[:3]))}{more} (counted from 1): prompts "
+        "cannot tell these classes apart."
+    )

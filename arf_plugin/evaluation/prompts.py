@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
-from arf_plugin.errors import MissingDependencyError
+from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.untrusted import read_json
 
 IMAGENET = "imagenet1k"
 
@@ -16,11 +16,15 @@ def default_templates(name: str) -> list[str]:
 
     Raises:
         MissingDependencyError: without CLIP_benchmark.
+        EvaluationError: its file of templates is damaged.
     """
     found = importlib.util.find_spec("clip_benchmark")
     if found is None or found.origin is None:
         raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation")
     # The file and not the module: importing its data sets takes seconds.
     path = Path(found.origin).parent / "datasets" / "en_zeroshot_classification_templates.json"
-    known = json.loads(path.read_text(encoding="utf-8"))
-    return list(known.get(name, known[IMAGENET]))
+    known = read_json(path, EvaluationError, advice="Install clip-benchmark again.")
+    found_here = known.get(name, known.get(IMAGENET))
+    if not isinstance(found_here, list) or not all(isinstance(each, str) for each in found_here):
+        raise EvaluationError(f"{path} has no list of templates of {IMAGENET}. Install clip-benchmark again.")
+    return found_here

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.untrusted import parse_json, require_regular
+from arf_plugin.untrusted import parse_json, printable, require_fields, require_regular, utf8
 
 FORMAT = 1
 Row = dict[str, Any]
@@ -36,11 +36,26 @@ IDENTITY = (
 )
 _NAMES = ("checkpoint", "original", "suite", "headline")  # how a measurement is listed
 _NEEDED = ("set", "checkpoint", "metrics", "headline")
+_TEXT = (str, type(None))
+_COUNT = (int, type(None))
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **{"alpha": (int, float, type(None)), "images": int, "classes": int, "expected_images": _COUNT},
+    **{"epoch": int, "step": int, "start": (int, float), "batch_size": int},
+}
+_LARGEST = 1e15
 
 
 def identity(row: Row) -> tuple[Any, ...]:
     """What a row measures: equal for rows of the same weights on the same images with the same prompts."""
-    return tuple(row.get(name) for name in IDENTITY)
+    return tuple(_comparable(row.get(name)) for name in IDENTITY)
+
+
+def _comparable(value: Any) -> Any:
+    return utf8(value) if isinstance(value, str) else value
+
+
+def _without_data(row: Row) -> tuple[Any, ...]:
+    return tuple(_comparable(row.get(name)) for name in IDENTITY if name != "data")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -53,7 +68,7 @@ def read_rows(path: Path) -> list[Row]:
     """
     require_regular(path, EvaluationError)
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as cause:
         raise EvaluationError(
             f"{path} cannot be read: {cause}. Expected rows that arf evaluate --out wrote."
@@ -62,38 +77,79 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            row = parse_json(line, f"{path}, line {number}", EvaluationError, object, "Remove the line.")
+            row = parse_json(line, where, EvaluationError, object, advice="Remove the line.")
         except EvaluationError:
             if number == len(lines):  # no newline behind it
                 warnings.warn(f"{path}: the last line is unfinished; it is measured again.", stacklevel=2)
                 continue
             raise
-        if not isinstance(row, dict) or row.get("format") != FORMAT:
-            found = row.get("format") if isinstance(row, dict) else row
-            raise EvaluationError(
-                f"{path}, line {number}: format is {found!r}, expected a row of format {FORMAT}."
-            )
-        missing = [name for name in _NEEDED if name not in row]
-        if missing:
-            raise EvaluationError(
-                f"{path}, line {number}: {', '.join(missing)} missing (found: {', '.join(row)})."
-            )
+        _check(row, where)
         rows.append(row)
     return rows
 
 
+def _check(row: Any, where: str) -> None:
+    """Refuses what is no row, so that whoever reads one can rely on its fields.
+
+    Raises:
+        EvaluationError: naming the field.
+    """
+    if not isinstance(row, dict) or row.get("format") != FORMAT:
+        found = printable(repr(row.get("format") if isinstance(row, dict) else row))[:80]
+        raise EvaluationError(f"{where}: format is {found}, expected a row of format {FORMAT}.")
+    missing = [name for name in _NEEDED if name not in row]
+    if missing:
+        raise EvaluationError(
+            f"{where}: {', '.join(missing)} missing (found: {printable(', '.join(row))[:200]})."
+        )
+    fields: dict[str, type | tuple[type, ...]] = dict.fromkeys((*_NEEDED, *IDENTITY, *_NAMES, "time"), _TEXT)
+    fields |= {**_FIELDS, "set": str, "checkpoint": str, "headline": str, "metrics": dict}
+    require_fields(row, {name: fields[name] for name in fields if name in row}, where, EvaluationError)
+    metrics = row["metrics"]
+    require_fields(metrics, dict.fromkeys(metrics, (int, float)), f"{where}, metrics", EvaluationError)
+    if row["headline"] not in metrics:
+        raise EvaluationError(
+            f"{where}: 'headline' is {printable(row['headline'])!r}, expected one of the metrics ("
+            f"{printable(', '.join(metrics))[:200]})."
+        )
+    undefined = {name for name, value in metrics.items() if value != value and name != row["headline"]}
+    figures = {
+        name: value for name, value in metrics.items() if name not in undefined
+    }  # of weights that are NaN
+    figures |= {name: row[name] for name in _FIELDS if row.get(name) is not None}
+    for name, value in figures.items():
+        if not -_LARGEST < value < _LARGEST:
+            raise EvaluationError(f"{where}: '{printable(name)}' is {str(value)[:40]}, expected a figure.")
+
+
 def append_row(path: Path, row: Row) -> None:
-    """Appends a row and writes it through to the disk; an unfinished last line is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        _cut_unfinished(file)
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends a row and writes it through to the disk; an unfinished last line is cut off first.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
+    require_regular(path, EvaluationError)
+    text = json.dumps(_as_text(row), ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            _finish(file)
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        raise EvaluationError(f"The row cannot be written to {path}: {cause.strerror or cause}.") from cause
 
 
-def _cut_unfinished(file: Any) -> None:
+def _as_text(row: Row) -> Row:
+    """The row with names that can be written: those of files may hold bytes that are no UTF-8."""
+    return {name: utf8(value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _finish(file: Any) -> None:
+    """Cuts an unfinished last line off, or ends one that only lacks its newline."""
     end = keep = file.seek(0, os.SEEK_END)
     while keep:
         start = max(0, keep - 65536)
@@ -104,7 +160,13 @@ def _cut_unfinished(file: Any) -> None:
             break
         keep = start
     if keep < end:
-        file.truncate(keep)
+        file.seek(keep)
+        try:
+            parse_json(file.read(), "the last line", EvaluationError)
+        except EvaluationError:
+            file.truncate(keep)
+        else:
+            file.write(b"\n")
 
 
 class Results:
@@ -120,6 +182,8 @@ class Results:
         self.path, self.writes = path, writes
         self._rows = {identity(row): row for row in known}
         self._listed = {_listing(row) for row in known}
+        self._other_data = {_without_data(row) for row in known}
+        self._said = False
 
     @staticmethod
     def read(path: Path | None) -> list[Row]:
@@ -128,7 +192,17 @@ class Results:
 
     def has(self, wanted: Row) -> bool:
         """Whether what a row is to hold has been measured, be it of a copy of the checkpoint."""
-        return identity(wanted) in self._rows
+        if identity(wanted) in self._rows:
+            return True
+        if not self._said and _without_data(wanted) in self._other_data:
+            self._said = True
+            warnings.warn(
+                f"{printable(str(self.path or 'the rows'))}: what is there of '{printable(str(wanted['set']))}' was "
+                "measured on other images, or by a version that told images apart by name and size; it is measured "
+                "again.",
+                stacklevel=2,
+            )
+        return False
 
     def add(self, row: Row) -> None:
         """Takes a row and appends it to the file."""
@@ -139,7 +213,7 @@ class Results:
 
     def take(self, wanted: Row) -> Row:
         """The finished row; one of a copy of the checkpoint is listed under the name that is wanted, too."""
-        row = {**self._rows[identity(wanted)], **{name: wanted[name] for name in _NAMES}}
+        row = {**wanted, **self._rows[identity(wanted)], **{name: wanted[name] for name in _NAMES}}
         if _listing(row) not in self._listed:
             self._listed.add(_listing(row))
             if self.path is not None and self.writes:
@@ -148,7 +222,7 @@ class Results:
 
 
 def _listing(row: Row) -> tuple[Any, ...]:
-    return (*identity(row), *(row.get(name) for name in _NAMES))
+    return (*identity(row), *(_comparable(row.get(name)) for name in _NAMES))
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

@@ -3,31 +3,45 @@
 Any order, because workers share the images of a set evenly, however few tars it has; CLIP_benchmark's own loader gives
 whole tars to workers. Tars are indexed by their headers. They are read here and not by CLIP_benchmark's decoder, which
 unpickles some members of a tar.
+
+Sets are told apart by what is in their images, and every image that is read is compared with what was found when the
+set was opened: a row's figures are of the data whose digest it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arf_plugin.anchors.files import digest
+from arf_plugin.anchors.files import digest, file_digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-from arf_plugin.anchors.tars import Sample, scan_samples
+from arf_plugin.anchors.tars import Member, Sample, scan_samples
 from arf_plugin.errors import EvaluationError
+from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import PIL.Image
 
-FILE_EXTENSIONS = (*IMAGE_EXTENSIONS, "bmp", "gif", "ppm", "tif", "tiff")
+_IN_TARS = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark takes one of several
+_WORTH_CACHING = 1 << 24  # bytes; less is read again in no time
+_WORTH_SHOWING = 1 << 28
+_SETTLED = (
+    2 * 10**9
+)  # nanoseconds: a file may change once more within the tick of the clock that it was read in
+_READERS, _READ_AHEAD = 8, 1024  # threads, and what is handed to them at a time
 
 
 class Samples(Protocol):
     """Images with class numbers.
 
     Attributes:
-        digest: SHA-256 over what tells one state of the data from another: places, sizes and classes of the images.
+        digest: SHA-256 over what tells one state of the data from another: contents, names and classes of the images.
     """
 
     digest: str
@@ -71,11 +85,26 @@ class TarSamples:
 
     def __init__(self, shards: Sequence[Path], classes: int) -> None:
         self.shards = tuple(shards)
+        for shard in self.shards:
+            require_regular(shard, EvaluationError)
+        before = [_stat_key(shard) for shard in self.shards]
         self._places: list[_Place] = []
         for number, shard in enumerate(self.shards):
             self._places += _index(number, shard, classes)
+        self._contents = _cached_digests(
+            "tars", self.shards, len(self._places), sum(p.size for p in self._places), self._digest
+        )
+        for shard, found in zip(self.shards, before, strict=True):
+            if found != _stat_key(shard):
+                raise EvaluationError(
+                    f"{shard} is being written while it is read. Start again when it is whole."
+                )
         self.digest = digest(
-            [[self.shards[p.shard].name, p.key, p.size, p.cls] for p in self._places]
+            ["contents"]
+            + [
+                [self.shards[place.shard].name, place.key, place.cls, content.hex()]
+                for place, content in zip(self._places, self._contents, strict=True)
+            ]
             + [shard.name for shard in self.shards]
         )
 
@@ -84,11 +113,17 @@ class TarSamples:
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         place = self._places[index]
-        shard = self.shards[place.shard]
-        data = place.data
-        if data is None:
-            data = _read(shard, place.offset, place.size)
-        return _decode(data, f"{shard}, sample {place.key}"), place.cls
+        where = f"{self.shards[place.shard]}, sample {place.key}"
+        return _decode(_unchanged(self._data(index), self._contents[index], where), where), place.cls
+
+    def _data(self, index: int) -> bytes:
+        place = self._places[index]
+        if place.data is not None:
+            return place.data
+        return _read(self.shards[place.shard], place.offset, place.size)
+
+    def _digest(self, index: int) -> bytes:
+        return hashlib.sha256(self._data(index)).digest()
 
 
 class FileSamples:
@@ -101,20 +136,19 @@ class FileSamples:
 
     def __init__(self, root: Path, files: Iterable[tuple[str, int]]) -> None:
         self.root, self.files = root, list(files)
-        try:
-            sizes = [(root / path).stat().st_size for path, _ in self.files]
-        except OSError as cause:
-            raise EvaluationError(
-                f"{cause.filename} cannot be read: {cause.strerror}. Is the copy complete?"
-            ) from cause
-        self.digest = digest([[path, size, cls] for (path, cls), size in zip(self.files, sizes, strict=True)])
+        self._contents = _digests_of_files([root / path for path, _ in self.files])
+        self.digest = digest(
+            ["contents"]
+            + [[*file, content.hex()] for file, content in zip(self.files, self._contents, strict=True)]
+        )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         path, cls = self.files[index]
-        return _decode(_read(self.root / path), str(self.root / path)), cls
+        where = str(self.root / path)
+        return _decode(_unchanged(_read(self.root / path), self._contents[index], where), where), cls
 
 
 class BuilderSamples:
@@ -124,13 +158,25 @@ class BuilderSamples:
         dataset: has `__len__` and `__getitem__`, which gives an image and a class number.
         name: the builder's name.
         classes: number of classes.
+        root: the folder that it reads.
+        split: part of the data.
     """
 
-    def __init__(self, dataset: Any, name: str, classes: int) -> None:
+    def __init__(self, dataset: Any, name: str, classes: int, root: Path, split: str) -> None:
         self.dataset, self.name, self.classes = dataset, name, classes
         lists = ("samples", "_samples", "_image_files", "_images", "fnames")  # of torchvision's data sets
-        listed: list[Any] = next((getattr(dataset, each) for each in lists if hasattr(dataset, each)), [])
-        self.digest = digest([name, len(dataset), *(_last_names(entry) for entry in listed)])
+        listed: list[Any] = next(
+            (list(getattr(dataset, each)) for each in lists if hasattr(dataset, each)), []
+        )
+        names = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in listed]
+        if names and all(isinstance(each, (str, Path)) and Path(each).is_file() for each in names):
+            paths = [Path(each) for each in names]
+        else:  # images within files of other kinds
+            paths, listed = _files_below(root), []
+        # The split, as some builders read the same files for each of them.
+        kept = ["contents", name, split, len(dataset), _labels(dataset, listed)]
+        contents = [content.hex() for content in _digests_of_files(paths)]
+        self.digest = digest([*kept, [[*path.parts[-2:]] for path in paths], contents])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -176,29 +222,120 @@ class Chosen:
 
 
 def _index(number: int, shard: Path, classes: int) -> Iterable[_Place]:
-    samples = list(scan_samples(str(shard), EvaluationError, read=("cls",)))
-    if any(sample.image is not None and sample.image.offset < 0 for sample in samples):
-        samples = list(scan_samples(str(shard), EvaluationError, read=(*IMAGE_EXTENSIONS, "cls")))
-    for sample in samples:
-        image = sample.image
-        cls = _class_number(sample, f"{shard}, sample {sample.key}", classes)
-        assert image is not None  # tested by _class_number
-        yield _Place(
-            number, sample.key, image.offset, image.size, cls, image.data if image.offset < 0 else None
-        )
+    samples = list(_samples_of(shard, ("cls",)))
+    if any(image.offset < 0 for _, image, _ in samples):
+        samples = list(_samples_of(shard, (*IMAGE_EXTENSIONS, "cls")))
+    for key, image, label in samples:
+        cls = _class_number(label, f"{shard}, sample {key}", classes)
+        yield _Place(number, key, image.offset, image.size, cls, image.data if image.offset < 0 else None)
 
 
-def _class_number(sample: Sample, where: str, classes: int) -> int:
-    cls = sample.members.get("cls")
-    if sample.image is None or cls is None:
-        raise EvaluationError(f"{where}: found {sorted(sample.members)}, expected an image and a cls.")
+def _samples_of(shard: Path, read: Sequence[str]) -> Iterator[tuple[str, Member, Member]]:
+    """Key, image and class of every sample; neighbours that have neither, such as a README, are none."""
+    for sample in scan_samples(str(shard), EvaluationError, read=read):
+        image, cls = _image_of(sample), sample.members.get("cls")
+        if image is not None and cls is not None:
+            yield sample.key, image, cls
+        elif image is not None or cls is not None or _has_other_image(sample):
+            raise EvaluationError(
+                f"{shard}, sample {sample.key}: found {sorted(sample.members)}, expected an image and a cls."
+            )
+
+
+def _image_of(sample: Sample) -> Member | None:
+    return next((sample.members[ext] for ext in _IN_TARS if ext in sample.members), None)
+
+
+def _has_other_image(sample: Sample) -> bool:
+    """Whether a member is an image by a suffix that is not read in tars."""
+    return not sample.members.keys().isdisjoint(("ppm", "bmp", "pgm", "tif", "tiff", "gif", "avif", "heic"))
+
+
+def _class_number(cls: Member, where: str, classes: int) -> int:
     text = (cls.data or b"").decode("ascii", "replace").strip()
-    if not text.isdecimal() or int(text) >= classes:
+    if not (text.isdecimal() and text.isascii() and len(text) < 20 and int(text) < classes):
         raise EvaluationError(
             f"{where}: cls is {text[:20]!r}, expected a number from 0 to {classes - 1} "
             f"(classnames.txt counts {classes} classes)."
         )
     return int(text)
+
+
+def _digests_of_files(paths: Sequence[Path]) -> list[bytes]:
+    """SHA-256 of each file.
+
+    Raises:
+        EvaluationError: one is missing, unreadable or no file.
+    """
+    total = 0
+    try:
+        for path in paths:
+            require_regular(path, EvaluationError)
+            total += path.stat().st_size
+    except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
+        raise EvaluationError(
+            f"{getattr(cause, 'filename', None) or path} cannot be read: "
+            f"{getattr(cause, 'strerror', None) or cause}. Is the copy complete?"
+        ) from cause
+
+    def one(index: int) -> bytes:
+        try:
+            return bytes.fromhex(file_digest(paths[index]))
+        except OSError as cause:
+            raise EvaluationError(
+                f"{paths[index]} cannot be read: {cause.strerror}. Is the copy complete?"
+            ) from cause
+
+    return _cached_digests("files", paths, len(paths), total, one)
+
+
+def _cached_digests(
+    kind: str, files: Sequence[Path], count: int, size: int, one: Callable[[int], bytes]
+) -> list[bytes]:
+    """Digests of the images of a set, computed once and found in the cache while no file is touched.
+
+    Args:
+        kind: which function `one` is.
+        files: what the images are in.
+        count: number of images.
+        size: bytes to read.
+        one: computes one image's digest.
+    """
+    from arf_plugin.pipeline.progress import Progress
+
+    states = [_stat_key(path) for path in files]
+    places = [str(path.absolute()) for path in files]
+    key = digest(["evaluation-1", kind, count, places, states])
+    if size >= _WORTH_CACHING:
+        known = read_cache("evaluation", key, list)
+        if known is not None and len(known) == count and all(_is_sha256(each) for each in known):
+            return [bytes.fromhex(each) for each in known]
+    started = time.time_ns()
+    with (
+        Progress("images' digests", count, shown=size >= _WORTH_SHOWING) as progress,
+        ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers,
+    ):
+        found: list[bytes] = []
+        for start in range(0, count, _READ_AHEAD):
+            for each in readers.map(one, range(start, min(start + _READ_AHEAD, count))):
+                found.append(each)
+                progress.advance()
+    # Times of change are the second and third of a state.
+    settled = all(state is not None and started - max(state[1:3]) > _SETTLED for state in states)
+    if size >= _WORTH_CACHING and settled:
+        write_cache("evaluation", key, [each.hex() for each in found])
+    return found
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _stat_key(path: Path) -> list[int] | None:
+    try:
+        return stat_key(path)
+    except OSError:
+        return None  # who reads it says so
 
 
 def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
@@ -212,6 +349,15 @@ def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
         ) from cause
 
 
+def _unchanged(data: bytes, content: bytes, where: str) -> bytes:
+    if hashlib.sha256(data).digest() != content:
+        raise EvaluationError(
+            f"{where}: the image is not the one that was there when the set was opened. Do not write to a set that "
+            "is being evaluated; start again."
+        )
+    return data
+
+
 def _decode(data: bytes, where: str) -> PIL.Image.Image:
     try:
         return decode_image(data)
@@ -219,7 +365,19 @@ def _decode(data: bytes, where: str) -> PIL.Image.Image:
         raise EvaluationError(f"{where}: the image {cause}. Replace it, or leave the sample out.") from None
 
 
-def _last_names(entry: Any) -> str:
-    """A file's name and its folder's, without the machine's own part of the path."""
-    path = Path(str(entry[0] if isinstance(entry, (tuple, list)) else entry))
-    return "/".join(path.parts[-2:])
+def _labels(dataset: Any, listed: Sequence[Any]) -> list[int]:
+    """Class numbers that a data set of torchvision's keeps apart from its images, or with them."""
+    if listed and isinstance(listed[0], (tuple, list)):
+        return [int(entry[1]) for entry in listed]
+    lists = ("_labels", "targets", "labels", "y")
+    found: Any = next((getattr(dataset, each) for each in lists if hasattr(dataset, each)), [])
+    return [int(each) for each in found]
+
+
+def _files_below(root: Path) -> list[Path]:
+    return sorted(
+        Path(folder, name)
+        for folder, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if not name.startswith(".") and Path(folder, name).is_file()
+    )

@@ -4,23 +4,31 @@ Folders are read in two layouts. CLIP_benchmark's WebDataset layout::
 
     SET/classnames.txt                              one class per line
     SET/zeroshot_classification_templates.txt       prompts, `{c}` for the class name
-    SET/test/nshards.txt, SET/test/N.tar            KEY.(jpg|png|jpeg|webp) + KEY.cls
+    SET/test/nshards.txt, SET/test/N.tar            KEY.(webp|png|jpg|jpeg) + KEY.cls
 
 and folders of images by class, `SET/<class>/<image>`; there both texts are optional: classes are then called as the
-folders are, with spaces, and prompts are CLIP_benchmark's 80 of ImageNet.
+folders are, with spaces, and prompts are CLIP_benchmark's 80 of ImageNet. Classes, their numbers and images are those
+of torchvision's ``ImageFolder``; :mod:`arf_plugin.evaluation.folders` says what differs. classnames.txt names the
+folders in the order of their names.
 """
 
 from __future__ import annotations
 
+import os
 import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from arf_plugin.anchors.files import digest
+from arf_plugin.anchors.files import digest, list_files
+from arf_plugin.data.prompts import repeated_names
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, warn
 from arf_plugin.evaluation.prompts import IMAGENET, default_templates
-from arf_plugin.evaluation.samples import FILE_EXTENSIONS, Chosen, FileSamples, Samples, TarSamples
+from arf_plugin.evaluation.samples import Chosen, FileSamples, Samples, TarSamples
+from arf_plugin.evaluation.survey import survey
+from arf_plugin.untrusted import decode_text, require_regular, split_lines, utf8
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 LAYOUT = f"Expected CLIP_benchmark's layout: {CLASSNAMES}, {TEMPLATES}, test/nshards.txt"
@@ -106,24 +114,29 @@ class EvaluationSet:
 
 
 def find_sets(folder: Path, split: str = "test") -> list[EvaluationSet]:
-    """Finds the set in a folder, or all sets below it.
+    """Finds the set in a folder, or all sets below it; see :mod:`arf_plugin.evaluation.survey`.
 
     Raises:
-        EvaluationError: if there is none.
+        EvaluationError: if there is none, or it cannot be told what is one.
     """
     if not folder.is_dir():
         raise EvaluationError(f"There is no folder {folder}. Expected a set, or a folder of sets.")
-    roots = sorted(path.parent.parent for path in folder.rglob(f"{split}/nshards.txt"))
-    if roots:
+    name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    seen = survey(folder, split)
+    if seen.roots:
+        seen.refuse_second_layout()
+        for problem in seen.left_out():
+            warn(problem)
         return [
-            open_webdataset(root, str(root.relative_to(folder)) if root != folder else folder.name, split)
-            for root in roots
+            open_webdataset(root, utf8(str(root.relative_to(folder)) if root != folder else name), split)
+            for root in seen.roots
         ]
-    if _classes_of(folder):
-        return [open_folders(folder, folder.name, split=split)]
+    if classes := _classes(folder):
+        return [_of_classes(folder, classes, utf8(name), split)]
+    hints = "".join(f" {problem[0].upper()}{problem[1:]}" for problem in seen.left_out())
     raise EvaluationError(
         f"There is no evaluation set in or below {folder}. {LAYOUT.replace('test/', f'{split}/')}; or one folder "
-        "of images per class."
+        f"of images per class.{hints}"
     )
 
 
@@ -133,15 +146,12 @@ def open_webdataset(root: Path, name: str, split: str = "test") -> EvaluationSet
     Raises:
         EvaluationError: if a file is missing or malformed.
     """
-    listed = root / split / "nshards.txt"
-    count = " ".join(read_lines(listed))
-    if not count.isdecimal() or int(count) == 0:
-        raise EvaluationError(f"{listed} says {count[:40]!r}, expected the number of tars.")
+    shards = _shards(root / split)
     templates = read_lines(root / TEMPLATES)
     for template in templates:
         _check_template(template, str(root / TEMPLATES))
     names = read_lines(root / CLASSNAMES)
-    shards = [root / split / f"{number}.tar" for number in range(int(count))]
+    warn_of_repeated(names, root / CLASSNAMES)
     samples = TarSamples(shards, len(names))
     return EvaluationSet(name, tuple(names), tuple(templates), samples, split, place=str(root))
 
@@ -149,18 +159,16 @@ def open_webdataset(root: Path, name: str, split: str = "test") -> EvaluationSet
 def open_folders(root: Path, name: str, split: str = "test") -> EvaluationSet:
     """Opens a set of one folder of images per class, numbered in the order of their names.
 
+    The classes and images are those of torchvision's ``ImageFolder``; see :mod:`arf_plugin.evaluation.folders`.
+
     Raises:
-        EvaluationError: if there are no such folders, or classnames.txt counts other classes.
+        EvaluationError: if there are no such folders, something in them is not understood, or classnames.txt names
+            other classes.
     """
-    classes = _classes_of(root)
-    files = [
-        (str(path.relative_to(root)), number)
-        for number, folder in enumerate(classes)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower()[1:] in FILE_EXTENSIONS and path.is_file()
-    ]
-    names = [folder.name.replace("_", " ") for folder in classes]
-    return _own_texts(root, name, names, FileSamples(root, files), split)
+    classes = _classes(root)
+    if not classes:
+        raise EvaluationError(f"{root} has no folders of images, expected one for each class.")
+    return _of_classes(root, classes, name, split)
 
 
 def open_list(path: Path, name: str, split: str = "test") -> EvaluationSet:
@@ -172,34 +180,48 @@ def open_list(path: Path, name: str, split: str = "test") -> EvaluationSet:
         EvaluationError: for a malformed line, a missing image, or a path that leaves the folder.
     """
     files: list[tuple[str, int]] = []
-    names: dict[int, str] = {}
-    for number, line in enumerate(read_lines(path), 1):
+    folders: dict[int, str] = {}
+    named = os.path.lexists(path.parent / CLASSNAMES)
+    for number, line in enumerate(read_lines(path, names=True), 1):
         where, _, cls = line.rpartition(" ")
-        if not where or not cls.isdecimal():
+        if not where or not (cls.isascii() and cls.isdecimal() and len(cls) < 10):
             raise EvaluationError(f"{path}, line {number}: {line[:80]!r}, expected `path class-number`.")
         if Path(where).is_absolute() or ".." in Path(where).parts:
             raise EvaluationError(f"{path}, line {number}: {where!r} leaves the folder {path.parent}.")
         files.append((where, int(cls)))
-        names.setdefault(int(cls), Path(where).parent.name.replace("_", " "))
-    if sorted(names) != list(range(len(names))):
-        missing = next(number for number in range(max(names) + 1) if number not in names)
+        called = folders.setdefault(int(cls), Path(where).parent.name)
+        if called != Path(where).parent.name and not named:
+            raise EvaluationError(
+                f"{path}, line {number}: class {cls} is called {Path(where).parent.name!r} by its folder, and "
+                f"{called!r} above. Expected one folder name per class, or a {CLASSNAMES} beside the list."
+            )
+    if sorted(folders) != list(range(len(folders))):
+        missing = next(number for number in range(max(folders) + 1) if number not in folders)
         raise EvaluationError(
-            f"{path} has no image of class {missing}, but some of class {max(names)}: is it complete?"
+            f"{path} has no image of class {missing}, but some of class {max(folders)}: is it complete?"
         )
-    ordered = [names[number] for number in range(len(names))]
+    ordered = [folders[number] for number in range(len(folders))]
     return _own_texts(path.parent, name, ordered, FileSamples(path.parent, files), split, str(path))
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, *, names: bool = False) -> list[str]:
     """Lines of a text file, stripped, without blank ones at the end.
 
+    Args:
+        path: the file.
+        names: keeps bytes that are no UTF-8, as names of files may have them.
+
     Raises:
-        EvaluationError: if it is missing or empty, or a line between others is blank.
+        EvaluationError: if it is missing, empty or no UTF-8, or a line between others is blank.
     """
+    require_regular(path, EvaluationError)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as cause:
-        raise EvaluationError(f"{path} cannot be read: {cause}. {LAYOUT}.") from cause
+        data = path.read_bytes()
+    except OSError as cause:
+        raise EvaluationError(f"{path} cannot be read: {cause.strerror or cause}. {LAYOUT}.") from cause
+    text = decode_text(data, str(path), EvaluationError, names=names)
+    # A mark within the text is that of a file that was appended to another.
+    lines = [line.strip().strip("\ufeff").strip() for line in split_lines(text)]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -209,32 +231,105 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
+def warn_of_repeated(names: Sequence[str], where: object) -> None:
+    """Says so if two classes have one name."""
+    if problem := repeated_names(names):
+        warn(f"{where}: {problem}")
+
+
+def _classes(root: Path) -> list[ClassFolder]:
+    return read_classes(root, named=os.path.lexists(root / CLASSNAMES))
+
+
+def _of_classes(root: Path, classes: Sequence[ClassFolder], name: str, split: str) -> EvaluationSet:
+    files = [(path, number) for number, one in enumerate(classes) for path in one.images]
+    return _own_texts(root, name, [one.name for one in classes], FileSamples(root, files), split)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The tars that nshards.txt counts, which are all that there are."""
+    listed = folder / "nshards.txt"
+    count = " ".join(read_lines(listed))
+    if not (count.isascii() and count.isdecimal() and len(count) < 20 and int(count)):
+        raise EvaluationError(f"{listed} says {count[:40]!r}, expected the number of tars.")
+    there = {path.name for path in list_files(folder, ".tar")}
+    wanted = []
+    for number in range(int(count)):
+        wanted.append(f"{number}.tar")
+        if wanted[-1] not in there:
+            raise EvaluationError(
+                f"{listed} says {int(count)}, but {wanted[-1]} does not exist (found: "
+                f"{shortened(sorted(there)) or 'no tar'}). Copy the set again."
+            )
+    extra = sorted(there.difference(wanted))
+    if extra:
+        raise EvaluationError(
+            f"{listed} says {int(count)}, which leaves out {shortened(extra)}. Expected as many as there are tars, "
+            "named 0.tar, 1.tar and so on; mend the number, or remove the others."
+        )
+    return [folder / name for name in wanted]
+
+
 def _own_texts(
-    root: Path, name: str, names: list[str], samples: FileSamples, split: str, place: str = ""
+    root: Path, name: str, folders: list[str], samples: FileSamples, split: str, place: str = ""
 ) -> EvaluationSet:
     """A set of files with the texts beside them, where there are any."""
-    if (root / CLASSNAMES).is_file():
-        written = read_lines(root / CLASSNAMES)
-        if len(written) != len(names):
+    if os.path.lexists(root / CLASSNAMES):
+        names = read_lines(root / CLASSNAMES)
+        if len(names) != len(folders):
             raise EvaluationError(
-                f"{root / CLASSNAMES} names {len(written)} classes, but there are images of {len(names)}: "
-                f"{', '.join(names[:3])} ... Mend the list, or remove it to use these names."
+                f"{root / CLASSNAMES} names {len(names)} classes, but there are images of {len(folders)}: "
+                f"{', '.join(folders[:3])} ... Mend the list, or remove it to use these names."
             )
-        names = written
-    templates = read_lines(root / TEMPLATES) if (root / TEMPLATES).is_file() else default_templates(IMAGENET)
-    return EvaluationSet(name, tuple(names), tuple(templates), samples, split, place=place or str(root))
+        _compare_names(root / CLASSNAMES, names, folders)
+    else:
+        names = [folder.replace("_", " ") for folder in folders]
+        for called, folder in zip(names, folders, strict=True):
+            if utf8(folder) != folder or not called.strip():
+                raise EvaluationError(
+                    f"{place or root} has the class folder '{utf8(folder)}', whose name is no text of UTF-8. Rename "
+                    f"it, or list the names of all classes in {root / CLASSNAMES}."
+                )
+    warn_of_repeated(names, root / CLASSNAMES if os.path.lexists(root / CLASSNAMES) else place or root)
+    own = os.path.lexists(root / TEMPLATES)
+    templates = read_lines(root / TEMPLATES) if own else default_templates(IMAGENET)
+    return EvaluationSet(name, tuple(names), tuple(templates), samples, split, place=utf8(place or str(root)))
 
 
-def _classes_of(root: Path) -> list[Path]:
-    """Folders directly below that hold images."""
-    if not root.is_dir():
-        return []
-    return sorted(
-        folder
-        for folder in root.iterdir()
-        if folder.is_dir()
-        and not folder.name.startswith(".")
-        and any(path.suffix.lower()[1:] in FILE_EXTENSIONS for path in folder.iterdir())
+def _compare_names(path: Path, names: list[str], folders: list[str]) -> None:
+    """Refuses names that are those of folders, in another order; other names cannot be compared."""
+    places: dict[str, int] = {}
+    for number, folder in enumerate(folders):
+        places.setdefault(_plain(folder), number)
+    unique = len(places) == len(folders)
+    wrong = [
+        (number, places[_plain(name)])
+        for number, name in enumerate(names)
+        if unique and places.get(_plain(name), number) != number
+    ]
+    if len(wrong) > 1:
+        number, there = wrong[0]
+        raise EvaluationError(
+            f"{path}, line {number + 1} is {names[number]!r}, but class {number} is the folder {folders[number]!r}; "
+            f"{folders[there]!r} is class {there}. Put the lines in the order of the sorted folder names."
+        )
+    if wrong:
+        number, there = wrong[0]
+        warn(
+            f"{path}, line {number + 1} calls the folder {folders[number]!r} {names[number]!r}, as the folder "
+            f"{folders[there]!r} is called. Are the lines in the order of the folders' names?"
+        )
+    if all(folder.isdecimal() for folder in folders) and folders != sorted(folders, key=int):
+        number = next(n for n, folder in enumerate(sorted(folders, key=int)) if folder != folders[n])
+        warn(
+            f"the folders of {path.parent} are numbers, which count in the order of text as in torchvision's "
+            f"ImageFolder: line {number + 1} of {path.name}, {names[number]!r}, is the folder {folders[number]!r}."
+        )
+
+
+def _plain(name: str) -> str:
+    return " ".join(
+        unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split()
     )
 
 

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.evaluation.folders import read_classes, shortened
 from arf_plugin.evaluation.samples import BuilderSamples
-from arf_plugin.evaluation.sets import EvaluationSet, open_folders, open_list, open_webdataset
+from arf_plugin.evaluation.sets import (
+    EvaluationSet,
+    open_folders,
+    open_list,
+    open_webdataset,
+    warn_of_repeated,
+)
 from arf_plugin.evaluation.suites import SetEntry, Source, Suite
 
 # CLIP_benchmark's builders over torchvision's layout, and whether they know splits.
@@ -162,11 +169,24 @@ def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:
             f"The set '{name}': {root} has {len(folders)} folders, expected one for each of "
             f"{len(dataset.classes)} classes. Class numbers would be wrong; copy the data set again."
         )
-    samples = BuilderSamples(dataset, builder, len(dataset.classes))
+    if builder != "objectnet" and type(dataset).__name__ == "ImageFolder":
+        _all_is_read(name, Path(dataset.root), dataset)
     part = split if BUILDERS[builder] else "all"
+    samples = BuilderSamples(dataset, builder, len(dataset.classes), root, part)
+    warn_of_repeated(dataset.classes, f"the set '{name}'")
     return EvaluationSet(
         name, tuple(dataset.classes), tuple(dataset.templates), samples, part, place=str(root)
     )
+
+
+def _all_is_read(name: str, root: Path, dataset: Any) -> None:
+    """Refuses what torchvision's ImageFolder, which the builder uses, passes over in silence."""
+    files = {str(root / path) for one in read_classes(root, named=True) for path in one.images}
+    left = sorted(files.difference(str(Path(path)) for path, _ in dataset.samples))
+    if left:
+        raise EvaluationError(
+            f"The set '{name}': the builder passes over {shortened(left)}. Convert them to PNG, or remove them."
+        )
 
 
 def _whole_v2(root: Path) -> None:

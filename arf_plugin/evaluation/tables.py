@@ -7,6 +7,7 @@ from typing import Any
 
 from arf_plugin.evaluation.rows import Row
 from arf_plugin.evaluation.suites import Suite, average
+from arf_plugin.untrusted import printable
 
 _HEADINGS = {
     "top1": "top-1",
@@ -48,13 +49,19 @@ def summary(rows: Sequence[Row], suite: Suite | None) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], suite: Suite | None) -> str:
-    """Lays rows out: for one checkpoint all metrics of each set; for several, a column each of headline metrics."""
+    """Lays rows out for a console.
+
+    Of one checkpoint all metrics of each set are shown; of several, a column each of headline metrics.
+    """
+    return printable(_laid_out(rows, suite))
+
+
+def _laid_out(rows: Sequence[Row], suite: Suite | None) -> str:
     result = summary(rows, suite)
     names = list(result["accuracy"])
     headline = {row["set"]: row["headline"] for row in rows}
-    titles = [
-        name + ("" if headline[name] == "top1" else f" ({_HEADINGS[headline[name]]})") for name in headline
-    ]
+    heading = {name: _HEADINGS.get(metric, metric) for name, metric in headline.items()}
+    titles = [name + ("" if metric == "top1" else f" ({heading[name]})") for name, metric in headline.items()]
     averages = list(result["averages"][names[0]]) if names else []
     width = max(map(len, [*titles, *averages, "percent"]))
     if len(names) == 1:

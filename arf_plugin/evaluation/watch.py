@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,9 +59,13 @@ def open_sets(folders: Sequence[str]) -> list[EvaluationSet]:
     if importlib.util.find_spec("clip_benchmark") is None:
         raise MissingDependencyError("clip-benchmark", "--arf-watch", "evaluation")
     try:
-        sets = [found for folder in folders for found in find_sets(Path(folder))]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            sets = [found for folder in folders for found in find_sets(Path(folder))]
     except EvaluationError as error:
         raise EvaluationError(f"--arf-watch: {error}") from error
+    for warning in caught:  # into the trainer's log
+        logging.warning(f"ARF watch: {warning.message}")
     names = [dataset.name for dataset in sets]
     for name in names:
         if names.count(name) > 1:

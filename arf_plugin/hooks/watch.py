@@ -15,6 +15,7 @@ import datetime
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,6 +35,7 @@ from arf_plugin.evaluation.rows import FORMAT, Row, append_row, read_rows
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
 from arf_plugin.hooks.epoch import Training
+from arf_plugin.untrusted import printable, require_regular
 
 ROWS, START = "arf_watch.jsonl", "arf_watch_start.pt"
 
@@ -103,13 +105,18 @@ class Watch:
         path = self._folder / ROWS if self._folder else None
         if path is None or not path.is_file():
             return {}
-        found = {row["set"]: row for row in read_rows(path)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            found = {row["set"]: row for row in read_rows(path)}
+        for warning in caught:
+            logging.warning(f"ARF watch: {warning.message}")
         for dataset in self.observer.sets:
             row = found.get(dataset.name, {})
-            if (row.get("data"), row.get("prompts")) != (dataset.samples.digest, dataset.prompts):
+            same = (row.get("data"), row.get("prompts")) == (dataset.samples.digest, dataset.prompts)
+            if not same or not isinstance(row.get("start"), (int, float)):
                 logging.warning(
-                    f"ARF watch: {path} has no figures of the set '{dataset.name}' as it is now; the accuracy here "
-                    "counts as the start."
+                    f"ARF watch: {path} has no figures of the set '{dataset.name}' as it is now (another version may "
+                    "have measured it, or its images are others); the accuracy here counts as the start."
                 )
                 return {}
         if self.config.watch_drift and not self._load_features(path.with_name(START)):
@@ -120,7 +127,23 @@ class Watch:
         if not path.is_file():
             logging.warning(f"ARF watch: there is no {path}, so drift is measured from here on.")
             return False
-        self._start_features = torch.load(path, weights_only=True)
+        try:
+            require_regular(path, EvaluationError)
+            features = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as cause:  # a damaged archive raises many kinds
+            reason = printable(str(cause).strip().partition("\n")[0])[:200] or type(cause).__name__
+            logging.warning(
+                f"ARF watch: {path} cannot be read ({reason}), so drift is measured from here on."
+            )
+            return False
+        for dataset in self.observer.sets:
+            if not _fit(features, dataset):
+                logging.warning(
+                    f"ARF watch: {path} has no features of the images and classes of '{dataset.name}', so drift is "
+                    "measured from here on."
+                )
+                return False
+        self._start_features = features
         return True
 
     def _look(self, training: Training, epoch: int) -> None:
@@ -149,6 +172,11 @@ class Watch:
     def _row(self, one: Observation, args: Any, epoch: int) -> Row:
         dataset, moved = one.dataset, {}
         for kind, start in self._start_features.get(dataset.name, {}).items():
+            if one.features[kind].shape != start.shape:  # of another model
+                logging.warning(
+                    f"ARF watch: {START} holds {kind} features of another size: no drift of them."
+                )
+                continue
             measured = drift(one.features[kind], start)
             moved.update({f"{kind}_{name}": _number(value) for name, value in measured.items()})
         return {
@@ -202,6 +230,19 @@ class Watch:
                 training.tb_writer.add_scalar(name, value, row["epoch"])
         if training.wandb is not None:
             training.wandb.log({**values, "epoch": row["epoch"]}, step=row["step"])
+
+
+def _fit(features: Any, dataset: EvaluationSet) -> bool:
+    """Whether features are those of a set's images and classes, by their numbers."""
+    own = features.get(dataset.name) if isinstance(features, dict) else None
+    counts = {"image": dataset.images, "text": len(dataset.classnames)}
+    return isinstance(own, dict) and all(
+        isinstance(own.get(kind), torch.Tensor)
+        and own[kind].ndim == 2
+        and len(own[kind]) == count
+        and own[kind].is_floating_point()
+        for kind, count in counts.items()
+    )
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

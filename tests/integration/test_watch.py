@@ -111,7 +111,7 @@ def test_figures_are_those_of_arf_evaluate(
     train, run_arf, tmp_path, model_configs, task_csv, held_out, start
 ):
     folders = evaluation.write_folders(tmp_path / "by-folder")
-    evaluation.write_texts(folders)
+    evaluation.write_texts(folders, sorted(evaluation.NAMES))
     run = train.forked(
         *("--train-data", task_csv, *FP32, "--pretrained", start, "--epochs", 2),
         *("--arf-watch", held_out, folders, "--arf-watch-drift"),
@@ -206,6 +206,35 @@ def test_a_resumed_run_goes_on_with_its_start(train, task_csv, held_out, start):
     assert rows(run)[2]["drift"]["image_cosine"] < 1
 
 
+def test_a_resumed_run_whose_starting_features_are_damaged(train, task_csv, held_out, start):
+    common = watched(task_csv, held_out, start)
+    run = train.forked(*common, "--epochs", 1)
+    features = run.folder / "arf_watch_start.pt"
+    other = {"held-out": {"image": torch.zeros(3, 2), "text": torch.zeros(6, 2)}}
+    for number, damage in enumerate((b"", features.read_bytes()[:500], other), 2):
+        if isinstance(damage, bytes):
+            features.write_bytes(damage)
+        else:
+            torch.save(damage, features)
+        run = train.forked(*common, "--epochs", number, "--resume", "latest")
+        assert "drift is measured from here on" in run.output and "Traceback" not in run.output
+        assert run.output.count("ARF watch: before") + run.output.count("ARF watch: after") >= 2
+
+
+def test_a_resumed_run_whose_file_of_rows_is_damaged(train, task_csv, held_out, start):
+    common = watched(task_csv, held_out, start)
+    run = train.forked(*common, "--epochs", 1)
+    path = run.folder / "arf_watch.jsonl"
+    whole = path.read_text()
+    path.write_text("[" * 100_000 + "\n" + whole)
+    run = train.forked(*common, "--epochs", 2, "--resume", "latest", check=False)
+    assert run.status == 1 and "arf_watch.jsonl, line 1 is no JSON" in run.output
+    assert "Traceback" not in run.output and "Train Epoch: 1" not in run.output
+    path.write_text(whole.replace('"data": "', '"data": "0'))  # as of another version
+    run = train.forked(*common, "--epochs", 2, "--resume", "latest")
+    assert "has no figures of the set 'held-out' as it is now" in run.output
+
+
 def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors, held_out):
     assert TENSORBOARD.is_dir(), f"tensorboard is missing in {TENSORBOARD}: run scripts/test.sh"
     run = train(
@@ -271,7 +300,7 @@ def test_a_set_that_cannot_be_watched_stops_before_the_first_step(
 def test_an_image_that_vanishes_later_does_not_end_the_training(train, tmp_path, task_csv):
     """Each process's optimizer step deletes it, which is after the first look."""
     folders = evaluation.write_folders(tmp_path / "folders")
-    evaluation.write_texts(folders)
+    evaluation.write_texts(folders, sorted(evaluation.NAMES))
     victim = next(folders.rglob("*.png"))
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

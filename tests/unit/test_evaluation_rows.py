@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.rows import Results, append_row, by_set, read_rows, select
+from arf_plugin.evaluation.tables import table
 
 
 def row(name: str = "id", **fields) -> dict:
@@ -83,3 +85,87 @@ def test_a_copy_of_a_checkpoint_is_listed_under_its_own_name(tmp_path):
     assert [each["checkpoint"] for each in read_rows(path)] == ["a.pt", "copy.pt"]
     assert not results.has(row(digest="other"))
     assert not results.has(row(alpha=0.5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"set": 3}, "'set' is 3, expected a text"),
+        ({"digest": ["d"]}, r"'digest' is \['d'\], expected a text or null"),
+        ({"alpha": "half"}, "'alpha' is 'half', expected a whole number or a number or null"),
+        ({"alpha": float("inf")}, "'alpha' is inf, expected a figure"),
+        ({"images": True}, "'images' is True"),
+        ({"metrics": {}}, "'headline' is 'top1', expected one of the metrics"),
+        ({"metrics": {"top1": "high"}}, "metrics: 'top1' is 'high', expected a whole number or a number"),
+        ({"metrics": {"top1": float("nan")}}, "'top1' is nan, expected a figure"),
+        ({"metrics": {"top1": 10**400}}, "'top1' is 1000000000000000000000000000000000000000, expected"),
+        ({"set": "\ud800"}, "is no JSON that can be read"),
+    ],
+)
+def test_a_row_with_other_fields_than_rows_have(tmp_path, fields, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row(**fields)) + "\n")
+    with pytest.raises(EvaluationError, match=f"line 1.*{message}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe{}", b"\0\0\0"])
+def test_a_line_that_nobody_could_read(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n")
+    with pytest.raises(EvaluationError, match="line 2") as error:
+        read_rows(path)
+    assert len(str(error.value)) < 500
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + line)
+    if line != b"9" * 5000:
+        with pytest.warns(UserWarning, match="the last line is unfinished"):
+            assert len(read_rows(path)) == 1
+
+
+def test_a_calibration_error_of_weights_that_are_no_numbers(tmp_path):
+    append_row(tmp_path / "results.jsonl", row(metrics={"top1": 3.0, "ece": float("nan")}))
+    assert read_rows(tmp_path / "results.jsonl")[0]["metrics"]["top1"] == 3.0
+
+
+def test_a_whole_last_line_without_a_newline_is_kept(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row("edited")))
+    append_row(path, row("next"))
+    assert [each["set"] for each in read_rows(path)] == ["edited", "next"]
+
+
+def test_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(EvaluationError, match="expected a file"):
+            read_rows(path)
+        with pytest.raises(EvaluationError, match="expected a file"):
+            append_row(path, row())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match=r"The row cannot be written to .*: File exists"):
+        append_row(tmp_path / "file" / "results.jsonl", row())
+
+
+def test_names_that_are_bytes(tmp_path):
+    path, name = tmp_path / "results.jsonl", os.fsdecode(b"run\xe9.pt")
+    append_row(path, row(checkpoint=name))
+    results = Results(path, read_rows(path))
+    results.take(row(checkpoint=name))
+    assert [each["checkpoint"] for each in read_rows(path)] == ["run\\xe9.pt"]
+
+
+def test_rows_of_other_data_are_said_once(tmp_path):
+    """Such as those of versions that told images apart by name and size."""
+    results = Results(tmp_path / "results.jsonl", [row(data="by names"), row("shift", data="by names")])
+    with pytest.warns(
+        UserWarning, match=r"results\.jsonl: what is there of 'id' was measured on other images"
+    ) as said:
+        assert not results.has(row(data="by content"))
+        assert not results.has(row("shift", data="by content"))
+        assert not results.has(row("new", data="by content"))
+    assert len(said) == 1
+
+
+def test_tables_print_nothing_that_moves_the_cursor():
+    shown = table([row("set\x1b[2J", checkpoint="a\x07.pt", images=1)], None)
+    assert "\\x1b[2J" in shown and "\x1b" not in shown and "\x07" not in shown
