@@ -157,7 +157,8 @@ def _problems(fs: Any, root: str, half: str, entry: dict[str, Any] | None) -> li
         name = changed[0]
         problems.append(
             f"{len(changed)} files in {half}/ are not of the size that was written: {printable(name)} has "
-            f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart. {by_hand}."
+            f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart. "
+            f"{by_hand}."
         )
     return problems
 

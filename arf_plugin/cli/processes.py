@@ -161,8 +161,13 @@ def _end_with_parent() -> None:
     if os.getppid() != parent:
         os._exit(1)  # it was gone before
 
+    parents = os.dup(0)  # the processes that this one may start do not get it
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+
     def wait() -> None:
-        while os.read(0, 1):
+        while os.read(parents, 1):
             pass
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -245,8 +245,8 @@ class _Recorded:
 
     Attributes:
         config: the configuration of the work in the folder.
-        made_by: what its markers name it by: a digest of the configuration that the work was begun with. Inputs that
-            were mended or moved since are in ``config`` alone. None: an earlier version's work, whose markers name none.
+        made_by: what its markers name it by: a digest of the configuration that the work was begun with.
+            Inputs that were mended or moved since are in ``config`` alone. None: an earlier version's.
     """
 
     config: dict[str, Any]
