@@ -401,7 +401,8 @@ def _planned(stage: Stage, plan: Path) -> list[Path]:
     for name in read_json(plan, StageError, list, advice):
         parts = Path(name).parts if isinstance(name, str) and "\0" not in name else ()
         path = stage.out.joinpath(*parts)
-        inside = parts and ".." not in parts and path.parent.resolve() == root.joinpath(*parts[:-1])
+        relative = parts and ".." not in parts and not Path(name).is_absolute()
+        inside = relative and path.parent.resolve() == root.joinpath(*parts[:-1])
         if not inside or path.is_relative_to(stage.work) or path.name == MANIFEST or path.is_dir():
             shown = printable(repr(name))[:80]
             raise StageError(f"{plan} names {shown}, which is no artifact below {stage.out}. {advice}")
