@@ -1,4 +1,4 @@
-"""A folder has one owner: children end with their parent, a second configuration waits, half a set is not taken for one."""
+"""A folder has one owner: children end with their parent, a second configuration waits, half a set is no set."""
 
 from __future__ import annotations
 

@@ -310,7 +310,10 @@ def test_a_process_that_has_lost_its_folder_writes_nothing_more(tmp_path: Path, 
             if shard.index == 2 and how == "removed":
                 shutil.rmtree(tmp_path / "A")
             elif shard.index == 2:
-                run_stage(Doubling(tmp_path / "A", NUMBERS, factor=5), RunOptions(restart=True))
+                taking = (Doubling(tmp_path / "A", NUMBERS, factor=5), RunOptions(restart=True))
+                other = threading.Thread(target=run_stage, args=taking)
+                other.start()
+                other.join()
             return super().process(shard, advance)
 
     monkeypatch.setattr(Ownership, "_lock", staticmethod(lambda file, kind: True))
