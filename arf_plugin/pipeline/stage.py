@@ -481,9 +481,7 @@ def _changed(
         return None
     lines = []
     for shard, a, b in zip(shards, before, now, strict=True):
-        earlier = (
-            recorded.made_by is None and isinstance(a, list) and isinstance(b, list) and a == b[: len(a)]
-        )
+        earlier = recorded.made_by is None and isinstance(a, list) and _flat(b)[: len(a)] == a
         if a == b or earlier:
             continue
         marker = _read_marker(stage, shard, recorded.made_by)
@@ -494,6 +492,11 @@ def _changed(
             f"{name}[{shard.index}]: {_short(a)} -> {_short(b)} (the content of {printable(str(where))})"
         )
     return lines
+
+
+def _flat(value: Any) -> list[Any]:
+    """The entries of a list and of the lists in it, so that what is looked at today begins with what once was."""
+    return [item for entry in value for item in _flat(entry)] if isinstance(value, list) else [value]
 
 
 def _input_digest(stage: Stage, shard: Shard) -> str | None:

@@ -271,7 +271,7 @@ def test_work_of_an_earlier_version_is_taken_over_where_its_inputs_have_not_chan
     as_earlier_version(tmp_path / "work/doubling")
     with pytest.raises(StageError, match=r"inputs\[3\]"):
         run_stage(Content(tmp_path, [*times[:3], ["d", 1, 3]]))
-    longer = [[*entry, 5, 6] for entry in times]  # more is looked at today
+    longer = [[entry[0], [*entry[1:], 5, 6]] for entry in times]  # more is looked at today
     taken = Content(tmp_path, longer)
     assert run_stage(taken)["sum"] == 56 and taken.processed == []
     again = Content(tmp_path, longer)
