@@ -49,6 +49,20 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def printable_json(value: Any, indent: int | None = None) -> str:
+    r"""JSON of a value in which nothing is left that a console or a log would obey: it becomes JSON's own escape.
+
+    >>> printable_json({"name": "a\x9bb"})
+    '{"name": "a\\u009bb"}'
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if text.isascii() and "\x7f" not in text:
+        return text
+    return "".join(
+        c if c == "\n" or _is_shown(c) else json.dumps(c)[1:-1] for c in text.replace("\x7f", "\\u007f")
+    )
+
+
 def utf8(name: str) -> str:
     r"""Text of UTF-8 of a name that may hold other bytes: names of files and tar members are bytes.
 

@@ -10,6 +10,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from arf_plugin.untrusted import parse_json, require_regular
 
 TEMPORARY = ".incomplete-"
 _BLOCK = 1 << 20
+_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+
+
+@contextmanager
+def checked(check: Callable[[], None]) -> Iterator[None]:
+    """Has `replacing` call ``check`` before a file takes its name, which an error of ``check`` prevents."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
 
 
 @contextmanager
@@ -40,6 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
+            if (check := _check.get()) is not None:
+                check()
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

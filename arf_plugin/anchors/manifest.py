@@ -1,17 +1,31 @@
-"""``anchors.json``: what an anchor set holds and where it came from. Reading a set does not need it."""
+"""``anchors.json``: what an anchor set holds and where it came from. Reading a set does not need it.
+
+A half (``captions``, ``pairs``) that is being built is in it as incomplete from before its first file until after its
+last, whatever kills the process; a finished half lists its files. So a set made by hand, without a manifest, is read as
+it is, and one that ``arf`` builds is never taken for whole while it is not.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from arf_plugin import __version__
 from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.untrusted import parse_json, printable, read_json
 
 MANIFEST = "anchors.json"
 FORMAT_VERSION = 1
+HALVES = {
+    "captions": ".parquet",
+    "pairs": ".tar",
+}  # folder, which is the entry's name, and suffix of its files
+_STAGES = {"captions": "caption", "pairs": "pack"}
+_COUNTS = {"captions": "files", "pairs": "shards"}  # all that earlier versions noted of the files
+_NAMED = 5
+_ADVICE = "Delete it, or build the set again."
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -23,29 +37,145 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as cause:
-        raise AnchorSetError(f"{path} is not JSON: {cause}. Delete it, or build the set again.") from cause
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
+    return _checked(read_json(path, AnchorSetError, advice=_ADVICE), str(path))
+
+
+def _checked(manifest: dict[str, Any], where: str) -> dict[str, Any]:
+    found = manifest.get("format_version")
+    if found != FORMAT_VERSION or isinstance(found, bool):
         raise AnchorSetError(
-            f"{path} has format_version {found!r}; this arf-plugin ({__version__}) reads {FORMAT_VERSION}. "
-            "Use the version that built the set, or build it again."
+            f"{where} has format_version {printable(repr(found))[:80]}; this arf-plugin ({__version__}) reads "
+            f"{FORMAT_VERSION}. Use the version that built the set, or build it again."
         )
+    for half in HALVES:
+        if not isinstance(manifest.get(half, {}), dict):
+            found = printable(repr(manifest[half]))[:80]
+            raise AnchorSetError(f"{where}: '{half}' is {found}, expected an object. {_ADVICE}")
     return manifest
 
 
-def update_manifest(folder: Path, half: str, entry: dict[str, Any]) -> None:
-    """Writes the entry of one half, ``captions`` or ``pairs``, and keeps the other.
+def begin_half(folder: Path, half: str) -> None:
+    """Notes that a half is being built, before its first file is written or the first old one removed."""
+    _update(folder, half, {"incomplete": True})
 
-    The file holds no times and no paths, so that equal inputs give equal bytes.
+
+def update_manifest(folder: Path, half: str, entry: dict[str, Any], files: Sequence[Path] = ()) -> None:
+    """Writes the entry of one half, ``captions`` or ``pairs``, once it is whole, and keeps the other.
+
+    The manifest holds no times and no paths, so that equal inputs give equal bytes.
+
+    Args:
+        folder: the anchor set.
+        half: which.
+        entry: what the half holds.
+        files: all files of the half.
     """
+    if files:
+        entry = entry | {"written": {path.name: path.stat().st_size for path in files}}
+    _update(folder, half, entry)
+
+
+def _update(folder: Path, half: str, entry: dict[str, Any]) -> None:
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".{MANIFEST}.lock"
     with FileLock(lock):  # captions and pairs may be finished at the same moment
         manifest = read_manifest(folder) or {"format_version": FORMAT_VERSION}
+        if manifest.get(half) == entry and "incomplete" in entry:
+            return
         manifest |= {half: entry, "built_by": f"arf-plugin {__version__}"}
         write_json(folder / MANIFEST, manifest)
+
+
+def problems_of(anchors: str, halves: Sequence[str] = tuple(HALVES)) -> list[str]:
+    """Says what an anchor set that ``arf`` builds, or has built, lacks, or holds beyond what was written.
+
+    Nothing but the manifest is read. A set made by hand, which has no manifest, has no such problem.
+
+    Args:
+        anchors: folder or fsspec URL.
+        halves: those to look at.
+
+    Returns:
+        One sentence per problem; empty for a set that is whole.
+    """
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(anchors)
+        root = root.rstrip("/")
+        path = f"{root}/{MANIFEST}"
+        manifest: dict[str, Any] = {}
+        if fs.exists(path):
+            if not fs.isfile(path):
+                return [f"{anchors}/{MANIFEST} is no file. {_ADVICE}"]
+            data = fs.cat_file(path)
+            manifest = _checked(
+                parse_json(data, f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE), path
+            )
+        return [problem for half in halves for problem in _problems(fs, root, half, manifest.get(half))]
+    except AnchorSetError as cause:
+        return [str(cause)]
+    except (OSError, ValueError, ImportError) as cause:
+        return [f"{anchors}/{MANIFEST} cannot be read: {printable(str(cause))}."]
+
+
+def _problems(fs: Any, root: str, half: str, entry: dict[str, Any] | None) -> list[str]:
+    found = _sizes(fs, f"{root}/{half}", HALVES[half])
+    again = f"Run the same arf command ({_STAGES[half]}, or anchors) again, to its end"
+    if entry is None:
+        # Earlier versions wrote no entry until a half was whole; their bookkeeping lies in the set by default.
+        work = f"{root}/work/{_STAGES[half]}"
+        begun = fs.exists(f"{work}/config.json") and not fs.exists(f"{work}/finished.json")
+        return [f"The set's {half} are not finished ({len(found)} files so far). {again}."] if begun else []
+    if entry.get("incomplete"):
+        return [f"The set's {half} are not finished ({len(found)} files so far). {again}."]
+    written, count = entry.get("written"), entry.get(_COUNTS[half])
+    by_hand = (
+        f"Was it changed by hand? Then delete '{half}' from {MANIFEST}, and what is there is taken as it is"
+    )
+    if not isinstance(written, dict):
+        if isinstance(count, int) and not isinstance(count, bool) and count != len(found):
+            return [f"{half}/ holds {len(found)} of the {count} files that were written. {again}. {by_hand}."]
+        return []
+    problems = []
+    missing = sorted(written.keys() - found.keys())
+    if missing:
+        problems.append(
+            f"{half}/ lacks {len(missing)} of the {len(written)} files that were written: {_names(missing)}. {again}. "
+            f"{by_hand}."
+        )
+    further = sorted(found.keys() - written.keys())
+    if further:
+        problems.append(
+            f"{half}/ holds {len(further)} files that are no part of what was built: {_names(further)}. Remove them. "
+            f"{by_hand}."
+        )
+    changed = sorted(name for name in written.keys() & found.keys() if written[name] != found[name])
+    if changed:
+        name = changed[0]
+        problems.append(
+            f"{len(changed)} files in {half}/ are not of the size that was written: {printable(name)} has "
+            f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart. "
+            f"{by_hand}."
+        )
+    return problems
+
+
+def _sizes(fs: Any, folder: str, suffix: str) -> dict[str, int]:
+    """Sizes of the files directly in a folder, hidden ones left out."""
+    try:
+        entries = fs.ls(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
+    return {
+        name: int(entry["size"] or 0)
+        for name, entry in files.items()
+        if entry["type"] != "directory" and name.endswith(suffix) and not name.startswith(".")
+    }
+
+
+def _names(names: list[str]) -> str:
+    return printable(", ".join(names[:_NAMED])) + (" ..." if len(names) > _NAMED else "")

@@ -12,6 +12,7 @@ from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, 
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
 from arf_plugin.cli.retrieve import add_search_options, add_selection_options, exclusion, search, selection
+from arf_plugin.untrusted import printable
 
 EXAMPLES = """\
   arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """Prints one row per stage; what a stage does not have is left blank."""
-    cells = [list(columns), *([str(row.get(column, "")) for column in columns] for row in rows)]
+    cells = [list(columns), *([printable(str(row.get(column, ""))) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.number_types import number_type
+from arf_plugin.untrusted import printable, printable_json
 
 if TYPE_CHECKING:
     from arf_plugin.pipeline.source import Source
@@ -139,14 +139,14 @@ def task_source(args: argparse.Namespace) -> Source:
 def execute(stage: Stage, args: argparse.Namespace) -> int:
     """Runs a stage, or shows its plan, and prints what came of it."""
     from arf_plugin.cli import processes
-    from arf_plugin.pipeline.stage import clear, describe, run_stage
+    from arf_plugin.pipeline.stage import describe, restart, run_stage
 
     if args.dry_run:
         show(describe(stage), args.json, "plan")
         return 0
     if processes.wanted(args):
         if args.restart:
-            clear(stage)
+            restart(stage)
         processes.share(args)
         args.restart = False  # what is left is to finalize, if the last process has not, and to tell
     show(run_stage(stage, run_options(args)), args.json, "done")
@@ -156,10 +156,10 @@ def execute(stage: Stage, args: argparse.Namespace) -> int:
 def show(summary: dict[str, Any], as_json: bool, title: str) -> None:
     """Prints a summary on standard output: JSON for machines, else one line per entry."""
     if as_json:
-        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(printable_json(summary, indent=2))
         return
     print(f"{title}:")
     for key, value in summary.items():
-        text = value if isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
-        print(f"  {key:<16} {text if len(str(text)) <= 200 else str(text)[:200] + ' ...'}")
+        text = printable(str(value) if isinstance(value, (str, int, float)) else printable_json(value))
+        print(f"  {key:<16} {text if len(text) <= 200 else text[:200] + ' ...'}")
     sys.stdout.flush()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.images import decode_image
-from arf_plugin.anchors.manifest import update_manifest
+from arf_plugin.anchors.manifest import begin_half, update_manifest
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.caption_score import CaptionScorer, Scoring
 from arf_plugin.pipeline.captioner import captioner_identity, load_captioner
@@ -99,6 +99,14 @@ class CaptionStage(Stage):
         if self._scoring is not None:
             self._scorer = CaptionScorer(self._scoring, device, dtype)
 
+    def input_digest(self, shard: Shard) -> str | None:
+        """Content of the images."""
+        return self._task.content(shard)
+
+    def begin(self) -> None:
+        """Notes in the anchor set that its captions are not whole."""
+        begin_half(self.out, "captions")
+
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Captions a shard."""
         import torch
@@ -168,7 +176,7 @@ class CaptionStage(Stage):
             "score": config["score"],
             "task_digest": self._task.digest(),
         }
-        update_manifest(self.out, "captions", entry)
+        update_manifest(self.out, "captions", entry, self.artifacts(shards))
         return {"captions": count}
 
     def _batches(self, shard: Shard, outcome: Outcome) -> Iterator[_Batch]:

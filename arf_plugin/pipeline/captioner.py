@@ -9,6 +9,8 @@ from arf_plugin.anchors.files import folder_digest
 from arf_plugin.errors import MissingDependencyError, StageError
 from arf_plugin.pipeline import coca
 from arf_plugin.pipeline.generation import Generation, ImageCaptioner
+from arf_plugin.untrusted import printable
+from arf_plugin.weights import missing_weights, tensors_only
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -56,14 +58,22 @@ class Captioner:
             getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
         )
         try:
-            self._model = auto.from_pretrained(name).to(device, dtype).eval()
-            self._processor = _load_processor(transformers, name)
-        except (OSError, ValueError, KeyError, ImportError) as cause:
+            with tensors_only():
+                model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+                self._model = model.to(device, dtype).eval()
+                self._processor = _load_processor(transformers, name)
+        except Exception as cause:  # of the libraries that read configurations, weights and tokenizers
             raise StageError(
-                f"{name!r} cannot be loaded as an image captioner: {cause}\n"
+                f"{name!r} cannot be loaded as an image captioner: {printable(str(cause))[:600]}\n"
                 "Expected a folder in the Hugging Face layout (config.json, weights, tokenizer, image processor) of a "
                 "model such as BLIP, GIT or VisionEncoderDecoder, or such a model's name on the hub."
             ) from cause
+        if random := missing_weights(info):
+            raise StageError(
+                f"{len(random)} weights of the captioner {name!r} are not in its files and would be random: "
+                f"{', '.join(random[:3])}{', ...' if len(random) > 3 else ''}. Expected a folder or a hub model with "
+                "all weights of a captioner, not those of its vision or text model alone."
+            )
 
     def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
         """Turns RGB images into the model's inputs, on the CPU."""
@@ -121,10 +131,10 @@ class _Pair:
 def _load_processor(transformers: Any, name: str) -> Any:
     """The model's joint processor; AutoProcessor returns only half of it for VisionEncoderDecoder folders."""
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name)
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             return processor
     except (OSError, ValueError):
         pass
-    image_processor = transformers.AutoImageProcessor.from_pretrained(name)
-    return _Pair(image_processor, transformers.AutoTokenizer.from_pretrained(name))
+    image_processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    return _Pair(image_processor, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False))

@@ -104,6 +104,10 @@ class EmbedStage(Stage):
             self._model_name, self._pretrained, self._device, self._dtype
         )
 
+    def input_digest(self, shard: Shard) -> str | None:
+        """Content of what is embedded."""
+        return self._source.content(shard)
+
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Embeds a shard."""
         import torch

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import file_digest, folder_digest
+from arf_plugin.anchors.files import digest, file_digest, folder_digest
 from arf_plugin.errors import FlagError, StageError
+from arf_plugin.untrusted import printable
+from arf_plugin.weights import WEIGHT_SUFFIXES, has_weights, tensors_only, watching
 
 if TYPE_CHECKING:
     import torch
@@ -21,44 +24,92 @@ def load_model(
 ) -> tuple[Any, Any, Any]:
     """Loads an open_clip model for inference.
 
+    A file of ``pretrained`` counts for every kind of model, also where open_clip would take a folder's own weights, or
+    none, and pass over the file.
+
     Returns:
         The model, its preprocessing (PIL image to [3, H, W]) and its tokenizer (texts to [n, L]).
 
     Raises:
-        FlagError: for a bare model name without weights, which open_clip would fill with random numbers.
-        StageError: if open_clip cannot load it.
+        FlagError: for a bare model name without weights, which open_clip would fill with random numbers; for weights
+            that it would pass over.
+        StageError: if open_clip cannot load it, or leaves some of its weights random.
     """
     import open_clip
     import torch
 
-    if not pretrained and ":" not in model:
-        raise FlagError(
-            f"--model {model} needs weights: add --pretrained TAG_OR_FILE (tags: open_clip.list_pretrained()), or "
-            "name a model that brings them along (local-dir:FOLDER, hf-hub:NAME)."
-        )
+    file = _weights_file(model, pretrained)
     precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    arguments: dict[str, Any] = {"pretrained": pretrained, "precision": precision, "device": device}
+    if file is not None:
+        known = inspect.signature(open_clip.create_model_and_transforms).parameters
+        arguments |= {"pretrained": None, "load_weights": False}
+        arguments |= {"pretrained_text" if "pretrained_text" in known else "pretrained_hf": False}
+        if "load_weights" not in known:
+            del arguments["load_weights"]
     try:
-        built = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained, precision=precision, device=device
-        )
-        tokenizer = open_clip.get_tokenizer(model)
+        with watching() as loaded, tensors_only():
+            built = open_clip.create_model_and_transforms(model, **arguments)
+            if file is not None:
+                open_clip.factory.load_checkpoint(built[0], str(file))
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip raises many kinds for names, files and downloads
+        reason = printable(str(cause))
         raise StageError(
-            f"open_clip cannot load the model {model!r} with pretrained {pretrained!r}: {cause}"
+            f"open_clip cannot load the model {model!r} with pretrained {pretrained!r}: "
+            f"{reason if len(reason) <= 600 else reason[:600] + ' ...'}"
         ) from cause
+    random = loaded.random_parts(built[0])
+    if random:
+        total = sum(1 for _ in built[0].parameters())
+        raise StageError(
+            f"{len(random)} of about {total} weights of the model {model!r} are in no file of its own or of pretrained "
+            f"{pretrained!r} and would be random: {', '.join(random[:3])}{', ...' if len(random) > 3 else ''}. Name a "
+            "checkpoint of the whole model with --pretrained."
+        )
     return built[0].eval(), built[2], tokenizer
+
+
+def _weights_file(model: str, pretrained: str | None) -> Path | None:
+    """The file to load into a model that open_clip would not load it into: one that is named by its place.
+
+    Raises:
+        FlagError: if there are no weights.
+    """
+    file = Path(pretrained) if pretrained and Path(pretrained).is_file() else None
+    if ":" not in model:
+        if not pretrained:
+            raise FlagError(
+                f"--model {model} needs weights: add --pretrained TAG_OR_FILE (tags: open_clip.list_pretrained()), or "
+                "name a model that brings them along (local-dir:FOLDER, hf-hub:NAME)."
+            )
+        return None
+    if pretrained and file is None:
+        raise FlagError(
+            f"--pretrained {pretrained} is no file, and --model {model} brings its own weights along. Name a file "
+            "whose weights take their place, or leave --pretrained out."
+        )
+    if file is None and model.startswith(_LOCAL_DIR):
+        folder = Path(model[len(_LOCAL_DIR) :])
+        if folder.is_dir() and not has_weights(folder):
+            raise StageError(
+                f"{folder} has no weights (*{', *'.join(WEIGHT_SUFFIXES)}), so the model would be random. Put them "
+                "there, or name a file with --pretrained."
+            )
+    return file
 
 
 def model_identity(model: str, pretrained: str | None) -> dict[str, str]:
     """Returns name and weights of a model as JSON; local weights by their digest, wherever they lie."""
+    file = file_digest(Path(pretrained)) if pretrained and Path(pretrained).is_file() else None
     if model.startswith(_LOCAL_DIR):
         folder = Path(model[len(_LOCAL_DIR) :])
         if not folder.is_dir():
             raise StageError(f"The model folder {folder} of --model {model} does not exist.")
-        return {"name": f"{_LOCAL_DIR}{folder.name}", "weights": f"sha256:{folder_digest(folder)}"}
-    if pretrained and Path(pretrained).is_file():
-        return {"name": model, "weights": f"sha256:{file_digest(Path(pretrained))}"}
-    return {"name": model, "weights": pretrained or ""}
+        found = folder_digest(folder)
+        weights = found if file is None else digest([found, file])  # the folder has the architecture
+        return {"name": f"{_LOCAL_DIR}{folder.name}", "weights": f"sha256:{weights}"}
+    return {"name": model, "weights": f"sha256:{file}" if file else pretrained or ""}
 
 
 def unit_fp16(features: torch.Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from arf_plugin.anchors.files import digest, file_digest, replacing
 from arf_plugin.anchors.ids import shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
-from arf_plugin.anchors.manifest import update_manifest
+from arf_plugin.anchors.manifest import begin_half, update_manifest
 from arf_plugin.anchors.tars import open_shard, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
@@ -83,6 +83,10 @@ class PackStage(Stage):
         """The output tars."""
         return [self.out / "pairs" / f"{shard.name}.tar" for shard in shards]
 
+    def begin(self) -> None:
+        """Notes in the anchor set that its pairs are not whole."""
+        begin_half(self.out, "pairs")
+
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Packs one output tar."""
         outcome = Outcome()
@@ -121,7 +125,7 @@ class PackStage(Stage):
             "pool_tars_used": len(tars),
             "config_digest": digest(self.config()),
         }
-        update_manifest(self.out, "pairs", entry)
+        update_manifest(self.out, "pairs", entry, self.artifacts(shards))
         return {"pairs": count, "pool_tars_used": len(tars)}
 
     def _pairs(self) -> list[Pair]:

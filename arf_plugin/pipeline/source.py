@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from arf_plugin.anchors.files import digest
+from arf_plugin.anchors.files import content_digest, digest
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import cached_scan
@@ -66,6 +66,9 @@ class Source(Protocol):
 
     def fingerprint(self) -> Any:
         """Returns what changes when the inputs change, as JSON; a list if it has one entry per shard."""
+
+    def content(self, shard: Shard) -> str:
+        """Returns a digest of the contents of a shard's files, wherever they lie."""
 
     def digest(self) -> str:
         """Returns a digest of the inputs' names and sizes, which stays the same when they are copied."""
@@ -130,6 +133,11 @@ class TarSource:
         """Name, size and time of change of every tar."""
         return [_file_fingerprint(url) for url in self.urls]
 
+    def content(self, shard: Shard) -> str:
+        """Digest of the tar; of its name, if it is not here."""
+        url = shard.source
+        return digest([url]) if is_remote(url) else content_digest([local_path(url)])
+
     def digest(self) -> str:
         """Shard names and sizes."""
         return digest([[shard_name(url), _file_size(url)] for url in self.urls])
@@ -169,6 +177,10 @@ class CsvSource:
     def fingerprint(self) -> Any:
         """Name, size and time of change of the file, and how it is read."""
         return {"file": _file_fingerprint(self.path), "columns": [self.image_column, self.separator]}
+
+    def content(self, shard: Shard) -> str:
+        """Digest of the images and their paths, which are the ids."""
+        return digest([shard.source, content_digest([Path(path) for path in shard.source])])
 
     def digest(self) -> str:
         """The image paths."""

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, file_digest, replacing, write_json
+from arf_plugin.anchors.files import digest, file_digest, list_files, replacing, write_json
+from arf_plugin.anchors.manifest import problems_of
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.pipeline.device import pick_device, pick_dtype
 from arf_plugin.pipeline.embedder import load_model, model_identity, unit_fp16
@@ -61,10 +62,14 @@ class CaptionTexts:
         """The parquet files.
 
         Raises:
-            AnchorSetError: if there is none.
+            AnchorSetError: if there is none, or if they are not all there.
         """
-        folder = self.anchors / "captions" if (self.anchors / "captions").is_dir() else self.anchors
-        files = sorted(folder.glob("*.parquet"))
+        folder = self.anchors
+        if (self.anchors / "captions").is_dir():
+            folder = self.anchors / "captions"
+            if problems := problems_of(str(self.anchors), ["captions"]):
+                raise AnchorSetError(f"{self.anchors}: {problems[0]}")
+        files = list_files(folder, ".parquet")
         if not files:
             raise AnchorSetError(
                 f"{folder} has no *.parquet. Expected an anchor set with captions, as written by: arf caption"

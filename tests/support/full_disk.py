@@ -1,7 +1,7 @@
 """Runs ``arf`` commands on a small disk that grows, and on one that is read-only.
 
 Usage: unshare -rm python full_disk.py MOUNT_POINT, with a JSON list of commands on standard input that write below
-MOUNT_POINT. A tmpfs of 4 KiB is mounted there; each command is run, and each time it fails the disk is doubled.
+MOUNT_POINT. A tmpfs of 4 KiB is mounted there; each command is run, and each time it fails the disk grows by a third.
 Prints JSON: {"failures": [[command number, message], ...], "read_only": [message per command]}; the folder is copied
 to MOUNT_POINT + "-copy".
 """
@@ -43,7 +43,7 @@ def main() -> None:
         mount(f"remount,rw,size={size}", at)
         while message := run(argv):
             failures.append([number, message])
-            size *= 2
+            size += max(4 << 10, size // 3 >> 12 << 12)
             if size > LARGEST:
                 sys.exit(message)
             mount(f"remount,size={size}", at)

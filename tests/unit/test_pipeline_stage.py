@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from support.building import folder_bytes
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
 from arf_plugin.pipeline import stage as stage_module
+from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.ranks import ranks
 from arf_plugin.pipeline.stage import (
     Outcome,
@@ -27,6 +29,7 @@ from arf_plugin.pipeline.stage import (
     differences,
     run_stage,
 )
+from arf_plugin.untrusted import printable
 
 
 class Doubling(Stage):
@@ -223,6 +226,149 @@ def test_inputs_of_shards_that_are_still_to_do_may_change(tmp_path: Path):
     assert run_stage(stage(0, 7, 0, 7), RunOptions(rank=1, world=2))["finished"]
     with pytest.raises(StageError, match=r"inputs\[1\]: 7 -> 0"):
         run_stage(stage(0, 0, 0, 7))
+
+
+class Content(Doubling):
+    """Its inputs have a time, which may change, and a content, which may not."""
+
+    shard_inputs = "inputs"
+
+    def __init__(self, out: Path, times: list[Any], contents: str = "abcd") -> None:
+        super().__init__(out, NUMBERS)
+        self.times, self.contents = times, contents
+
+    def config(self) -> dict[str, Any]:
+        return {"factor": 2, "inputs": self.times}
+
+    def input_digest(self, shard: Shard) -> str | None:
+        return self.contents[shard.index]
+
+
+def test_inputs_of_finished_shards_may_be_touched_but_not_changed(tmp_path: Path):
+    run_stage(Content(tmp_path, [0, 0, 0, 0]))
+    touched = Content(tmp_path, [0, 7, 0, 0])
+    assert run_stage(touched)["sum"] == 56 and touched.processed == []
+    with pytest.raises(StageError, match=r"inputs\[2\]: 0 -> 8 \(the content of shard 00002\)"):
+        run_stage(Content(tmp_path, [0, 7, 8, 0], "abXd"))
+    assert run_stage(Content(tmp_path, [0, 7, 0, 0]))["sum"] == 56
+    copied = Content(tmp_path, [9, 9, 9, 9])
+    assert run_stage(copied)["sum"] == 56 and copied.processed == []
+
+
+def as_earlier_version(work: Path) -> None:
+    """Rewrites bookkeeping as version 0.x had it, without digests."""
+    config = work / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())["config"]))
+    for path in [work / "finished.json", *(work / "done").iterdir()]:
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in kept.items() if k not in ("config", "inputs", "sizes")}))
+
+
+def test_work_of_an_earlier_version_is_taken_over_where_its_inputs_have_not_changed(tmp_path: Path):
+    times = [["a", 1, 2], ["b", 1, 2], ["c", 1, 2], ["d", 1, 2]]
+    run_stage(Content(tmp_path, times))
+    expected = folder_bytes(tmp_path)
+    as_earlier_version(tmp_path / "work/doubling")
+    with pytest.raises(StageError, match=r"inputs\[3\]"):
+        run_stage(Content(tmp_path, [*times[:3], ["d", 1, 3]]))
+    longer = [[entry[0], [*entry[1:], 5, 6]] for entry in times]  # more is looked at today
+    taken = Content(tmp_path, longer)
+    assert run_stage(taken)["sum"] == 56 and taken.processed == []
+    again = Content(tmp_path, longer)
+    assert run_stage(again)["sum"] == 56 and again.processed == []
+    assert folder_bytes(tmp_path / "doubles") == {
+        name.removeprefix("doubles/"): data for name, data in expected.items() if name.startswith("doubles/")
+    }
+
+
+def test_markers_and_artifacts_count_for_their_configuration_alone(tmp_path: Path):
+    """A marker that a process of another configuration has left behind is nobody's."""
+    run_stage(Doubling(tmp_path / "stale", NUMBERS, factor=3))
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(Doubling(tmp_path / "A", NUMBERS, fail_at=1))
+    for name in ("doubles/00003.json", "work/doubling/done/00003.json"):
+        (tmp_path / "A" / name).write_bytes((tmp_path / "stale" / name).read_bytes())
+    stage = Doubling(tmp_path / "A", NUMBERS)
+    assert run_stage(stage)["sum"] == 56
+    assert stage.processed == [1, 2, 3]
+
+
+def test_a_truncated_artifact_is_made_again(tmp_path: Path):
+    run_stage(Doubling(tmp_path, NUMBERS))
+    (tmp_path / "doubles/00001.json").write_text("")
+    stage = Doubling(tmp_path, NUMBERS)
+    assert run_stage(stage)["sum"] == 56
+    assert stage.processed == [1]
+
+
+@pytest.mark.parametrize("how", ["restart", "removed"])
+def test_a_process_that_has_lost_its_folder_writes_nothing_more(tmp_path: Path, monkeypatch, how: str):
+    """As on a file system without locks, where nobody can tell that it is still at work."""
+
+    class Losing(Doubling):
+        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+            if shard.index == 2 and how == "removed":
+                shutil.rmtree(tmp_path / "A")
+            elif shard.index == 2:
+                taking = (Doubling(tmp_path / "A", NUMBERS, factor=5), RunOptions(restart=True))
+                other = threading.Thread(target=run_stage, args=taking)
+                other.start()
+                other.join()
+            return super().process(shard, advance)
+
+    monkeypatch.setattr(Ownership, "_lock", staticmethod(lambda file, kind: True))
+    stale = Losing(tmp_path / "A", NUMBERS)
+    with pytest.raises(StageError, match=r"A is no longer this command's.* another --out"):
+        run_stage(stale)
+    assert stale.processed == [0, 1, 2]
+    if how == "restart":
+        run_stage(Doubling(tmp_path / "B", NUMBERS, factor=5))
+        assert folder_bytes(tmp_path / "A") == folder_bytes(tmp_path / "B")
+
+
+def test_ranks_of_one_configuration_work_together_and_others_wait(tmp_path: Path):
+    seen = []
+
+    class Watched(Doubling):
+        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+            if shard.index == 0:
+                assert not run_stage(Doubling(tmp_path, NUMBERS), RunOptions(rank=1, world=2))["finished"]
+                for other, options in (
+                    (Doubling(tmp_path, NUMBERS, factor=3), RunOptions()),
+                    (Doubling(tmp_path, NUMBERS), RunOptions(restart=True)),
+                ):
+                    with pytest.raises(StageError) as caught:
+                        run_stage(other, options)
+                    seen.append(str(caught.value))
+            return super().process(shard, advance)
+
+    run_stage(Watched(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
+    assert all("Another arf command is at work in" in message for message in seen)
+    assert "settings.factor: 2 -> 3" in seen[0]
+    assert json.loads((tmp_path / "work/doubling/finished.json").read_text())["sum"] == 56
+
+
+def test_names_that_cannot_be_shown_or_encoded(tmp_path: Path):
+    """A rejected sample may be called anything: the list of them stays text of UTF-8 that a console can show."""
+
+    class Named(Doubling):
+        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+            outcome = super().process(shard, advance)
+            outcome.reject("a\x1b[31m\x9b\u202e\udcdf 東京", "is not\u2028one line")
+            return outcome
+
+    options = RunOptions(max_bad_fraction=1)
+    summary = run_stage(Named(tmp_path, [[1]]), options)
+    again = Named(tmp_path, [[1]])
+    assert run_stage(again, options) == summary and again.processed == [], "its own marker can be read"
+    text = (tmp_path / "work/doubling/rejects.jsonl").read_text()
+    assert printable(text) == text and "東京" in text and len(text.splitlines()) == 1
+    assert json.loads(text)["id"] == "a\x1b[31m\x9b\u202e\\xdf 東京"
+
+
+def test_a_name_that_is_too_long(tmp_path: Path):
+    with pytest.raises(StageError, match=r"cannot go on: .*File name too long: .*/xxx"):
+        run_stage(Doubling(tmp_path / ("x" * 300), NUMBERS))
 
 
 def test_describe_writes_nothing(tmp_path: Path):
