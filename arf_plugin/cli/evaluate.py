@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation import settings
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.candidates import Candidate
@@ -74,6 +75,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--out", type=Path, metavar="FILE", help="append rows to this JSONL file; resumes")
     results.add_argument("--json", type=Path, metavar="FILE", help="write a summary of the figures to FILE")
+    settings.add_flags(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
@@ -133,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         suite=suite.name if suite else None,
         pretrained=args.pretrained,
         out=args.out,
+        flags=settings.of_flags(args),
+        cache_dir=args.cache_dir,
         **device_options(args),
     )
     if first:
@@ -220,7 +224,8 @@ def _finished(
     for candidate in candidates:
         if candidate.checkpoint is not None:
             candidate.check()
-            row = {**describe(candidate, args.model), **describe_set(dataset)}
+            way = candidate.resolve(args.model, settings.of_flags(args), args.pretrained)[0]
+            row = {**describe(candidate, args.model), **describe_set(dataset), "preprocess": way.flags()}
             count += results.has({**row, "model": args.model, "precision": args.precision})
     return count
 
