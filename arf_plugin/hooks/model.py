@@ -38,7 +38,10 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         if session.config.deterministic:  # after the trainer's own choice of kernels
             make_deterministic()
         try:
-            with watching() as loaded, safe_loading():  # also where torch's environment would unpickle --pretrained
+            with (
+                watching() as loaded,
+                safe_loading(),
+            ):  # also where torch's environment would unpickle --pretrained
                 result = original(*args, **kwargs)
         except pickle.UnpicklingError as error:
             raise FlagError(

@@ -9,7 +9,6 @@ import numpy as np
 
 from arf_plugin.anchors.files import file_digest, folder_digest
 from arf_plugin.errors import FlagError, StageError
-from arf_plugin.safe_loading import UnsafeTorchError, first_line, safe_loading
 
 if TYPE_CHECKING:
     import torch
@@ -39,16 +38,13 @@ def load_model(
         )
     precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     try:
-        with safe_loading():
-            built = open_clip.create_model_and_transforms(
-                model, pretrained=pretrained, precision=precision, device=device
-            )
-            tokenizer = open_clip.get_tokenizer(model)
-    except UnsafeTorchError:
-        raise
+        built = open_clip.create_model_and_transforms(
+            model, pretrained=pretrained, precision=precision, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(model)
     except Exception as cause:  # open_clip raises many kinds for names, files and downloads
         raise StageError(
-            f"open_clip cannot load the model {model!r} with pretrained {pretrained!r}: {first_line(cause)}"
+            f"open_clip cannot load the model {model!r} with pretrained {pretrained!r}: {cause}"
         ) from cause
     return built[0].eval(), built[2], tokenizer
 
