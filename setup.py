@@ -103,7 +103,7 @@ setup(
     },
     install_requires=[
         RELEASES["REQUIREMENT"],
-        "torch>=2.1",
+        "torch>=2.6",  # before, weights_only could be got round (CVE-2025-32434)
         # The upper bound is that of open_clip's own `training` extra: later releases break its trainer.
         "webdataset>=0.2.5,<=0.2.86",
         "braceexpand",

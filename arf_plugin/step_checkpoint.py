@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
+import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,12 +19,16 @@ from typing import Any
 
 import torch
 
+from arf_plugin.anchors.files import TEMPORARY, list_files, remove_incomplete, replacing
 from arf_plugin.data.resume import ResumePoint
+from arf_plugin.data.rng import preserved_rng, restore_rng
 from arf_plugin.errors import CheckpointError
+from arf_plugin.untrusted import printable, require_fields
 
 KEY = "arf"
 FORMAT = 1
-PARTIAL = ".partial"  # open_clip looks for *.pt
+_MOST = 1 << 53  # of anything that is counted
+_INSTEAD = "Resume from an epoch's checkpoint, which has no part of ours: --resume epoch_E.pt"
 
 
 def file_name(epoch: int, step: int) -> str:
@@ -36,19 +42,14 @@ def write(content: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    for left_over in path.parent.glob(f"*{PARTIAL}"):
-        left_over.unlink()
-    partial = path.with_name(path.name + PARTIAL)
+    _remove_left_overs(path.parent)
     try:
-        with partial.open("wb") as stream:
+        # Under a hidden name, which open_clip's --resume latest passes over, until it is whole.
+        with replacing(path) as temporary, temporary.open("wb") as stream:
             torch.save(dict(content), stream)
             stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise CheckpointError(
             f"The step checkpoint {path} cannot be written: {error}\n"
             "The one before is untouched. Make room, then start the same command with --resume latest."
@@ -59,7 +60,7 @@ def remove_others(path: Path) -> None:
     """Removes the step checkpoints beside a newer one."""
     for _, other in _step_checkpoints(path.parent):
         if other != path:
-            other.unlink(missing_ok=True)
+            _remove(other)
 
 
 def remove_finished(folder: Path, completed: int) -> None:
@@ -67,14 +68,37 @@ def remove_finished(folder: Path, completed: int) -> None:
     if (folder / f"epoch_{completed}.pt").exists():
         for epoch, path in _step_checkpoints(folder):
             if epoch < completed:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def is_torn(path: str) -> bool:
-    """Whether a file begins like a checkpoint of torch's and does not end like one."""
-    with Path(path).open("rb") as stream:
-        start = stream.read(4)
-    return not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path))
+    """Whether a file begins like a checkpoint of torch's and does not end like one.
+
+    Raises:
+        CheckpointError: It cannot be read, or is no file.
+    """
+    require_readable(path)
+    try:
+        with Path(path).open("rb") as stream:
+            start = stream.read(4)
+        return not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {path} cannot be read: {error.strerror or error}") from error
+
+
+def require_readable(path: str) -> None:
+    """Refuses what would block, or never end, when it is read as a checkpoint. A missing file and a folder pass.
+
+    Raises:
+        CheckpointError: It is a pipe, a socket or a device.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(
+                f"The checkpoint {path} is a pipe, a socket or a device, expected a file. Remove it, or name another "
+                "one with --resume."
+            )
 
 
 def describe(
@@ -104,18 +128,95 @@ def describe(
 
 
 def check_format(saved: Any, path: str) -> dict[str, Any]:
-    """Refuses what another release, or nobody, has written.
+    """Refuses what another release, or nobody, has written, and what is damaged.
 
     Raises:
         CheckpointError: The part of the checkpoint under `KEY` is not of this format.
     """
     found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-    if found != FORMAT:
+    if isinstance(found, bool) or not isinstance(found, int) or found != FORMAT:
         raise CheckpointError(
-            f"{path} is a step checkpoint of another format (found: {found}, expected: {FORMAT}).\n"
+            f"{path} is a step checkpoint of another format (found: {printable(str(found))[:80]}, expected: "
+            f"{FORMAT}).\n"
             "Resume with the release of arf-plugin that saved it, or from an epoch's checkpoint: --resume epoch_E.pt"
         )
+    where = f"The step checkpoint {path}"
+    fields: dict[str, type | tuple[type, ...]] = dict.fromkeys(
+        ("epoch", "step", "batches", "num_batches"), int
+    )
+    fields |= {"data": dict, "processes": (list, type(None))}
+    require_fields(saved, fields, where, CheckpointError, _INSTEAD)
+    for name in ("epoch", "step", "batches", "num_batches"):
+        if not 0 <= saved[name] <= _MOST:
+            raise CheckpointError(
+                f"{where}: '{name}' is {str(saved[name])[:80]}, expected a count. {_INSTEAD}"
+            )
+    if not saved["batches"] <= saved["num_batches"] or not saved["num_batches"]:
+        raise CheckpointError(
+            f"{where} was saved after {saved['batches']} of {saved['num_batches']} batches, which cannot be. {_INSTEAD}"
+        )
+    if not _is_plain(saved["data"]):
+        raise CheckpointError(
+            f"{where}: 'data' holds more than numbers and texts by name, expected what determines the order of data. "
+            f"{_INSTEAD}"
+        )
+    for rank, process in enumerate(saved["processes"] or ()):
+        _check_process(process, f"{where}, process {rank}")
     return saved
+
+
+def _check_process(process: Any, where: str) -> None:
+    """Checks what `arf_plugin.data.resume.ResumableLoader.state` has said, by setting the random numbers once."""
+    if not isinstance(process, dict):
+        raise CheckpointError(f"{where}: found {type(process).__name__}, expected its state. {_INSTEAD}")
+    require_fields(process, {"rng": dict, "streams": dict}, where, CheckpointError, _INSTEAD)
+    for name, counts in process["streams"].items():
+        whole = isinstance(counts, list) and all(
+            type(count) is int and 0 <= count <= _MOST for count in counts
+        )
+        if not isinstance(name, str) or not whole:
+            raise CheckpointError(
+                f"{where}: the stream {printable(repr(name))[:80]} is at {printable(repr(counts))[:80]}, expected a "
+                f"count for each worker. {_INSTEAD}"
+            )
+    try:
+        _check_rng(process["rng"])
+        with preserved_rng():
+            restore_rng({**process["rng"], "cuda": []})
+    except Exception as error:  # torch, numpy and Python each have their own
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"{where}: the state of its random numbers cannot be set: {printable(reason)}. {_INSTEAD}"
+        ) from error
+
+
+def _check_rng(state: Mapping[str, Any]) -> None:
+    """What setting the generators does not check, or checks by reading beyond their state."""
+    keys, position, has_gauss, gauss = state["numpy"]
+    if (
+        keys.dtype != torch.int64
+        or keys.shape != (624,)
+        or not 0 <= int(keys.min()) <= int(keys.max()) < 1 << 32
+    ):
+        raise ValueError("NumPy's has other keys than 624 numbers of 32 bits")
+    if type(position) is not int or not 0 <= position <= 624 or has_gauss not in (0, 1):
+        raise ValueError(f"NumPy's is at {position!r}")
+    next_gauss = state["python"][2]
+    if not isinstance(gauss, float) or not isinstance(next_gauss, float | type(None)):
+        raise ValueError("a number that a generator has held back is none")
+    if not isinstance(state["cuda"], list):
+        raise ValueError("a part is of another type")
+    if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
+        raise ValueError("a GPU's is no tensor of bytes")
+
+
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a value is made of numbers and texts."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def resume_point(
@@ -147,7 +248,7 @@ def resume_point(
                 "the data.\nResume without the flag, or from an epoch's checkpoint: --resume epoch_E.pt"
             )
         changed = [
-            f"  {name}: {saved['data'].get(name)} then, {data.get(name)} now"
+            printable(f"  {name}: {_short(saved['data'].get(name))} then, {_short(data.get(name))} now")
             for name in sorted({*saved["data"], *data})
             if saved["data"].get(name) != data.get(name)
         ]
@@ -160,17 +261,62 @@ def resume_point(
                 + "\nWith --arf-deterministic they must be the same. Give the same flags as before; or drop "
                 "--arf-deterministic, and the rest of the epoch sees data in a fresh order."
             )
+        if rank >= len(saved["processes"]):
+            raise CheckpointError(
+                f"The step checkpoint has the state of {len(saved['processes'])} processes, and this is number {rank}, "
+                f"counted from 0. {_INSTEAD}"
+            )
         return ResumePoint(saved["epoch"], saved["batches"], saved["processes"][rank])
     # Another number of processes makes other batches of the same epoch: go on after the same share of it.
     batches = saved["batches"] * num_batches // saved["num_batches"]
     return ResumePoint(saved["epoch"], batches - batches % accum_freq)
 
 
+def check_streams(process: Mapping[str, Any], workers: Mapping[str, int]) -> None:
+    """Checks that a process's state has a place in every stream of data.
+
+    Args:
+        process: What `ResumePoint.process` holds.
+        workers: Counts that each stream has, by its name.
+
+    Raises:
+        CheckpointError: A stream is missing, or belongs to another number of workers.
+    """
+    for name, expected in workers.items():
+        found = process["streams"].get(name)
+        if found is None or len(found) != expected:
+            said = "nothing" if found is None else f"{len(found)} counts"
+            raise CheckpointError(
+                f"The step checkpoint has {said} for the stream '{name}', expected {expected}. {_INSTEAD}"
+            )
+
+
+def _short(value: Any) -> str:
+    return text if len(text := str(value)) <= 200 else f"{text[:200]} ..."
+
+
 def _step_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
-    for path in sorted(folder.glob("epoch_*_step_*.pt")):
-        match = re.fullmatch(r"epoch_(\d+)_step_\d+\.pt", path.name)
-        if match:
+    """Files whose names are exactly those that `file_name` makes."""
+    for path in list_files(folder, ".pt"):
+        match = re.fullmatch(r"epoch_([0-9]{1,15})_step_([0-9]{1,15})\.pt", path.name)
+        if match and path.name == file_name(int(match[1]), int(match[2])) and not path.is_dir():
             yield int(match[1]), path
+
+
+def _remove(path: Path) -> None:
+    """Removes a file; one that cannot be removed takes room and does no harm."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what killed processes left unfinished, an earlier one with this process's own number among them."""
+    with contextlib.suppress(OSError):
+        remove_incomplete(folder, all_hosts=False)
+        own = f"{TEMPORARY}{os.getpid()}@{socket.gethostname()}@"
+        for path in folder.iterdir():
+            if path.name.startswith(own) and "@epoch_" in path.name:
+                _remove(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,13 +12,14 @@ of loading has written, so that nobody has to know them apart::
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+from arf_plugin.safe_loading import safe_loading
 
 if TYPE_CHECKING:
     import torch
@@ -131,18 +132,6 @@ def has_weights(folder: Path) -> bool:
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Has ``torch.load`` read nothing but tensors and plain values, whatever the environment or a library says.
-
-    Without it, a checkpoint is a program that runs when it is loaded.
-    """
-    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
-    before = {name: os.environ.get(name) for name in forced}
-    os.environ.update(forced)
-    try:
+    """Has ``torch.load`` read nothing but tensors and plain values; see :func:`arf_plugin.safe_loading.safe_loading`."""
+    with safe_loading():
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

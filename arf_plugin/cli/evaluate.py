@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation import settings
 from arf_plugin.untrusted import printable
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--out", type=Path, metavar="FILE", help="append rows to this JSONL file; resumes")
     results.add_argument("--json", type=Path, metavar="FILE", help="write a summary of the figures to FILE")
+    settings.add_flags(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
@@ -134,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         suite=suite.name if suite else None,
         pretrained=args.pretrained,
         out=args.out,
+        flags=settings.of_flags(args),
+        cache_dir=args.cache_dir,
         **device_options(args),
     )
     if first:
@@ -221,7 +225,8 @@ def _finished(
     for candidate in candidates:
         if candidate.checkpoint is not None:
             candidate.check()
-            row = {**describe(candidate, args.model), **describe_set(dataset)}
+            way = candidate.resolve(args.model, settings.of_flags(args), args.pretrained)[0]
+            row = {**describe(candidate, args.model), **describe_set(dataset), "preprocess": way.flags()}
             count += results.has({**row, "model": args.model, "precision": args.precision})
     return count
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.cli import options
 from arf_plugin.cli.evaluate import add_device_options, device_options, find
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation import settings
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.sets import EvaluationSet
@@ -61,6 +62,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--format", choices=("pt", "safetensors"), default="pt", help="in --out-folder (default: %(default)s)"
     )
     _add_data_options(parser)
+    settings.add_flags(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
@@ -153,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         choice = _choose(args, job, summary, first) if job.by else None
         targets = _targets(args, alphas, choice)
         if targets and first:
-            _write(job.line, targets)
+            _write(job.line, targets, settings.of_flags(args))
         summary["written"] = {str(path): alpha for path, alpha in targets.items()}
         if job.test:
             _report(args, job, summary, choice, first)
@@ -266,14 +268,14 @@ def _choose(args: argparse.Namespace, job: _Job, summary: dict[str, Any], first:
     return choice
 
 
-def _write(line: Line, targets: dict[Path, float]) -> None:
+def _write(line: Line, targets: dict[Path, float], flags: settings.Settings) -> None:
     from arf_plugin.evaluation.interpolation import write_mixtures
     from arf_plugin.evaluation.tensor_files import WeightsFile
     from arf_plugin.pipeline.progress import Progress
 
     original, tuned = WeightsFile(line.original), WeightsFile(line.tuned)
     with Progress("interpolate", len(targets) * len(tuned.tensors), unit="tensors") as progress:
-        write_mixtures(original, tuned, targets, progress.advance)
+        write_mixtures(original, tuned, targets, progress.advance, flags)
     for path in targets:
         print(path)
 
@@ -307,8 +309,16 @@ def _measure(
         sets,
         job.suite,
         out=out,
+        flags=settings.of_flags(args),
+        cache_dir=args.cache_dir,
+        pretrained=_pretrained(args.original),
         **device_options(args),
     )
+
+
+def _pretrained(original: str) -> str | None:
+    """The name of the original's weights, if it is ``MODEL@PRETRAINED``: how images are prepared depends on it."""
+    return None if Path(original).is_file() else original.rpartition("@")[2] or None
 
 
 def _count(sets: list[EvaluationSet]) -> str:

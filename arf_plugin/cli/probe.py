@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+from arf_plugin.errors import FlagError
+from arf_plugin.evaluation import run_flags, settings
 from arf_plugin.number_types import number_type
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--model", required=True, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME"
     )
     group.add_argument("--pretrained", metavar="P", help="open_clip tag or checkpoint file")
+    settings.add_flags(parser)
     group = parser.add_argument_group("validation")
     group.add_argument(
         "--validation",
@@ -76,18 +80,28 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    import torch
-
     from arf_plugin.data.prompts import load_classnames
+    from arf_plugin.evaluation.candidates import Candidate, build, weights_file
     from arf_plugin.evaluation.checkpoints import write_weights
     from arf_plugin.evaluation.probe import GRID, probe
     from arf_plugin.pipeline.device import pick_device
-    from arf_plugin.pipeline.embedder import load_model
     from arf_plugin.pipeline.progress import Progress
 
+    warnings.showwarning = lambda message, *rest, **named: print(f"warning: {message}", file=sys.stderr)
     names = load_classnames(args.classnames, "--classnames")
     device = pick_device(args.device)
-    model, preprocess, _ = load_model(args.model, args.pretrained, device, torch.float32)
+    if not args.pretrained and ":" not in args.model:
+        raise FlagError(
+            f"--model {args.model} needs weights: add --pretrained TAG_OR_FILE (tags: open_clip.list_pretrained()), or "
+            "name a model that brings them along (local-dir:FOLDER, hf-hub:NAME)."
+        )
+    flags = settings.of_flags(args)
+    way, made_by = Candidate(None).resolve(args.model, flags, args.pretrained)
+    if made_by is not None and made_by.settings.given():
+        print(f"{args.pretrained}: probed with {way.flags()} ({made_by.source})", file=sys.stderr)
+    model, preprocess, _ = build(
+        args.model, args.pretrained, device, own_weights=True, settings=way, cache_dir=args.cache_dir
+    )
     task = _features(args, "task data", args.task_data, model, preprocess, device, len(names))
     validation = None
     if args.validation:
@@ -104,7 +118,11 @@ def run(args: argparse.Namespace) -> int:
         )
     _warn(summary, task)
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    write_weights(args.out, {**weights, **head.tensors()}, f"linear probe of {args.model}")
+    if made_by is None and args.pretrained:
+        named = None if weights_file(args.model, args.pretrained) else args.pretrained
+        made_by = run_flags.Run(way, args.model if named else None, named, args.out)
+    told = run_flags.note(made_by, way)
+    write_weights(args.out, {**weights, **head.tensors()}, f"linear probe of {args.model}", told)
     if not args.json:
         for tried in summary.pop("grid"):
             chosen = "  chosen" if tried["l2"] == summary["l2"] else ""

@@ -6,17 +6,21 @@ import copy
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import file_digest
-from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import load_into
+from arf_plugin.errors import ArfError, EvaluationError
+from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into
 from arf_plugin.evaluation.head import PREFIX, Head, split_head
 from arf_plugin.evaluation.interpolation import check_alpha, load_mixture, mix
+from arf_plugin.evaluation.run_flags import Run, find_run, resolve
+from arf_plugin.evaluation.settings import Settings
 from arf_plugin.evaluation.tensor_files import WeightsFile
+from arf_plugin.safe_loading import first_line, safe_loading
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +66,28 @@ class Candidate:
         """SHA-256 of the original's file."""
         return _digest(self.original)
 
+    def resolve(
+        self, model: str, flags: Settings, pretrained: str | None = None
+    ) -> tuple[Settings, Run | None]:
+        """How it is to be measured; see :func:`arf_plugin.evaluation.settings.resolve`.
+
+        Of a mixture the fine-tuned end tells, whose run went on from the other.
+        """
+        if self.checkpoint is None:
+            path = weights_file(model, pretrained)
+            return (flags, None) if path is None else resolve(path, _told(path), model, flags)
+        found, run = resolve(self.checkpoint, _told(self.checkpoint), model, flags, pretrained)
+        if self.original is not None and run is not None:
+            start = find_run(self.original, _told(self.original), flags)
+            if start is not None and start.settings.given() != run.settings.given():
+                warnings.warn(
+                    f"{self.original} was trained with {start.settings.flags() or 'the default settings'} "
+                    f"({start.source}), and is measured and mixed as {self.checkpoint} was trained: "
+                    f"{found.flags() or 'the default settings'}.",
+                    stacklevel=2,
+                )
+        return found, run
+
     def load(self, model: torch.nn.Module) -> Head | None:
         """Loads the weights into a model of the architecture.
 
@@ -82,17 +108,35 @@ class Candidate:
         return split_head(head)[1]
 
 
+def weights_file(model: str, pretrained: str | None) -> Path | None:
+    """The file that ``--pretrained`` names; None if it is one of open_clip's names."""
+    if not pretrained or model.startswith(("local-dir:", "hf-hub:")):
+        return None
+    from open_clip.pretrained import get_pretrained_cfg
+
+    named = get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    return Path(pretrained) if not named and Path(pretrained).is_file() else None
+
+
 def build(
-    model: str, pretrained: str | None, device: torch.device, *, own_weights: bool = False
+    model: str,
+    pretrained: str | None,
+    device: torch.device,
+    *,
+    own_weights: bool = False,
+    settings: Settings | None = None,
+    cache_dir: str | None = None,
 ) -> tuple[torch.nn.Module, Any, Any]:
-    """Builds a model by open_clip, in evaluation mode.
+    """Builds a model by open_clip, in evaluation mode. Nothing in files of weights is executed.
 
     Args:
         model: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
-        pretrained: open_clip tag or file.
+        pretrained: open_clip tag or file; a head in the file is left out.
         device: where to.
         own_weights: whether the model is to be evaluated with these weights; open_clip takes random ones where it
             finds none.
+        settings: how it is to see images and texts, where the model's configuration says otherwise.
+        cache_dir: where open_clip keeps what it downloads.
 
     Returns:
         The model, its preprocessing for evaluation, and its tokenizer.
@@ -112,16 +156,38 @@ def build(
         raise EvaluationError(
             f"There is nothing to evaluate: {model!r} is an architecture. Name checkpoints, or --pretrained."
         )
+    settings = settings or Settings()
+    file = weights_file(model, pretrained)
+    named: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir else {}
+    own = own_weights and file is None
+    weights = (
+        {"require_pretrained": True} if own else {"pretrained_hf": False}
+    )  # all of them come from a file
+    texts = {"context_length": settings.force_context_length} if settings.force_context_length else {}
     try:
-        built, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=pretrained, device=device, require_pretrained=own_weights
-        )
-        tokenizer = open_clip.get_tokenizer(model)
+        with safe_loading():
+            built, _, preprocess = open_clip.create_model_and_transforms(
+                model,
+                pretrained=None if file else pretrained,
+                device=device,
+                **{**settings.arguments(), **named, **weights},
+            )
+            tokenizer = open_clip.get_tokenizer(model, **texts, **named)
+    except ArfError:
+        raise
     except Exception as cause:  # open_clip raises many kinds for names, files and downloads
+        flags = f" with {settings.flags()}" if settings.flags() else ""
         raise EvaluationError(
-            f"open_clip cannot load the model {model!r} ({pretrained!r}): {cause}"
+            f"open_clip cannot load the model {model!r} ({pretrained!r}){flags}: {first_line(cause)}"
         ) from cause
+    if file is not None:
+        load_into(built, file)
     return built.eval(), preprocess, tokenizer
+
+
+def _told(path: Path) -> Any:
+    """What a checkpoint tells of its run."""
+    return None if path.suffix in BIG_VISION else WeightsFile(path).run
 
 
 def weights_digest(model: torch.nn.Module) -> str:

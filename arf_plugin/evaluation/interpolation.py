@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.alignment import align
+from arf_plugin.evaluation.checkpoints import fitted
 from arf_plugin.evaluation.head import PREFIX
+from arf_plugin.evaluation.run_flags import find_run, note
+from arf_plugin.evaluation.settings import Settings
 from arf_plugin.evaluation.tensor_files import TensorInfo, WeightsFile
 from arf_plugin.evaluation.tensor_writer import require_space, write_order, writing
 
@@ -79,22 +83,28 @@ def write_mixtures(
     tuned: WeightsFile,
     targets: Mapping[Path, float],
     advance: Callable[[int], object] = lambda count: None,
+    flags: Settings | None = None,
 ) -> None:
     """Writes checkpoints along the line, reading both ends once for all of them.
+
+    They have the form of the fine-tuned one (see :mod:`arf_plugin.evaluation.alignment`), and tell of its run.
 
     Args:
         original: weights before fine-tuning.
         tuned: weights after it.
         targets: alphas by the file to write to; each file appears under its name when all are whole.
         advance: told of every tensor that is written, for a progress bar.
+        flags: how images and texts are seen, where that is not known from the fine-tuned one's run.
 
     Raises:
         EvaluationError: if the checkpoints are of different architectures, an alpha is outside [0, 1], or the disk is
             too full.
     """
-    check_pair(original, tuned)
+    starts = check_pair(original, tuned)
     names = write_order(tuned.tensors)
-    contents = {path: mixed_tensors(original, tuned, alpha, names) for path, alpha in targets.items()}
+    flags = flags or Settings()
+    told = note(find_run(tuned.path, tuned.run, flags), flags)
+    contents = {path: mixed_tensors(starts, tuned.tensors, alpha, names) for path, alpha in targets.items()}
     sizes = {path: sum(info.bytes for info in content.values()) for path, content in contents.items()}
     for folder in {path.parent for path in targets}:
         here = [size for path, size in sizes.items() if path.parent == folder]
@@ -103,7 +113,7 @@ def write_mixtures(
         writes: dict[float, list[Callable[[torch.Tensor], None]]] = {}
         for path, alpha in targets.items():
             name = f"{original.path.stem} and {tuned.path.stem} at {alpha:g}"
-            write = stack.enter_context(writing(path, contents[path], name))
+            write = stack.enter_context(writing(path, contents[path], name, told))
             writes.setdefault(alpha, []).append(write)
         for alpha, tensor in _stream(original, tuned, names, list(writes)):
             for write in writes[alpha]:
@@ -129,31 +139,46 @@ def load_mixture(
 
     check_alpha(alpha)
     check_pair(original, tuned)
+    # What the model takes as it is, is mixed right into it. What open_clip converts (position embeddings of another
+    # size), is mixed first, as it is in a written mixture: the two are then equal.
+    with tuned.opened() as ends:
+        mine = {name: tensor for name, tensor in ends.items() if not name.startswith(PREFIX)}
+        sources = {id(tensor): name for name, tensor in mine.items()}
+        try:
+            state = fitted(model, mine, tuned.path)
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"--model and {tuned.path} are of different architectures: {error}"
+            ) from error
+        direct = {sources[id(tensor)]: name for name, tensor in state.items() if id(tensor) in sources}
+        unchanged = {name for name, tensor in state.items() if id(tensor) not in sources}
+        del ends, state
+        rest = [name for name in mine if name not in direct]
+        if rest:
+            with original.opened() as starts:
+                aligned = align(starts, mine)
+                mixed = {name: mix(aligned[name], mine[name], alpha) for name in rest}
+                del starts, aligned
+            state = fitted(model, {**mine, **mixed}, tuned.path)
+            converted = {name: state[name] for name in unchanged}
+            del state
+        del mine
     own = model.state_dict()  # shares its memory with the model
-    names = [
-        name for name in tuned.tensors if not name.startswith(PREFIX)
-    ]  # the head is no part of the model
-    _check_same(
-        {name: TensorInfo.of(tensor) for name, tensor in own.items()},
-        {name: tuned.tensors[name] for name in names},
-        f"--model and {tuned.path}",
-    )
     with torch.no_grad():
-        for name, (_, tensor) in zip(names, _stream(original, tuned, names, [alpha]), strict=True):
-            own[name].copy_(tensor)
+        for name, (_, tensor) in zip(direct, _stream(original, tuned, list(direct), [alpha]), strict=True):
+            own[direct[name]].copy_(tensor)
+        for name in unchanged:
+            own[name].copy_(converted[name])
     return model
 
 
 def mixed_tensors(
-    original: WeightsFile, tuned: WeightsFile, alpha: float, names: Sequence[str]
+    original: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], alpha: float, names: Sequence[str]
 ) -> dict[str, TensorInfo]:
     """Types and shapes of a mixture's tensors, in the order of `names`; see :func:`mix`."""
     check_alpha(alpha)
     nearer = original if alpha < 0.5 else tuned
-    return {
-        name: (nearer if _is_copy(alpha, tuned.tensors[name].dtype) else tuned).tensors[name]
-        for name in names
-    }
+    return {name: (nearer if _is_copy(alpha, tuned[name].dtype) else tuned)[name] for name in names}
 
 
 def check_alpha(alpha: float) -> None:
@@ -164,8 +189,12 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-def check_pair(original: WeightsFile, tuned: WeightsFile) -> None:
-    """Raises an EvaluationError unless both are weights of one architecture, with heads for the same classes."""
+def check_pair(original: WeightsFile, tuned: WeightsFile) -> dict[str, TensorInfo]:
+    """Raises an EvaluationError unless both are weights of one architecture, with heads for the same classes.
+
+    Returns:
+        Shapes and types of the original's weights in the form of the other's.
+    """
     heads = [any(name.startswith(PREFIX) for name in file.tensors) for file in (original, tuned)]
     if heads[0] != heads[1]:
         having, other = (original, tuned) if heads[0] else (tuned, original)
@@ -173,7 +202,12 @@ def check_pair(original: WeightsFile, tuned: WeightsFile) -> None:
             f"{having.path} has a classification head and {other.path} has none, so they cannot be mixed. Give two "
             "checkpoints with a head (arf probe makes the one before fine-tuning), or two without."
         )
-    _check_same(original.tensors, tuned.tensors, f"{original.path} and {tuned.path}")
+    starts = original.tensors
+    if {name: info.shape for name, info in starts.items()} != {n: i.shape for n, i in tuned.tensors.items()}:
+        with original.opened() as start, tuned.opened() as end:
+            starts = {name: TensorInfo.of(tensor) for name, tensor in align(start, end).items()}
+            del start, end
+    _check_same(starts, tuned.tensors, f"{original.path} and {tuned.path}")
     classes = f"{PREFIX}classnames"
     if classes in tuned.tensors:
         with original.opened() as start, tuned.opened() as end:
@@ -183,6 +217,7 @@ def check_pair(original: WeightsFile, tuned: WeightsFile) -> None:
                 f"The heads of {original.path} and {tuned.path} are for different class names. "
                 "Mix checkpoints of one task."
             )
+    return starts
 
 
 def _stream(
@@ -191,10 +226,11 @@ def _stream(
     """Yields every mixture of every tensor: names in the given order, for each of them all alphas."""
     for group in _groups(names, tuned.tensors):
         with original.opened() as starts, tuned.opened() as ends:
+            aligned = align(starts, ends)
             for name in group:
                 for alpha in alphas:
-                    yield alpha, mix(starts[name], ends[name], alpha)
-            del starts, ends  # the last references to the mapped files
+                    yield alpha, mix(aligned[name], ends[name], alpha)
+            del starts, ends, aligned  # the last references to the mapped files
 
 
 def _groups(names: Sequence[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:

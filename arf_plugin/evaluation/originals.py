@@ -43,14 +43,17 @@ def find_original(text: str) -> Path:
 
 def _cached(model: str, pretrained: str) -> Path:
     import open_clip
+    import torch
+
+    from arf_plugin.evaluation.candidates import build
 
     identity = file_digest(Path(pretrained)) if Path(pretrained).is_file() else pretrained
     path = cache_folder() / "originals" / f"{digest([model, identity, open_clip.__version__])[:32]}.pt"
     if path.exists():
         return path
     try:
-        weights = open_clip.create_model(model, pretrained=pretrained).state_dict()
-    except Exception as cause:  # open_clip raises many kinds for names, files and downloads
+        weights = build(model, pretrained, torch.device("cpu"), own_weights=True)[0].state_dict()
+    except EvaluationError as cause:
         raise EvaluationError(
             f"open_clip cannot load {model}@{pretrained}: {cause}\nIts list: python -c "
             "'import open_clip; print(*open_clip.list_pretrained(), sep=\"\\n\")'"

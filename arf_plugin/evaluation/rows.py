@@ -5,7 +5,8 @@
     {"format": 1, "suite": "emojinet", "set": "shift/twemoji", "split": "test",
      "checkpoint": "runs/arf-0/weights.pt", "digest": SHA-256 of the file,
      "original": null, "original_digest": null, "alpha": null,          set for WiSE-FT mixtures alone
-     "model": "ViT-B-16", "pretrained": null, "images": 871, "expected_images": null, "classes": 21,
+     "model": "ViT-B-16", "pretrained": null, "preprocess": null or the flags that change model and preprocessing,
+     "images": 871, "expected_images": null, "classes": 21,
      "metrics": {"top1": 43.2, "top5": 70.1, "mean_per_class": 40.0, "macro_f1": 39.1, "ece": 3.2},
      "headline": "top1", "prompts": SHA-256 of class names and templates, "data": SHA-256 of what was read,
      "device": "cpu", "precision": "fp32", "batch_size": 256, "classifier": "zero-shot" or "head",
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 # What makes two rows measurements of the same thing. The path of a checkpoint and the batch size do not.
 IDENTITY = (
     *("digest", "original_digest", "alpha", "model", "set", "split"),
-    *("prompts", "data", "precision"),
+    *("prompts", "data", "precision", "preprocess"),
 )
 _NAMES = ("checkpoint", "original", "suite", "headline")  # how a measurement is listed
 _NEEDED = ("set", "checkpoint", "metrics", "headline")

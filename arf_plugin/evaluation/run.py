@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import Predictions, joined, measure
 from arf_plugin.evaluation.rows import FORMAT, Results, Row
 from arf_plugin.evaluation.sets import EvaluationSet
+from arf_plugin.evaluation.settings import Settings
 from arf_plugin.evaluation.zeroshot import PRECISIONS, Classifier
 from arf_plugin.pipeline.progress import Progress
 
@@ -40,6 +42,8 @@ def evaluate(
     precision: str = "fp32",
     workers: int = 2,
     models_at_once: int | None = None,
+    flags: Settings | None = None,
+    cache_dir: str | None = None,
 ) -> list[Row]:
     """Measures every candidate on every set.
 
@@ -50,7 +54,7 @@ def evaluate(
         model: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
         sets: opened sets, each with a name of its own.
         suite: the suite's name, kept in the rows.
-        pretrained: open_clip tag or file, for ``Candidate(None)``.
+        pretrained: open_clip tag or file, for ``Candidate(None)``; of checkpoints, what they were made from.
         out: JSONL file that rows are appended to as sets are finished; what it holds is not measured again.
         batch_size: images per forward.
         device: ``auto``, or a torch device.
@@ -58,6 +62,9 @@ def evaluate(
         workers: processes that decode images.
         models_at_once: models in memory at a time; images are decoded once for each such group. By default, as many
             as half of the free memory holds.
+        flags: how models see images and texts, where that is not to be as their runs had it; see
+            :mod:`arf_plugin.evaluation.settings`. Images are decoded once for each way.
+        cache_dir: where open_clip keeps what it downloads.
 
     Returns:
         A row per candidate and set, candidate by candidate; see :mod:`arf_plugin.evaluation.rows`.
@@ -77,30 +84,41 @@ def evaluate(
         place = pick_device(device, processes.local_rank)
         if place.type == "cuda":  # CLIP_benchmark names no number, only "cuda"
             torch.cuda.set_device(place)
-        alone = any(candidate.checkpoint is None for candidate in asked)
-        own = build(model, pretrained, place, own_weights=True) if alone else None
+        ways = _resolve(asked, model, pretrained, flags or Settings(), shown=processes.first)
+        own = None
+        for way in {
+            ways[candidate]: 0 for candidate in asked if candidate.checkpoint is None
+        }:  # one, or none
+            own = build(model, pretrained, place, own_weights=True, settings=way, cache_dir=cache_dir)
         frame: Row = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
         frame |= {"precision": precision, "batch_size": batch_size, "versions": versions()}
         tasks = [
-            _Task(candidate, dataset, {**frame, **described, **describe_set(dataset)})
+            _Task(candidate, dataset, {**frame, **described, **preprocess, **describe_set(dataset)})
             for candidate in asked
+            for preprocess in [{"preprocess": ways[candidate].flags()}]
             for described in [processes.share(describe(candidate, model, pretrained, own))]
             for dataset in sets
         ]
         results = Results(out, processes.share(Results.read(out)), writes=processes.first)
         todo = [task for task in tasks if not results.has(task.row)]
-        if todo:
-            runtime = _Runtime(
-                *(own or build(model, None, place)), place, precision == "amp", batch_size, workers, processes
-            )
-            # The model's own weights come first: loading the others overwrites them.
-            left = sorted({task.candidate: 0 for task in todo}, key=lambda c: c.checkpoint is not None)
-            fitting = how_many_fit(runtime.model, place, processes.local_world)
-            size = models_at_once or processes.share(fitting)
-            groups = [left[start : start + size] for start in range(0, len(left), size)]
-            work = [[task for task in todo if task.candidate in group] for group in groups]
-            total = sum(dataset.images for part in work for dataset in _sets_of(part))
-            with Progress("evaluate", total, shown=processes.first) as progress:
+        # The model's own weights come first: loading the others overwrites them.
+        left = sorted({task.candidate: 0 for task in todo}, key=lambda c: c.checkpoint is not None)
+        with Progress("evaluate", shown=processes.first) as progress:
+            expected = 0
+            for way in dict.fromkeys(ways[candidate] for candidate in left):
+                mine = [candidate for candidate in left if ways[candidate] == way]
+                loaded = own if mine[0].checkpoint is None else None
+                own = None  # its memory goes to the next model
+                if loaded is None:
+                    loaded = build(model, None, place, settings=way, cache_dir=cache_dir)
+                runtime = _Runtime(*loaded, place, precision == "amp", batch_size, workers, processes)
+                del loaded
+                fitting = how_many_fit(runtime.model, place, processes.local_world)
+                size = models_at_once or processes.share(fitting)
+                groups = [mine[start : start + size] for start in range(0, len(mine), size)]
+                work = [[task for task in todo if task.candidate in group] for group in groups]
+                expected += sum(dataset.images for part in work for dataset in _sets_of(part))
+                progress.expect(expected)
                 for part in work:
                     for task, found, classifier in _predict(part, runtime, progress.advance):
                         figures = measure(found, len(task.dataset.classnames))
@@ -178,6 +196,22 @@ def _check(candidates: Sequence[Candidate], sets: Sequence[EvaluationSet]) -> No
     for dataset in sets:
         if problem := dataset.truncated():
             warnings.warn(problem, stacklevel=3)
+
+
+def _resolve(
+    candidates: Sequence[Candidate], model: str, pretrained: str | None, flags: Settings, shown: bool
+) -> dict[Candidate, Settings]:
+    """How each candidate is to see images and texts; says where that is known from, unless all is left to the model."""
+    found, said = {}, set()
+    for candidate in candidates:
+        found[candidate], run = candidate.resolve(model, flags, pretrained)
+        text = found[candidate].flags()
+        if run is not None and run.settings.given() and shown and (run.source, text) not in said:
+            said.add((run.source, text))
+            print(
+                f"{candidate.checkpoint or pretrained}: measured with {text} ({run.source})", file=sys.stderr
+            )
+    return found
 
 
 def describe(candidate: Candidate, model: str, pretrained: str | None = None, own: Any = None) -> Row:

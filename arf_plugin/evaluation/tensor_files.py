@@ -7,6 +7,7 @@ count as memory until the file is closed, so readers open it for some tensors at
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,21 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.safe_loading import UnsafeTorchError, first_line, safe_loading
+from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import torch
 
-
-def plain_numbers() -> list[Any]:
-    """What `torch.load(weights_only=True)` may build beside tensors: numbers of numpy's type float64.
-
-    open_clip before 2.30 leaves its learning rate in the optimizer's state as one.
-    """
-    import numpy as np
-
-    number = np.float64(0).__reduce__()[0]
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")  # numpy 2, numpy 1
-    return [*((number, name) for name in names), np.dtype, type(np.dtype(np.float64))]
+RUN = "arf_run"  # key of what a checkpoint of ours tells of the run behind it; see arf_plugin.evaluation.run_flags
+# What torch.compile, several processes, FSDP and activation checkpointing put into the names of weights.
+_WRAPPERS = re.compile(
+    r"^(module\.|_orig_mod\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class WeightsFile:
     """The weights of a checkpoint, left on disk until a tensor is used.
 
     Takes what open_clip's trainer writes, a bare state dict, or safetensors. Nothing in the file is executed
-    (``weights_only``). The prefix ``module.`` of distributed training is removed.
+    (:mod:`arf_plugin.safe_loading`). What distributed training and torch.compile put before names is removed.
 
     Args:
         path: a .pt or .safetensors file.
@@ -75,6 +72,7 @@ class WeightsFile:
     Attributes:
         path: the file.
         tensors: shape and type by name, in the file's order.
+        run: what the file tells of the run behind it, as it stands there; None if nothing.
 
     Raises:
         EvaluationError: if the file is missing or holds no weights.
@@ -82,6 +80,7 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run: Any = None
         self._whole: dict[str, torch.Tensor] | None = None  # files of before torch 1.6 cannot be mapped
         with self.opened() as weights:
             self.tensors = {name: TensorInfo.of(tensor) for name, tensor in weights.items()}
@@ -111,6 +110,7 @@ class WeightsFile:
             from safetensors import safe_open
 
             with safe_open(self.path, framework="pt") as file:
+                self.run = (file.metadata() or {}).get(RUN)
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except Exception as cause:  # safetensors raises many kinds for a damaged file
             raise self._unreadable(cause) from cause
@@ -122,10 +122,13 @@ class WeightsFile:
         self._exists()
         try:
             mapped = zipfile.is_zipfile(self.path)
-            with torch.serialization.safe_globals(plain_numbers()):
+            with safe_loading():
                 content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped)
+        except UnsafeTorchError:
+            raise
         except Exception as cause:  # torch raises many kinds for a damaged file
             raise self._unreadable(cause) from cause
+        self.run = content.get(RUN) if isinstance(content, dict) else None
         weights = self._checked(content)
         if not mapped:
             self._whole = weights
@@ -138,15 +141,26 @@ class WeightsFile:
         if (
             not isinstance(weights, dict)
             or not weights
-            or not all(isinstance(value, torch.Tensor) for value in weights.values())
+            or not all(
+                isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+            )
         ):
             found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
             raise EvaluationError(
                 f"{self.path} holds no weights (found: {found}). Expected a dict of tensors, or one under 'state_dict'."
             )
-        return {str(name).removeprefix("module."): value for name, value in weights.items()}
+        plain: dict[str, torch.Tensor] = {}
+        for name, value in weights.items():
+            if plain_name(name) in plain:
+                raise EvaluationError(
+                    f"{self.path} holds '{plain_name(name)}' twice, once as '{name}'. Expected the weights of one "
+                    "model."
+                )
+            plain[plain_name(name)] = value
+        return plain
 
     def _exists(self) -> None:
+        require_regular(self.path, EvaluationError)
         if not self.path.is_file():
             raise EvaluationError(
                 f"There is no checkpoint at {self.path}. Expected a .pt or .safetensors file."
@@ -154,6 +168,15 @@ class WeightsFile:
 
     def _unreadable(self, cause: Exception) -> EvaluationError:
         return EvaluationError(
-            f"{self.path} cannot be read as a checkpoint: {str(cause).splitlines()[0] if str(cause) else cause!r}\n"
+            f"{self.path} cannot be read as a checkpoint: {first_line(cause)}\n"
             "Expected tensors only, as open_clip's trainer saves them."
         )
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight as the bare model has it.
+
+    >>> plain_name("module._orig_mod.visual.proj")
+    'visual.proj'
+    """
+    return _WRAPPERS.sub("", name)

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.tensor_files import TensorInfo
+from arf_plugin.evaluation.tensor_files import RUN, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ def write_order(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 @contextmanager
 def writing(
-    path: Path, tensors: Mapping[str, TensorInfo], name: str
+    path: Path, tensors: Mapping[str, TensorInfo], name: str, run: str | None = None
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     """Writes a checkpoint tensor by tensor; it appears under its name when it is whole.
 
@@ -60,6 +60,7 @@ def writing(
             that ``--resume`` and ``--pretrained`` take it.
         tensors: what will be written, in this order; see :func:`write_order`.
         name: the run's name, kept in the checkpoint.
+        run: what to tell of the run behind it, from :func:`arf_plugin.evaluation.run_flags.note`.
 
     Yields:
         A function that writes the next tensor.
@@ -75,7 +76,7 @@ def writing(
     require_space(path.parent, sum(info.bytes for info in tensors.values()), path.name)
     with replacing(path) as temporary, temporary.open("wb") as file:
         form = _write_safetensors if path.suffix == ".safetensors" else _write_pickle
-        with form(file, tensors, name) as write:
+        with form(file, tensors, {"name": name, **({RUN: run} if run else {})}) as write:
             yield write
 
 
@@ -92,9 +93,9 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def _write_safetensors(
-    file: IO[bytes], tensors: Mapping[str, TensorInfo], name: str
+    file: IO[bytes], tensors: Mapping[str, TensorInfo], texts: Mapping[str, str]
 ) -> Iterator[Callable[[torch.Tensor], None]]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "name": name}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **texts}}
     offset = 0
     for key, info in tensors.items():
         header[key] = {
@@ -111,11 +112,11 @@ def _write_safetensors(
 
 @contextmanager
 def _write_pickle(
-    file: IO[bytes], tensors: Mapping[str, TensorInfo], name: str
+    file: IO[bytes], tensors: Mapping[str, TensorInfo], texts: Mapping[str, str]
 ) -> Iterator[Callable[[torch.Tensor], None]]:
     records = {key: _Record(str(number), info) for number, (key, info) in enumerate(tensors.items())}
     skeleton = io.BytesIO()
-    _Pickler(skeleton, protocol=2).dump({"name": name, "state_dict": records})
+    _Pickler(skeleton, protocol=2).dump({**texts, "state_dict": records})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for member, data in (
             ("data.pkl", skeleton.getvalue()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from arf_plugin.data.prompts import load_classnames
 from arf_plugin.data.rng import make_deterministic
-from arf_plugin.errors import FlagError
+from arf_plugin.errors import EvaluationError, FlagError
 from arf_plugin.hooks.images import pair_transform, shrink_pairs
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
+from arf_plugin.safe_loading import first_line, safe_loading
 from arf_plugin.weights import watching
 
 CONSTANTS = ("logit_scale", "logit_bias")  # which begin with a value of their own, not with a random one
@@ -35,8 +37,17 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if session.config.deterministic:  # after the trainer's own choice of kernels
             make_deterministic()
-        with watching() as loaded:
-            result = original(*args, **kwargs)
+        try:
+            with (
+                watching() as loaded,
+                safe_loading(),
+            ):  # also where torch's environment would unpickle --pretrained
+                result = original(*args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise FlagError(
+                f"The model's weights cannot be loaded: {first_line(error)}\nExpected tensors only, as open_clip's "
+                "trainer saves them: see --pretrained and --model."
+            ) from error
         session.random_parts += [
             name for name in loaded.random_parts(result[0]) if name.rpartition(".")[2] not in CONSTANTS
         ]
@@ -85,7 +96,7 @@ def _prepare_images(session: Session, model: nn.Module, augmentation: Any) -> No
 def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:
     """Loads weights and head of a checkpoint of ``arf probe`` into the model."""
     # The one thing that training shares with evaluation is this format; no other run imports it.
-    from arf_plugin.evaluation.checkpoints import difference, read_weights
+    from arf_plugin.evaluation.checkpoints import fitted, read_weights
     from arf_plugin.evaluation.head import PREFIX, split_head
 
     weights, head = split_head(read_weights(Path(path)))
@@ -96,12 +107,10 @@ def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:
             f"--arf-head {path} was made for other classes ({len(head.bias)} of them) than --arf-classnames "
             f"{classnames}.\nUse the file that `arf probe --classnames` was given; names and their order count."
         )
-    problems = difference(model.state_dict(), weights)
-    if problems:
-        raise FlagError(
-            f"--arf-head {path} is a checkpoint of another architecture than --model: {'; '.join(problems[:3])}."
-        )
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(fitted(model, weights, Path(path)))
+    except EvaluationError as error:
+        raise FlagError(f"--arf-head {error}") from error
     parts = {name.removeprefix(PREFIX): tensor for name, tensor in head.tensors().items()}
     attach_head(model, LinearHead(**parts).to(next(model.parameters()).device))
     logging.info(f"ARF: LP-FT starts from the weights and the head of {path}; the text tower rests.")

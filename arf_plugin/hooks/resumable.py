@@ -15,7 +15,7 @@ from arf_plugin.data.resume import ResumableLoader
 from arf_plugin.data.streams import RowStream, ShardStream, Stream
 from arf_plugin.hooks.checkpoint import StepCheckpoints
 from arf_plugin.hooks.session import Session
-from arf_plugin.step_checkpoint import resume_point
+from arf_plugin.step_checkpoint import check_streams, resume_point
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.epoch import Training
@@ -67,6 +67,10 @@ def resumable_loader(
             rank=args.rank,
             deterministic=config.deterministic,
         )
+        if point.process is not None:
+            check_streams(
+                point.process, {name: getattr(stream, "workers", 0) for name, stream in streams.items()}
+            )
         if args.rank == 0:
             order = "exactly where it stopped" if config.deterministic else "with the data in a fresh order"
             logging.info(

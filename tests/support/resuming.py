@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arf_plugin.evaluation.tensor_files import plain_numbers
+from arf_plugin.safe_loading import plain_numbers
 from support.trainer import Run, Trainer
 
 

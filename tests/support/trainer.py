@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.evaluation.tensor_files import plain_numbers
+from arf_plugin.safe_loading import plain_numbers
 from support import releases
 
 SHIM = Path(__file__).parents[1] / "shim"
