@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from arf_plugin.anchors.manifest import problems_of
 from arf_plugin.anchors.scan import ShardScan, require_unique_keys
 from arf_plugin.anchors.tars import is_remote
 from arf_plugin.checks.finding import Finding
@@ -49,13 +49,11 @@ def anchor_set(inputs: Inputs) -> Iterator[Finding]:
 
 def whole(inputs: Inputs) -> Iterator[Finding]:
     """The manifest is known, and what it tells of is there."""
-    yield from ()
     if inputs.anchors is None:
         return
-    from arf_plugin.anchors.manifest import read_manifest
-
-    if not is_remote(inputs.anchors) and Path(inputs.anchors).is_dir():
-        read_manifest(Path(inputs.anchors))
+    weights = {"captions": inputs.caption_weight, "pairs": inputs.pair_weight}
+    for problem in problems_of(inputs.anchors, [half for half, weight in weights.items() if weight]):
+        yield Finding("error", problem)
 
 
 def captions(inputs: Inputs) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,17 @@ def no_set(made):
 
 def unknown_manifest(made):
     (made.anchors / "anchors.json").write_text('{"format_version": 99}')
+
+
+def half_a_build(made):
+    (made.anchors / "anchors.json").write_text('{"format_version": 1, "pairs": {"incomplete": true}}')
+
+
+def a_file_too_many(made):
+    written = {f"{i}.tar": (made.anchors / f"pairs/{i}.tar").stat().st_size for i in range(1)}
+    (made.anchors / "anchors.json").write_text(
+        json.dumps({"format_version": 1, "pairs": {"written": written}})
+    )
 
 
 def too_many_pair_workers(made):
@@ -204,6 +216,8 @@ def pair_without_text(made):
 ERRORS: list[tuple[str, Change, str]] = [
     ("anchor-set", no_set, "does not exist"),
     ("whole", unknown_manifest, "format_version 99"),
+    ("whole", half_a_build, "pairs are not finished"),
+    ("whole", a_file_too_many, r"no part of what was built: 1\.tar"),
     ("pair-workers", too_many_pair_workers, "2 pair shards for 3 loader workers"),
     ("task-workers", too_many_task_workers, "2 task shards for 3 loader workers"),
     ("captions", caption_without_text, "caption is ' '"),
