@@ -275,8 +275,8 @@ def _by_number(folder: Path, vectors: list[Path], metadata: list[Path]) -> list[
     missing = next((n for n, found in enumerate(sorted(one)) if n != found), None)
     if missing is not None:
         raise PoolError(
-            f"{folder} has no {name} and no metadata of number {missing}, but of {max(one)}; expected all from 0. Was a "
-            "copy interrupted? Copy the rest (or, to take a part on purpose, give the files numbers from 0)."
+            f"{folder} has no {name} and no metadata of number {missing}, but of {max(one)}; expected all from 0. Was "
+            "a copy interrupted? Copy the rest (or, to take a part on purpose, give the files numbers from 0)."
         )
     if list(one) != list(other):
         raise PoolError(

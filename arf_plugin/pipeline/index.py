@@ -83,7 +83,9 @@ class IndexStage(Stage):
                 block = np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32)
                 try:
                     index.add(block)
-                except RuntimeError as cause:  # of an IDMap: it wants ids, but the ids are to be the row numbers
+                except (
+                    RuntimeError
+                ) as cause:  # of an IDMap: it wants ids, but the ids are to be the row numbers
                     raise FlagError(
                         f"--factory {self._factory}: faiss cannot add vectors to it ({cause})."
                     ) from cause

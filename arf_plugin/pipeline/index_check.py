@@ -99,8 +99,9 @@ def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
     index = _of_vectors(index, storage=False)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
+        lists: Any = inverted.invlists
         # faiss reads through a null pointer for those (1.15.1)
-        if isinstance(faiss.downcast_InvertedLists(inverted.invlists), faiss.BlockInvertedLists):
+        if type(faiss.downcast_InvertedLists(lists)).__name__ == "BlockInvertedLists":
             raise RuntimeError("its lists are packed for fast scans")
         inverted.make_direct_map()
     return index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
@@ -136,7 +137,7 @@ def _check_lists(layer: Any, path: Path) -> None:
             raise _foreign(path, layer, ids)
         seen[ids] = True
         count += size
-    merged = isinstance(layer, faiss.IndexIVFFlatDedup)  # equal vectors are kept once
+    merged = type(layer).__name__ == "IndexIVFFlatDedup"  # equal vectors are kept once
     if seen.sum() != count or (count != layer.ntotal and not merged):
         raise PoolError(
             f"{path} holds {count} of {layer.ntotal} rows, {count - seen.sum()} of them twice. {_AGAIN}"
@@ -155,7 +156,7 @@ def _of_vectors(index: Any, *, storage: bool) -> Any:
     """The part of an index that has the vectors, whose ids are the same; with `storage` also below a graph."""
     import faiss
 
-    layer = faiss.downcast_index(index)
+    layer: Any = faiss.downcast_index(index)
     while True:
         if isinstance(layer, (faiss.IndexIDMap, faiss.IndexIDMap2)):
             inner = layer.index

@@ -314,4 +314,3 @@ def rank_on_vectors(
         found = np.einsum("nd,nmd->nm", queries[part].astype(np.float32), vectors)
         similarities[part] = np.where(rows[part] >= 0, found, -np.inf)
     return in_order(rows, similarities, k)
-

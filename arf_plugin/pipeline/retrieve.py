@@ -27,9 +27,10 @@ from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.selection import Chosen, Hits, Selection, draw, select
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns
 
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
-POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption"]
+POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
 
 
 class RetrieveStage(Stage):
@@ -130,14 +131,7 @@ class RetrieveStage(Stage):
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Selects the pairs and writes them with their provenance."""
-        import pyarrow.parquet as pq
-
-        tables = [
-            pq.read_table(path, columns=["query_row", "row", "similarity"]) for path in self.artifacts(shards)
-        ]
-        hits = Hits.of(
-            *(np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names)
-        )
+        hits = self._hits(shards)
         kept, dropped = self._drop(hits)
         chosen = select(kept, self._selection)
         info: dict[str, Any] = {
@@ -163,6 +157,23 @@ class RetrieveStage(Stage):
         self._write_dropped(dropped)
         write_json(self.out / "retrieve.json", info)
         return info
+
+    def _hits(self, shards: list[Shard]) -> Hits:
+        kinds = {"query_row": WHOLE, "row": WHOLE, "similarity": NUMBER}
+        tables = []
+        for path in self.artifacts(shards):
+            table = read_columns(path, kinds, PoolError, required=kinds)
+            query, row, similarity = columns = [table[name].to_numpy() for name in kinds]
+            inside = (
+                (query >= 0) & (query < self._queries.rows) & (row >= 0) & (row < self._pool.rows)
+            ).all()
+            if not (inside and np.isfinite(similarity).all()):  # a null has become NaN
+                raise PoolError(
+                    f"{path} holds hits that are no rows of the queries and the pool; it has been changed. Search "
+                    "again, with --restart."
+                )
+            tables.append(columns)
+        return Hits.of(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
 
     def _drop(self, hits: Hits) -> tuple[Hits, list[Dropped]]:
         """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""

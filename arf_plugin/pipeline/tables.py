@@ -81,7 +81,9 @@ def _opened(path: Path, error: type[ArfError]) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(file)
     except ArfError:
         raise
-    except Exception as cause:  # Arrow raises many kinds: of its own, OSError, MemoryError, UnicodeDecodeError
+    except (
+        Exception
+    ) as cause:  # Arrow raises many kinds: of its own, OSError, MemoryError, UnicodeDecodeError
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise error(f"{path} cannot be read as a parquet file: {reason}. Write or copy it again.") from cause
 
