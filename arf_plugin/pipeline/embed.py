@@ -24,6 +24,7 @@ from arf_plugin.pipeline.embedder import load_model, model_identity, unit_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.source import RawSample, Source, map_ordered
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import write_table
 from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
@@ -189,7 +190,6 @@ class EmbedStage(Stage):
         keep: np.ndarray,
     ) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         paths = iter(self.artifacts([shard]))
         for wanted, vectors in ((self._images, images), (self._texts, texts)):
@@ -211,5 +211,4 @@ class EmbedStage(Stage):
                 "sha256": pa.array(hashed, pa.string()),
             }
         )
-        with replacing(next(paths)) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_table(next(paths), table)

@@ -93,7 +93,7 @@ class PackStage(Stage):
         """Packs one output tar."""
         outcome = Outcome()
         with replacing(self.artifacts([shard])[0]) as temporary, tarfile.open(temporary, "w") as tar:
-            for _, group in groupby(shard.source, key=lambda pair: pair.tars):
+            for _, group in groupby(shard.source, key=lambda pair: pair.recorded):
                 for found in read_pairs(list(group)):
                     outcome.samples += 1
                     advance(1)
@@ -188,6 +188,7 @@ class PackStage(Stage):
             pairs.append(
                 Pair(
                     number,
+                    row["tar"],
                     ((row["tar"], 0),) if row["located"] else candidates[row["tar"]],
                     row["image_path"],
                     row["ext"] or "",

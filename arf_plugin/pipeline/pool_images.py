@@ -32,6 +32,7 @@ class Pair:
 
     Attributes:
         number: position among the chosen pairs.
+        recorded: the tar that it was embedded from.
         tars: where to look for it: URLs, the likeliest first, each with how much of its path is that of the recorded
             tar.
         key: key of the sample, as UTF-8.
@@ -43,6 +44,7 @@ class Pair:
     """
 
     number: int
+    recorded: str
     tars: tuple[tuple[str, int], ...]
     key: str
     ext: str
@@ -83,7 +85,7 @@ class PoolTars:
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for url in named:
             self._exact.setdefault(utf8(url), url)
-            self._by_name[shard_name(utf8(url))].append(url)
+            self._by_name[name_of(utf8(url))].append(url)
 
     def candidates(self, recorded: str) -> tuple[tuple[str, int], ...]:
         """Where to look for the contents of a recorded tar; see :class:`Pair`.
@@ -120,7 +122,7 @@ def name_of(url: str) -> str:
 
 
 def read_pairs(pairs: list[Pair]) -> Iterator[Reading]:
-    """Yields readings of pairs that have the same ``tars``, in their order.
+    """Yields readings of pairs that were embedded from one tar, in their order.
 
     Raises:
         PoolError: if no tar holds what was embedded, or several might.

@@ -1,4 +1,4 @@
-"""Reads parquet files that others may have written: the columns that are wanted, in the types that are wanted.
+"""Writes parquet files, and reads those of others: the columns that are wanted, in the types that are wanted.
 
 A file is opened by its name and read as one file: Arrow's data set reader, which takes ``key=value`` folders of a path
 for columns, has no part in it.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import ArfError
 from arf_plugin.untrusted import printable, require_regular
 
@@ -69,6 +70,14 @@ def read_columns(
             else:
                 columns[name] = pa.chunked_array([pa.nulls(rows, _arrow_type(kind))])
         return pa.table(columns)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a parquet file; its name may be any that the file system takes, be it no UTF-8."""
+    import pyarrow.parquet as pq
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 @contextmanager
