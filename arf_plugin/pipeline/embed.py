@@ -3,11 +3,13 @@
 ``img_emb/img_emb_N.npy`` and ``text_emb/text_emb_N.npy`` hold [rows, dimension] fp16 vectors of unit norm;
 ``metadata/metadata_N.parquet`` describes the same rows. clip-retrieval's columns ``image_path`` (the key) and
 ``caption`` are joined by ours: ``id``, ``tar``, ``ext``, ``offset`` and ``size`` of the image, which let the stage
-pack read a chosen image without looking for it.
+pack read a chosen image without looking for it, and ``sha256``, the digest of the image's bytes, which lets it know
+that what it reads is what was embedded.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, replacing, write_json
+from arf_plugin.anchors.files import replacing, write_json
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.pipeline.device import pick_device, pick_dtype
 from arf_plugin.pipeline.embedder import load_model, model_identity, unit_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.source import RawSample, Source, map_ordered
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import write_table
+from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +118,10 @@ class EmbedStage(Stage):
 
         outcome = Outcome()
         rows: list[RawSample] = []
+        digests: list[str] = []
         images: list[np.ndarray] = []
         texts: list[np.ndarray] = []
-        for samples, pixels in self._batches(shard, outcome):
+        for samples, hashed, pixels in self._batches(shard, outcome):
             with torch.inference_mode():
                 if self._images:
                     moved = torch.stack(pixels).to(self._device, self._dtype)
@@ -125,6 +130,7 @@ class EmbedStage(Stage):
                     tokens = self._tokenizer([sample.text or "" for sample in samples]).to(self._device)
                     texts.append(unit_fp16(self._model.encode_text(tokens)))
             rows += samples
+            digests += hashed
             advance(len(samples))
         keep = np.ones(len(rows), dtype=bool)
         for vectors in (images, texts):
@@ -134,19 +140,20 @@ class EmbedStage(Stage):
             if not good:
                 outcome.reject(row.id, "its embedding is not finite")
         outcome.kept = int(keep.sum())
-        self._write(shard, rows, images, texts, keep)
+        self._write(shard, rows, digests, images, texts, keep)
         return outcome
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Notes the model beside the vectors, so that a search can refuse vectors of another model."""
         identity = model_identity(self._model_name, self._pretrained)
-        write_json(self.out / ORIGIN, {"model": identity, "config_digest": digest(self.config())})
+        write_json(self.out / ORIGIN, {"model": identity})
         return {"model": identity["name"]}
 
     def _batches(
         self, shard: Shard, outcome: Outcome
-    ) -> Iterator[tuple[list[RawSample], list[torch.Tensor]]]:
+    ) -> Iterator[tuple[list[RawSample], list[str], list[torch.Tensor]]]:
         samples: list[RawSample] = []
+        digests: list[str] = []
         pixels: list[torch.Tensor] = []
         decoded = map_ordered(
             self._pixels, self._source.read(shard), self._workers, ahead=2 * self._batch_size
@@ -157,31 +164,36 @@ class EmbedStage(Stage):
                 outcome.reject(sample.id, str(image))
                 continue
             samples.append(replace(sample, image=None))
-            pixels.append(image)
+            digests.append(image[0])
+            pixels.append(image[1])
             if len(samples) == self._batch_size:
-                yield samples, pixels
-                samples, pixels = [], []
+                yield samples, digests, pixels
+                samples, digests, pixels = [], [], []
         if samples:
-            yield samples, pixels
+            yield samples, digests, pixels
 
-    def _pixels(self, sample: RawSample) -> torch.Tensor:
-        """Preprocessed pixels [3, H, W] of a sample; raises ValueError with the reason to reject it."""
+    def _pixels(self, sample: RawSample) -> tuple[str, torch.Tensor]:
+        """SHA-256 of a sample's image and its preprocessed pixels [3, H, W].
+
+        Raises:
+            ValueError: with the reason to reject it.
+        """
         if sample.image is None or sample.problem:
             raise ValueError(sample.problem or "has no image")
         if self._require_text and not (sample.text or "").strip():
             raise ValueError("has no text")
-        return self._preprocess(decode_image(sample.image))
+        return hashlib.sha256(sample.image).hexdigest(), self._preprocess(decode_image(sample.image))
 
     def _write(
         self,
         shard: Shard,
         rows: list[RawSample],
+        digests: list[str],
         images: list[np.ndarray],
         texts: list[np.ndarray],
         keep: np.ndarray,
     ) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         paths = iter(self.artifacts([shard]))
         for wanted, vectors in ((self._images, images), (self._texts, texts)):
@@ -190,16 +202,17 @@ class EmbedStage(Stage):
                 with replacing(next(paths)) as temporary, temporary.open("wb") as file:
                     np.save(file, whole[keep])
         kept = [row for row, good in zip(rows, keep, strict=True) if good]
+        hashed = [value for value, good in zip(digests, keep, strict=True) if good]
         table = pa.table(
             {
-                "image_path": pa.array([row.key for row in kept], pa.string()),
+                "image_path": pa.array([utf8(row.key) for row in kept], pa.string()),
                 "caption": pa.array([row.text for row in kept], pa.string()),
-                "id": pa.array([row.id for row in kept], pa.string()),
-                "tar": pa.array([row.tar for row in kept], pa.string()),
-                "ext": pa.array([row.ext for row in kept], pa.string()),
+                "id": pa.array([utf8(row.id) for row in kept], pa.string()),
+                "tar": pa.array([utf8(row.tar) for row in kept], pa.string()),
+                "ext": pa.array([utf8(row.ext) for row in kept], pa.string()),
                 "offset": pa.array([row.offset for row in kept], pa.int64()),
                 "size": pa.array([row.size for row in kept], pa.int64()),
+                "sha256": pa.array(hashed, pa.string()),
             }
         )
-        with replacing(next(paths)) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_table(next(paths), table)

@@ -1,11 +1,13 @@
 """Reads embedding folders in clip-retrieval's layout: ours, or those of ``clip-retrieval inference``.
 
-Row i of a folder is row i of its vector files in order of their names, and of its metadata files likewise.
+Row i of a folder is row i of its vector files in order of their names, and so is row i of its index. A vector file and
+a metadata file belong together by the number in their names: ``img_emb_N.npy`` and ``metadata_N.parquet``.
 """
 
 from __future__ import annotations
 
-import json
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arf_plugin.anchors.files import content_digest, list_files
 from arf_plugin.errors import PoolError
+from arf_plugin.pipeline.tables import TEXT, WHOLE, count_rows, read_columns
+from arf_plugin.untrusted import printable, read_json, require_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIGIN = "model.json"  # written by arf embed beside the vectors
+METADATA = {
+    "image_path": TEXT,
+    "id": TEXT,
+    "tar": TEXT,
+    "ext": TEXT,
+    "offset": WHOLE,
+    "size": WHOLE,
+    "caption": TEXT,
+    "sha256": TEXT,
+}
 _CHECKED_AT_ONCE = 65536
+_NUMBER = re.compile(r"([0-9]+)\.[a-z]+$")
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,10 @@ class EmbeddingFile:
 
     def load(self) -> np.ndarray:
         """The vectors [rows, d], memory-mapped."""
-        return np.load(self.vectors, mmap_mode="r", allow_pickle=False)
+        vectors = read_vectors(self.vectors)
+        if len(vectors) != self.rows:
+            raise PoolError(f"{self.vectors} has {len(vectors)} rows, and had {self.rows} a moment ago.")
+        return vectors
 
     def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the file's vectors from start to stop as (the folder's row number of the first, vectors [m, d]).
@@ -79,8 +98,6 @@ class Embeddings:
         Raises:
             PoolError: if files are missing, damaged, of different lengths or dimensions, or not all written yet.
         """
-        import pyarrow.parquet as pq
-
         work = self.folder / "work" / "embed"
         if (work / "config.json").exists() and not (work / "finished.json").exists():
             raise PoolError(
@@ -88,26 +105,18 @@ class Embeddings:
                 "them, or run it again to the end."
             )
         name = "img_emb" if self.modality == "image" else "text_emb"
-        vectors = sorted((self.folder / name).glob("*.npy"))
-        metadata = sorted((self.folder / "metadata").glob("*.parquet"))
+        vectors = list_files(self.folder / name, ".npy")
+        metadata = list_files(self.folder / "metadata", ".parquet")
         if not vectors:
             raise PoolError(
                 f"{self.folder} has no {name}/*.npy. Expected an embedding folder, as written by: arf embed, "
                 "or clip-retrieval inference."
             )
-        if len(vectors) != len(metadata):
-            raise PoolError(
-                f"{self.folder} has {len(vectors)} files in {name} but {len(metadata)} in metadata; expected one for "
-                "one. Was the embedding interrupted? Run it again to the end."
-            )
         files, first, dimensions = [], 0, set()
-        for vector_path, metadata_path in zip(vectors, metadata, strict=True):
-            try:
-                shape = np.load(vector_path, mmap_mode="r", allow_pickle=False).shape
-                rows = pq.read_metadata(metadata_path).num_rows
-            except (ValueError, OSError) as cause:  # pyarrow's ArrowInvalid is a ValueError
-                raise PoolError(f"{vector_path} or {metadata_path.name} cannot be read: {cause}") from cause
-            if len(shape) != 2 or shape[0] != rows:
+        for vector_path, metadata_path in _by_number(self.folder, vectors, metadata):
+            shape = read_vectors(vector_path).shape
+            rows = count_rows(metadata_path, PoolError)
+            if shape[0] != rows:
                 raise PoolError(
                     f"{vector_path} has shape {shape}, but {metadata_path.name} has {rows} rows; expected one vector "
                     "per row. Embed this folder again."
@@ -135,18 +144,31 @@ class Embeddings:
         return int(self.files[0].load().shape[1])
 
     @cached_property
-    def model(self) -> dict[str, Any] | None:
-        """The model's identity, if the folder was written by ``arf embed``."""
-        return self._origin.get("model")
+    def _dtype(self) -> np.dtype:
+        """The type that holds the vectors of all files."""
+        return np.result_type(*{file.load().dtype for file in self.files})
 
     @cached_property
-    def _origin(self) -> dict[str, Any]:
+    def model(self) -> dict[str, Any] | None:
+        """The model's identity, if the folder was written by ``arf embed``.
+
+        Raises:
+            PoolError: for a note of the model that is damaged.
+        """
         path = self.folder / ORIGIN
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return None
+        advice = "Embed this folder again, or copy it again."
+        model = read_json(path, PoolError, advice=advice).get("model")
+        if model is not None and not (
+            isinstance(model, dict) and all(isinstance(value, str) for value in model.values())
+        ):
+            raise PoolError(f"{path}: 'model' is {printable(repr(model))[:80]}, expected names. {advice}")
+        return model
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Reads vectors [n, d] of the folder's rows [n], in any order."""
-        found = np.empty((len(rows), self.dimension), self.files[0].load().dtype)
+        found = np.empty((len(rows), self.dimension), self._dtype)
         for file in self.files:
             inside = (rows >= file.first) & (rows < file.first + file.rows)
             if inside.any():
@@ -154,16 +176,15 @@ class Embeddings:
         return found
 
     def columns(self, file: EmbeddingFile, names: list[str]) -> pa.Table:
-        """Reads metadata columns of a file; those it lacks are filled with nulls."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Reads columns of METADATA of a file; those it lacks are filled with nulls.
 
-        present = [name for name in names if name in pq.read_schema(file.metadata).names]
-        table = pq.read_table(file.metadata, columns=present)
-        for position, name in enumerate(names):
-            if name not in present:
-                table = table.add_column(position, name, pa.nulls(file.rows, pa.string()))
-        return table.select(names)
+        Raises:
+            PoolError: for columns of other types or with impossible values.
+        """
+        table = read_columns(file.metadata, {name: METADATA[name] for name in names}, PoolError)
+        if table.num_rows != file.rows:
+            raise PoolError(f"{file.metadata} has {table.num_rows} rows, and had {file.rows} a moment ago.")
+        return table
 
     def take(self, rows: np.ndarray, names: list[str]) -> pa.Table:
         """Reads metadata columns of the folder's rows [n], which ascend."""
@@ -179,14 +200,90 @@ class Embeddings:
         )
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the vectors do, as JSON: for our own folders what they were made of, else the files."""
+        """What changes when the vectors or their metadata do, as JSON: their contents, in order."""
         paths = [path for file in self.files for path in (file.vectors, file.metadata)]
-        made_of = self._origin.get("config_digest")
-        times = [None if made_of else path.stat().st_mtime_ns for path in paths]
-        sizes = [
-            [str(p.relative_to(self.folder)), p.stat().st_size, t] for p, t in zip(paths, times, strict=True)
-        ]
-        return [made_of, *sizes]
+        return [self.model, *([path.name, content_digest([path])] for path in paths)]
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """Maps the vectors [n, d] of a .npy file into memory.
+
+    Raises:
+        PoolError: for everything that is not a matrix of fp16, fp32 or fp64.
+    """
+    require_regular(path, PoolError)
+    try:
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":  # np.load would take archives and pickles, too
+                raise ValueError("it does not begin as a .npy file does")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that an old Python has written
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as cause:  # numpy's parser of headers raises many kinds
+        reason = printable(str(cause))[:200] or type(cause).__name__
+        raise PoolError(f"{path} cannot be read as vectors: {reason}. Embed or copy it again.") from cause
+    dtype = vectors.dtype
+    if dtype.kind != "f" or dtype.itemsize not in (2, 4, 8) or not dtype.isnative:
+        raise PoolError(
+            f"{path} holds values of type {printable(str(dtype))[:80]}; expected float16, float32 or float64 of this "
+            "machine's byte order. Convert it with numpy, or embed again."
+        )
+    if vectors.ndim != 2 or (len(vectors) and not vectors.shape[1]):
+        raise PoolError(
+            f"{path} has shape {vectors.shape}; expected one vector per row. Embed this folder again."
+        )
+    return vectors
+
+
+def numbered(paths: list[Path]) -> dict[int, Path]:
+    """Files by the number at the end of their names, in order of their names.
+
+    Raises:
+        PoolError: for a file without a number, and for two of one number.
+    """
+    found: dict[int, Path] = {}
+    for path in paths:
+        match = _NUMBER.search(path.name)
+        if match is None:
+            raise PoolError(
+                f"{path} has no number at the end of its name, so the file that belongs to it cannot be told. Expected "
+                "names such as img_emb_0.npy and metadata_0.parquet."
+            )
+        other = found.setdefault(int(match[1]), path)
+        if other is not path:
+            raise PoolError(f"{path} and {other.name} have the same number; keep one of them.")
+    return found
+
+
+def _by_number(folder: Path, vectors: list[Path], metadata: list[Path]) -> list[tuple[Path, Path]]:
+    """The pairs of files of one number, in order of the vectors' names: that of the rows.
+
+    Raises:
+        PoolError: for files that are missing on one side or on both, and if the metadata come in another order.
+    """
+    if len(vectors) == len(metadata) == 1 and not any(_NUMBER.search(p.name) for p in (*vectors, *metadata)):
+        return [(vectors[0], metadata[0])]
+    one, other = numbered(vectors), numbered(metadata)
+    name = vectors[0].parent.name
+    alone = [one[n].name for n in one if n not in other] + [other[n].name for n in other if n not in one]
+    if alone:
+        raise PoolError(
+            f"{folder} has {len(one)} files in {name} but {len(other)} in metadata; expected one for one, and "
+            f"{', '.join(alone[:3])}{' and others' if len(alone) > 3 else ''} stand alone. Was the embedding or a copy "
+            "interrupted? Run it again to the end."
+        )
+    missing = next((n for n, found in enumerate(sorted(one)) if n != found), None)
+    if missing is not None:
+        raise PoolError(
+            f"{folder} has no {name} and no metadata of number {missing}, but of {max(one)}; expected all from 0. Was "
+            "a copy interrupted? Copy the rest (or, to take a part on purpose, give the files numbers from 0)."
+        )
+    if list(one) != list(other):
+        raise PoolError(
+            f"The files of {folder}/{name} and of its metadata are not in the same order by name ({list(one)[:4]}, "
+            f"{list(other)[:4]}), so the rows of an index could be either's. Write all numbers with as many digits."
+        )
+    return [(path, other[number]) for number, path in one.items()]
 
 
 def same_model(one: Embeddings, other: Embeddings) -> None:
@@ -221,8 +318,9 @@ def check_unit(vectors: np.ndarray, path: Path, first: int, skipped: int = 0) ->
     """
     starts = range(0, len(vectors), _CHECKED_AT_ONCE)
     blocks = (vectors[start : start + _CHECKED_AT_ONCE].astype(np.float32) for start in starts)
-    squares = np.concatenate([np.einsum("nd,nd->n", block, block) for block in blocks] or [np.ones(0)])
-    norms = np.sqrt(squares)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is infinite or no number is found below
+        squares = np.concatenate([np.einsum("nd,nd->n", block, block) for block in blocks] or [np.ones(0)])
+        norms = np.sqrt(squares)
     bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))  # a comparison with NaN is false
     if len(bad):
         row = skipped + bad[0]

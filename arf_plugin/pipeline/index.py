@@ -81,7 +81,14 @@ class IndexStage(Stage):
             check_unit(vectors, file.vectors, file.first)
             for start in range(0, file.rows, BLOCK):
                 block = np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32)
-                index.add(block)
+                try:
+                    index.add(block)
+                except (
+                    RuntimeError
+                ) as cause:  # of an IDMap: it wants ids, but the ids are to be the row numbers
+                    raise FlagError(
+                        f"--factory {self._factory}: faiss cannot add vectors to it ({cause})."
+                    ) from cause
                 advance(len(block))
             with replacing(self.out / "metadata" / file.metadata.name) as temporary:
                 shutil.copyfile(file.metadata, temporary)
@@ -89,8 +96,12 @@ class IndexStage(Stage):
             raise PoolError(
                 f"The index has {index.ntotal} vectors, {embeddings.folder} has {embeddings.rows} rows."
             )
-        with replacing(self.artifacts([shard])[0]) as temporary:
-            faiss.write_index(index, str(temporary))
+        path = self.artifacts([shard])[0]
+        with replacing(path) as temporary:
+            try:
+                faiss.write_index(index, str(temporary))
+            except (RuntimeError, TypeError) as cause:  # a full disk; a name that is not UTF-8
+                raise OSError(f"{path} cannot be written: {cause}") from cause
         return Outcome(samples=embeddings.rows, kept=embeddings.rows)
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:

@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from arf_plugin.anchors.files import content_digest, list_files
 from arf_plugin.errors import MissingDependencyError, PoolError, ServiceError
 from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings
+from arf_plugin.pipeline.index_check import check_row_ids, reconstruct
+from arf_plugin.pipeline.tables import count_rows
+from arf_plugin.untrusted import printable, require_regular
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,7 @@ class IndexFolder(Embeddings):
                 f"{self.path} has {index.ntotal} vectors, {self.folder}/metadata has {self.rows} rows; expected one "
                 "for one. Build the index folder again with: arf index"
             )
-        return index
-
-    @cached_property
-    def _with_vectors(self) -> Any:
-        """The index, with the way from a row to its vector that inverted lists lack."""
-        import faiss
-
-        index = self.index
-        inverted = faiss.try_extract_index_ivf(index)
-        if inverted is not None:
-            inverted.make_direct_map()
+        check_row_ids(index, self.path)
         return index
 
     @property
@@ -59,7 +53,7 @@ class IndexFolder(Embeddings):
         if not len(rows):
             return np.zeros((0, self.dimension), np.float32)
         try:
-            return self._with_vectors.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+            return reconstruct(self.index, rows)
         except RuntimeError as cause:
             raise PoolError(
                 f"{self.path} cannot give its vectors back ({str(cause)[:200]}). Give the embedding folder that it was "
@@ -73,14 +67,9 @@ class IndexFolder(Embeddings):
         Raises:
             PoolError: if there are none.
         """
-        import pyarrow.parquet as pq
-
         files, first = [], 0
-        for path in sorted((self.folder / "metadata").glob("*.parquet")):
-            try:
-                rows = pq.read_metadata(path).num_rows
-            except (ValueError, OSError) as cause:
-                raise PoolError(f"{path} cannot be read: {cause}") from cause
+        for path in list_files(self.folder / "metadata", ".parquet"):
+            rows = count_rows(path, PoolError)
             if rows:
                 files.append(EmbeddingFile(self.path, path, first, rows))
                 first += rows
@@ -92,9 +81,9 @@ class IndexFolder(Embeddings):
         return files
 
     def fingerprint(self) -> list[Any]:
-        """Sizes and times."""
-        stats = [(path.name, path.stat()) for path in (self.path, *(file.metadata for file in self.files))]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        """Contents of the index and of the metadata."""
+        paths = [self.path, *(file.metadata for file in self.files)]
+        return [[path.name, content_digest([path])] for path in paths]
 
 
 def open_pool(folder: Path, *, index_suffices: bool = False) -> Embeddings:
@@ -105,7 +94,7 @@ def open_pool(folder: Path, *, index_suffices: bool = False) -> Embeddings:
         index_suffices: whether the search can do without the vectors.
     """
     pool = IndexFolder(folder)
-    has_vectors = any((folder / "img_emb").glob("*.npy"))
+    has_vectors = bool(list_files(folder / "img_emb", ".npy"))
     return pool if index_suffices and pool.path.exists() and not has_vectors else Embeddings(folder)
 
 
@@ -125,12 +114,15 @@ def open_index(path: Path) -> Any:
         import faiss
     except ImportError:
         raise MissingDependencyError("faiss", "Searching an index", "retrieval") from None
+    require_regular(path, PoolError)
     if not path.is_file():
         raise PoolError(f"{path} does not exist. Expected a faiss index, as written by: arf index")
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-    except RuntimeError as cause:
-        raise PoolError(f"{path} is not a faiss index, or damaged: {str(cause)[:200]}") from cause
+    except Exception as cause:  # of faiss's own, and of names that it cannot take
+        raise PoolError(
+            f"{path} is not a faiss index, or damaged: {printable(str(cause))[:200]}. Build it again with: arf index"
+        ) from cause
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise PoolError(
             f"{path} measures distances (faiss metric {index.metric_type}); expected inner product. Build it again "

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest
+from arf_plugin.anchors.files import content_digest
 from arf_plugin.errors import FlagError, PoolError, ServiceError
 from arf_plugin.pipeline.device import pick_device
 from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
 from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, index_file, open_index, open_pool
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 from arf_plugin.pipeline.knn_service import KnnClient, Service, check_queries
@@ -26,7 +27,6 @@ from arf_plugin.pipeline.knn_service_check import check_index, check_service
 MEMORY = 2**30  # bytes, unless told
 CANDIDATES_PER_NEIGHBOUR = 4
 _RANKED_AT_ONCE = 256  # queries
-_SAMPLED = 1 << 20  # bytes at either end of an index that stand for its contents
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class FaissBackend(Backend):
         """Index and settings."""
         return {
             "backend": "faiss",
-            "index": _sampled_digest(self._path),
+            "index": content_digest([self._path]),
             "parameters": self._parameters,
             "candidates": self._candidates,
             "ranked_on_vectors": not isinstance(self.pool, IndexFolder),
@@ -201,6 +201,9 @@ class FaissBackend(Backend):
                 f"{self._path} holds vectors of dimension {index.d}, the queries have {len(probe)}. Embed both with "
                 "the same model."
             )
+        check_row_ids(index, self._path)
+        if not isinstance(self.pool, IndexFolder):
+            check_vectors(index, self._path, self.pool)
         if self._parameters:
             space: Any = faiss.ParameterSpace()
             try:
@@ -220,6 +223,7 @@ class FaissBackend(Backend):
         if self._rerank:
             wanted = min(max(k, self._candidates or CANDIDATES_PER_NEIGHBOUR * k), self.pool.rows)
         similarities, rows = self._index.search(queries, wanted)
+        check_found(rows, similarities, self.pool.rows, self._path)
         found = (rows >= 0).sum(axis=1)
         if (found < k).any():
             raise PoolError(
@@ -310,13 +314,3 @@ def rank_on_vectors(
         found = np.einsum("nd,nmd->nm", queries[part].astype(np.float32), vectors)
         similarities[part] = np.where(rows[part] >= 0, found, -np.inf)
     return in_order(rows, similarities, k)
-
-
-def _sampled_digest(path: Path) -> str:
-    """Digest of a large file's size, beginning and end."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        parts = [file.read(_SAMPLED)]
-        file.seek(max(0, size - _SAMPLED))
-        parts.append(file.read(_SAMPLED))
-    return digest([size, *(part.hex() for part in parts)])

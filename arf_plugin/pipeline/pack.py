@@ -1,42 +1,43 @@
 """Stage pack: copies the chosen pairs from the pool's tars into the anchor set's WebDataset shards.
 
 Only tars that hold a chosen pair are opened, each from front to back. Where the embedding stage noted an image's
-offset, it is read there without a look at its neighbours; otherwise the tar is scanned. Shards are deterministic to
-the byte: fixed order, owner and time.
+offset, it is read there without a look at its neighbours; otherwise the tar is scanned. Either way it must be the
+image that was embedded; see :mod:`arf_plugin.pipeline.pool_images`. Shards are deterministic to the byte: fixed order,
+owner and time.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
+import re
+import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from arf_plugin.anchors.files import digest, file_digest, replacing
-from arf_plugin.anchors.ids import shard_name
-from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.anchors.manifest import begin_half, update_manifest
-from arf_plugin.anchors.tars import open_shard, scan_samples
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
+from arf_plugin.pipeline.embeddings import METADATA
+from arf_plugin.pipeline.pool_images import Pair, PoolTars, name_of, read_pairs
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import NUMBER, NUMBERS, TEXTS, WHOLE, read_columns
+from arf_plugin.untrusted import read_json, utf8
 
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A chosen pair and where to find it; ``number`` becomes its key in the anchor set."""
-
-    number: int
-    tar: str
-    key: str
-    ext: str
-    offset: int
-    size: int
-    caption: str | None
-    provenance: dict[str, Any]
+COLUMNS = METADATA | {
+    "similarity": NUMBER,
+    "queries": TEXTS,
+    "query_similarities": NUMBERS,
+    "query_count": WHOLE,
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class PackStage(Stage):
@@ -70,12 +71,17 @@ class PackStage(Stage):
             raise PoolError(f"{self._list} does not exist. Expected the output folder of: arf retrieve")
 
     def config(self) -> dict[str, Any]:
-        """The list of pairs and the shard size."""
-        return {"pairs": file_digest(self._list), "shard_size": self._shard_size}
+        """The list of pairs and the shard size; and the tars, where the list does not say what they must hold."""
+        config = {"pairs": file_digest(self._list), "shard_size": self._shard_size}
+        if self._unverified:
+            urls = sorted({url for pair in self._pairs for url, _ in pair.tars if not is_remote(url)})
+            stats = [path.stat() for path in map(local_path, urls) if path.exists()]
+            config |= {"pool": digest([[stat.st_size, stat.st_mtime_ns] for stat in stats])}
+        return config
 
     def plan(self) -> list[Shard]:
         """One shard per output tar."""
-        pairs = self._pairs()
+        pairs = self._pairs
         chunks = [pairs[start : start + self._shard_size] for start in range(0, len(pairs), self._shard_size)]
         return [Shard(i, f"{i:06d}", chunk, len(chunk), len(chunk)) for i, chunk in enumerate(chunks)]
 
@@ -91,32 +97,32 @@ class PackStage(Stage):
         """Packs one output tar."""
         outcome = Outcome()
         with replacing(self.artifacts([shard])[0]) as temporary, tarfile.open(temporary, "w") as tar:
-            for url, group in groupby(shard.source, key=lambda pair: pair.tar):
-                for pair, image, text, problem in _read_pairs(url, list(group)):
+            for _, group in groupby(shard.source, key=lambda pair: pair.recorded):
+                for found in read_pairs(list(group)):
                     outcome.samples += 1
                     advance(1)
-                    if problem or image is None or text is None:
-                        outcome.reject(f"{shard_name(url)}/{pair.key}", problem or "has no text")
+                    text = found.text if found.text and found.text.strip() else None
+                    if found.problem or found.image is None or text is None:
+                        name = f"{name_of(utf8(found.url))}/{found.pair.key}"
+                        outcome.reject(name, found.problem or "has no text")
                         continue
                     outcome.kept += 1
-                    key = f"{pair.number:09d}"
-                    provenance = json.dumps(pair.provenance, sort_keys=True, ensure_ascii=False)
-                    _add(tar, f"{key}.{pair.ext}", image)
+                    key = f"{found.pair.number:09d}"
+                    provenance = json.dumps(found.pair.provenance, sort_keys=True, ensure_ascii=False)
+                    _add(tar, f"{key}.{found.ext}", found.image)
                     _add(tar, f"{key}.txt", text.encode("utf-8"))
                     _add(tar, f"{key}.json", provenance.encode("utf-8"))
         return outcome
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Notes the pairs in the anchor set's manifest."""
-        import pyarrow.parquet as pq
-
         count = 0
         for shard in shards:
-            marker = json.loads((self.work / "done" / f"{shard.name}.json").read_text(encoding="utf-8"))
+            marker = read_json(self.work / "done" / f"{shard.name}.json", PoolError)
             count += marker["kept"]
         info = self._retrieved / "retrieve.json"
-        retrieved = json.loads(info.read_text(encoding="utf-8")) if info.exists() else {}
-        tars = sorted(set(pq.read_table(self._list, columns=["tar"])["tar"].to_pylist()) - {None})
+        retrieved = read_json(info, PoolError) if info.exists() else {}
+        tars = {row["tar"] for row in self._rows if row["tar"]}
         entry = {
             "count": count,
             "shards": len(shards),
@@ -125,112 +131,151 @@ class PackStage(Stage):
             "pool_tars_used": len(tars),
             "config_digest": digest(self.config()),
         }
-        update_manifest(self.out, "pairs", entry, self.artifacts(shards))
-        return {"pairs": count, "pool_tars_used": len(tars)}
+        unverified = {"unverified": self._unverified} if self._unverified else {}
+        update_manifest(self.out, "pairs", entry | unverified, self.artifacts(shards))
+        return {"pairs": count, "pool_tars_used": len(tars)} | unverified
 
-    def _pairs(self) -> list[Pair]:
-        """The chosen pairs in the order of the pool."""
-        import pyarrow.parquet as pq
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        """The list of pairs.
 
-        rows = pq.read_table(self._list).to_pylist()
-        if any(row["tar"] is None or row["offset"] is None for row in rows):
-            self._locate(rows)
-        moved = {shard_name(url): url for url in self._pool or []}
-        pairs = []
+        Raises:
+            PoolError: for what no search has written.
+        """
+        required = [name for name in COLUMNS if name != "sha256"]  # older versions had none
+        rows = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
         for number, row in enumerate(rows):
+            if not row["tar"]:
+                row |= {
+                    "tar": None,
+                    "sha256": None,
+                }  # that of others may be of the image before it was resized
+            cosines = [
+                *(row["query_similarities"] or []),
+                *([] if row["similarity"] is None else [row["similarity"]]),
+            ]
+            if row["image_path"] is None:
+                problem = "has no image_path, the key of the pair"
+            elif not all(cosine is not None and math.isfinite(cosine) for cosine in cosines):
+                problem = "has a similarity that is no number"
+            elif row["sha256"] is not None and not _SHA256.fullmatch(row["sha256"]):
+                problem = "has a sha256 that is none"
+            else:
+                continue
+            raise PoolError(f"{self._list}, row {number}, {problem}. Retrieve again, with --restart.")
+        return rows
+
+    @property
+    def _unverified(self) -> int:
+        """Number of pairs whose images have no digest to be compared with."""
+        return sum(row["sha256"] is None for row in self._rows)
+
+    @cached_property
+    def _pairs(self) -> list[Pair]:
+        """The chosen pairs in the order of the pool; says what cannot be verified of them."""
+        known = [row | {"located": False} for row in self._rows if row["tar"] is not None]
+        located = self._locate([row for row in self._rows if row["tar"] is None])
+        pool = PoolTars(self._pool or [], self._list)
+        candidates = {row["tar"]: pool.candidates(row["tar"]) for row in known}
+        pairs = []
+        for number, row in enumerate([*known, *located]):
             provenance = {
-                "pool_shard": shard_name(row["tar"]),
+                "pool_shard": name_of(utf8(row["tar"])),
                 "pool_key": row["image_path"],
                 "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
-                "queries": row["queries"],
-                "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"]],
+                "queries": row["queries"] or [],
+                "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
                 "query_count": row["query_count"],
             }
-            tar = moved.get(shard_name(row["tar"]), row["tar"])
-            where = (int(row["offset"]), int(row["size"] or 0))
+            if row["sha256"]:
+                provenance["sha256"] = row["sha256"]
             pairs.append(
-                Pair(number, tar, row["image_path"], row["ext"] or "", *where, row["caption"], provenance)
+                Pair(
+                    number,
+                    row["tar"],
+                    ((row["tar"], 0),) if row["located"] else candidates[row["tar"]],
+                    row["image_path"],
+                    row["ext"] or "",
+                    -1 if row["offset"] is None else row["offset"],
+                    row["size"] or 0,
+                    row["caption"],
+                    row["sha256"],
+                    not row["located"],
+                    provenance,
+                )
+            )
+        if self._unverified:
+            print(
+                f"pack: {self._unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
+                "clip-retrieval or by an older version), so they are taken by key, size and text alone, and whether "
+                "they are what was embedded could not be verified. To be sure, embed the pool with: arf embed",
+                file=sys.stderr,
             )
         return pairs
 
-    def _locate(self, rows: list[dict[str, Any]]) -> None:
-        """Finds the tar and offset of each key in the pool, for embeddings that do not name them."""
+    def _locate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Finds the tar and offset of each key in the pool, for embeddings that do not name them.
+
+        A key that several tars have is found by its text, where that tells them apart.
+
+        Returns:
+            The rows in the order of the pool.
+        """
+        if not rows:
+            return []
         if not self._pool:
             raise PoolError(
                 f"{self._list} does not say which tars hold the pairs (embeddings made by clip-retrieval). "
                 "Name the pool's tars with --pool."
             )
+        places: dict[str, list[tuple[int, str, Any, bytes | None]]] = defaultdict(list)
         wanted = {row["image_path"] for row in rows}
-        places: dict[str, tuple[int, str, Any]] = {}
         for position, url in enumerate(self._pool):
-            for sample in scan_samples(url, PoolError):
-                if sample.key not in wanted or sample.image is None:
-                    continue
-                if sample.key in places:
-                    raise PoolError(
-                        f"The key {sample.key!r} occurs in {places[sample.key][1]} and in {url}, and the embeddings "
-                        "name no tar, so the pair is ambiguous. Embed the pool with: arf embed"
-                    )
-                places[sample.key] = (position, url, sample.image)
+            for sample in scan_samples(url, PoolError, read=("txt",)):
+                if utf8(sample.key) in wanted and sample.image is not None:
+                    text = sample.members["txt"].data if "txt" in sample.members else None
+                    places[utf8(sample.key)].append((position, url, sample.image, text))
         missing = sorted(wanted - places.keys())
         if missing:
             raise PoolError(
                 f"{len(missing)} of {len(wanted)} chosen keys are in none of the {len(self._pool)} pool tars, the "
                 f"first being {missing[0]!r}. Name all tars that were embedded with --pool."
             )
+        found, agree, differ = [], 0, []
         for row in rows:
-            _, url, image = places[row["image_path"]]
-            row |= {"tar": url, "offset": image.offset, "size": image.size, "ext": image.ext}
-        rows.sort(key=lambda row: (places[row["image_path"]][0], row["offset"], row["image_path"]))
-
-
-_Read = tuple[Pair, bytes | None, str | None, str | None]
-
-
-def _read_pairs(url: str, pairs: list[Pair]) -> Iterator[_Read]:
-    """Yields (pair, image, text, problem) for the pairs of one tar, in their order."""
-    if all(pair.offset >= 0 and pair.caption is not None and pair.ext for pair in pairs):
-        with open_shard(url, PoolError) as file:
-            for pair in pairs:
-                image = _read_at(file, pair, url)
-                yield pair, image, _checked(pair.caption), image_problem(io.BytesIO(image), 0, len(image))
-        return
-    wanted = {pair.key: pair for pair in pairs}
-    found: dict[str, _Read] = {}
-    for sample in scan_samples(url, PoolError, read=(*IMAGE_EXTENSIONS, "txt"), images=True):
-        if sample.key not in wanted or sample.image is None:
-            continue
-        pair = wanted[sample.key]
-        text, problem = pair.caption, sample.image.problem
-        if text is None and "txt" in sample.members:
-            try:
-                text = (sample.members["txt"].data or b"").decode("utf-8")
-            except UnicodeDecodeError as cause:
-                problem = problem or f"its txt is not UTF-8 ({cause})"
-        found[pair.key] = (pair, sample.image.data, _checked(text), problem)
-    for pair in pairs:
-        yield found.get(pair.key) or (pair, None, None, f"is not in {url}")
-
-
-def _read_at(file: IO[bytes], pair: Pair, url: str) -> bytes:
-    """Reads an image at its offset, having checked that the header before it is still the same member's."""
-    file.seek(pair.offset - tarfile.BLOCKSIZE)
-    block = file.read(tarfile.BLOCKSIZE + pair.size)
-    try:
-        header = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
-        same = header.size == pair.size and len(block) == tarfile.BLOCKSIZE + pair.size
-    except tarfile.HeaderError:
-        same = False
-    if not same:
-        raise PoolError(
-            f"{url} does not hold the image of {pair.key!r} at byte {pair.offset}: the tar has changed since it was "
-            "embedded. Embed the pool and retrieve again."
-        )
-    return block[tarfile.BLOCKSIZE :]
-
-
-def _checked(text: str | None) -> str | None:
-    return text if text and text.strip() else None
+            key, said = row["image_path"], (row["caption"] or "").encode("utf-8")
+            here = places[key]
+            if len(here) > 1:
+                here = [place for place in here if place[3] == said]
+            if len(here) != 1:
+                raise PoolError(
+                    f"The key {key!r} occurs in {places[key][0][1]} and in {places[key][1][1]}, and the embeddings "
+                    "name no tar, so the pair is ambiguous. Embed the pool with: arf embed"
+                )
+            position, url, image, text = here[0]
+            if text is not None and row["caption"] is not None:
+                agree += text == said
+                differ += [] if text == said else [f"{key!r} in {url}"]
+            place = {
+                "tar": url,
+                "offset": image.offset,
+                "size": image.size,
+                "ext": image.ext,
+                "located": True,
+            }
+            found.append((position, image.offset, key, row | place))
+        if agree > len(differ) > 0:
+            raise PoolError(
+                f"The texts of {len(differ)} of {len(rows)} chosen pairs are not those of the pool's tars, {differ[0]} "
+                "first, the others are: these tars have changed since they were embedded. Embed the pool again."
+            )
+        if differ:
+            print(
+                f"pack: the captions of {len(differ)} of {len(rows)} chosen pairs are not the txt of the tars "
+                f"({differ[0]} first). If they were embedded from other tars, these are the wrong images.",
+                file=sys.stderr,
+            )
+        return [row for *_, row in sorted(found, key=lambda place: place[:3])]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, replacing, write_json
+from arf_plugin.anchors.files import digest, write_json
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.device import pick_device
 from arf_plugin.pipeline.duplicates import Dropped, Exclusion, exact_duplicates, near_duplicates
@@ -27,9 +27,10 @@ from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.selection import Chosen, Hits, Selection, draw, select
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns, write_table
 
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
-POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption"]
+POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
 
 
 class RetrieveStage(Stage):
@@ -104,7 +105,6 @@ class RetrieveStage(Stage):
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Searches for the queries of a file, or of a part of it."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         file: EmbeddingFile
         file, start, stop = shard.source
@@ -124,20 +124,12 @@ class RetrieveStage(Stage):
                 "similarity": np.concatenate(similarities).ravel(),
             }
         )
-        with replacing(self.artifacts([shard])[0]) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_table(self.artifacts([shard])[0], table)
         return Outcome(samples=stop - start, kept=stop - start)
 
     def finalize(self, shards: list[Shard]) -> dict[str, Any]:
         """Selects the pairs and writes them with their provenance."""
-        import pyarrow.parquet as pq
-
-        tables = [
-            pq.read_table(path, columns=["query_row", "row", "similarity"]) for path in self.artifacts(shards)
-        ]
-        hits = Hits.of(
-            *(np.concatenate([table[name].to_numpy() for table in tables]) for name in tables[0].column_names)
-        )
+        hits = self._hits(shards)
         kept, dropped = self._drop(hits)
         chosen = select(kept, self._selection)
         info: dict[str, Any] = {
@@ -163,6 +155,23 @@ class RetrieveStage(Stage):
         self._write_dropped(dropped)
         write_json(self.out / "retrieve.json", info)
         return info
+
+    def _hits(self, shards: list[Shard]) -> Hits:
+        kinds = {"query_row": WHOLE, "row": WHOLE, "similarity": NUMBER}
+        tables = []
+        for path in self.artifacts(shards):
+            table = read_columns(path, kinds, PoolError, required=kinds)
+            query, row, similarity = columns = [table[name].to_numpy() for name in kinds]
+            inside = (
+                (query >= 0) & (query < self._queries.rows) & (row >= 0) & (row < self._pool.rows)
+            ).all()
+            if not (inside and np.isfinite(similarity).all()):  # a null has become NaN
+                raise PoolError(
+                    f"{path} holds hits that are no rows of the queries and the pool; it has been changed. Search "
+                    "again, with --restart."
+                )
+            tables.append(columns)
+        return Hits.of(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
 
     def _drop(self, hits: Hits) -> tuple[Hits, list[Dropped]]:
         """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""
@@ -209,7 +218,6 @@ class RetrieveStage(Stage):
 
     def _write_pairs(self, chosen: Chosen) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         ids = pa.chunked_array([query_ids(self._queries, file) for file in self._queries.files], pa.string())
         table = self._pool.take(chosen.rows, POOL_COLUMNS)
@@ -228,12 +236,10 @@ class RetrieveStage(Stage):
         table = table.append_column("query_count", pa.array(counts, pa.int64()))
         table = table.append_column("queries", pa.array(named, pa.list_(pa.string())))
         table = table.append_column("query_similarities", pa.array(cosines, pa.list_(pa.float32())))
-        with replacing(self.out / "pairs.parquet") as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_table(self.out / "pairs.parquet", table)
 
     def _write_dropped(self, dropped: list[Dropped]) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         ordered = sorted(dropped, key=lambda item: item.row)
         rows = np.array([item.row for item in ordered], np.int64)
@@ -244,8 +250,7 @@ class RetrieveStage(Stage):
             "near": pa.array([str(item.near) for item in ordered], pa.string()),
             "similarity": pa.array([item.similarity for item in ordered], pa.float32()),
         }
-        with replacing(self.out / "dropped.parquet") as temporary:
-            pq.write_table(pa.table(columns), temporary, compression="zstd")
+        write_table(self.out / "dropped.parquet", pa.table(columns))
 
 
 def query_ids(queries: Embeddings, file: EmbeddingFile) -> Any:

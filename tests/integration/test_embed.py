@@ -19,6 +19,7 @@ from support.building import (
     folder_bytes,
     save_tiny_clip,
     unit_vectors,
+    write_embeddings,
     write_pool,
     write_tar,
 )
@@ -139,18 +140,6 @@ def test_other_weights_of_the_same_name_are_refused_on_resume(arf, inputs: Input
     save_tiny_clip(tmp_path / "clip", seed=2)
     _, err = arf(*command, status=1)
     assert "model.weights: " in err
-
-
-def write_embeddings(folder: Path, vectors: np.ndarray, parts: int = 2) -> None:
-    """A folder as clip-retrieval inference writes it: keys and captions only."""
-    import pyarrow as pa
-
-    for name in ("img_emb", "metadata"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for part, chunk in enumerate(np.array_split(np.arange(len(vectors)), parts)):
-        np.save(folder / f"img_emb/img_emb_{part}.npy", vectors[chunk])
-        table = pa.table({"image_path": [f"{i:05d}" for i in chunk], "caption": ["c"] * len(chunk)})
-        pq.write_table(table, folder / f"metadata/metadata_{part}.parquet")
 
 
 def test_damaged_embedding_folders_are_refused(tmp_path: Path):

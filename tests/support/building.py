@@ -206,3 +206,16 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def unit_vectors(rows: int, dimension: int, seed: int) -> np.ndarray:
     vectors = np.random.default_rng(seed).normal(size=(rows, dimension))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_embeddings(folder: Path, vectors: np.ndarray, parts: int = 2) -> None:
+    """A folder as clip-retrieval inference writes it: keys and captions only."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for part, chunk in enumerate(np.array_split(np.arange(len(vectors)), parts)):
+        np.save(folder / f"img_emb/img_emb_{part}.npy", vectors[chunk])
+        table = pa.table({"image_path": [f"{i:05d}" for i in chunk], "caption": ["c"] * len(chunk)})
+        pq.write_table(table, folder / f"metadata/metadata_{part}.parquet")
