@@ -6,6 +6,8 @@ rows name image files. A pool is WebDataset URLs.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from arf_plugin.anchors.files import content_digest, digest
+from arf_plugin.anchors.files import content_digest, digest, stat_key
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import cached_scan
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import read_csv_ids
-from arf_plugin.errors import ArfError, PoolError
+from arf_plugin.errors import ArfError, PoolError, TaskDataError
 from arf_plugin.pipeline.stage import Shard
+from arf_plugin.untrusted import require_regular
 
 CSV_ROWS_PER_SHARD = 10_000
 
@@ -64,14 +67,21 @@ class Source(Protocol):
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields a shard's samples in order."""
 
-    def fingerprint(self) -> Any:
-        """Returns what changes when the inputs change, as JSON; a list if it has one entry per shard."""
+    def fingerprint(self) -> list[Any]:
+        """Returns one JSON value per shard, at the price of a look at its files: it changes if one is written again.
+
+        It may change although the contents do not, as when a file is touched or moved.
+        """
 
     def content(self, shard: Shard) -> str:
-        """Returns a digest of the contents of a shard's files, wherever they lie."""
+        """Returns a digest of the contents of a shard's files, wherever they lie.
+
+        Raises:
+            ArfError: if they cannot be read.
+        """
 
     def digest(self) -> str:
-        """Returns a digest of the inputs' names and sizes, which stays the same when they are copied."""
+        """Returns a digest of the contents of all shards, which stays the same when they are copied."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +139,25 @@ class TarSource:
                 problem=problem,
             )
 
-    def fingerprint(self) -> Any:
-        """Name, size and time of change of every tar."""
-        return [_file_fingerprint(url) for url in self.urls]
+    def fingerprint(self) -> list[Any]:
+        """Place, size, times and inode of every tar; of a remote one what its server says of it."""
+        return [[url, _seen_state(url) if is_remote(url) else _stat(local_path(url))] for url in self.urls]
 
     def content(self, shard: Shard) -> str:
-        """Digest of the tar; of its name, if it is not here."""
+        """SHA-256 of the tar; of a remote one, which is not read for this, what its server says of it."""
         url = shard.source
-        return digest([url]) if is_remote(url) else content_digest([local_path(url)])
+        if is_remote(url):
+            return digest(["remote", _state_or_none(url) or url])
+        try:
+            return _content([local_path(url)], self.error)
+        except self.error:
+            if not self.salvage:
+                raise
+            return digest(["lost", shard_name(url)])
 
     def digest(self) -> str:
-        """Shard names and sizes."""
-        return digest([[shard_name(url), _file_size(url)] for url in self.urls])
+        """Shard names, which are a part of the samples' ids, and contents."""
+        return digest([[shard_name(shard.source), self.content(shard)] for shard in self.shards()])
 
 
 @dataclass(frozen=True)
@@ -168,23 +185,28 @@ class CsvSource:
         for path in shard.source:
             image, problem = None, None
             try:
+                require_regular(Path(path), TaskDataError)
                 image = Path(path).read_bytes()
-            except OSError as cause:
-                problem = f"cannot be read ({cause.strerror or cause})"
+            except TaskDataError:
+                problem = "is no file"
+            except (OSError, ValueError) as cause:  # ValueError: a null byte
+                problem = f"cannot be read ({getattr(cause, 'strerror', None) or cause})"
             size = len(image) if image is not None else 0
             yield RawSample(path, path, "", Path(path).suffix.lstrip("."), -1, size, image, None, problem)
 
-    def fingerprint(self) -> Any:
-        """Name, size and time of change of the file, and how it is read."""
-        return {"file": _file_fingerprint(self.path), "columns": [self.image_column, self.separator]}
+    def fingerprint(self) -> list[Any]:
+        """Per chunk of rows a digest of the image paths, and of each image's size, times and inode."""
+        return [digest([[path, _stat(Path(path))] for path in shard.source]) for shard in self.shards()]
 
     def content(self, shard: Shard) -> str:
-        """Digest of the images and their paths, which are the ids."""
-        return digest([shard.source, content_digest([Path(path) for path in shard.source])])
+        """Digest of the image paths, which are the samples' ids, and of the contents of the images."""
+        there = [path for path in shard.source if os.path.isfile(path)]  # noqa: PTH113 - names may be impossible
+        missing = sorted(set(shard.source) - set(there))
+        return digest([shard.source, missing, _content([Path(path) for path in there], TaskDataError)])
 
     def digest(self) -> str:
-        """The image paths."""
-        return digest(read_csv_ids(self.path, self.image_column, self.separator))
+        """The image paths and contents."""
+        return digest([self.content(shard) for shard in self.shards()])
 
 
 def map_ordered(
@@ -235,11 +257,48 @@ def _file_size(url: str) -> float:
     return float(path.stat().st_size) if path.exists() else 1.0
 
 
-def _file_fingerprint(url: str) -> list[Any]:
-    if is_remote(url):
-        return [shard_name(url)]
-    path = local_path(url)
-    if not path.exists():
-        return [str(path), None, None]
-    stat = path.stat()
-    return [str(path), stat.st_size, stat.st_mtime_ns]
+def _stat(path: Path) -> list[int] | None:
+    """What changes when a file is written again; None if it is missing."""
+    try:
+        return stat_key(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _content(paths: list[Path], error: type[ArfError]) -> str:
+    for path in paths:
+        require_regular(path, error)
+    try:
+        return content_digest(paths)
+    except OSError as cause:
+        raise error(f"{cause.filename or paths[0]} cannot be read: {cause.strerror or cause}.") from cause
+
+
+_STATE = {"size", "mtime", "created", "generation", "version_id", "md5", "md5Hash", "crc32c"}
+_STATE |= {"ETag", "etag", "LastModified", "last_modified"}
+
+
+def _remote_state(url: str) -> dict[str, str]:
+    """What a server says of a file that changes with its contents."""
+    import fsspec
+
+    if url.startswith("pipe:"):
+        return {}
+    fs, path = fsspec.core.url_to_fs(url)
+    return {name: str(value) for name, value in fs.info(path).items() if name in _STATE and value is not None}
+
+
+_asked_once = functools.lru_cache(maxsize=None)(_remote_state)  # within one process; a failure is asked again
+
+
+def _state_or_none(url: str, ask: Callable[[str], dict[str, str]] = _remote_state) -> dict[str, str] | None:
+    try:
+        return ask(url) or None
+    except (
+        Exception
+    ):  # fsspec's file systems raise kinds of their own; reading the tar will say what is wrong
+        return None
+
+
+def _seen_state(url: str) -> dict[str, str] | None:
+    return _state_or_none(url, _asked_once)
