@@ -127,7 +127,8 @@ def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, st
     if manifest is None:
         return [], {}
     halves = {
-        half: flatten(manifest[half])
+        # The list of a half's files is as long as the half.
+        half: flatten({key: value for key, value in manifest[half].items() if key != "written"})
         for half in ("captions", "pairs")
         if isinstance(manifest.get(half), dict)
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from support.building import folder_bytes
 from support.building_fixtures import Inputs, retrieve_pairs
 
@@ -228,3 +229,31 @@ def test_a_file_beside_a_model_folder_is_what_embeds(arf, inputs: Inputs, tmp_pa
     assert folder_bytes(tmp_path / "F/img_emb") == folder_bytes(tmp_path / "E/img_emb")
     _, err = arf(*command, tmp_path / "F", status=1)
     assert "holds work of stage embed with another configuration" in err
+
+
+def test_a_table_whose_images_were_all_replaced(arf, inputs: Inputs, tmp_path: Path):
+    """The table itself is as it was, and so are the images' names, sizes and times."""
+    images = [tmp_path / f"{i}.bmp" for i in range(4)]
+    for i, path in enumerate(images):
+        Image.new("RGB", (40, 40), (50 * i, 0, 0)).save(path)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    table = tmp_path / "train.tsv"
+    table.write_text("\n".join(["filepath\ttitle", *(f"{path}\tt" for path in images)]) + "\n")
+    captioner = ("--captioner", inputs.captioner, "--min-new-tokens", 3, "--max-new-tokens", 6)
+    commands = [
+        ("embed", "--task-data", table, "--model", inputs.clip, "--out", tmp_path / "E"),
+        ("caption", "--task-data", table, *captioner, "--out", tmp_path / "A"),
+    ]
+    for command in commands:
+        arf(*command)
+    for path in images:
+        os.utime(path, (1_100_000_000, 1_100_000_000))
+    for command in commands:
+        assert "nothing left to do" in arf(*command)[1]
+    for i, path in enumerate(images):
+        Image.new("RGB", (40, 40), (0, 0, 50 * i)).save(path)
+        os.utime(path, (1_100_000_000, 1_100_000_000))
+    for command in commands:
+        _, err = arf(*command, status=1)
+        assert "another configuration or other inputs" in err and "nothing left to do" not in err
+        arf(*command, "--restart")
