@@ -132,6 +132,6 @@ def has_weights(folder: Path) -> bool:
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Has ``torch.load`` read nothing but tensors and plain values; see :func:`arf_plugin.safe_loading.safe_loading`."""
+    """Has ``torch.load`` read nothing but tensors and plain values; see :mod:`arf_plugin.safe_loading`."""
     with safe_loading():
         yield
