@@ -241,9 +241,11 @@ def _stored_size(info: tarfile.TarInfo) -> int:
     """
     stored = last = 0
     for start, size in info.sparse:  # type: ignore[attr-defined]
-        if start < last or size < 0 or start + size > info.size:
+        # GNU's form fills its table up with parts of no bytes.
+        if start < (last if size else 0) or size < 0 or start + size > info.size:
             raise tarfile.ReadError(f"{info.name!r} is a file with holes whose parts do not fit together")
-        stored, last = stored + size, start + size
+        if size:
+            stored, last = stored + size, start + size
     return stored
 
 
