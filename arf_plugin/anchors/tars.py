@@ -30,7 +30,9 @@ _REMOTE = re.compile(r"^(?!file:)[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 _PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
 _LINKS_AND_DEVICES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _PARTS = frozenset((*IMAGE_EXTENSIONS, "txt", "cls"))  # extensions by which a member is part of a sample
-_RESERVED = frozenset(("__key__", "__url__", "__bad__"))  # extensions that would overwrite webdataset's own notes
+_RESERVED = frozenset(
+    ("__key__", "__url__", "__bad__")
+)  # extensions that would overwrite webdataset's own notes
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
 
 LARGEST_TEXT = 1 << 26  # bytes of a txt, cls or json; longer ones are no captions
@@ -161,10 +163,8 @@ def scan_samples(
     """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
 
     Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip. That makes samples
-    of system files too: see :attr:`Sample.is_stray`.
-
-    Args:
-        on_stray: called with the name of each file that has no extension, and so is part of no sample.
+    of system files too: see :attr:`Sample.is_stray`. A file without an extension is part of no sample; `on_stray` is
+    called with its name.
     """
     sample: Sample | None = None
     current: str | None = None

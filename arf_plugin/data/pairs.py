@@ -93,9 +93,7 @@ class PairDecoder:
         self._tried = self._bad = 0  # in this pass
         self._reason = ""
 
-    def read(
-        self, shards: Iterator[dict[str, Any]], shuffle_seed: Callable[[], str]
-    ) -> Iterator[RawPair]:
+    def read(self, shards: Iterator[dict[str, Any]], shuffle_seed: Callable[[], str]) -> Iterator[RawPair]:
         """Pairs of the shards, shuffled within a pass so that none meets its own copy from the next one.
 
         Raises:
@@ -136,7 +134,7 @@ class PairDecoder:
         # After a resume some pairs are passed over and not decoded: then the next pass tells.
         if self._tried == self._bad == read:
             raise AnchorSetError(
-                f"None of the {read} pairs of a whole pass over {where} can be decoded, the last being {self._reason}.\n"
+                f"None of the {read} pairs of a whole pass over {where} can be decoded, the last: {self._reason}.\n"
                 "Look at them with `arf check --full`, or run `arf pack` again."
             )
 
