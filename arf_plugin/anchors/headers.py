@@ -1,8 +1,8 @@
 """Walks over the headers of a tar, quickly: a million samples are looked at before training starts.
 
 Plain headers, which are nearly all, are parsed here in a few microseconds; every other kind (long names, pax records,
-large sizes, sparse files) is left to :mod:`tarfile`, so that both agree on what a tar holds. Names are bytes: those that
-are no UTF-8 are kept as ``os.fsdecode`` keeps them, under every locale.
+large sizes, sparse files) is left to :mod:`tarfile`, so that both agree on what a tar holds. Names are bytes: those
+that are no UTF-8 are kept as ``os.fsdecode`` keeps them, under every locale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-NAMES = {"encoding": "utf-8", "errors": "surrogateescape"}  # how names are decoded, whatever the locale says
+ENCODING = "utf-8"  # of names, whatever the locale says
 LARGEST_EXTENSION = 1 << 24  # bytes of the long names, pax records and maps of holes of one member
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -64,10 +64,10 @@ class StrictInfo(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         file: Any = tar.fileobj
         if isinstance(file, _Bounded):  # the member that an extended header belongs to
-            return super()._proc_member(tar)  # type: ignore[misc]
-        tar.fileobj = _Bounded(file)  # type: ignore[assignment]
+            return super()._proc_member(tar)
+        tar.fileobj = _Bounded(file)
         try:
-            return super()._proc_member(tar)  # type: ignore[misc]
+            return super()._proc_member(tar)
         finally:
             tar.fileobj = file
 
@@ -101,8 +101,8 @@ class SeekableTar:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._tar: tarfile.TarFile | None = None
-        self._info: tarfile.TarInfo | None = None  # of a file with holes, which tarfile must put together
+        self._tar: Any = None
+        self._info: Any = None  # of a file with holes, which tarfile must put together
         self._plain_suffices = True  # until a global header changes the members that follow
 
     def __iter__(self) -> Iterator[Header]:
@@ -130,7 +130,6 @@ class SeekableTar:
     def load(self, header: Header) -> bytes:
         """Reads the data of the header that came last."""
         if header.offset < 0:
-            assert self._tar is not None and self._info is not None
             return _extract(self._tar, self._info)
         self._file.seek(header.offset)
         data = self._file.read(header.size)
@@ -147,11 +146,11 @@ class SeekableTar:
         self._file.seek(offset)
         with _one_error(offset):
             if self._tar is None:
-                self._tar = tarfile.open(fileobj=self._file, mode="r:", tarinfo=StrictInfo, **NAMES)  # type: ignore[call-overload]
+                self._tar = _open_tar(self._file, "r:")
             else:
                 self._tar.offset = offset
             info = self._tar.next()
-            self._tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every header
+            self._tar.members.clear()  # tarfile would keep every header
             if info is None:
                 raise tarfile.ReadError(f"damaged header at byte {offset}")
             following = self._tar.offset
@@ -175,17 +174,17 @@ class StreamedTar:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._tar: tarfile.TarFile | None = None
-        self._info: tarfile.TarInfo | None = None
+        self._tar: Any = None
+        self._info: Any = None
 
     def __iter__(self) -> Iterator[Header]:
         with _one_error(0):
-            self._tar = tar = tarfile.open(fileobj=self._file, mode="r|*", tarinfo=StrictInfo, **NAMES)  # type: ignore[call-overload]
+            self._tar = tar = _open_tar(self._file, "r|*")
         with tar:
             while True:
                 with _one_error(tar.offset):
                     self._info = info = tar.next()
-                    tar.members.clear()  # type: ignore[attr-defined]
+                    tar.members.clear()
                     if info is None:
                         return
                     if info.issparse():
@@ -194,8 +193,13 @@ class StreamedTar:
 
     def load(self, header: Header) -> bytes:
         """Reads the data of the header that came last."""
-        assert self._tar is not None and self._info is not None
         return _extract(self._tar, self._info)
+
+
+def _open_tar(file: IO[bytes], mode: Any) -> Any:
+    return tarfile.open(
+        fileobj=file, mode=mode, tarinfo=StrictInfo, encoding=ENCODING, errors="surrogateescape"
+    )
 
 
 def walk_headers(file: IO[bytes]) -> Iterator[Header]:
@@ -233,17 +237,19 @@ def _are_numbers(owner: bytes, device: bytes) -> bool:
     return True
 
 
-def _stored_size(info: tarfile.TarInfo) -> int:
+def _stored_size(info: Any) -> int:
     """Bytes that a file with holes takes in the tar.
 
     Raises:
         tarfile.ReadError: its parts overlap or lie beyond its end, which would keep tarfile at it for ever.
     """
     stored = last = 0
-    for start, size in info.sparse:  # type: ignore[attr-defined]
-        if start < last or size < 0 or start + size > info.size:
+    for start, size in info.sparse:
+        # GNU's form fills its table up with parts of no bytes.
+        if start < (last if size else 0) or size < 0 or start + size > info.size:
             raise tarfile.ReadError(f"{info.name!r} is a file with holes whose parts do not fit together")
-        stored, last = stored + size, start + size
+        if size:
+            stored, last = stored + size, start + size
     return stored
 
 
@@ -258,7 +264,7 @@ def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
 
 @contextlib.contextmanager
 def _one_error(offset: int) -> Iterator[None]:
-    """Turns what tarfile raises over a hostile header (IndexError, TypeError, RecursionError, ...) into its own error."""
+    """Turns what tarfile raises over hostile headers (IndexError, RecursionError, ...) into its own error."""
     try:
         yield
     except (tarfile.TarError, OSError, EOFError):

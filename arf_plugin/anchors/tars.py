@@ -163,10 +163,8 @@ def scan_samples(
     """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
 
     Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip. That makes samples
-    of system files too: see :attr:`Sample.is_stray`.
-
-    Args:
-        on_stray: called with the name of each file that has no extension, and so is part of no sample.
+    of system files too: see :attr:`Sample.is_stray`. A file without an extension is part of no sample; `on_stray` is
+    called with its name.
     """
     sample: Sample | None = None
     current: str | None = None

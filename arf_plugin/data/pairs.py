@@ -134,7 +134,7 @@ class PairDecoder:
         # After a resume some pairs are passed over and not decoded: then the next pass tells.
         if self._tried == self._bad == read:
             raise AnchorSetError(
-                f"None of the {read} pairs of a whole pass over {where} can be decoded, the last being {self._reason}.\n"
+                f"None of the {read} pairs of a whole pass over {where} can be decoded, the last: {self._reason}.\n"
                 "Look at them with `arf check --full`, or run `arf pack` again."
             )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from arf_plugin.anchors.headers import NAMES
+from arf_plugin.anchors.headers import ENCODING
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.data.captions import CaptionStore
@@ -129,7 +129,7 @@ class JoinedSamples:
     def __call__(self, source: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
         """Yields raw samples (member suffix -> bytes), as the pipeline stage that this replaces does."""
         # webdataset lets the locale say how names are decoded; ids are the same under every locale.
-        tarfile.TarFile.encoding = NAMES["encoding"]
+        tarfile.TarFile.encoding = ENCODING
         for members in self.read(source, **kwargs):
             sample = {name: value for name, value in members.items() if name.startswith("__")}
             extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
@@ -156,7 +156,7 @@ def _identity(sample: dict[str, Any]) -> str:
     url, key = sample["__url__"], sample["__key__"]
     if not (isinstance(url, str) and isinstance(key, str)):
         raise TaskDataError(
-            f"A task sample has a member named like webdataset's own notes (found: url {url!r}, key {key!r}), so it has "
+            f"A task sample has a member named like webdataset's own notes (url {url!r}, key {key!r}), so it has "
             "no id. Leave members such as KEY.__url__ out of the tars."
         )
     return sample_id(url, key)

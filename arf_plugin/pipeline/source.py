@@ -119,6 +119,8 @@ class TarSource:
 
     def _read(self, url: str) -> Iterator[RawSample]:
         for sample in scan_samples(url, self.error, read=(*IMAGE_EXTENSIONS, "txt")):
+            if sample.is_stray:
+                continue
             image, text, problem = sample.image, None, None
             if image is None and sample.is_stray:
                 continue  # system files and READMEs, which open_clip passes over
