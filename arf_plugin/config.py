@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import FlagError
@@ -148,6 +149,7 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
         raise FlagError(
             "--dataset-type synthetic has no sample ids to join anchors on; use webdataset or csv."
         )
+    _check_weights(args)
     _check_resuming(args, config)
     for name in ("distill_model", "fsdp", "torchscript", "trace"):
         if config.pair_image_size and getattr(args, name, None):
@@ -162,7 +164,19 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
             )
     if config.freeze_bn and getattr(args, "use_bn_sync", False):
         raise FlagError(
-            "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. Drop one."
+            "--arf-freeze-bn and --use-bn-sync contradict each other: frozen statistics are not synchronised. "
+            "Drop one."
+        )
+
+
+def _check_weights(args: Any) -> None:
+    """A file of weights beside a model that brings its own is passed over by open_clip, which does not say so."""
+    pretrained = getattr(args, "pretrained", None)
+    if pretrained and ":" in args.model and Path(pretrained).exists():
+        raise FlagError(
+            f"--model {args.model} brings its own weights along, and open_clip would pass over --pretrained "
+            f"{pretrained}.\n"
+            "Drop --pretrained, or name the architecture with --model and the file with --pretrained."
         )
 
 
@@ -175,7 +189,8 @@ def _check_resuming(args: Any, config: ArfConfig) -> None:
         raise FlagError(f"{saving} with --logs none: there is no folder for checkpoints. Drop one.")
     if config.stop_file and getattr(args, "remote_sync", None):
         raise FlagError(
-            "--arf-stop-file and --remote-sync do not go together: open_clip's process for syncing ends with the whole "
+            "--arf-stop-file and --remote-sync do not go together: open_clip's process for syncing ends with "
+            "the whole "
             "run only. Drop one."
         )
 
@@ -184,7 +199,8 @@ def _check_baselines(args: Any, config: ArfConfig) -> None:
     distill = [getattr(args, name, None) is not None for name in ("distill_model", "distill_pretrained")]
     if any(distill) and not all(distill):
         raise FlagError(
-            "--distill-model and --distill-pretrained belong together: with one of them open_clip distils nothing, and "
+            "--distill-model and --distill-pretrained belong together: with one of them open_clip distils "
+            "nothing, and "
             "does not say so.\nGive both; beside --distill-model local-dir:FOLDER any --distill-pretrained will do, "
             "since the folder brings its weights along."
         )
@@ -217,7 +233,8 @@ def _check_baselines(args: Any, config: ArfConfig) -> None:
             raise FlagError(f"--arf-head and {flag} do not go together: {why}. Drop one.")
     if config.classnames is None:
         raise FlagError(
-            "--arf-head needs --arf-classnames: the file that `arf probe --classnames` was given, so that the classes "
+            "--arf-head needs --arf-classnames: the file that `arf probe --classnames` was given, so that the "
+            "classes "
             "of head and data are known to be the same."
         )
 

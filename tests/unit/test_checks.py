@@ -20,7 +20,7 @@ from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.checks.rules import RULES, findings
 from arf_plugin.data.dealing import dealt_shards
 from arf_plugin.data.startup import check_inputs
-from arf_plugin.errors import ArfError
+from arf_plugin.errors import ArfError, FlagError
 
 Change = Callable[["Made"], None]
 
@@ -344,3 +344,18 @@ def test_shards_are_dealt_out_as_open_clip_does(shards, world, workers):
         expected = [order[rank::world][worker::workers] for rank in range(world) for worker in range(workers)]
         assert dealt_shards(shards, 5, epoch, world, workers) == expected
     assert dealt_shards(shards, -1, 0, world, workers) is None
+
+
+def test_a_file_of_weights_that_open_clip_would_pass_over(parse, tmp_path):
+    (tmp_path / "w.pt").write_bytes(b"")
+    with pytest.raises(FlagError, match="would pass over --pretrained"):
+        parse(
+            "--train-data",
+            "x.tar",
+            "--arf-anchors",
+            "A",
+            "--model",
+            "local-dir:M",
+            "--pretrained",
+            tmp_path / "w.pt",
+        )
