@@ -12,29 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arf_plugin.anchors.files import digest, file_digest, read_cache, stat_key, write_cache
+from arf_plugin.anchors.files import digest
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import Member, Sample, scan_samples
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.contents import cached_digests, digests_of_files, state_of
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import PIL.Image
 
 _IN_TARS = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark takes one of several
-_WORTH_CACHING = 1 << 24  # bytes; less is read again in no time
-_WORTH_SHOWING = 1 << 28
-_SETTLED = (
-    2 * 10**9
-)  # nanoseconds: a file may change once more within the tick of the clock that it was read in
-_READERS, _READ_AHEAD = 8, 1024  # threads, and what is handed to them at a time
 
 
 class Samples(Protocol):
@@ -87,15 +80,15 @@ class TarSamples:
         self.shards = tuple(shards)
         for shard in self.shards:
             require_regular(shard, EvaluationError)
-        before = [_stat_key(shard) for shard in self.shards]
+        before = [state_of(shard) for shard in self.shards]
         self._places: list[_Place] = []
         for number, shard in enumerate(self.shards):
             self._places += _index(number, shard, classes)
-        self._contents = _cached_digests(
+        self._contents = cached_digests(
             "tars", self.shards, len(self._places), sum(p.size for p in self._places), self._digest
         )
         for shard, found in zip(self.shards, before, strict=True):
-            if found != _stat_key(shard):
+            if found != state_of(shard):
                 raise EvaluationError(
                     f"{shard} is being written while it is read. Start again when it is whole."
                 )
@@ -136,7 +129,7 @@ class FileSamples:
 
     def __init__(self, root: Path, files: Iterable[tuple[str, int]]) -> None:
         self.root, self.files = root, list(files)
-        self._contents = _digests_of_files([root / path for path, _ in self.files])
+        self._contents = digests_of_files([root / path for path, _ in self.files])
         self.digest = digest(
             ["contents"]
             + [[*file, content.hex()] for file, content in zip(self.files, self._contents, strict=True)]
@@ -175,7 +168,7 @@ class BuilderSamples:
             paths, listed = _files_below(root), []
         # The split, as some builders read the same files for each of them.
         kept = ["contents", name, split, len(dataset), _labels(dataset, listed)]
-        contents = [content.hex() for content in _digests_of_files(paths)]
+        contents = [content.hex() for content in digests_of_files(paths)]
         self.digest = digest([*kept, [[*path.parts[-2:]] for path in paths], contents])
 
     def __len__(self) -> int:
@@ -259,83 +252,6 @@ def _class_number(cls: Member, where: str, classes: int) -> int:
             f"(classnames.txt counts {classes} classes)."
         )
     return int(text)
-
-
-def _digests_of_files(paths: Sequence[Path]) -> list[bytes]:
-    """SHA-256 of each file.
-
-    Raises:
-        EvaluationError: one is missing, unreadable or no file.
-    """
-    total = 0
-    try:
-        for path in paths:
-            require_regular(path, EvaluationError)
-            total += path.stat().st_size
-    except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
-        raise EvaluationError(
-            f"{getattr(cause, 'filename', None) or path} cannot be read: "
-            f"{getattr(cause, 'strerror', None) or cause}. Is the copy complete?"
-        ) from cause
-
-    def one(index: int) -> bytes:
-        try:
-            return bytes.fromhex(file_digest(paths[index]))
-        except OSError as cause:
-            raise EvaluationError(
-                f"{paths[index]} cannot be read: {cause.strerror}. Is the copy complete?"
-            ) from cause
-
-    return _cached_digests("files", paths, len(paths), total, one)
-
-
-def _cached_digests(
-    kind: str, files: Sequence[Path], count: int, size: int, one: Callable[[int], bytes]
-) -> list[bytes]:
-    """Digests of the images of a set, computed once and found in the cache while no file is touched.
-
-    Args:
-        kind: which function `one` is.
-        files: what the images are in.
-        count: number of images.
-        size: bytes to read.
-        one: computes one image's digest.
-    """
-    from arf_plugin.pipeline.progress import Progress
-
-    states = [_stat_key(path) for path in files]
-    places = [str(path.absolute()) for path in files]
-    key = digest(["evaluation-1", kind, count, places, states])
-    if size >= _WORTH_CACHING:
-        known = read_cache("evaluation", key, list)
-        if known is not None and len(known) == count and all(_is_sha256(each) for each in known):
-            return [bytes.fromhex(each) for each in known]
-    started = time.time_ns()
-    with (
-        Progress("images' digests", count, shown=size >= _WORTH_SHOWING) as progress,
-        ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers,
-    ):
-        found: list[bytes] = []
-        for start in range(0, count, _READ_AHEAD):
-            for each in readers.map(one, range(start, min(start + _READ_AHEAD, count))):
-                found.append(each)
-                progress.advance()
-    # Times of change are the second and third of a state.
-    settled = all(state is not None and started - max(state[1:3]) > _SETTLED for state in states)
-    if size >= _WORTH_CACHING and settled:
-        write_cache("evaluation", key, [each.hex() for each in found])
-    return found
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _stat_key(path: Path) -> list[int] | None:
-    try:
-        return stat_key(path)
-    except OSError:
-        return None  # who reads it says so
 
 
 def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
