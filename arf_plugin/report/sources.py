@@ -90,7 +90,7 @@ class Collected:
         grids: contents of each ``grid.json``.
         choices: contents of each ``choices.json``: hyper-parameters and alphas that validation chose.
         comparisons: further pairs of arms that a grid wants compared.
-        roots: folders below which places that the records name may be opened: those that hold what the user has named,
+        roots: folders below which any file that the records name may be shown: those that hold what the user has named,
             and the current one.
     """
 
