@@ -217,7 +217,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     from arf_plugin.evaluation.rows import read_rows
 
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, whole=False)  # what a report needs of them is checked below
     except EvaluationError as cause:
         raise ReportError(str(cause)) from cause
     for number, row in enumerate(rows, 1):
