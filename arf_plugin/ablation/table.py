@@ -53,7 +53,7 @@ def drop_rows(path: Path, gone: re.Pattern[str]) -> None:
 
     if not path.is_file():
         return
-    kept = [row for row in read_rows(path) if not gone.match(row["checkpoint"])]
+    kept = [row for row in read_rows(path, whole=False) if not gone.match(str(row["checkpoint"]))]
     with replacing(path) as temporary:
         temporary.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"

@@ -59,10 +59,14 @@ def _without_data(row: Row) -> tuple[Any, ...]:
     return tuple(_comparable(row.get(name)) for name in IDENTITY if name != "data")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, *, whole: bool = True) -> list[Row]:
     """Reads rows in the file's order.
 
     A last line that a killed process left unfinished is passed over.
+
+    Args:
+        path: the file.
+        whole: checks the figures, too; without it, only that the lines are rows.
 
     Raises:
         EvaluationError: if the file is missing, or a line is no row.
@@ -86,12 +90,12 @@ def read_rows(path: Path) -> list[Row]:
                 warnings.warn(f"{path}: the last line is unfinished; it is measured again.", stacklevel=2)
                 continue
             raise
-        _check(row, where)
+        _check(row, where, whole)
         rows.append(row)
     return rows
 
 
-def _check(row: Any, where: str) -> None:
+def _check(row: Any, where: str, whole: bool) -> None:
     """Refuses what is no row, so that whoever reads one can rely on its fields.
 
     Raises:
@@ -105,6 +109,8 @@ def _check(row: Any, where: str) -> None:
         raise EvaluationError(
             f"{where}: {', '.join(missing)} missing (found: {printable(', '.join(row))[:200]})."
         )
+    if not whole:
+        return
     fields: dict[str, type | tuple[type, ...]] = dict.fromkeys((*_NEEDED, *IDENTITY, *_NAMES, "time"), _TEXT)
     fields |= {**_FIELDS, "set": str, "checkpoint": str, "headline": str, "metrics": dict}
     require_fields(row, {name: fields[name] for name in fields if name in row}, where, EvaluationError)

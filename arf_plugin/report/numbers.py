@@ -23,12 +23,17 @@ def entries(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def is_local(name: str) -> bool:
+    """Whether a place that stands in data is one of this machine, and nothing that is fetched or run."""
+    return bool(name) and not ("://" in name or "::" in name or name.startswith("pipe:") or "\0" in name)
+
+
 def is_below(name: str, roots: Sequence[Path]) -> bool:
     """Whether a place that stands in data is one of this machine below folders that the user has named.
 
-    Whoever writes a record must not choose what is opened: no address, no link that leads out, nothing hidden.
+    No address, no link that leads out, nothing hidden.
     """
-    if "://" in name or "::" in name or name.startswith("pipe:"):
+    if not is_local(name):
         return False
     try:
         place = Path(name).resolve()

@@ -1,7 +1,8 @@
 """Where things came from: the anchor set's manifest and the runs' records, as rows of text for the page.
 
-Records name anchor sets, task data and class names. What lies below the folders that the user has named is shown; what
-does not is to be named on the command line, since records come from others, and a page from them is made to be shown.
+Records name anchor sets, task data and class names, and may have come from others. An anchor set and shards are looked
+for on this machine alone, and read as what they should be; a file of class names, which any text can be taken for, is
+read only below the folders that the user has named, since a page is made to be shown.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from arf_plugin.anchors.manifest import read_manifest
 from arf_plugin.errors import ArfError, ReportError
-from arf_plugin.report.numbers import finite, is_below
+from arf_plugin.report.numbers import finite, is_below, is_local
 from arf_plugin.report.sources import Collected, Run
 from arf_plugin.untrusted import require_regular, split_lines
 
@@ -29,7 +30,7 @@ def anchors_folder(found: Collected) -> Path | None:
     runs = sorted(found.runs, key=lambda run: run.arm != found.subject)
     names = [name for run in runs for name in (run.info.get("anchors"), flag(run.command, "--arf-anchors"))]
     names += [grid.get("anchors") for grid in found.grids]
-    folders = (Path(name) for name in names if isinstance(name, str) and is_below(name, found.roots))
+    folders = (Path(name) for name in names if isinstance(name, str) and is_local(name))
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
@@ -47,7 +48,7 @@ def task_data(found: Collected) -> str | None:
             files = [data] if is_csv(data) else expand_urls(data)
         except ArfError:
             continue
-        if all(is_below(name, found.roots) and Path(name).is_file() for name in files):
+        if all(is_local(name) and Path(name).is_file() for name in files):
             return data
     return None
 

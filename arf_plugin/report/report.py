@@ -13,8 +13,8 @@ from arf_plugin.report.comparison import sentence
 from arf_plugin.report.figures import Group
 from arf_plugin.report.gallery import Advance, Gallery, build_gallery
 from arf_plugin.report.logs import Curves, read_curves
-from arf_plugin.report.numbers import entries, is_below
-from arf_plugin.report.results import Averages, Results, is_file_of_suite, suites_of
+from arf_plugin.report.numbers import entries, is_local
+from arf_plugin.report.results import Averages, Results, suites_of
 from arf_plugin.report.sources import Collected, collect
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
@@ -151,8 +151,7 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
     of_grids = [
         grid["suite"]
         for grid in found.grids
-        if isinstance(grid.get("suite"), str)
-        and (not is_file_of_suite(grid["suite"]) or is_below(grid["suite"], found.roots))
+        if isinstance(grid.get("suite"), str) and is_local(grid["suite"])
     ]
     names = suites_of(found.test, options.suites, of_grids)
     averages = Averages(names, sorted({item.row["set"] for item in found.test}))

@@ -90,7 +90,7 @@ class Collected:
         grids: contents of each ``grid.json``.
         choices: contents of each ``choices.json``: hyper-parameters and alphas that validation chose.
         comparisons: further pairs of arms that a grid wants compared.
-        roots: folders below which places that the records name may be opened: those that hold what the user has named,
+        roots: folders below which any file that the records name may be shown: those that hold what the user has named,
             and the current one.
     """
 
@@ -217,7 +217,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     from arf_plugin.evaluation.rows import read_rows
 
     try:
-        rows = read_rows(path)
+        rows = read_rows(path, whole=False)  # what a report needs of them is checked below
     except EvaluationError as cause:
         raise ReportError(str(cause)) from cause
     for number, row in enumerate(rows, 1):

@@ -38,30 +38,30 @@ def run(tmp_path, monkeypatch):
     return write
 
 
-def test_nothing_outside_is_opened_on_the_word_of_a_record(run, tmp_path):
+def test_no_text_outside_is_shown_on_the_word_of_a_record(run, tmp_path):
     outside = tmp_path / "private"
-    data.write_captions(outside / "anchors", {"a/1": "secret"})
+    outside.mkdir()
     (outside / "names.txt").write_text("secret\n")
-    (outside / "0.tar").write_bytes(b"")
     (tmp_path / "sent" / "link").symlink_to(outside)
     os.mkfifo(tmp_path / "sent" / "pipe")
     for place in (outside, "../private", tmp_path / "sent" / "link", tmp_path / "sent" / ".." / "private"):
-        found = run(
-            anchors=f"{place}/anchors",
-            command=[
-                "--arf-anchors",
-                f"{place}/anchors",
-                "--train-data",
-                f"{place}/0.tar",
-                "--arf-classnames",
-                f"{place}/names.txt",
-            ],
-        )
-        assert (anchors_folder(found), task_data(found), class_names(found, None)) == (None, None, None)
+        assert class_names(run(command=["--arf-classnames", f"{place}/names.txt"]), None) is None
+    assert class_names(run(command=["--arf-classnames", str(tmp_path / "sent" / "pipe")]), None) is None
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["pipe:touch {}/ran", "https://127.0.0.1:1/{}", "memory://{}", "{}/pipe", "simplecache::file://{}", "\0"],
+)
+def test_nothing_is_fetched_or_run_on_the_word_of_a_record(run, tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    place = place.format(tmp_path)
     found = run(
-        command=["--arf-classnames", str(tmp_path / "sent" / "pipe"), "--train-data", "{0..999999999999}.tar"]
+        anchors=place, command=["--arf-anchors", place, "--train-data", place, "--arf-classnames", place]
     )
-    assert class_names(found, None) is None and task_data(found) is None
+    assert (anchors_folder(found), task_data(found), class_names(found, None)) == (None, None, None)
+    assert not (tmp_path / "ran").exists()
+    assert task_data(run(command=["--train-data", "{0..999999999999}.tar"])) is None
 
 
 @pytest.mark.parametrize("place", ["sent", "project"])
