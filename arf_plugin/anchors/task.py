@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CSV_SUFFIXES = (".csv", ".tsv")
+MOST_SHARDS = 10_000_000  # of one range in braces
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def expand_urls(data: str, error: type[ArfError] = TaskDataError, *, unique: boo
     """
     from webdataset.shardlists import expand_urls as expand
 
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", data)
+    if any(len(a) + len(b) > 36 or abs(int(a) - int(b)) >= MOST_SHARDS for a, b in ranges):
+        raise error(f"{data!r} names more than {MOST_SHARDS:,} shards. Are the braces right?")
     try:
         urls = [url for url in expand(data) if url]
     except ValueError as cause:  # of the library for braces

@@ -139,3 +139,7 @@ def test_braces_and_double_colons():
     assert expand_urls("a/{0..1}.tar::b/x.tar") == ["a/0.tar", "a/1.tar", "b/x.tar"]
     with pytest.raises(TaskDataError, match="names no shard"):
         expand_urls("")
+    with pytest.raises(TaskDataError, match="more than 10,000,000 shards"):
+        expand_urls("{0..4000000000}.tar")
+    with pytest.raises(TaskDataError, match="cannot be expanded"):
+        expand_urls("{0..1.tar")
