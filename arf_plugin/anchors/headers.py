@@ -62,12 +62,14 @@ class StrictInfo(tarfile.TarInfo):
         return info
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        parent: Any = super()
         file: Any = tar.fileobj
         if isinstance(file, _Bounded):  # the member that an extended header belongs to
-            return super()._proc_member(tar)
-        tar.fileobj = _Bounded(file)
+            return parent._proc_member(tar)
+        bounded: Any = _Bounded(file)
+        tar.fileobj = bounded
         try:
-            return super()._proc_member(tar)
+            return parent._proc_member(tar)
         finally:
             tar.fileobj = file
 
@@ -190,6 +192,8 @@ class StreamedTar:
                     if info.issparse():
                         _stored_size(info)
                 yield Header(info.name, info.type, -1, info.size)
+                with _one_error(tar.offset):
+                    _skip(tar.fileobj, tar.offset)
 
     def load(self, header: Header) -> bytes:
         """Reads the data of the header that came last."""
@@ -200,6 +204,13 @@ def _open_tar(file: IO[bytes], mode: Any) -> Any:
     return tarfile.open(
         fileobj=file, mode=mode, tarinfo=StrictInfo, encoding=ENCODING, errors="surrogateescape"
     )
+
+
+def _skip(stream: Any, offset: int) -> None:
+    """Reads a stream up to an offset. Where a size is made up, tarfile would go on reading beyond the stream's end."""
+    while stream.tell() < offset:
+        if not stream.read(min(1 << 20, offset - stream.tell())):
+            raise tarfile.ReadError("unexpected end of data")
 
 
 def walk_headers(file: IO[bytes]) -> Iterator[Header]:

@@ -79,9 +79,9 @@ class Sample:
     @property
     def is_stray(self) -> bool:
         """Whether these are no parts of a sample: system files, a README, AppleDouble files (``d/._0.jpg``)."""
-        return _PARTS.isdisjoint(self.members) or (
-            "txt" in self.members and len(self.members) == 1 and _TEXT_OF_A_SET.search(self.key) is not None
-        )
+        if _TEXT_OF_A_SET.search(self.key):
+            return self.image is None and "cls" not in self.members
+        return _PARTS.isdisjoint(self.members)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
