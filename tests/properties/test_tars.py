@@ -131,7 +131,9 @@ NAMES = st.one_of(
             *(b"__index__", b"a\xdf.jpg", b"a\xdf.txt", b"a\nb.jpg", b"./a.jpg", b"./._a.jpg", b"a.jpg\n"),
         ]
     ),
-    st.binary(min_size=1, max_size=20).filter(lambda name: b"\0" not in name and not name.startswith(b"/")),
+    st.binary(min_size=1, max_size=20).filter(
+        lambda name: b"\0" not in name and not name.startswith((b"/", b"\xfd7zXZ", b"\x1f\x8b"))
+    ),
 )
 
 
@@ -171,11 +173,12 @@ def test_samples_are_those_of_open_clip(folder, members, form):
 
 @given(st.binary(min_size=1, max_size=60))
 def test_names_of_random_bytes(folder: Path, name: bytes):
-    name = name.replace(b"\0", b"").replace(b"/", b"").replace(b".", b"") or b"x"
+    # A name that begins like a compressed file is one to webdataset, too.
+    name = b"n" + name.replace(b"\0", b"").replace(b"/", b"").replace(b".", b"")
     path = folder / "names.tar"
     path.write_bytes(tar_of([(name + b".jpg", PHOTO), (name + b".txt", b"text")]))
     scan = scan_shard(str(path))
-    assert len(scan.keys) == 1 or name.startswith(b"__")
+    assert len(scan.keys) == 1
     assert scan_shard(str(path)) == scan, "the cache answers otherwise"
     for key in scan.keys:
         key.encode("utf-8")

@@ -78,7 +78,9 @@ HOSTILE: dict[str, bytes] = {
     "no number": header("a.jpg", b"what"),
     "map of holes that is cut": member(
         "x",
-        record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0") + record("GNU.sparse.realsize", "99"),
+        record("GNU.sparse.major", "1")
+        + record("GNU.sparse.minor", "0")
+        + record("GNU.sparse.realsize", "99"),
         b"x",
     )
     + member("a.jpg", b"5\n0\n"),
@@ -135,7 +137,9 @@ def test_members_are_read_up_to_a_size(tmp_path, monkeypatch, ext, limit, said, 
             file.truncate(512 + size + 1024)
     else:
         path.write_bytes(gzip.compress(head + bytes(size + 1024 + -size % 512)))
-    with pytest.raises(TaskDataError, match=rf"'a\.{said}' has [\d,]+ bytes, more than the [\d,]+ that are read"):
+    with pytest.raises(
+        TaskDataError, match=rf"'a\.{said}' has [\d,]+ bytes, more than the [\d,]+ that are read"
+    ):
         list(scan_tar(str(path), read=(ext,)))
     if packed == "plain" and ext == "jpg":
         (found,) = scan_tar(str(path), images=True)
@@ -183,12 +187,23 @@ def holed(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("form", ["gnu", "posix 1.0", "posix 0.1", "posix 0.0"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_files_with_holes_are_read_as_webdataset_reads_them(tmp_path: Path, form: str, pack: Callable[[bytes], bytes]):
+def test_files_with_holes_are_read_as_webdataset_reads_them(
+    tmp_path: Path, form: str, pack: Callable[[bytes], bytes]
+):
     kind, _, version = form.partition(" ")
     path = tmp_path / "x.tar"
     versioned = [f"--sparse-version={version}"] if version else []
     subprocess.run(
-        ["tar", "--sparse", "--hole-detection=raw", *versioned, f"--format={kind}", "-cf", path, *holed(tmp_path)],
+        [
+            "tar",
+            "--sparse",
+            "--hole-detection=raw",
+            *versioned,
+            f"--format={kind}",
+            "-cf",
+            path,
+            *holed(tmp_path),
+        ],
         cwd=tmp_path,
         check=True,
     )
@@ -252,7 +267,13 @@ def test_members_that_would_overwrite_webdatasets_notes_are_refused(tmp_path: Pa
 
 def test_system_files_are_no_samples(tmp_path: Path):
     members = [
-        *(("._0.jpg", b"apple"), (".DS_Store", b"x"), ("README", b"x"), ("README.md", b"x"), ("README.txt", b"x")),
+        *(
+            ("._0.jpg", b"apple"),
+            (".DS_Store", b"x"),
+            ("README", b"x"),
+            ("README.md", b"x"),
+            ("README.txt", b"x"),
+        ),
         *(("Thumbs.db", b"x"), ("desktop.ini", b"x"), ("d/.DS_Store", b"x"), ("__MACOSX/._a.jpg", b"x")),
         *(("d/._a.jpg", b"apple"), ("d/a.jpg", PHOTO), ("d/a.cls", b"1")),
         *(("d/._b.jpg", b"apple"), ("d/._b.cls", b"apple"), ("d/b.jpg", PHOTO), ("d/b.cls", b"2")),
@@ -268,7 +289,14 @@ def test_labels_are_counted_with_the_key_of_the_first(tmp_path: Path, monkeypatc
     labels = [b"1", b" 1\n", b"0", b"3.9", b"caf\xe9", b"x" * 99, b"", b"1"]
     members = [m for n, label in enumerate(labels) for m in ((f"{n}.cls", label), (f"{n}.jpg", PHOTO))]
     path = write_tar(tmp_path / "x.tar", [*members, ("lost.cls", b"7")])
-    expected = {"1": [3, "0"], "0": [1, "2"], "3.9": [1, "3"], "café": [1, "4"], "x" * 40: [1, "5"], "": [1, "6"]}
+    expected = {
+        "1": [3, "0"],
+        "0": [1, "2"],
+        "3.9": [1, "3"],
+        "café": [1, "4"],
+        "x" * 40: [1, "5"],
+        "": [1, "6"],
+    }
     for _ in ("the tar", "the cache"):
         scan = scan_shard(str(path))
         assert scan.labels == expected and not scan.labels_capped
@@ -291,7 +319,8 @@ def test_a_full_scan_never_comes_from_the_cache(tmp_path: Path, monkeypatch: pyt
     path = write_tar(tmp_path / "x.tar", [("a.jpg", PHOTO)])
     looked: list[str] = []
     monkeypatch.setattr(
-        "arf_plugin.anchors.scan.scan_samples", lambda url, *a, **k: looked.append(url) or scan_samples(url, *a, **k)
+        "arf_plugin.anchors.scan.scan_samples",
+        lambda url, *a, **k: looked.append(url) or scan_samples(url, *a, **k),
     )
     for decode, times in ((False, 1), (False, 1), (True, 2), (True, 3), (False, 3)):
         scan_shard(str(path), decode=decode)
@@ -315,7 +344,13 @@ def test_a_cache_with_values_of_other_kinds_is_as_good_as_none(tmp_path: Path):
     scan_shard(str(path))
     (cached,) = (tmp_path / "cache/scans").iterdir()
     whole = cached.read_text()
-    for damaged in (whole.replace("[]", "5"), "[" * 100_000, "", '{"scan": []}', whole.replace('"keys"', '"kys"')):
+    for damaged in (
+        whole.replace("[]", "5"),
+        "[" * 100_000,
+        "",
+        '{"scan": []}',
+        whole.replace('"keys"', '"kys"'),
+    ):
         cached.write_text(damaged)
         assert scan_shard(str(path)).keys == ["a"]
 

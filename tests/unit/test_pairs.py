@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import collections
 import itertools
+import random
 
 import pytest
 import torch
+import webdataset as wds
 from support import data
 from support.tars import write_tar
 
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.loader import AnchoredLoader, split_workers
-from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
+from arf_plugin.data.order import SampleOrder
+from arf_plugin.data.pairs import NAMED, build_pair_loader, list_pair_shards
 from arf_plugin.errors import AnchorSetError
 
 SHARDS, PER_SHARD = 4, 6
@@ -93,6 +96,157 @@ def test_an_undecodable_pair_is_skipped_as_open_clip_does(tmp_path, shards, capl
     )
     assert set(numbers(build(list_pair_shards(str(tmp_path)), num_batches=2))) == {8}
     assert "skipping a pair anchor that cannot be decoded" in caplog.text
+
+
+BAD = b"\x89PNG\r\n\x1a\n damaged inside"
+
+
+def write_bad(folder, count):
+    """Pairs none of which can be decoded: damaged images, and texts that are not UTF-8."""
+    members = {}
+    for n in range(count):
+        members[f"{n}.png"] = data.image(n) if n % 2 else BAD
+        members[f"{n}.txt"] = b"number 1\xff" if n % 2 else b"number 1"
+    write_tar(folder / "pairs" / "0.tar", members)
+    return list_pair_shards(str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_that_yields_nothing_ends_the_run_with_one_sentence(tmp_path, workers):
+    loader = build(write_bad(tmp_path, 4), workers=workers)
+    task = Task([(torch.zeros(2, 1), torch.zeros(2, 1))] * 2)
+    with pytest.raises(
+        AnchorSetError, match=r"None of the 4 pairs of a whole pass .*0\.tar.* can be dec"
+    ) as caught:
+        list(AnchoredLoader(task, loader, BatchLayout(2, pairs=4)))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_pass_without_a_pair_ends_the_run(tmp_path):
+    write_tar(tmp_path / "pairs" / "0.tar", {"0.png": data.image(0), "1.txt": b"number 1", "README": b"x"})
+    with pytest.raises(AnchorSetError, match="has given no pair"):
+        numbers(build(list_pair_shards(str(tmp_path))))
+
+
+def test_a_pass_of_which_a_resumed_run_has_seen_a_part_is_not_judged(tmp_path):
+    """The one good pair lies before the place where the run goes on; the next pass has it again."""
+    members = {"0.png": data.image(0), "0.txt": b"number 8", "1.png": BAD, "1.txt": b"number 7"}
+    write_tar(tmp_path / "pairs" / "0.tar", members)
+    shards = list_pair_shards(str(tmp_path))
+    for skip in (1, 2, 3):
+        order = SampleOrder("pairs", 3, lambda: 0, 0)
+        order.start_at(0, [skip])
+        batches = list(build(shards, order=order, batch_size=2, num_batches=2))
+        assert [texts[:, 0].tolist() for _, texts, _ in batches] == [[8, 8]] * 2
+
+
+def test_bad_pairs_are_named_once_and_not_without_end(tmp_path, caplog):
+    write_bad(tmp_path, 60)
+    write_tar(tmp_path / "pairs" / "1.tar", {"good.png": data.image(1), "good.txt": b"number 8"})
+    assert set(numbers(build(list_pair_shards(str(tmp_path)), num_batches=6))) == {8}
+    lines = [r.getMessage() for r in caplog.records if "skipping a pair" in r.getMessage()]
+    assert len(lines) == len(set(lines)) == NAMED
+    assert caplog.text.count("more pair anchors like these") == 1
+
+
+def test_a_folder_with_brackets_and_files_that_are_still_being_written(tmp_path):
+    folder = tmp_path / "set[1]*"
+    data.write_pairs(folder, 1, 2)
+    data.write_pairs(tmp_path / "set1x", 3, 2)
+    (folder / "pairs" / ".incomplete-7@host@x.tar").write_bytes(b"half")
+    shards = list_pair_shards(str(folder))
+    assert len(shards) == 1 and "set[1]*" in shards[0]
+    assert set(numbers(build(shards, num_batches=1))) == {0, 1}
+
+
+def test_other_members_and_repeated_ones_change_nothing(tmp_path):
+    """Each of these broke webdataset's decoding of all members, or its grouping."""
+    pair = [("0.png", data.image(0)), ("0.txt", b"number 5")]
+    for number, more in enumerate(
+        (
+            [("0.json", b"")],
+            [("0.cls", b"cat")],
+            [("0.id", b"n0144")],
+            [("0.npy", b"x")],
+            [("._0.png", b"apple"), ("README", b"")],
+            [("0.txt", b"number 6")],
+        )
+    ):
+        folder = tmp_path / str(number)
+        write_tar(folder / "pairs" / "0.tar", [*pair, *more])
+        assert set(numbers(build(list_pair_shards(str(folder)), num_batches=1))) == {5}
+
+
+def test_a_damaged_shard_is_one_error(tmp_path):
+    data.write_pairs(tmp_path, 1, 3)
+    (path,) = (tmp_path / "pairs").iterdir()
+    path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"IEND")])
+    with pytest.raises(AnchorSetError, match="is cut off or corrupt"):
+        numbers(build(list_pair_shards(str(tmp_path))))
+
+
+@pytest.mark.parametrize("resumed", [None, 0, 5])
+def test_order_and_random_draws_are_those_of_webdatasets_stages(tmp_path, resumed):
+    """Batches are equal to the last bit to those of the pipeline of webdataset's own stages that this one replaced."""
+    data.write_pairs(tmp_path, SHARDS, PER_SHARD)
+    write_tar(tmp_path / "pairs" / "bad.tar", {"b.png": BAD, "b.txt": b"number 7"})
+    shards = list_pair_shards(str(tmp_path))
+
+    def preprocess(image):
+        return torch.tensor(image.getpixel((3, 4))) + torch.rand(3)
+
+    def order():
+        if resumed is None:
+            return None
+        made = SampleOrder("pairs", 3, lambda: 0, 0)
+        made.start_at(0, [resumed])
+        return made
+
+    def tokenize(text):
+        return torch.tensor([[int(text.rsplit(" ", 1)[1])]])
+
+    torch.manual_seed(9)
+    ours = list(build(shards, preprocess=preprocess, order=order()))
+    torch.manual_seed(9)
+    theirs = list(webdatasets_batches(shards, preprocess, tokenize, order()))
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert len(batch) == len(expected) == (2 if resumed is None else 3)
+        assert torch.equal(batch[0], expected[0]) and torch.equal(batch[1], expected[1])
+        if resumed is not None:
+            assert batch[2].tolist() == expected[2].tolist()
+
+
+def webdatasets_batches(shards, preprocess, tokenize, order):
+    """Pairs as webdataset's own stages read, decode and batch them, with the seeds of the loader under test."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    def raw():
+        for number in itertools.count():
+            urls = list(shards)
+            random.Random(f"3/0/{number}").shuffle(urls)
+            streams = ({"url": url, "stream": open(url.removeprefix("file://"), "rb")} for url in urls)  # noqa: SIM115
+            samples = list(group_by_keys(tar_file_expander(streams)))
+            random.Random(f"3/0/0/0/{number}").shuffle(samples)
+            yield from samples
+
+    def numbered(_):
+        if order is None:
+            yield from raw()
+            return
+        order.begin()
+        for number, sample in order.number(raw()):
+            yield {**sample, "__number__": number}
+
+    dataset = wds.DataPipeline(
+        lambda: iter([None]),
+        numbered,
+        wds.decode("pilrgb", handler=wds.ignore_and_continue),
+        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.map_dict(image=preprocess, text=lambda text: tokenize(text)[0]),
+        wds.to_tuple("image", "text", *([] if order is None else ["__number__"])),
+        wds.batched(4, partial=False),
+    ).with_epoch(6)
+    return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=0)
 
 
 @pytest.mark.parametrize(
