@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,7 +225,7 @@ def webdatasets_batches(shards, preprocess, tokenize, order):
         for number in itertools.count():
             urls = list(shards)
             random.Random(f"3/0/{number}").shuffle(urls)
-            streams = ({"url": url, "stream": open(url.removeprefix("file://"), "rb")} for url in urls)  # noqa: SIM115
+            streams = ({"url": url, "stream": Path(url[7:]).open("rb")} for url in urls)
             samples = list(group_by_keys(tar_file_expander(streams)))
             random.Random(f"3/0/0/0/{number}").shuffle(samples)
             yield from samples
