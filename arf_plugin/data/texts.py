@@ -16,6 +16,7 @@ import torch
 from arf_plugin.anchors.headers import ENCODING
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
+from arf_plugin.checks.messages import missing_caption_message, missing_class_message
 from arf_plugin.data.captions import CaptionStore
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose
 from arf_plugin.errors import MissingCaptionError, TaskDataError
@@ -88,27 +89,7 @@ class TaskTexts:
             return found[choose(len(found), "caption", self.seed, self.epoch(), identity)]
         if self.missing_caption == "prompt":
             return prompt
-        raise MissingCaptionError(missing_caption_message(identity))
-
-
-def missing_class_message(identity: str, count: int = 1) -> str:
-    """Says what to do about a task sample without a class, where class prompts or a head need one."""
-    others = f" (and {count - 1} more samples)" if count > 1 else ""
-    return (
-        f"Sample {identity} has no 'cls'{others}, which --arf-classnames needs, and no 'txt' that could be mixed in.\n"
-        "Write the class index beside each image (KEY.cls, or a column 'cls' of the CSV), "
-        "or drop --arf-classnames to train on the samples' own texts."
-    )
-
-
-def missing_caption_message(identity: str, count: int = 1) -> str:
-    """Says what to do about a task sample without a caption anchor."""
-    others = f" (and {count - 1} more samples)" if count > 1 else ""
-    return (
-        f"No caption for task sample {identity}{others}; expected one row in captions/*.parquet with that id.\n"
-        "Caption the rest with `arf caption`, see what is missing with `arf check`, or train with "
-        "--arf-missing-caption prompt to use the class prompt in its place."
-    )
+        raise MissingCaptionError(missing_caption_message([identity]))
 
 
 class JoinedSamples:
