@@ -265,9 +265,9 @@ def test_killed_while_a_checkpoint_is_written(train, uneven):
     calm = train.forked(*flags(uneven), name="calm", **MODEL)
     killed = run_killed(train, run_flags, 0.5, "kill-in-fsync", name="killed", **MODEL)
     checkpoints = killed.folder / "checkpoints"
-    assert list(checkpoints.glob("*.partial")) and list(checkpoints.glob("epoch_*_step_*.pt"))
+    assert list(checkpoints.glob(".incomplete-*")) and list(checkpoints.glob("epoch_*_step_*.pt"))
     resumed = train.forked(*run_flags, "--resume", "latest", name="killed", **MODEL)
-    assert "goes on after" in resumed.output and not list(checkpoints.glob("*.partial"))
+    assert "goes on after" in resumed.output and not list(checkpoints.glob(".incomplete-*"))
     assert_same_end(calm, resumed, EPOCHS)
 
 
