@@ -225,7 +225,7 @@ def webdatasets_batches(shards, preprocess, tokenize, order):
         for number in itertools.count():
             urls = list(shards)
             random.Random(f"3/0/{number}").shuffle(urls)
-            streams = ({"url": url, "stream": Path(url[7:]).open("rb")} for url in urls)
+            streams = ({"url": url, "stream": Path(url[7:]).open("rb")} for url in urls)  # noqa: SIM115
             samples = list(group_by_keys(tar_file_expander(streams)))
             random.Random(f"3/0/0/0/{number}").shuffle(samples)
             yield from samples
