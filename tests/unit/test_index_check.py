@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,18 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
     return Embeddings(folder)
 
 
-def built(kind: str, vectors: np.ndarray, ids: np.ndarray | None = None):
+@functools.cache
+def trained(kind: str):
+    """An empty index; training takes most of the time."""
     index = faiss.index_factory(DIMENSION, kind, faiss.METRIC_INNER_PRODUCT)
-    vectors = vectors.astype(np.float32)
     if not index.is_trained:
-        index.train(vectors)
+        index.train(unit_vectors(1000, DIMENSION, seed=1).astype(np.float32))
+    return index
+
+
+def built(kind: str, vectors: np.ndarray, ids: np.ndarray | None = None):
+    index = faiss.clone_index(trained(kind))
+    vectors = vectors.astype(np.float32)
     if ids is None:
         index.add(vectors)
     else:
