@@ -9,6 +9,7 @@ that hold a chosen pair (with --chosen 1, all tars).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import statistics
@@ -97,9 +98,10 @@ def choose(out: Path, tars: list[Path], fraction: float) -> Path:
     """Writes the list of pairs that the stage retrieve would hand on: every n-th of these tars."""
     rows = []
     for path in tars:
-        for i, sample in enumerate(scan_samples(str(path))):
+        for i, sample in enumerate(scan_samples(str(path), read=("jpg",))):
             if sample.image is not None and int(i * fraction) != int((i + 1) * fraction):
                 place = {"offset": sample.image.offset, "size": sample.image.size, "ext": "jpg"}
+                place["sha256"] = hashlib.sha256(sample.image.data or b"").hexdigest()
                 known = {"id": f"{path.stem}/{sample.key}", "tar": str(path), "caption": f"picture {i}"}
                 found = {"similarity": 0.5, "query_count": 1, "queries": ["q"], "query_similarities": [0.5]}
                 rows.append({"row": len(rows), "image_path": sample.key} | known | place | found)

@@ -45,3 +45,11 @@ def test_refusals(arf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # what an environment without it does
     _, err = arf(*common, status=1)
     assert "pip install 'arf-plugin[retrieval]'" in err
+
+
+def test_a_factory_that_wants_ids_is_refused(arf, tmp_path: Path):
+    pytest.importorskip("faiss")
+    write_embeddings(tmp_path / "P", unit_vectors(20, 16, seed=2))
+    common = ("index", "--embeddings", tmp_path / "P", "--out", tmp_path / "I", "--factory", "IDMap,Flat")
+    _, err = arf(*common, status=1)
+    assert "--factory IDMap,Flat: faiss cannot add vectors to it" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from arf_plugin.pipeline.knn_backends import FaissBackend
 faiss = pytest.importorskip("faiss")
 ROWS, DIMENSION = 3000, 16
 KINDS = ["Flat", "HNSW16", "IVF8,Flat", "PQ4x4", "IVF8,PQ4x4", "OPQ4_16,IVF8,PQ4x4", "SQ8", "PCA8,Flat", "SQfp16",
-         "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat", "PQ4x4,RFlat", "NSG16", "RaBitQ"]  # fmt: skip
+         "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat", "PQ4x4,RFlat", "RaBitQ"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,18 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
     return Embeddings(folder)
 
 
-def built(kind: str, vectors: np.ndarray, ids: np.ndarray | None = None):
+@functools.cache
+def trained(kind: str):
+    """An empty index; training takes most of the time."""
     index = faiss.index_factory(DIMENSION, kind, faiss.METRIC_INNER_PRODUCT)
-    vectors = vectors.astype(np.float32)
     if not index.is_trained:
-        index.train(vectors)
+        index.train(unit_vectors(1000, DIMENSION, seed=1).astype(np.float32))
+    return index
+
+
+def built(kind: str, vectors: np.ndarray, ids: np.ndarray | None = None):
+    index = faiss.clone_index(trained(kind))
+    vectors = vectors.astype(np.float32)
     if ids is None:
         index.add(vectors)
     else:
@@ -59,7 +67,7 @@ def test_the_right_index_of_any_kind_passes_and_another_does_not(kind: str, pool
             checked(built(kind, other), tmp_path / "wrong.index", pool)
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,Flat", "PQ8x6", "SQ8", "IVF8,PQ8x6"])
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,Flat", "PQ8x4", "SQ8", "IVF8,PQ8x4"])
 def test_two_rows_of_a_small_pool_that_changed_places(kind: str, tmp_path: Path):
     write_embeddings(tmp_path / "E", unit_vectors(400, DIMENSION, seed=1))
     small = Embeddings(tmp_path / "E")
