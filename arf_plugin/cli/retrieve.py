@@ -154,7 +154,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60,
         metavar="S",
-        help="seconds to wait for a reply (%(default)s)",
+        help="seconds to wait for a whole reply (%(default)s)",
     )
     group.add_argument(
         "--service-patience",

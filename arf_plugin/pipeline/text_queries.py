@@ -20,6 +20,7 @@ from arf_plugin.pipeline.device import pick_device, pick_dtype
 from arf_plugin.pipeline.embedder import load_model, model_identity, unit_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import TEXT, count_rows, read_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,7 @@ class CaptionTexts:
 
     def shards(self) -> list[Shard]:
         """One shard per parquet file."""
-        import pyarrow.parquet as pq
-
-        counts = [pq.read_metadata(path).num_rows for path in self.files()]
+        counts = [count_rows(path, AnchorSetError) for path in self.files()]
         return [
             Shard(i, f"{i:05d}", path, count, count)
             for i, (path, count) in enumerate(zip(self.files(), counts, strict=True))
@@ -88,14 +87,8 @@ class CaptionTexts:
 
     def read(self, shard: Shard) -> list[TextQuery]:
         """The captions of a file."""
-        import pyarrow.parquet as pq
-
-        try:
-            rows = pq.read_table(shard.source, columns=["id", "caption"]).to_pylist()
-        except (ValueError, OSError) as cause:  # pyarrow's ArrowInvalid is a ValueError
-            raise AnchorSetError(
-                f"{shard.source} cannot be read: {cause}. Expected the columns id and caption."
-            ) from cause
+        table = read_columns(shard.source, {"id": TEXT, "caption": TEXT}, AnchorSetError, ("id", "caption"))
+        rows = table.to_pylist()
         return [TextQuery(row["id"], [row["caption"]]) for row in rows if row["id"] and row["caption"]]
 
     def fingerprint(self) -> list[Any]:
