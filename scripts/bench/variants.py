@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import open_clip
 import torch
+from open_clip_train.precision import get_autocast
 from open_clip_train.train import train_one_epoch
 
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
@@ -80,6 +81,7 @@ class StepBench:
         world_size: Number of processes.
         local_loss: With --local-loss --gather-with-grad.
         lengths: Tokens of prompts, captions and pair texts.
+        precision: --precision; ``amp`` has no scaler here.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class StepBench:
         world_size: int = 1,
         local_loss: bool = False,
         lengths: Sequence[int] = TEXT_LENGTHS,
+        precision: str = "fp32",
     ) -> None:
         self.size, self.device = batch_size, device
         self.core, _, _ = open_clip.create_model_and_transforms(name, output_dict=True, device=device)
@@ -109,6 +112,7 @@ class StepBench:
             world_size=world_size,
             batch_size=batch_size,
             model=name,
+            precision=precision,
             local_loss=local_loss,
             gather_with_grad=local_loss,
         )
@@ -144,7 +148,9 @@ class StepBench:
         loss = open_clip.create_loss(options)
         self.optimizer.zero_grad()
         parts = zip((self.images[0], self.images[0], self.images[1]), self.texts, strict=True)
-        sum(loss(**self.model(x.to(self.device), t.to(self.device))) for x, t in parts).backward()
+        with get_autocast(options.precision, torch.device(self.device).type)():
+            total = sum(loss(**self.model(x.to(self.device), t.to(self.device))) for x, t in parts)
+        total.backward()
         self.optimizer.step()
 
     def _shrink_pairs(
@@ -162,6 +168,11 @@ class StepBench:
             self.trimmer.length(*texts) if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
         )
         return DeviceConcat(*images), DeviceConcat(*texts, columns=columns)
+
+    def move(self) -> None:
+        """Moves the made images and texts to the device, for steps that wait for no copy."""
+        self.images = [part.to(self.device) for part in self.images]
+        self.texts = [part.to(self.device) for part in self.texts]
 
     def _texts(self, length: int) -> torch.Tensor:
         """Tokens ``[B, context_length]`` that end, with the highest number, at ``length``."""
