@@ -251,6 +251,10 @@ class Report:
         command += ["--keep", str(self.folder), "--seconds", str(max(1, seconds - 3))]
         command += ["--tiny"] if self.args.tiny else []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # This checkout's plugin, whatever is installed: its start-up file runs before anything here does.
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         if self.args.device == "cpu":
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with (folder / "output.txt").open("w") as output:

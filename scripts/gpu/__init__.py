@@ -8,4 +8,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 for _folder in (ROOT, ROOT / "tests", ROOT / "scripts" / "bench"):
     if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))  # this checkout, whatever is installed
+        sys.path.insert(0, str(_folder))

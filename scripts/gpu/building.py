@@ -41,9 +41,9 @@ def embed(context: Context) -> Outcome:
     sample = RawSample(**{field: None for field in RawSample.__dataclass_fields__})
     stage: Any = EmbedStage(context.folder, None, name, batch_size=batch, device=context.device)  # type: ignore[arg-type]
     stage._device, stage._dtype, stage._model = device, dtype, model
-    stage._batches = lambda shard, outcome: (([sample] * batch, pixels) for _ in range(batches))
+    stage._batches = lambda shard, outcome: (([sample] * batch, [""] * batch, pixels) for _ in range(batches))
     kept: list[Any] = []
-    stage._write = lambda shard, rows, images, texts, keep: kept.append(np.concatenate(images))
+    stage._write = lambda shard, rows, digests, images, texts, keep: kept.append(np.concatenate(images))
     ready = torch.stack(pixels).to(device, dtype)
     on_host = torch.stack(pixels)
     pinned = on_host.to(dtype).pin_memory() if context.on_gpu else on_host

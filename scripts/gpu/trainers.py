@@ -77,7 +77,7 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint, on the CPU."""
     import torch
 
-    from arf_plugin.evaluation.tensor_files import plain_numbers
+    from arf_plugin.safe_loading import plain_numbers
 
     with torch.serialization.safe_globals(plain_numbers()):
         return torch.load(path, weights_only=True, map_location="cpu")

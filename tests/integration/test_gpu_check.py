@@ -1,0 +1,73 @@
+"""scripts/gpu_check.py on a CPU, with sizes as small as can be: the script itself works, and says what it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "gpu_check.py"
+
+
+def check(tmp_path: Path, *flags: object) -> tuple[subprocess.CompletedProcess, dict, str]:
+    files = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--device",
+        "cpu",
+        "--tiny",
+        "--json",
+        files[0],
+        "--markdown",
+        files[1],
+        *flags,
+    ]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+    return done, json.loads(files[0].read_text()), files[1].read_text()
+
+
+def test_one_check(tmp_path):
+    done, content, markdown = check(tmp_path, "--only", "machine", "search")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(content["checks"]) == {"machine", "search"}
+    search = content["checks"]["search"]
+    assert (
+        search["status"] == "passed"
+        and all(bar["met"] for bar in search["bars"])
+        and len(search["bars"]) >= 4
+    )
+    assert len(search["figures"]["seconds"]["exact_search"]) == 3
+    assert content["machine"]["packages"]["torch"] and content["commit"]
+    assert "| search | passed |" in markdown
+
+
+def test_what_there_is_no_time_for_is_not_run(tmp_path):
+    done, content, _ = check(tmp_path, "--only", "search", "--budget", 1)
+    assert content["checks"]["search"]["status"] == "not run"
+    assert "not run" in done.stdout
+
+
+def test_a_check_that_runs_too_long_is_ended(tmp_path):
+    """Importing torch and open_clip, and drawing vectors, takes more than is left of the budget."""
+    done, content, _ = check(tmp_path, "--only", "waiting", "--budget", 5.5)
+    assert content["checks"]["waiting"]["status"] in ("timeout", "error")
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
+def test_all_checks(tmp_path):
+    done, content, markdown = check(tmp_path, "--budget", 1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = {name: row["status"] for name, row in content["checks"].items()}
+    skipped = {"compile", "step-ViT-B-16-bf16", "step-ViT-B-16-fp32"}
+    assert {name for name, verdict in verdicts.items() if verdict == "skipped"} == skipped
+    assert all(verdict == "passed" for name, verdict in verdicts.items() if name not in skipped)
+    assert all(row["bars"] for name, row in content["checks"].items() if "fp64" in str(row.get("bars")))
+    assert "| ARF, A = B, trimmed |" in markdown
