@@ -196,7 +196,7 @@ class _Step:
         scaler = torch.amp.GradScaler(self.device, init_scale=256.0) if args.precision == "amp" else None
         train_one_epoch(model, data, loss, 0, optimizer, scaler, None, None, args)
         names = [name for name, _ in model.named_parameters()]
-        return {name: g.double().cpu() for name, g in zip(names, optimizer.gradients, strict=True)}
+        return {name: g.double() for name, g in zip(names, optimizer.gradients, strict=True)}
 
 
 def _pinned(tensor: Any, on_gpu: bool) -> Any:

@@ -83,6 +83,16 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True, map_location="cpu")
 
 
+_RUNNING: set[subprocess.Popen] = set()
+
+
+def end_all() -> None:
+    """Ends whatever trainers run: a check that is ended leaves none behind."""
+    for process in list(_RUNNING):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 class Trainers:
     """Starts trainers on data that it makes."""
 
@@ -116,15 +126,12 @@ class Trainers:
         }
         if not context.on_gpu:
             self.env |= {"CUDA_VISIBLE_DEVICES": "", "ARF_TEST_DDP_CPU": "1"}
-        self._running: set[subprocess.Popen] = set()
 
     def __enter__(self) -> Trainers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in list(self._running):  # a check that is ended leaves no trainer behind
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        end_all()
 
     def data(self, *more: Any) -> list[Any]:
         """Flags of the data, with class prompts and anchors."""
@@ -163,7 +170,7 @@ class Trainers:
             env={**self.env, **(env or {})},
             start_new_session=True,
         )
-        self._running.add(process)
+        _RUNNING.add(process)
         try:
             output, _ = process.communicate(timeout=self.context.left)
         except subprocess.TimeoutExpired:
@@ -172,7 +179,7 @@ class Trainers:
                 process.communicate()[0] + f"\n(ended: it ran past the check's {self.context.seconds:.0f} s)"
             )
         finally:
-            self._running.discard(process)
+            _RUNNING.discard(process)
         return process.returncode, output
 
     def all(self, calls: list[Any]) -> list[Any]:
