@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROPERTIES = ROOT / "tests" / "properties"
-# What each kind of the issue "trust the data" is covered by, by the topic of its tests.
+# What covers each kind of outside input, by the topic of its tests.
 KINDS = {
     "decoding": ("tars", "sets"),
     "names": ("tars", "captions", "sets"),
