@@ -19,6 +19,8 @@ the others go on. JSON and Markdown are written anew after each, so that an inte
     python scripts/gpu_check.py --only gradients search    some of them
 
 The status is 1 if a promise is broken or a check ends in an error, and 0 otherwise.
+
+One module, because it reads as one list of checks.
 """
 
 from __future__ import annotations

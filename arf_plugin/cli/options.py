@@ -12,8 +12,9 @@ from arf_plugin.number_types import number_type
 from arf_plugin.untrusted import printable, printable_json
 
 if TYPE_CHECKING:
+    from arf_plugin.pipeline.runner import RunOptions
     from arf_plugin.pipeline.source import Source
-    from arf_plugin.pipeline.stage import RunOptions, Stage
+    from arf_plugin.pipeline.stage import Stage
 
 positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
 
@@ -110,7 +111,7 @@ def run_options(args: argparse.Namespace) -> RunOptions:
     """Run options from the command line and the environment's ranks."""
     from arf_plugin.cli.processes import is_child
     from arf_plugin.pipeline.ranks import ranks
-    from arf_plugin.pipeline.stage import RunOptions
+    from arf_plugin.pipeline.runner import RunOptions
 
     rank, world = ranks()
     return RunOptions(bool(args.restart) and not is_child(), args.max_bad_fraction, rank, world)
@@ -139,7 +140,7 @@ def task_source(args: argparse.Namespace) -> Source:
 def execute(stage: Stage, args: argparse.Namespace) -> int:
     """Runs a stage, or shows its plan, and prints what came of it."""
     from arf_plugin.cli import processes
-    from arf_plugin.pipeline.stage import describe, restart, run_stage
+    from arf_plugin.pipeline.runner import describe, restart, run_stage
 
     if args.dry_run:
         show(describe(stage), args.json, "plan")

@@ -29,9 +29,10 @@ from arf_plugin.pipeline.generation import Generation
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.pack import PackStage
 from arf_plugin.pipeline.retrieve import RetrieveStage
+from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
 from arf_plugin.pipeline.selection import Selection
 from arf_plugin.pipeline.source import Source, TarSource
-from arf_plugin.pipeline.stage import RunOptions, Stage, describe, run_stage
+from arf_plugin.pipeline.stage import Stage
 from arf_plugin.pipeline.text_queries import CaptionTexts, EmbedTextsStage, PromptTexts
 
 

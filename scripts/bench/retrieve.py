@@ -31,8 +31,8 @@ from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.knn import block_sizes
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.retrieve import RetrieveStage
+from arf_plugin.pipeline.runner import describe
 from arf_plugin.pipeline.selection import Selection
-from arf_plugin.pipeline.stage import describe
 
 ROWS_PER_FILE = 100_000
 
@@ -157,7 +157,7 @@ def flat(folder: Path, args) -> dict[str, Callable[[], object]]:
     import faiss
 
     from arf_plugin.pipeline.index import IndexStage
-    from arf_plugin.pipeline.stage import run_stage
+    from arf_plugin.pipeline.runner import run_stage
 
     pool = Embeddings(folder / "pool")
     stage = IndexStage(folder / "index", pool)

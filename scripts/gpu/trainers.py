@@ -2,6 +2,8 @@
 
 The trainer is stock open_clip. Two start-up files stand around it: the plugin's own, which an installation would run,
 and that of the tests (tests/shim), which adds the tiny models, records a step, or kills the run at a moment.
+
+One module, because all of its checks run the same trainer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.manifest import begin_half, problems_of, read_manifest, update_manifest
 from arf_plugin.errors import AnchorSetError, ArfError, StageError
-from arf_plugin.pipeline.stage import Outcome, RunOptions, Shard, Stage, describe, run_stage
+from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
+from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
 FILES = ("config.json", "plan.json", "finished.json", "done/00000.json", "done/00001.json")
 SHARDS = [[1, 2], [3]]

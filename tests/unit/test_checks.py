@@ -1,4 +1,7 @@
-"""One set of rules: every rule finds what it is there for, and `arf check` and the trainer say the same of it."""
+"""One set of rules: every rule finds what it is there for, and `arf check` and the trainer say the same of it.
+
+One module, because each rule has its example here.
+"""
 
 from __future__ import annotations
 

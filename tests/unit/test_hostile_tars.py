@@ -1,4 +1,7 @@
-"""Tars that no program should have written, and tars that programs do write: holes, labels, system files, odd names."""
+"""Tars that no program should have written, and tars that programs do write: holes, labels, system files, odd names.
+
+One module, because each of its tars is a few lines.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 The service here is a small HTTP server in this process that speaks the protocol, since most of these answers cannot be
 had from the real one; that one is in tests/integration/test_knn_service.py.
+
+One module, because all of it talks to the same small server.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The stage skeleton: resuming, refusing, rejecting, sharing the work."""
+"""The stage skeleton: resuming, refusing, rejecting, sharing the work.
+
+One module, because all of it uses the same two small stages.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,12 @@ from support.building import folder_bytes
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
-from arf_plugin.pipeline import stage as stage_module
+from arf_plugin.pipeline import bookkeeping
+from arf_plugin.pipeline.bookkeeping import differences
 from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.ranks import ranks
-from arf_plugin.pipeline.stage import (
-    Outcome,
-    RunOptions,
-    Shard,
-    Stage,
-    describe,
-    differences,
-    run_stage,
-)
+from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
+from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable
 
 
@@ -179,7 +176,7 @@ def test_ranks_share_the_shards_and_the_last_one_finalizes(tmp_path: Path):
 
 def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Path, monkeypatch):
     """Two ranks find an empty folder; one of them is held up for as long as the other needs for all its shards."""
-    clear, starting = stage_module.clear, threading.Event()
+    clear, starting = bookkeeping.clear, threading.Event()
 
     def slow_clear(stage: Stage) -> None:
         if threading.current_thread() is slow:
@@ -187,7 +184,7 @@ def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Pa
             time.sleep(0.5)
         clear(stage)
 
-    monkeypatch.setattr(stage_module, "clear", slow_clear)
+    monkeypatch.setattr(bookkeeping, "clear", slow_clear)
     share = (Doubling(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
     slow = threading.Thread(target=run_stage, args=share)
     slow.start()
