@@ -125,6 +125,13 @@ RULES: tuple[Rule, ...] = (
         task_rules.task_data,
     ),
     Rule(
+        "task-images",
+        "task images in tars",
+        "end as their format does (`--full`: decode)",
+        "warning, as open_clip skips them",
+        task_rules.images,
+    ),
+    Rule(
         "texts",
         "task texts",
         "a `txt`, or with `--arf-classnames` a `cls`, for every sample; a CSV's column without empty cells",
@@ -140,11 +147,11 @@ RULES: tuple[Rule, ...] = (
         task_rules.labels,
     ),
     Rule(
-        "task-images",
-        "task images",
-        "end as their format does (`--full`: decode); files that a CSV names are there",
-        "tars: warning, as open_clip skips them; CSV: error, as open_clip would end with a traceback",
-        task_rules.images,
+        "csv-images",
+        "image files of a CSV",
+        "are there, are files, end as their format does (`--full`: decode)",
+        "error, as open_clip would end with a traceback when it comes to the first",
+        task_rules.csv_images,
     ),
     Rule(
         "coverage",
@@ -187,7 +194,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "first-loss",
         "first step",
-        "the loss of the first step is not far above that of guessing",
+        "the loss of the first step is not far above chance",
         "warning: are class names and labels of one order?",
         where="after the first step",
     ),

@@ -42,25 +42,35 @@ def task_data(inputs: Inputs) -> Iterator[Finding]:
 
 
 def images(inputs: Inputs) -> Iterator[Finding]:
-    """Images look whole, and those of a CSV are there."""
-    if inputs.train_data is None or inputs.remote_task or not inputs.task.unreadable:
+    """Images of tars look whole."""
+    if inputs.train_data is None or inputs.csv or inputs.remote_task or not inputs.task.unreadable:
         return
-    task = inputs.task
-    listed = list(task.unreadable.items())
-    named = "; ".join(f"{name} {reason}" for name, reason in listed[:NAMED])
-    total = len(dict.fromkeys(task.ids)) if inputs.csv else len(task.ids)
-    if inputs.csv:
-        raise TaskDataError(
-            f"{len(listed)} of {total} image files of {inputs.train_data} are missing or unreadable, first: "
-            f"{named}.\n"
-            "open_clip's reader of CSVs would stop at the first one, hours later. Paths are read as they "
-            "stand, from the "
-            "folder that training is started in; correct them, or remove the rows."
-        )
-    first = f"{listed[0][0]} {listed[0][1]}" if inputs.training else named
+    named, count = _unreadable(inputs)
     yield Finding(
-        "warning", f"{len(listed)} of {total} task images are unreadable and will be skipped, first: {first}"
+        "warning",
+        f"{count} of {len(inputs.task.ids)} task images are unreadable and will be skipped, first: {named}",
     )
+
+
+def csv_images(inputs: Inputs) -> Iterator[Finding]:
+    """The image files of a CSV are there and look whole."""
+    yield from ()
+    if inputs.train_data is None or not inputs.csv or not inputs.task.unreadable:
+        return
+    named, count = _unreadable(inputs)
+    raise TaskDataError(
+        f"{count} of {len(dict.fromkeys(inputs.task.ids))} image files of {inputs.train_data} are missing or "
+        f"unreadable, first: {named}.\n"
+        "open_clip's reader of CSVs would stop at the first one, hours later. Paths are read as they stand, from the "
+        "folder that training is started in; correct them, or remove the rows."
+    )
+
+
+def _unreadable(inputs: Inputs) -> tuple[str, int]:
+    """Some unreadable images with reasons, and their number; a run's log gets the first alone."""
+    listed = list(inputs.task.unreadable.items())
+    shown = listed[: 1 if inputs.training and not inputs.csv else NAMED]
+    return "; ".join(f"{name} {reason}" for name, reason in shown), len(listed)
 
 
 def texts(inputs: Inputs) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from arf_plugin.losses.anchored import AnchoredLoss
 from arf_plugin.losses.head import HeadLoss
 from arf_plugin.losses.l2sp import L2SPLoss
 
-WORSE_THAN_GUESSING = 1.25
+WORSE_THAN_CHANCE = 1.25
 
 
 def create_loss(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
@@ -44,7 +44,7 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
 
 
 def _warn_of_first_loss(loss: Any, args: Any) -> None:
-    """Looks at the loss of the first step, once: worse than guessing is what mixed up class names look like."""
+    """Looks at the loss of the first step, once: worse than chance is what mixed up class names look like."""
     if args.rank != 0 or getattr(args, "torchcompile", False):
         return
 
@@ -54,11 +54,11 @@ def _warn_of_first_loss(loss: Any, args: Any) -> None:
             return
         found = float(losses["contrastive_loss"])
         rows = len(named["image_features"]) * args.world_size
-        guessing = math.log(max(2, rows))
-        if found > WORSE_THAN_GUESSING * guessing:
+        chance = math.log(max(2, rows))
+        if found > WORSE_THAN_CHANCE * chance:
             logging.warning(
-                f"ARF: the first loss is {found:.2f}; guessing which of {rows} texts belongs to an image gives "
-                f"{guessing:.2f}. Are the class names in the order of the labels, the texts those of the images, and "
+                f"ARF: the first loss is {found:.2f}, worse than chance: picking one of {rows} texts blindly gives "
+                f"{chance:.2f}. Are the class names in the order of the labels, the texts those of the images, and "
                 "--model and --pretrained of one kind?"
             )
 

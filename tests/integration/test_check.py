@@ -217,7 +217,7 @@ def test_a_manifest_of_the_future_is_refused(check, anchors: Path):
     (anchors / "anchors.json").write_text('{"format_version": 99}')
     assert "format_version 99" in only_error(check(status=1))
     (anchors / "anchors.json").write_text("{")
-    assert "is not JSON" in only_error(check(status=1))
+    assert "is no JSON" in only_error(check(status=1))
 
 
 def test_a_set_may_be_a_url(anchors: Path):
