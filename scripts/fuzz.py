@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Runs the property tests with new random examples, round after round, until the time is over.
 
-Each round asks every property for some examples more, with a seed of its own, in a process of its own; what is slow
-gets fewer in the next round. A failure is shown with hypothesis' blob, which reproduces it (@reproduce_failure), and
-the property goes on with other examples. Exits with 1 if there was a failure.
+Each round asks every property for some examples more, with a seed of its own; those of one file share a process, and
+what is slow gets fewer in the next round. A failure is shown with hypothesis' blob, which reproduces it
+(@reproduce_failure), and the property goes on with other examples. Exits with 1 if there was a failure.
 """
 
 from __future__ import annotations
@@ -92,44 +92,58 @@ def _pytest(arguments: Sequence[str], variables: dict[str, str]) -> subprocess.C
     )
 
 
-def try_once(name: str, examples: int, seed: int) -> Found:
-    """Runs one property."""
+def try_once(names: Sequence[str], examples: int, seed: int) -> dict[str, Found]:
+    """Runs some properties in one process, and those that fail once more, each by itself, for its blob."""
+    found = {name: Found(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="arf-fuzz-") as scratch:
         counts = Path(scratch) / "counts.jsonl"
         variables = {"ARF_FUZZ": str(examples), "ARF_FUZZ_COUNTS": str(counts), "TMPDIR": scratch}
         done = _pytest(
-            ["-q", "-x", f"--hypothesis-seed={seed}", f"--basetemp={scratch}/pytest", name], variables
+            ["-q", "-rf", f"--hypothesis-seed={seed}", f"--basetemp={scratch}/pytest", *names], variables
         )
         tried = [json.loads(line) for line in counts.read_text().splitlines()] if counts.is_file() else []
-    found = Found(name, sum(one["examples"] for one in tried), seconds=sum(one["seconds"] for one in tried))
-    if done.returncode:
-        blob = re.search(r"@reproduce_failure\(.*\)", done.stdout)
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        raised = [line for line in lines if line.startswith("E  ")]  # what pytest shows of an error
-        said = "\n".join(line[:200] for line in raised[:12] or lines[-25:])
-        found.failures.append(f"seed {seed}: {blob[0] if blob else 'no blob'}\n{said}")
+    for one in tried:
+        if one["property"] in found:
+            found[one["property"]].examples += one["examples"]
+            found[one["property"]].seconds += one["seconds"]
+    if not done.returncode:
+        return found
+    if len(names) > 1:
+        failed = [name for name in names if f"FAILED {name}" in done.stdout] or list(names)
+        for name in failed:
+            found[name].failures += try_once([name], examples, seed)[name].failures
+        return found
+    blob = re.search(r"@reproduce_failure\(.*\)", done.stdout)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    raised = [line for line in lines if line.startswith("E  ")]  # what pytest shows of an error
+    said = "\n".join(line[:200] for line in raised[:12] or lines[-25:])
+    found[names[0]].failures.append(f"seed {seed}: {blob[0] if blob else 'no blob'}\n{said}")
     return found
 
 
 def fuzz(names: Sequence[str], seconds: float, seed: int) -> dict[str, Found]:
-    """Runs properties round after round; each is tried once at least."""
+    """Runs properties round after round, those of one file together; each is tried once at least."""
     end = time.monotonic() + seconds
     found = {name: Found(name) for name in names}
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(name.partition("::")[0], []).append(name)
     turn = 0
     while turn == 0 or time.monotonic() < end:
-        share = max(end - time.monotonic(), 1.0) / len(names) / (2 if turn == 0 else 1)
-        for name in names:
+        share = max(end - time.monotonic(), 1.0) / len(files)
+        for file, some in files.items():
             if turn and time.monotonic() > end:
                 break
-            known = found[name]
-            rate = known.examples / known.seconds if known.seconds > 0.1 else 50.0
-            wanted = max(5, min(round(rate * min(share, 60.0)), 100_000)) if turn else 20
-            one = try_once(name, wanted, seed + turn)
-            known.examples += one.examples
-            known.seconds += one.seconds
-            known.failures += one.failures
+            known = [found[name] for name in some]
+            spent = sum(one.seconds for one in known)
+            rate = sum(one.examples for one in known) / spent if spent > 0.1 else 50.0
+            wanted = max(5, min(round(rate * min(share, 45.0) / len(some)), 100_000)) if turn else 20
+            for name, one in try_once(some, wanted, seed + turn).items():
+                found[name].examples += one.examples
+                found[name].seconds += one.seconds
+                found[name].failures += one.failures
             print(
-                f"\r{time.strftime('%H:%M:%S')} round {turn + 1}: {_short(name)}",
+                f"\r{time.strftime('%H:%M:%S')} round {turn + 1}: {Path(file).stem.removeprefix('test_')}",
                 end="\033[K",
                 file=sys.stderr,
             )
