@@ -6,13 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.scan import require_unique_keys, scan_shard
-from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.tars import is_remote, scan_samples
 from arf_plugin.anchors.task_csv import CLASS_COLUMN, file_problem, label_text, read_csv, unreadable_files
 from arf_plugin.errors import ArfError, TaskDataError
 from arf_plugin.untrusted import utf8
@@ -247,11 +246,3 @@ def decodable(train_data: str, csv: bool, ids: Sequence[str]) -> list[str]:
                     continue
                 good.append(identity)
     return good
-
-
-def local_files(train_data: str, csv: bool) -> list[Path] | None:
-    """The local tars, or the CSV file, that task data lies in; None if some are remote."""
-    if csv:
-        return [Path(train_data)]
-    urls = expand_urls(train_data, unique=False)
-    return None if any(map(is_remote, urls)) else [local_path(url) for url in urls]
