@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -155,11 +158,13 @@ def test_images_whose_names_are_bytes(tmp_path):
     assert open_list(root / "list.txt", "listed").images == 2
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path):
-    root = colours(tmp_path / "set", "a", "b")
+def test_a_folder_that_cannot_be_listed():
+    # Root lists every folder, so the reader gives its rights up, and pytest's own folder,
+    # which is closed to others, cannot be above the set.
+    above = Path(tempfile.mkdtemp(prefix="arf-"))
+    above.chmod(0o755)
+    root = colours(above / "set", "a", "b")
     (root / "b").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     code = (
         "import os, sys, pathlib\n"
         "from arf_plugin.evaluation.sets import find_sets\n"
@@ -168,6 +173,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     (root / "b").chmod(0o755)
+    shutil.rmtree(above)
     assert "set/b cannot be listed: Permission denied. Its images would be missing" in done.stderr
 
 
