@@ -112,12 +112,17 @@ setup(
         "packaging",
         "pandas",
         "pyarrow",
+        "pydantic>=2",
+        "safetensors",
         "tqdm",
     ],
     extras_require={
         "captions": ["transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "tenacity", "requests"],
-        "evaluation": ["clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests", "torchmetrics"],
+        "evaluation": [
+            *("clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests"),
+            *("scikit-learn", "scipy", "torchmetrics"),
+        ],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
         "dev": [
