@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -59,6 +60,36 @@ def test_a_check_that_runs_too_long_is_ended(tmp_path):
     done, content, _ = check(tmp_path, "--only", "waiting", "--budget", 5.5)
     assert content["checks"]["waiting"]["status"] in ("timeout", "error")
     assert done.returncode == 1
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("gpu.trainers")
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [
+        (
+            "INFO | workers: 2\narf-plugin: error: --arf-watch needs a library.\nInstall it.\n"
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n",
+            "arf-plugin: error: --arf-watch needs a library.",
+        ),
+        ("arf evaluate: error: no set\nmore\n", "arf evaluate: error: no set"),
+        ("Traceback\n  raise\ntorch.OutOfMemoryError: CUDA\n", "torch.OutOfMemoryError: CUDA"),
+        ("Killed\n", "it does not say why"),
+    ],
+)
+def test_the_reason_of_a_failed_run(trainers, output, why):
+    assert trainers.reason(output) == why
+
+
+def test_what_evaluates_is_left_out_without_clip_benchmark(trainers, monkeypatch, tmp_path):
+    context = trainers.Context("cpu", True, tmp_path, 1, 60)
+    monkeypatch.setattr(trainers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(trainers.Skipped, match="clip-benchmark is not installed"):
+        trainers.watch(context)
 
 
 @pytest.mark.slow
