@@ -19,6 +19,7 @@ from typing import Any
 from emojinet.frontier import by_cost, cells
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
+from gpu.report import markdown
 from versions.features import FEATURES
 
 from arf_plugin.ablation.table import as_markdown
@@ -29,7 +30,10 @@ from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
 from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("checks", "emojinet", "versions")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("checks", "emojinet", "gpu", "versions")),
+)
 RESULTS = "emojinet"  # runs/quickstart/results.json of a clean clone
 GRID = "emojinet-grid"  # runs/ablation/main/results.json
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
@@ -161,6 +165,11 @@ def memory() -> str:
     return _table([what, "peak, MB", "of plain", "of plain, without weights and state"], rows)
 
 
+def gpu() -> str:
+    """What scripts/gpu_check.py found on a machine with a GPU."""
+    return markdown(_figures("gpu")).rstrip()
+
+
 def _figures(name: str) -> dict[str, Any]:
     """Figures that a script wrote for the documentation."""
     found: dict[str, Any] = json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text())
@@ -253,6 +262,7 @@ def rewritten(text: str) -> str:
         frontier_vit,
         step,
         memory,
+        gpu,
     )
     makers = {maker.__name__: maker for maker in tables}
     return re.sub(
