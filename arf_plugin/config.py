@@ -19,8 +19,6 @@ class ArfConfig:
         caption_weight: Weight of the caption-anchor loss; 0 switches the term and its data off.
         pair_weight: Weight of the pair-anchor loss; 0 switches the term and its data off.
         pair_batch_size: Pairs per process and micro-batch (A); None means ``--batch-size`` (B).
-        pair_patch_dropout: Share of a pair image's patches that is left out while training; 0 keeps all.
-        pair_image_size: Pixels of a pair image's sides; None means the model's own.
         every: One optimizer step in so many has anchors, with so many times their weight.
         workers: Loader workers for pair anchors; None means a share of ``--workers``.
         missing_caption: ``error`` or ``prompt`` (use the class prompt in the caption's place).
@@ -43,8 +41,6 @@ class ArfConfig:
     caption_weight: float = 1.0
     pair_weight: float = 1.0
     pair_batch_size: int | None = None
-    pair_patch_dropout: float = 0.0
-    pair_image_size: int | None = None
     every: int = 1
     workers: int | None = None
     missing_caption: str = "error"
@@ -78,8 +74,6 @@ NEED_ANCHORS = (
     "arf_caption_weight",
     "arf_pair_weight",
     "arf_pair_batch_size",
-    "arf_pair_patch_dropout",
-    "arf_pair_image_size",
     "arf_every",
     "arf_workers",
     "arf_missing_caption",
@@ -151,12 +145,6 @@ def _check_trainer(args: Any, config: ArfConfig) -> None:
         )
     _check_weights(args)
     _check_resuming(args, config)
-    for name in ("distill_model", "fsdp", "torchscript", "trace"):
-        if config.pair_image_size and getattr(args, name, None):
-            raise FlagError(
-                f"--arf-pair-image-size and --{name.replace('_', '-')} do not go together: smaller images pass the "
-                "vision tower of one model alone, as a whole and as it is. Drop one."
-            )
     for name in ("fsdp", "horovod", "torchscript"):
         if config.watch and getattr(args, name, False):
             raise FlagError(

@@ -13,10 +13,8 @@ Anchor-based Robust Fine-tuning (arf-plugin):
       --arf-anchors ANCHORS
   A run that is killed goes on where it was, and ends equal to the bit, when the same command is given again:
       ... --arf-deterministic --arf-checkpoint-every 500 --resume latest
-  A step for less, ours and not the paper's: a quarter as many pairs as task images; anchors on every second step only;
-  for ViTs, pair images without half of their patches, or smaller ones:
+  A step for less, ours and not the paper's: a quarter as many pairs as task images; anchors on every second step only:
       ... --batch-size 64 --arf-pair-batch-size 16            ... --arf-every 2
-      ... --arf-pair-patch-dropout 0.5                        ... --arf-pair-image-size 112
   Build ANCHORS with `arf anchors`, look at it with `arf check`. docs: README.md of arf-plugin.
 """
 
@@ -39,10 +37,8 @@ Other ways to fine-tune robustly, on the same data. Two more need no flag of the
 
 _weight = number_type(float, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
 _share = number_type(float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)")
-_part_left_out = number_type(float, lambda value: 0 <= value < 1, "a part, from 0 to below 1 (0.5 is half)")
 _count = number_type(int, lambda value: value >= 0, "a whole number >= 0")
 _steps = number_type(int, lambda value: value >= 1, "a whole number of steps >= 1")
-_pixels = number_type(int, lambda value: value >= 1, "a whole number of pixels")
 _batch = number_type(
     int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"
 )
@@ -73,20 +69,6 @@ def add_arf_flags(parser: argparse.ArgumentParser) -> None:
         type=_batch,
         metavar="A",
         help="Anchor pairs per process and micro-batch (default: --batch-size).",
-    )
-    group.add_argument(
-        "--arf-pair-patch-dropout",
-        type=_part_left_out,
-        metavar="P",
-        help="Leave out this part of the patches of pair images, as --force-patch-dropout does for all images: a "
-        "cheaper step. For open_clip's own vision transformers (default: 0).",
-    )
-    group.add_argument(
-        "--arf-pair-image-size",
-        type=_pixels,
-        metavar="PX",
-        help="Pair images of PX pixels, a multiple of the patch size, with the position embedding interpolated as for "
-        "--force-image-size: a cheaper step. For open_clip's own vision transformers (default: the model's size).",
     )
     group.add_argument(
         "--arf-every",

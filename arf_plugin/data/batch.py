@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from arf_plugin.data.packing import pack
-
 
 @dataclasses.dataclass(frozen=True)
 class BatchLayout:
@@ -26,18 +24,11 @@ class BatchLayout:
         task: B, task samples per process and micro-batch.
         captions: Whether each task image has a caption anchor.
         pairs: A, pair anchors per process and micro-batch; 0 if that term is off.
-        pair_rows: Rows of the tensor of images that pairs of another size are packed into; None for one each.
     """
 
     task: int
     captions: bool = False
     pairs: int = 0
-    pair_rows: int | None = None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tensor of images."""
-        return self.task + (self.pairs if self.pair_rows is None else self.pair_rows)
 
     @property
     def images(self) -> int:
@@ -83,8 +74,7 @@ class DeviceConcat:
     Concatenating on the device leaves the host with nothing to do but to start the copies.
 
     Args:
-        *parts: The tensors, equal in all dimensions but the first; images of another size are packed into rows of
-            the first part's shape.
+        *parts: The tensors, equal in all dimensions but the first.
         columns: Keep only so many of the second dimension; None for all. Done on the device, too, since a part of a
             tensor in pinned memory would have to be copied before it could be sent.
     """
@@ -105,4 +95,4 @@ class DeviceConcat:
         parts = [move(part) for part in self.parts]
         if self.columns is not None:
             parts = [part[:, : self.columns] for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat([pack(part, parts[0].shape[1:]) for part in parts])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -59,7 +59,6 @@ def data_identity(
         **contents,
         "missing_caption": config.missing_caption,
         **{"every": config.every, "trim_text": config.trim_text},
-        **{"pair_patch_dropout": config.pair_patch_dropout, "pair_image_size": config.pair_image_size},
         "classnames": _file(config.classnames),
         "templates": _file(config.templates),
     }

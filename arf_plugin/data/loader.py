@@ -67,7 +67,7 @@ class AnchoredLoader:
         self.trimmer = trimmer
         self.steps = steps or AnchorSteps()
         self.num_batches: int = task.num_batches
-        self.num_samples: int = task.num_samples * layout.rows // layout.task
+        self.num_samples: int = task.num_samples * layout.images // layout.task
 
     def __len__(self) -> int:
         return self.num_batches

@@ -24,7 +24,6 @@ from arf_plugin.data.epoch import SharedEpoch
 from arf_plugin.data.identity import content_of_data, data_identity
 from arf_plugin.data.loader import AnchoredData, AnchoredLoader, split_workers
 from arf_plugin.data.order import NumberedTokenizer, SampleOrder
-from arf_plugin.data.packing import packed_rows
 from arf_plugin.data.pairs import build_pair_loader, list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_inputs, inputs_of_run
@@ -84,9 +83,7 @@ def _training_data(
         args.train_num_samples = usable
     shards = list_pair_shards(config.anchors) if pairs and config.anchors else []
     captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
-    layout = session.layout = BatchLayout(
-        args.batch_size, captions is not None, pairs, _pair_rows(session, pairs)
-    )
+    layout = session.layout = BatchLayout(args.batch_size, captions is not None, pairs)
     if args.rank == 0:
         _log(config, layout, captions, shards)
     shared_epoch = SharedEpoch(epoch)
@@ -103,7 +100,7 @@ def _training_data(
     if layout.pairs:
         pair_loader = build_pair_loader(
             shards,
-            preprocess=session.pair_transform or preprocess_fns[0],
+            preprocess=preprocess_fns[0],
             tokenize=tokenizer,
             batch_size=layout.pairs,
             num_batches=task.dataloader.num_batches,
@@ -205,15 +202,6 @@ def _trimmer(session: Session, args: Any) -> TextTrimmer | None:
     if args.rank == 0:
         logging.info(f"ARF: texts keep all their positions, because of the model: {found}.")
     return None
-
-
-def _pair_rows(session: Session, pairs: int) -> int | None:
-    """Rows of the tensor of images that the pairs take, if they are smaller than the model's images."""
-    size = session.config.pair_image_size
-    if size is None or session.model is None:
-        return None
-    visual: Any = session.model.visual
-    return packed_rows(pairs, size, visual.image_size[0])
 
 
 def _load_prompts(config: ArfConfig) -> ClassPrompts | ClassIndices | None:

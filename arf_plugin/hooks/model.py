@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arf_plugin.data.prompts import load_classnames
 from arf_plugin.data.rng import make_deterministic
 from arf_plugin.errors import EvaluationError, FlagError
-from arf_plugin.hooks.images import pair_transform, shrink_pairs
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
@@ -65,7 +64,6 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
                 f"ARF: the model has {len(names)} BatchNorm layers (first: {names[0]}). Anchors would enter their "
                 "batch statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
             )
-        _prepare_images(session, result[0], kwargs.get("aug_cfg"))
         if session.config.head:
             _start_from_probe(result[0], session.config.head, session.config.classnames or "")
         if session.config.l2sp:
@@ -81,16 +79,6 @@ def _prepare_text(session: Session, model: nn.Module) -> None:
     session.trimmers.append(found)
     if not isinstance(found, str) and session.config.trim_text != "off":
         accept_trimmed(model)
-
-
-def _prepare_images(session: Session, model: nn.Module, augmentation: Any) -> None:
-    """Makes the vision tower take cheaper pair images, if they are asked for."""
-    dropout, size = session.config.pair_patch_dropout, session.config.pair_image_size
-    if not dropout and size is None:
-        return
-    shrink_pairs(model, lambda: session.layout, dropout=dropout, size=size)
-    if size is not None:
-        session.pair_transform = pair_transform(model, size, augmentation)
 
 
 def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:

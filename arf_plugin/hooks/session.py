@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +26,6 @@ class Session:
         engine: Applies the rows of later phases.
         version: Upstream's version.
         layout: Sizes of a batch, known once the data has been built.
-        pair_transform: Transform of pair images, where it is not the trainer's own.
         model: The model that trains, known once it has been built.
         random_parts: Names of weights, of it or of a teacher, that have come from no file.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
@@ -42,7 +40,6 @@ class Session:
     engine: Engine
     version: str
     layout: BatchLayout | None = None
-    pair_transform: Callable[[Any], torch.Tensor] | None = None
     model: nn.Module | None = None
     random_parts: list[str] = dataclasses.field(default_factory=list)
     start: dict[str, torch.Tensor] | None = None

@@ -36,8 +36,7 @@ ROWS = (
         wrapper="arf_plugin.hooks.model:create_model_and_transforms",
         when="run",
         why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact; "
-        "lets CLIP's text tower take trimmed texts, and its ViT cheaper pair images; baselines: gives the model a "
-        "head, notes where it starts",
+        "lets CLIP's text tower take trimmed texts; baselines: gives the model a head, notes where it starts",
     ),
     Row(
         id="get-data",

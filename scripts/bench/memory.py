@@ -36,7 +36,6 @@ VARIANTS = (
     Variant("ARF, A = B, trimmed", 1, trim=True),
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True),
-    Variant("ARF, A = B/4, patch dropout 0.5, trimmed", 1 / 4, trim=True, dropout=0.5),
     Variant("ARF, A = B, trimmed, --accum-freq 2", 1, trim=True, accum_freq=2),
     Variant("ARF, A = B, trimmed, --accum-freq 4", 1, trim=True, accum_freq=4),
     Variant("plain, --grad-checkpointing", checkpointing=True),

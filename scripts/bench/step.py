@@ -31,8 +31,6 @@ VARIANTS = (
     Variant("ARF, A = B, trimmed", 1, trim=True, bound=1.9),
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True, bound=1.2),
-    Variant("ARF, A = B/4, patch dropout 0.5", 1 / 4, dropout=0.5),
-    Variant("ARF, A = B/4, patch dropout 0.5, trimmed", 1 / 4, trim=True, dropout=0.5),
     Variant("ARF, A = B, every 4, trimmed", 1, trim=True, every=4),
 )
 

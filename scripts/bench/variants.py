@@ -19,9 +19,7 @@ from open_clip_train.precision import get_autocast
 from open_clip_train.train import train_one_epoch
 
 from arf_plugin.data.batch import BatchLayout, DeviceConcat
-from arf_plugin.data.packing import packed_rows
 from arf_plugin.data.trim import TextTrimmer
-from arf_plugin.hooks.images import shrink_pairs
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.anchored import AnchoredLoss
 
@@ -40,8 +38,6 @@ class Variant:
         name: Row of the table.
         pairs: A as a part of B; None for a step without anchors.
         trim: Whether texts are cut to the longest of the batch.
-        dropout: Part of their patches that pair images lose.
-        image_size: Pixels of pair images; None for the model's own.
         every: One step in so many has anchors.
         accum_freq: Micro-batches that B is divided into.
         checkpointing: Whether activations are computed again for the backward pass.
@@ -51,8 +47,6 @@ class Variant:
     name: str
     pairs: float | None = None
     trim: bool = False
-    dropout: float = 0.0
-    image_size: int | None = None
     every: int = 1
     accum_freq: int = 1
     checkpointing: bool = False
@@ -121,8 +115,7 @@ class StepBench:
         """A closure that runs one optimizer step, or a cycle of ``every`` of them."""
         size = self.size // variant.accum_freq
         pairs = int(size * (variant.pairs or 0))
-        rows = packed_rows(pairs, variant.image_size, self.image_size) if variant.image_size else None
-        layout = BatchLayout(size, captions=bool(pairs), pairs=pairs, pair_rows=rows)
+        layout = BatchLayout(size, captions=bool(pairs), pairs=pairs)
         options = self.arguments(accum_freq=variant.accum_freq)
         loss = open_clip.create_loss(options)
         if pairs:
@@ -134,7 +127,6 @@ class StepBench:
         data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
 
         def run() -> None:
-            self._shrink_pairs(layout, variant.dropout, variant.image_size)
             self.core.set_grad_checkpointing(variant.checkpointing)
             train_one_epoch(self.model, data, loss, 0, self.optimizer, None, None, None, options)
 
@@ -142,7 +134,6 @@ class StepBench:
 
     def three_forwards(self) -> None:
         """A step of three separate forwards, with A = B and whole texts."""
-        self._shrink_pairs(None)
         self.core.set_grad_checkpointing(False)
         options = self.arguments()
         loss = open_clip.create_loss(options)
@@ -153,16 +144,8 @@ class StepBench:
         total.backward()
         self.optimizer.step()
 
-    def _shrink_pairs(
-        self, layout: BatchLayout | None, dropout: float = 0.0, size: int | None = None
-    ) -> None:
-        if dropout or size or hasattr(self.core.visual, "arf_pairs"):
-            shrink_pairs(self.core, lambda: layout, dropout=dropout, size=size)
-
     def _batch(self, layout: BatchLayout, variant: Variant) -> tuple[DeviceConcat, DeviceConcat]:
-        small, pairs = variant.image_size, self.images[1][: layout.pairs]
-        pairs = pairs[:, :, :small, :small].contiguous() if small else pairs
-        images = [self.images[0][: layout.task], *([pairs] if layout.pairs else [])]
+        images = [part[:size] for part, size in zip(self.images, layout.image_sizes, strict=True) if size]
         texts = [part[:size] for part, size in zip(self.texts, layout.text_sizes, strict=True) if size]
         columns = (
             self.trimmer.length(*texts) if variant.trim and isinstance(self.trimmer, TextTrimmer) else None

@@ -55,8 +55,6 @@ def costs(grid: Mapping[str, Any], rounds: int) -> dict[str, dict[str, float]]:
             arm["name"],
             pairs=int(flags.get("arf-pair-batch-size", batch_size)) / batch_size if arm["anchors"] else None,
             trim=True,
-            dropout=float(flags.get("arf-pair-patch-dropout", 0)),
-            image_size=int(flags["arf-pair-image-size"]) if "arf-pair-image-size" in flags else None,
             every=int(flags.get("arf-every", 1)),
         )
     seconds = interleave({name: bench.step(variant) for name, variant in variants.items()}, rounds)

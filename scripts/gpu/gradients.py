@@ -254,11 +254,8 @@ def same_bits(context: Context) -> Outcome:
         "ARF, trimmed": Variant("", 1, trim=True),
         "not trimmed": Variant("", 1 / 4),
         "checkpointing": Variant("", 1 / 4, trim=True, checkpointing=True),
-        "patch dropout": Variant("", 1 / 4, trim=True, dropout=0.5),
         "accum 2": Variant("", 1 / 4, trim=True, accum_freq=2),
     }
-    if not context.tiny:
-        variants["small pairs"] = Variant("", 1, trim=True, image_size=128)
     for precision in ("fp32", "amp_bf16"):
         bench = StepBench(name, batch, context.device, precision=precision, lengths=(6, 9, 12))
         start = {key: value.clone() for key, value in bench.core.state_dict().items()}

@@ -299,11 +299,11 @@ def _rng_of(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def cheaper_pairs(context: Context) -> Outcome:
-    """--arf-pair-image-size, --arf-pair-patch-dropout and --arf-every with --arf-deterministic, twice."""
+    """Fewer pairs and --arf-every with --arf-deterministic, twice."""
     found = Outcome()
     with Trainers(context) as trainers:
         flags = trainers.data("--arf-deterministic", "--precision", "amp_bf16", "--arf-every", 2)
-        flags += ["--arf-pair-image-size", 16, "--arf-pair-patch-dropout", 0.25, "--arf-pair-batch-size", 5]
+        flags += ["--arf-pair-batch-size", 5]
         runs = trainers.all([lambda n=name: trainers.run(n, *flags).check() for name in ("one", "two")])
         found.holds("two runs end equal to the bit", _same_end(*runs, 1))
         found.figures["losses"] = runs[0].losses()
@@ -362,7 +362,6 @@ class Recorded:
     nproc: int = 0
     every: int = 1
     step: int = 0
-    pair_image_size: int | None = None
     local: bool = False
 
 
@@ -371,7 +370,6 @@ SINGLE = (
     Recorded("siglip, accum 2", siglip=True, accum_freq=2),
     Recorded("grad checkpointing", ("--grad-checkpointing",)),
     Recorded("every 2, a step without anchors", every=2, step=1),
-    Recorded("pair images of 16 px", pair_image_size=16),
 )
 DOUBLE = (
     Recorded("two processes", nproc=2),
@@ -447,7 +445,6 @@ def _compare(trainers: Trainers, cases: tuple[Recorded, ...], found: Outcome) ->
             case.pair_size,
         ]
         flags += ["--arf-every", case.every] if case.every > 1 else []
-        flags += ["--arf-pair-image-size", case.pair_image_size] if case.pair_image_size else []
         flags += ["--siglip"] if case.siglip else []
         # Processes that share one GPU: NCCL refuses that, and the rank is no number of a device.
         flags += ["--dist-backend", "gloo", "--no-set-device-rank"] if case.nproc else []
@@ -481,7 +478,6 @@ def _compare(trainers: Trainers, cases: tuple[Recorded, ...], found: Outcome) ->
             gather_with_grad=case.local,
             every=case.every,
             step=case.step,
-            pair_image_size=case.pair_image_size,
         )
         jobs.setdefault(max(case.nproc, 1), []).append(job)
     env = {"ARF_TEST_SHIM_ALWAYS": "1", "ARF_TEST_FP64": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -94,12 +94,7 @@ FEATURES = (
             CHEAPER,
             arf=("--arf-anchors", "{anchors}", f"--arf-{name}", value),
         )
-        for name, value in (
-            ("trim-text", "off"),
-            ("every", "2"),
-            ("pair-patch-dropout", "0.5"),
-            ("pair-image-size", "16"),
-        )
+        for name, value in (("trim-text", "off"), ("every", "2"))
     ),
     Feature("flyp", "FLYP", BASELINES, arf=PROMPTS, terms=("Contrastive_loss",)),
     Feature(

@@ -214,8 +214,6 @@ def test_bad_input_is_named_before_the_first_step(tmp_path, train, task, anchors
         ["--arf-caption-weight", "0.5"],
         ["--arf-pair-weight", "0"],
         ["--arf-pair-batch-size", "4"],
-        ["--arf-pair-patch-dropout", "0.5"],
-        ["--arf-pair-image-size", "16"],
         ["--arf-every", "2"],
         ["--arf-workers", "1"],
         ["--arf-missing-caption", "prompt"],
@@ -227,27 +225,6 @@ def test_anchor_flags_need_an_anchor_set(parse, flags):
 
     with pytest.raises(FlagError, match=rf"{flags[0]} given without --arf-anchors"):
         parse("--train-data", "x.tar", *flags)
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--distill-model", "x", "--distill-pretrained", "y"], "--arf-pair-image-size and --distill-model"),
-        (["--torchscript"], "--arf-pair-image-size and --torchscript"),
-    ],
-)
-def test_smaller_pairs_need_one_model_as_it_is(parse, flags, said):
-    from arf_plugin.errors import FlagError
-
-    with pytest.raises(FlagError, match=f"{said} do not go together"):
-        parse("--train-data", "x.tar", "--arf-anchors", "A", "--arf-pair-image-size", "16", *flags)
-
-
-def test_cheaper_pairs_need_open_clips_own_tower(train, task, anchors):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
-    run = train.forked(*flags, "--arf-pair-patch-dropout", 0.5, model="tiny-resnet", check=False)
-    assert run.status != 0
-    assert "--arf-pair-patch-dropout: only open_clip's own vision transformer" in run.output
 
 
 def test_anchor_flags_without_an_anchor_set_end_the_trainer(train, task):

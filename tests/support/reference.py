@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import os
 import sys
 import tarfile
@@ -25,8 +24,6 @@ import torch
 from PIL import Image
 
 from support.arguments import training_arguments
-
-POSITIONS = "visual.positional_embedding"
 
 
 @dataclasses.dataclass
@@ -47,7 +44,6 @@ class Job:
         model: --model.
         every: --arf-every.
         step: The step that was recorded.
-        pair_image_size: --arf-pair-image-size.
     """
 
     record: str
@@ -63,7 +59,6 @@ class Job:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
-    pair_image_size: int | None = None
 
     @property
     def anchored(self) -> bool:
@@ -82,13 +77,11 @@ def read_tars(folder: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def pixels(png: bytes, size: int | None = None) -> torch.Tensor:
-    """``[3, H, W]`` float64, normalised as open_clip does by default, resized if a size is given."""
+def pixels(png: bytes) -> torch.Tensor:
+    """``[3, H, W]`` float64, normalised as open_clip does by default."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
     mean, std = (
         torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
@@ -99,10 +92,10 @@ def pixels(png: bytes, size: int | None = None) -> torch.Tensor:
 class Files:
     """Finds the file of an image that the trainer saw."""
 
-    def __init__(self, folder: Path, size: int | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.samples = read_tars(folder)
         self.ids = list(self.samples)
-        self.images = torch.stack([pixels(self.samples[i]["png"], size) for i in self.ids])
+        self.images = torch.stack([pixels(self.samples[i]["png"]) for i in self.ids])
 
     def find(self, image: torch.Tensor) -> int:
         distance = (self.images - image).abs().flatten(1).amax(1)
@@ -117,13 +110,6 @@ def rebuild(
     """The three batches ``(images, texts)`` of one micro-batch, from the files; one alone without anchors."""
     rows = [task.find(image) for image in images[: job.task_size]]
     pair_images = images[job.task_size :] if job.anchored else images[:0]
-    if job.pair_image_size:  # one after the other in the numbers of the last rows
-        shape = (job.pair_size, 3, job.pair_image_size, job.pair_image_size)
-        numbers, rest = pair_images.flatten().split(
-            [math.prod(shape), pair_images.numel() - math.prod(shape)]
-        )
-        assert rest.numel() < images[0].numel() and not rest.any()
-        pair_images = numbers.view(shape)
     assert len(pair_images) == (job.pair_size if job.anchored else 0)
     pair_rows = [pairs.find(image) for image in pair_images]
     own = [task.samples[task.ids[row]]["txt"].decode() for row in rows]
@@ -139,27 +125,17 @@ def rebuild(
 
 
 def step_gradients(
-    job: Job, weights: dict, batches: list, rank: int, world_size: int, image_size: int | None = None
+    job: Job, weights: dict, batches: list, rank: int, world_size: int
 ) -> dict[str, torch.Tensor]:
-    """Gradients of one optimizer step of stock open_clip on the given micro-batches.
-
-    For another image size it is a model of that size, with the position embedding that open_clip interpolates when it
-    loads weights; the gradient passes back through that interpolation.
-    """
+    """Gradients of one optimizer step of stock open_clip on the given micro-batches."""
     import open_clip
     from open_clip_train import train
 
     bias = {"init_logit_bias": -10} if job.siglip else {}
-    model, _, _ = open_clip.create_model_and_transforms(
-        job.model, output_dict=True, force_image_size=image_size, **bias
-    )
+    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
-    large = weights[POSITIONS].clone().requires_grad_()
-    resized = {**weights, POSITIONS: large}
-    if image_size:
-        open_clip.model.resize_pos_embed(resized, model)
     model.load_state_dict(
-        {name: resized[name].detach().reshape(shape) for name, shape in shapes.items()}, strict=False
+        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
     )
     args = training_arguments(
         rank=rank,
@@ -184,10 +160,7 @@ def step_gradients(
         data, loss = _data(Batches(batches), len(batches[0][0])), open_clip.create_loss(args)
         train.train_one_epoch(wrapped, data, loss, 0, optimizer, None, None, None, args)
     names = [name for name, _ in model.named_parameters()]
-    gradients = dict(zip(names, optimizer.gradients, strict=True))
-    if image_size:
-        (gradients[POSITIONS],) = torch.autograd.grad(resized[POSITIONS], large, gradients[POSITIONS])
-    return gradients
+    return dict(zip(names, optimizer.gradients, strict=True))
 
 
 class Batches(list):
@@ -211,7 +184,7 @@ def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor
     import open_clip
 
     record = torch.load(f"{job.record}.{rank}", weights_only=True)
-    task, pairs = Files(Path(job.task)), Files(Path(job.anchors) / "pairs", job.pair_image_size)
+    task, pairs = Files(Path(job.task)), Files(Path(job.anchors) / "pairs")
     frames = [pd.read_parquet(path) for path in sorted(Path(job.anchors, "captions").glob("*.parquet"))]
     captions = dict(pd.concat(frames)[["id", "caption"]].itertuples(index=False))
     tokenize = open_clip.get_tokenizer(job.model)
@@ -224,7 +197,6 @@ def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor
             [parts[term] for parts in micro],
             rank,
             world_size,
-            job.pair_image_size if term == 2 else None,
         )
         for term in range(len(micro[0]))
     ]

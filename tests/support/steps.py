@@ -37,7 +37,6 @@ class Case:
         model: Name of the model.
         every: --arf-every.
         step: Which step is recorded, from 0.
-        pair_image_size: --arf-pair-image-size.
     """
 
     siglip: bool
@@ -49,14 +48,12 @@ class Case:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
-    pair_image_size: int | None = None
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
         distributed = "".join(flag.replace("--", "-") for flag in self.distributed)
         patched = "-patched" if self.patched else ""
         patched += f"-{self.model}" if self.model != "tiny-long" else ""
-        patched += f"-size{self.pair_image_size}" if self.pair_image_size else ""
         patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
@@ -64,7 +61,6 @@ class Case:
     def flags(self) -> list[object]:
         flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
         flags += ["--arf-every", self.every] if self.every > 1 else []
-        flags += ["--arf-pair-image-size", self.pair_image_size] if self.pair_image_size else []
         return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
 
     @property
@@ -95,9 +91,6 @@ CASES = [
     # Texts are trimmed in all of them; here with what else changes how a tower runs.
     *(Case(False, 1, 4, nproc, ("--grad-checkpointing",)) for nproc in (1, 2)),
     *(Case(False, 1, 4, nproc, model="tiny-custom") for nproc in (1, 2)),
-    # Smaller pair images, with nothing packed into the last row or with something.
-    Case(False, 1, 4, 2, (LOCAL, GRAD), pair_image_size=16),
-    Case(True, 2, 5, 1, pair_image_size=24),
     # A step with anchors and one without.
     *(Case(True, 2, 4, 1, every=2, step=step) for step in (0, 1)),
     *(Case(False, 1, TASK_SIZE, 2, (LOCAL, GRAD), every=2, step=step) for step in (0, 1)),
@@ -129,7 +122,6 @@ FEW_CASES = [
     Case(False, 1, 4, 1, ("--grad-checkpointing",)),
     Case(False, 1, 4, 1, model="tiny-custom"),
     Case(False, 1, 4, 1, every=2, step=1),
-    Case(False, 1, 4, 1, pair_image_size=16),
 ]
 
 # What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.
@@ -215,7 +207,6 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 model=case.model,
                 every=case.every,
                 step=case.step,
-                pair_image_size=case.pair_image_size,
             )
             for case in some
             if finished[case].status == 0
