@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -25,6 +23,8 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)"
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the pages that are not in docs/."""
+    from mkdocs.structure.files import File
+
     pages = {name: (ROOT / source).read_text(encoding="utf-8") for name, source in PAGES.items()}
     pages["glossary.md"] = glossary(pages["contributing.md"])
     pages["commands.md"] = commands()
@@ -93,4 +93,10 @@ def _flags(command: argparse.ArgumentParser) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([|<*_])", r"\\\1", text.replace("\n", " "))
+    return flags_as_code(re.sub(r"([|<*_])", r"\\\1", text.replace("\n", " ")))
+
+
+def flags_as_code(text: str) -> str:
+    """Sets flags in a line of Markdown as code, but for those that are code already."""
+    flag = r"`[^`]*`|(?<![\w-])--[a-z][\w-]*"
+    return re.sub(flag, lambda match: match[0] if match[0].startswith("`") else f"`{match[0]}`", text)

@@ -26,7 +26,7 @@ class Hop(NamedTuple):
 # Three kinds of data on their way to one batch; the captions join the task samples.
 CAPTIONS = (
     Hop("ANCHORS/captions/*.parquet", ""),
-    Hop("sorted once per machine, memory-mapped", "data/captions.py:CaptionStore"),
+    Hop("sorted once, memory-mapped", "data/captions.py:CaptionStore"),
     Hop("looked up by sample id", "data/texts.py:TaskTexts"),
 )
 TASK = (
@@ -49,7 +49,7 @@ SHARED = (
     Hop("sum of the terms, backward, optimizer step", "open_clip_train.train.train_one_epoch"),
 )
 
-WIDTH, BOX, HEIGHT, GAP, MARGIN = 1080, 330, 54, 26, 20
+WIDTH, BOX, HEIGHT, GAP, MARGIN = 880, 268, 54, 26, 16
 COLOURS = {"captions": "#fdf0d5", "task": "#e3eef2", "pairs": "#e6f2e6", "shared": "#f1f1f4"}
 PITCH = (WIDTH - 2 * MARGIN - BOX) // 2
 
@@ -94,7 +94,7 @@ def _lane(x: int, first: int, lane: Sequence[Hop], colour: str, width: int) -> l
         parts.append(
             f'<rect x="{x}" y="{top}" width="{width}" height="{HEIGHT}" rx="6" fill="{colour}" stroke="#777"/>'
         )
-        lines = [(hop.what, 15, "#111"), *([(hop.code, 12, "#1f5f7a")] if hop.code else [])]
+        lines = [(hop.what, 14, "#111"), *([(hop.code, 11, "#1f5f7a")] if hop.code else [])]
         for line, (text, size, ink) in enumerate(lines):
             y = top + (HEIGHT // 2 + 5 if len(lines) == 1 else 23 + 20 * line)
             font = ' font-family="monospace"' if line else ""

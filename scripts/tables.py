@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs_site import flags_as_code
 from emojinet.frontier import by_cost, cells
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
@@ -64,12 +65,12 @@ def flags() -> str:
     tables = []
     for group in parser._action_groups:
         rows = [
-            [f"`{action.option_strings[0]}{_value(action)}`", _as_cell(action.help or "")]
+            [f"`{action.option_strings[0]}{_value(action)}`", _prose(action.help or "")]
             for action in group._group_actions
             if action.dest.startswith("arf_")
         ]
         if rows:
-            title = group.title.removeprefix("Anchor-based Robust Fine-tuning ").replace("(arf-plugin)", "")
+            title = (group.title or "").removeprefix("Anchor-based Robust Fine-tuning").replace(" (arf-plugin)", "")
             tables.append(f"**{title.strip(' ,') or 'anchors and texts'}**\n\n{_table(['flag', 'meaning'], rows)}")
     return "\n\n".join(tables)
 
@@ -82,7 +83,7 @@ def _value(action: argparse.Action) -> str:
 
 def hooks() -> str:
     """Every upstream name that the plugin touches."""
-    rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, row.why] for row in ROWS]
+    rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, _prose(row.why)] for row in ROWS]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
 
 
@@ -263,6 +264,11 @@ def _outcome(outcome: str, message: str) -> str:
 
 def _as_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _prose(text: str) -> str:
+    """A cell in which flags are set as code."""
+    return flags_as_code(_as_cell(text))
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
