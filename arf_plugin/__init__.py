@@ -5,7 +5,15 @@ process in an environment that has the plugin. The names of `__all__` are import
 """
 
 __version__ = "0.1.0"
-__all__ = ["AnchorSet", "AnchoredLoss", "BatchLayout", "build_anchors", "evaluate", "interpolate", "sample_id"]
+__all__ = [
+    "AnchorSet",
+    "AnchoredLoss",
+    "BatchLayout",
+    "build_anchors",
+    "evaluate",
+    "interpolate",
+    "sample_id",
+]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module itself would cost every process a millisecond

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
-make_environment "${DOCS_EXTRAS:-docs,evaluation}"
+make_environment docs,evaluation
 if [ "${1:-build}" = serve ]; then
     exec "$VENV/bin/python" -m mkdocs serve --strict --dev-addr 127.0.0.1:8000
 fi

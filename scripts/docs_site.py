@@ -56,7 +56,9 @@ def glossary(contributing: str) -> str:
     """The section of CONTRIBUTING.md, as a page."""
     section = re.search(rf"^## {GLOSSARY}\n(.*?)(?=^## |\Z)", contributing, re.MULTILINE | re.DOTALL)
     if section is None:
-        raise ValueError(f"CONTRIBUTING.md has no section '## {GLOSSARY}'; scripts/docs_site.py makes a page of it.")
+        raise ValueError(
+            f"CONTRIBUTING.md has no section '## {GLOSSARY}'; scripts/docs_site.py makes a page of it."
+        )
     return f"# {GLOSSARY}\n{section[1]}"
 
 

@@ -70,8 +70,14 @@ def flags() -> str:
             if action.dest.startswith("arf_")
         ]
         if rows:
-            title = (group.title or "").removeprefix("Anchor-based Robust Fine-tuning").replace(" (arf-plugin)", "")
-            tables.append(f"**{title.strip(' ,') or 'anchors and texts'}**\n\n{_table(['flag', 'meaning'], rows)}")
+            title = (
+                (group.title or "")
+                .removeprefix("Anchor-based Robust Fine-tuning")
+                .replace(" (arf-plugin)", "")
+            )
+            tables.append(
+                f"**{title.strip(' ,') or 'anchors and texts'}**\n\n{_table(['flag', 'meaning'], rows)}"
+            )
     return "\n\n".join(tables)
 
 
@@ -83,7 +89,9 @@ def _value(action: argparse.Action) -> str:
 
 def hooks() -> str:
     """Every upstream name that the plugin touches."""
-    rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, _prose(row.why)] for row in ROWS]
+    rows = [
+        [f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, _prose(row.why)] for row in ROWS
+    ]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
 
 
@@ -220,6 +228,8 @@ def features() -> str:
 def _cell(cell: dict[str, str]) -> str:
     if cell["status"] == "passed":
         return "passed"
+    if cell["status"] not in ("refused", "upstream broken") or not cell["detail"]:
+        raise ValueError(f"docs/versions.json holds a failure that is not explained: {cell}")
     return f"{cell['status']}: {_as_cell(cell['detail'])}"
 
 

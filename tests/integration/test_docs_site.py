@@ -57,7 +57,10 @@ def test_nothing_is_fetched_from_another_place(site):
         fetched[path.name] = [first or second for first, second in fetched[path.name]]
     assert sum(map(len, fetched.values())) > 100
     outside = {
-        (page, url) for page, urls in fetched.items() for url in urls if re.match(r"(?!data:)[a-z+]+:|//", url)
+        (page, url)
+        for page, urls in fetched.items()
+        for url in urls
+        if re.match(r"(?!data:)[a-z+]+:|//", url)
     }
     assert not outside
 
