@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import runpy
 import shutil
 import zipfile
@@ -29,6 +30,9 @@ STARTUP_FILES = {
 
 
 PATCHES = HERE / "patches"
+
+# Address of the repository on the web; empty until there is a public one.
+REPOSITORY = ""
 
 
 class BuildWithStartupFile(build_py):
@@ -83,13 +87,59 @@ def version() -> str:
     raise RuntimeError("arf_plugin/__init__.py has no __version__")
 
 
+def long_description() -> str:
+    """The README for the package index, where links into the repository and its pictures need a full address.
+
+    Without an address, pictures are left out and links keep their text alone.
+    """
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    relative = r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)]*)\)"
+    if REPOSITORY:
+        return re.sub(
+            relative, lambda m: f"{m[1]}[{m[2]}]({REPOSITORY}/{'raw' if m[1] else 'blob'}/main/{m[3]})", text
+        )
+    return re.sub(relative, lambda m: "" if m[1] else m[2], text)
+
+
 setup(
     name="arf-plugin",
     version=version(),
     description="Anchor-based Robust Fine-tuning (ARF) as a plugin for the open_clip trainer",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    author="the arf-plugin authors",
+    url=REPOSITORY,
+    project_urls={
+        **({"Source": REPOSITORY, "Issues": f"{REPOSITORY}/issues"} if REPOSITORY else {}),
+        "Paper": "https://arxiv.org/abs/2404.06244",
+        "open_clip": "https://github.com/mlfoundations/open_clip",
+    },
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=[
+        "CLIP",
+        "open_clip",
+        "fine-tuning",
+        "robustness",
+        "distribution shift",
+        "zero-shot",
+        "WiSE-FT",
+        "FLYP",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["arf_plugin", "arf_plugin.*"]),
     package_data={
@@ -125,6 +175,8 @@ setup(
         ],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
+        # The documentation as a site: scripts/docs.sh.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9,<10", "mkdocstrings[python]"],
         "dev": [
             *("hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
             *("types-PyYAML", "types-requests", "types-tqdm"),

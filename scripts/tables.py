@@ -1,13 +1,14 @@
-"""Writes the generated tables into README.md and docs/, or checks that they are up to date.
+"""Writes the generated tables into README.md and docs/, and the picture of a step; or checks that they are up to date.
 
     python scripts/tables.py            rewrite what stands between the markers
     python scripts/tables.py --check    exit with status 1 if that would change something
 
-A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+A table stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``, on any page.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import json
 import re
@@ -16,24 +17,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from docs_site import flags_as_code
 from emojinet.frontier import by_cost, cells
 from emojinet.report import ARMS as NAMES
 from emojinet.report import METRICS as COLUMNS
 from gpu.report import markdown
+from step_picture import svg
 from versions.features import FEATURES
 
 from arf_plugin.ablation.table import as_markdown
 from arf_plugin.checks.rules import RULES
 from arf_plugin.evaluation.suites import load_suite
+from arf_plugin.flags import add_arf_flags
 from arf_plugin.hooks.engine import covers
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
 from arf_plugin.hooks.table import ROWS
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("checks", "emojinet", "gpu", "versions")),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PICTURE = ROOT / "docs" / "figures" / "step.svg"
 RESULTS = "emojinet"  # runs/quickstart/results.json of a clean clone
 GRID = "emojinet-grid"  # runs/ablation/main/results.json
 ARMS = {arm: name.replace("WiSE-FT", "WiSE-FT 0.5") for arm, name in NAMES.items()}
@@ -56,9 +58,40 @@ def _named(release: Release) -> str:
     return f"`{release.version}`{commit}"
 
 
+def flags() -> str:
+    """Every flag that the trainer's parser gets, group by group, with its help."""
+    parser = argparse.ArgumentParser()
+    add_arf_flags(parser)
+    tables = []
+    for group in parser._action_groups:
+        rows = [
+            [f"`{action.option_strings[0]}{_value(action)}`", _prose(action.help or "")]
+            for action in group._group_actions
+            if action.dest.startswith("arf_")
+        ]
+        if rows:
+            title = (
+                (group.title or "")
+                .removeprefix("Anchor-based Robust Fine-tuning")
+                .replace(" (arf-plugin)", "")
+            )
+            tables.append(
+                f"**{title.strip(' ,') or 'anchors and texts'}**\n\n{_table(['flag', 'meaning'], rows)}"
+            )
+    return "\n\n".join(tables)
+
+
+def _value(action: argparse.Action) -> str:
+    if action.choices:
+        return f" {{{','.join(map(str, action.choices))}}}"
+    return "" if action.nargs == 0 else f" {action.metavar}{' ...' if action.nargs else ''}"
+
+
 def hooks() -> str:
     """Every upstream name that the plugin touches."""
-    rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, row.why] for row in ROWS]
+    rows = [
+        [f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, _prose(row.why)] for row in ROWS
+    ]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
 
 
@@ -195,6 +228,8 @@ def features() -> str:
 def _cell(cell: dict[str, str]) -> str:
     if cell["status"] == "passed":
         return "passed"
+    if cell["status"] not in ("refused", "upstream broken") or not cell["detail"]:
+        raise ValueError(f"docs/versions.json holds a failure that is not explained: {cell}")
     return f"{cell['status']}: {_as_cell(cell['detail'])}"
 
 
@@ -241,6 +276,11 @@ def _as_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def _prose(text: str) -> str:
+    """A cell in which flags are set as code."""
+    return flags_as_code(_as_cell(text))
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -250,6 +290,7 @@ def rewritten(text: str) -> str:
     """A page's text with fresh tables."""
     tables = (
         versions,
+        flags,
         hooks,
         features,
         checks,
@@ -274,18 +315,17 @@ def rewritten(text: str) -> str:
 
 
 def main() -> int:
-    stale = 0
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        after = rewritten(before)
-        if before == after:
-            continue
-        stale = 1
-        if "--check" in sys.argv:
-            print(f"{page.name}: tables are out of date; run: python scripts/tables.py", file=sys.stderr)
-        else:
-            page.write_text(after, encoding="utf-8")
-    return stale if "--check" in sys.argv else 0
+    wanted = {page: rewritten(page.read_text(encoding="utf-8")) for page in PAGES} | {PICTURE: svg()}
+    stale = [
+        path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" not in sys.argv:
+        for path in stale:
+            path.write_text(wanted[path], encoding="utf-8")
+        return 0
+    for path in stale:
+        print(f"{path.name} is out of date; run: python scripts/tables.py", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

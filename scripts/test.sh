@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
-make_environment captions,retrieval,evaluation,emojinet,dev
+make_environment captions,retrieval,evaluation,emojinet,dev,docs
 
 # Files alone, beside the environment: the open_clip releases that are tested on every change; the numpy that
 # CLIP_benchmark 1.6.2 can count with, for the test that compares with it; a webdataset that stock open_clip cannot read;

@@ -38,7 +38,7 @@ def add_task_options(
     """Adds the flags that name task data, called as open_clip calls them."""
     group = parser.add_argument_group("task data")
     group.add_argument(
-        flag,
+        *dict.fromkeys(("--train-data", flag)),
         dest="task_data",
         required=required,
         metavar="DATA",

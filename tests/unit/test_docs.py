@@ -1,117 +1,133 @@
-"""Generated tables of the documentation are up to date, and what it names exists."""
+"""What the documentation names exists: links, files, functions, commands, flags; its generated tables are fresh."""
 
 from __future__ import annotations
 
+import argparse
 import ast
-import json
+import importlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from arf_plugin.cli.main import build_parser
+
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "patches/README.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def test_generated_tables_are_up_to_date():
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/tables.py", "--check"], capture_output=True, text=True, check=False
-    )
+def test_generated_tables_and_the_picture_of_a_step_are_up_to_date():
+    command = [sys.executable, ROOT / "scripts/tables.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_release_was_run_with_every_feature():
-    """No cell of docs/versions.md is empty, and none holds a failure that is not upstream's."""
-    from arf_plugin.hooks.releases import RELEASES
-
-    columns = runpy.run_path(str(ROOT / "scripts/versions/features.py"))["FEATURES"]
-    cells = json.loads((ROOT / "docs/versions.json").read_text())["cells"]
-    assert list(cells) == [release.version for release in RELEASES]
-    for version, row in cells.items():
-        assert list(row) == [feature.id for feature in columns], version
-        for name, cell in row.items():
-            assert cell["status"] in ("passed", "refused", "upstream broken"), (version, name, cell)
-            assert cell["status"] == "passed" or cell["detail"], (version, name)
-
-
-def test_open_clips_own_tests_end_the_same_with_the_plugin():
-    """On every release, and enough of them pass for that to say something."""
-    from arf_plugin.hooks.releases import RELEASES
-
-    found = json.loads((ROOT / "docs/upstream-tests.json").read_text(encoding="utf-8"))
-    assert list(found) == [release.version for release in RELEASES]
-    for version, run in found.items():
-        assert not run["different"] and run["with"] == run["without"], version
-        assert run["with"]["passed"] >= 25 and sum(run["with"].values()) == run["tests"], version
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_paths_exist(page):
+@by_page
+def test_links_and_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
-    assert all((page.parent / link).exists() for link in links), links
-    paths = set(re.findall(r"(?:arf_plugin|scripts|tests|docs)/[\w/.-]+\.(?:py|sh|md|png|json)", text))
-    missing = {path for path in paths if not (ROOT / path).exists()}
-    assert not missing - {"scripts/bench/NAME.py"}
+    assert not {link for link in links if not (page.parent / link).exists()}
+    paths = set(
+        re.findall(r"(?:arf_plugin|scripts|tests|docs|examples)/[\w/.-]+\.(?:py|sh|md|png|svg|json)", text)
+    )
+    assert not {path for path in paths if not (ROOT / path).exists()} - {"scripts/bench/NAME.py"}
 
 
-def test_every_arf_flag_is_in_the_documentation_and_the_other_way_round():
-    import argparse
-
-    from arf_plugin.flags import add_arf_flags
-
-    parser = argparse.ArgumentParser()
-    add_arf_flags(parser)
-    flags = set(re.findall(r"--arf-[a-z0-9-]+", parser.format_help()))
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert flags == set(re.findall(r"--arf-[a-z0-9-]+", text))
+@by_page
+def test_functions_that_a_page_names_exist(page):
+    for path, name in re.findall(r"`(arf_plugin/[\w/]+\.py):([\w.]+)`", page.read_text(encoding="utf-8")):
+        assert_defined(path, name)
 
 
-def test_functions_that_the_page_on_the_paper_names_exist():
-    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(arf_plugin/[\w/]+\.py):([\w.]+)`", text)
-    assert len(named) >= 12
-    for path, name in named:
-        scope = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
-        for part in name.split("."):
-            found = [
-                node
-                for node in scope
-                if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part
-            ]
-            assert found, f"docs/paper.md names {path}:{name}, which is not there"
-            scope = found[0].body
+def test_the_code_of_every_hop_of_a_step_exists():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    for hop in runpy.run_path(str(ROOT / "scripts/step_picture.py"))["hops"]():
+        path, colon, name = hop.code.partition(":")
+        if colon:
+            assert_defined(f"arf_plugin/{path}", name)
+        elif path:
+            module, *rest = path.split(".")
+            found = importlib.import_module(module)
+            for part in rest:
+                found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+
+
+def assert_defined(path: str, name: str) -> None:
+    scope = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [node for node in scope if getattr(node, "name", None) == part]
+        assert found, f"{path} has no {name}"
+        scope = found[0].body
+
+
+def shown_commands(text: str) -> list[str]:
+    """Commands in blocks of code, continuation lines joined, and code within sentences."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    return lines + re.findall(
+        r"`(arf [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    )
+
+
+def flags_of(command: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command))
+
+
+@by_page
+def test_arf_takes_the_flags_that_a_page_shows(page):
+    subparsers = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for line in shown_commands(page.read_text(encoding="utf-8")):
+        words = line.split()
+        if not (line.startswith("arf ") and len(words) > 1 and re.fullmatch("[a-z]+", words[1])):
+            continue
+        assert words[1] in subparsers.choices, line
+        if words[1] != "train":
+            known = set(subparsers.choices[words[1]]._option_string_actions)
+            assert not flags_of(line.partition(" # ")[0]) - known, line
+
+
+def test_the_trainer_takes_the_flags_that_the_pages_show():
+    code = "import arf_plugin._boot, sys; from open_clip_train.params import parse_args; parse_args(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    known = flags_of(done.stdout)
+    shown: set[str] = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        trainer = [line for line in shown_commands(text) if "open_clip_train.main" in line]
+        shown |= flags_of(" ".join(line.partition("open_clip_train.main")[2] for line in trainer))
+        shown |= set(re.findall(r"--arf-[a-z0-9-]+", text))
+    assert not shown - known
+    assert not {flag for flag in known if flag.startswith("--arf-")} - shown
+
+
+@by_page
+def test_commands_are_well_quoted(page):
+    for line in shown_commands(page.read_text(encoding="utf-8")):
+        if line.startswith(("arf ", "torchrun ", "pip ")) and "..." not in line:
+            shlex.split(line, comments=True)
 
 
 def test_means_on_the_page_on_the_paper_are_those_of_their_rows():
-    text = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
     checked = 0
-    for line in text.splitlines():
-        if line.startswith("| |"):
-            columns = [cell.strip() for cell in line.strip("|").split("|")]
+    columns: list[str] = []
+    for line in (ROOT / "docs/paper.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        for column, cell in (
-            zip(columns, cells, strict=False) if re.match(r"\| .* \| [\d.]+ \|", line) else ()
-        ):
+        if line.startswith("| |"):
+            columns = cells
+        if not re.match(r"\| .* \| [\d.]+ \|", line):
+            continue
+        for column, cell in zip(columns, cells, strict=False):
             count = re.fullmatch(r"mean of (\d)", column)
             if count and cell:
                 shifts = [float(value) for value in cells[2 : 2 + int(count[1])]]
                 assert abs(sum(shifts) / len(shifts) - float(cell)) < 0.051, line
                 checked += 1
-    assert checked >= 14
-
-
-def test_modules_are_short_or_say_why():
-    paths = [path for folder in ("arf_plugin", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
-    modules = {str(path): path.read_text(encoding="utf-8") for path in [ROOT / "setup.py", *paths]}
-    assert len(modules) > 200
-    long = {name: text for name, text in modules.items() if len(text.splitlines()) > 350}
-    silent = [
-        name
-        for name, text in long.items()
-        if "One module, because" not in (ast.get_docstring(ast.parse(text)) or "")
-    ]
-    assert not silent, "split these, or say in the docstring: One module, because ..."
+    assert checked

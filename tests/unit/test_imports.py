@@ -16,7 +16,11 @@ def imported(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import arf_plugin", "import arf_plugin.errors", "import arf_plugin.cli.main as m; m.build_parser()"],
+    [
+        "import arf_plugin; dir(arf_plugin)",
+        "import arf_plugin.errors",
+        "import arf_plugin.cli.main as m; m.build_parser()",
+    ],
 )
 def test_light_parts_import_no_torch(statement):
     assert not imported(statement) & {"torch", "numpy", "pandas", "pyarrow", "open_clip", "transformers"}

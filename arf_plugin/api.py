@@ -1,0 +1,300 @@
+"""What the commands do, for programs of one's own; `arf_plugin` hands these names on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arf_plugin.errors import AnchorSetError, EvaluationError, FlagError
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+
+_ENDLESS = 2**31  # batches
+
+
+class AnchorSet:
+    """An anchor set on disk, made by `build_anchors`, by ``arf anchors`` or by hand.
+
+    Args:
+        path: Folder or fsspec URL.
+
+    Attributes:
+        path: The same, as text.
+        pair_shards: URLs of the tars of pair anchors, sorted; empty if the set has none.
+
+    Raises:
+        AnchorSetError: The set is not finished, or holds neither captions nor pairs.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from arf_plugin.anchors.captions import list_caption_files
+        from arf_plugin.anchors.files import list_files_of
+        from arf_plugin.anchors.manifest import problems_of
+
+        self.path = str(path)
+        if problems := problems_of(self.path):
+            raise AnchorSetError("\n".join(problems))
+        fs, names = list_files_of(self.path, "pairs", ".tar")
+        self.pair_shards = [str(fs.unstrip_protocol(name)) for name in names]
+        if not names and not list_caption_files(self.path)[1]:
+            raise AnchorSetError(
+                f"{self.path} holds no captions/*.parquet and no pairs/*.tar. Expected an anchor set, as made by: "
+                "arf anchors"
+            )
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """What ``anchors.json`` says of how the set was made; None for a set made by hand."""
+        import fsspec
+
+        from arf_plugin.anchors.manifest import MANIFEST
+        from arf_plugin.untrusted import parse_json
+
+        fs, root = fsspec.core.url_to_fs(self.path)
+        path = f"{root.rstrip('/')}/{MANIFEST}"
+        if not fs.exists(path):
+            return None
+        found: dict[str, Any] = parse_json(fs.cat_file(path), f"{self.path}/{MANIFEST}", AnchorSetError)
+        return found
+
+    @functools.cached_property
+    def _captions(self) -> Any:
+        from arf_plugin.data.captions import open_captions
+
+        return open_captions(self.path)
+
+    def captions_of(self, sample_id: str) -> list[str]:
+        """All captions of a task sample; empty if it has none.
+
+        Args:
+            sample_id: ``<shard file name without .tar>/<key>``, which `arf_plugin.sample_id` makes, or the image
+                path exactly as the CSV has it.
+
+        Raises:
+            AnchorSetError: A caption file that cannot be read.
+        """
+        captions: list[str] = self._captions.get(sample_id) if self._captions is not None else []
+        return captions
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of ``captions`` and ``pairs``, from the parquet files and the headers of the tars.
+
+        Raises:
+            AnchorSetError: A file that cannot be read.
+        """
+        from arf_plugin.anchors.scan import scan_shard
+
+        scans = [scan_shard(url, AnchorSetError) for url in self.pair_shards]
+        pairs = sum(len(scan.keys) - scan.without_text for scan in scans)
+        return {"captions": len(self._captions or ()), "pairs": pairs}
+
+    def pairs(self) -> Iterator[tuple[PIL.Image.Image, str]]:
+        """Yields image and text of every pair anchor, in the order of the tars.
+
+        Raises:
+            AnchorSetError: A tar, an image or a text that cannot be read.
+        """
+        from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
+        from arf_plugin.anchors.tars import scan_samples
+
+        for url in self.pair_shards:
+            for sample in scan_samples(url, AnchorSetError, read=(*IMAGE_EXTENSIONS, "txt")):
+                image, text = sample.image, sample.members.get("txt")
+                if image is None or text is None:
+                    continue
+                try:
+                    pair = decode_image(image.data or b""), (text.data or b"").decode("utf-8")
+                except (OSError, ValueError) as cause:
+                    raise AnchorSetError(
+                        f"{url}: the pair {sample.key} cannot be read: {cause}.\nSee: arf check --full"
+                    ) from cause
+                yield pair
+
+    def pair_loader(
+        self,
+        preprocess: Callable[[Any], torch.Tensor],
+        tokenizer: Callable[[str], torch.Tensor],
+        batch_size: int,
+        *,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of pair anchors without end: a shuffled pass over all pairs, then the next one.
+
+        Args:
+            preprocess: Image transform: PIL image -> ``[3, H, W]``.
+            tokenizer: open_clip's tokenizer: text -> ``[1, L]``, int64.
+            batch_size: A, pairs in a batch.
+            workers: Processes that load; at most as many as there are shards. 0 loads in this process.
+            seed: Of the order.
+
+        Returns:
+            An iterable over images ``[A, 3, H, W]`` and tokens ``[A, L]``. Pairs that cannot be decoded are skipped
+            with a warning.
+
+        Raises:
+            AnchorSetError: There are no pairs, or fewer shards than workers.
+        """
+        from arf_plugin.data.epoch import SharedEpoch
+        from arf_plugin.data.pairs import build_pair_loader
+
+        loader: Iterable[tuple[torch.Tensor, torch.Tensor]] = build_pair_loader(
+            self.pair_shards,
+            preprocess=preprocess,
+            tokenize=tokenizer,
+            batch_size=batch_size,
+            num_batches=_ENDLESS,
+            workers=workers,
+            seed=seed,
+            epoch=SharedEpoch(),
+        )
+        return loader
+
+
+def build_anchors(
+    out: str | Path,
+    train_data: str,
+    *,
+    pool: str | None = None,
+    captioner: str | None = None,
+    model: str | None = None,
+    pretrained: str | None = None,
+    **flags: Any,
+) -> AnchorSet:
+    """Builds an anchor set as ``arf anchors`` does, and goes on with one that was begun.
+
+    Args:
+        out: The anchor set.
+        train_data: Task data: WebDataset tars with braces and ``::``, or a CSV file.
+        pool: Tars of image-text pairs; None leaves pair anchors out.
+        captioner: Captioner of transformers or open_clip, by name or folder; None leaves caption anchors out.
+        model: open_clip model that searches the pool.
+        pretrained: Its weights.
+        **flags: Other flags of ``arf anchors``, with underscores: ``k=20``, ``near_duplicates=0.97``,
+            ``device="cuda"``. True gives a flag without a value, a list one with several.
+
+    Returns:
+        The finished set. What the command prints goes to standard error.
+
+    Raises:
+        FlagError: A flag that ``arf anchors`` does not know, or a value that it refuses.
+        ArfError: What the stages raise.
+    """
+    named = {"out": out, "task_data": train_data, "pool": pool, "captioner": captioner, "model": model}
+    args = _parsed("anchors", {**named, "pretrained": pretrained, **flags})
+    with contextlib.redirect_stdout(sys.stderr):
+        args.run(args)
+    return AnchorSet(out)
+
+
+def evaluate(
+    checkpoints: Sequence[str | Path],
+    model: str,
+    *,
+    data: Sequence[str | Path] = (),
+    suite: str | Path | None = None,
+    data_root: str | Path | None = None,
+    split: str = "test",
+    pretrained: str | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 2,
+) -> list[dict[str, Any]]:
+    """Measures checkpoints on held-out sets, as ``arf evaluate`` does.
+
+    Args:
+        checkpoints: Weights of `model`; empty for the weights that `pretrained` names.
+        model: open_clip's name of the model, ``local-dir:FOLDER`` or ``hf-hub:NAME``.
+        data: Sets, or folders of sets: CLIP_benchmark's WebDataset layout, or a folder of images per class.
+        suite: In place of `data`: name of a suite, or a YAML file.
+        data_root: The folder that the suite's sets are below.
+        split: Part of the data.
+        pretrained: open_clip's tag or file, where there are no checkpoints.
+        out: JSONL file that records are appended to; what it holds is not measured again.
+        batch_size: Images per forward pass.
+        device: ``auto`` (a GPU if there is one), or torch's name of a device.
+        workers: Processes that decode images.
+
+    Returns:
+        A record per checkpoint and set, checkpoint by checkpoint. ``record["metrics"]`` has ``top1``, ``top5``,
+        ``mean_per_class``, ``macro_f1`` and ``ece``, in percent.
+
+    Raises:
+        EvaluationError: Checkpoints or sets that are missing or cannot be evaluated.
+    """
+    from arf_plugin.evaluation import run
+    from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.sets import find_sets
+    from arf_plugin.evaluation.sources import find_suite, missing_text
+    from arf_plugin.evaluation.suites import load_suite
+
+    if bool(data) == bool(suite) or bool(suite) != bool(data_root):
+        raise EvaluationError("Expected either data, or a suite and the data_root that its sets are below.")
+    if suite and data_root:
+        loaded = load_suite(str(suite))
+        found = find_suite(loaded, Path(data_root), split)
+        if found.missing:
+            raise EvaluationError(missing_text(loaded, found))
+        sets, name = found.sets, loaded.name
+    else:
+        sets, name = [one for folder in data for one in find_sets(Path(folder), split)], None
+    return run.evaluate(
+        [Path(path) for path in checkpoints] or [Candidate(None)],
+        model,
+        sets,
+        suite=name,
+        pretrained=pretrained,
+        out=Path(out) if out else None,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+    )
+
+
+def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha: float = 0.5) -> Path:
+    """Averages two checkpoints in weight space (WiSE-FT) and writes the result, as ``arf interpolate`` does.
+
+    Args:
+        original: Checkpoint before fine-tuning, or ``MODEL@PRETRAINED`` for weights that open_clip knows.
+        tuned: Checkpoint after it.
+        out: Checkpoint to write; ``.safetensors`` works, too.
+        alpha: 0 is the original, 1 the fine-tuned model.
+
+    Returns:
+        `out`.
+
+    Raises:
+        EvaluationError: Checkpoints of different architectures, a file that is none, or an alpha outside [0, 1].
+    """
+    from arf_plugin.evaluation.interpolation import interpolate_files
+    from arf_plugin.evaluation.originals import find_original
+
+    interpolate_files(find_original(str(original)), Path(tuned), alpha, Path(out))
+    return Path(out)
+
+
+def _parsed(command: str, flags: dict[str, Any]) -> argparse.Namespace:
+    """Arguments of a command of ``arf``, from keywords."""
+    from arf_plugin.cli.main import build_parser
+    from arf_plugin.hooks.activation import parsing_errors
+
+    argv = [command]
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    with parsing_errors():
+        args, rest = build_parser().parse_known_args(argv)
+    if rest:
+        raise FlagError(f"arf {command} knows no {' '.join(rest)}. Its flags: arf {command} --help")
+    args.rest, args.argv = [], argv
+    return args
