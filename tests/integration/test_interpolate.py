@@ -15,7 +15,7 @@ from support.evaluation import save_checkpoint, save_config, write_set
 
 from arf_plugin.cli.main import main
 from arf_plugin.evaluation.records import read_records, select
-from arf_plugin.evaluation.sweep import Figures, choose
+from arf_plugin.evaluation.sweep import Scores, choose
 
 SUITE = """\
 description: drawings
@@ -265,5 +265,5 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
     ],
 )
 def test_the_rule_for_ties(figures, alpha, tied):
-    choice = choose({a: Figures({"set": value}, {}) for a, value in figures.items()}, "set")
+    choice = choose({a: Scores({"set": value}, {}) for a, value in figures.items()}, "set")
     assert (choice.alpha, choice.tied) == (alpha, tied)

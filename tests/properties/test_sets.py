@@ -129,9 +129,9 @@ def test_folders_are_read_as_imagefolder_reads_them(entries):
                 )
                 shutil.rmtree(hidden)
         theirs = ImageFolder(str(root), is_valid_file=lambda path: path.lower().endswith(IMAGE_SUFFIXES))
-        assert [(str(root / path), cls) for path, cls in found.samples.files] == theirs.samples
+        assert [(place.file, place.cls) for place in found.samples.places] == theirs.samples
         assert list(found.classnames) == [name.replace("_", " ") for name in theirs.classes]
-        listed = {path for path, _ in found.samples.files}
+        listed = {os.path.relpath(place.file, root) for place in found.samples.places}
         for folder, _, names in os.walk(root):
             for name in names:
                 path = Path(folder, name)
