@@ -5,7 +5,7 @@
     check -> anchors -> candidates -> validation -> choices -> runs -> test and validation sets -> table
 
 Files of GRID: grid.json (the grid as it was resolved), anchors/, candidates/, choices.json, runs/, validation.jsonl,
-results.jsonl (see :mod:`arf_plugin.evaluation.rows`), results.json and table.md.
+results.jsonl (see :mod:`arf_plugin.evaluation.records`), results.json and table.md.
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ def figures(grid: Grid, folder: Path, runs: Sequence[Run], rows: Path) -> Figure
     Returns:
         Averages in percent; what has not been evaluated is left out.
     """
-    from arf_plugin.evaluation.rows import by_set, read_rows
+    from arf_plugin.evaluation.records import by_set, read_records
     from arf_plugin.evaluation.suites import average, load_suite
 
     suite = load_suite(grid.evaluation.suite)
     grouped: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for row in read_rows(rows) if rows.is_file() else ():
+    for row in read_records(rows) if rows.is_file() else ():
         grouped.setdefault((row["checkpoint"], row.get("alpha")), []).append(row)
     found: Figures = {}
     for run in runs:
@@ -49,11 +49,11 @@ def figures(grid: Grid, folder: Path, runs: Sequence[Run], rows: Path) -> Figure
 
 def drop_rows(path: Path, gone: re.Pattern[str]) -> None:
     """Removes the rows of checkpoints whose paths begin like this."""
-    from arf_plugin.evaluation.rows import read_rows
+    from arf_plugin.evaluation.records import read_records
 
     if not path.is_file():
         return
-    kept = [row for row in read_rows(path, whole=False) if not gone.match(str(row["checkpoint"]))]
+    kept = [row for row in read_records(path, whole=False) if not gone.match(str(row["checkpoint"]))]
     with replacing(path) as temporary:
         temporary.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"

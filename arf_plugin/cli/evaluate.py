@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation import settings
 from arf_plugin.untrusted import printable
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.run_settings import Settings
     from arf_plugin.evaluation.sets import EvaluationSet
     from arf_plugin.evaluation.suites import Suite
 
@@ -28,11 +28,11 @@ EXAMPLES = """\
 
 suites that come along: domainnet, emojinet, imagenet-shifts, zero-shot-transfer. Sets are read as CLIP_benchmark's
 WebDataset folders (DATA/imagenet1k or DATA/wds_imagenet1k, DATA/wds_vtab-pets ...) or in torchvision's layout.
-Rows in --out hold everything that a figure depends on; what is there is not measured again.
+Records in --out hold everything that a score depends on; what is there is not measured again.
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the parser of ``arf evaluate``."""
     parser = options.add_parser(
         subparsers,
@@ -43,76 +43,94 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "for all checkpoints.",
         EXAMPLES,
     )
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="weights of --model")
-    parser.add_argument(
-        "--model", required=True, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME"
-    )
-    parser.add_argument(
-        "--pretrained", metavar="P", help="without checkpoints: open_clip tag or checkpoint file"
-    )
-    parser.add_argument(
-        "--wise",
-        type=float,
-        metavar="ALPHA",
-        help="also mix the first checkpoint with each other one in weight space (WiSE-FT)",
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument("--suite", metavar="SUITE", help="name of a suite, or a YAML file")
-    data.add_argument("--data-root", type=Path, metavar="FOLDER", help="the suite's sets are below it")
-    data.add_argument(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="a set, or a folder of sets, without a suite",
-    )
-    data.add_argument(
-        "--sets", nargs="+", default=[], metavar="NAME", help="some of the suite's sets; patterns work"
-    )
-    data.add_argument("--split", default="test", help="part of the data (default: %(default)s)")
-    data.add_argument("--skip-missing", action="store_true", help="go on without sets that are not there")
-    data.add_argument("--dry-run", action="store_true", help="say which sets are there, and stop")
-    results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, metavar="FILE", help="append rows to this JSONL file; resumes")
-    results.add_argument("--json", type=Path, metavar="FILE", help="write a summary of the figures to FILE")
-    settings.add_flags(parser)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="weights of --model")
+    add("--model", required=True, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME")
+    add("--pretrained", metavar="P", help="without checkpoints: open_clip tag or checkpoint file")
+    wise = "also mix the first checkpoint with each other one in weight space (WiSE-FT)"
+    add("--wise", type=float, metavar="ALPHA", help=wise)
+    add = add_data_options(parser).add_argument
+    add("--split", default="test", help="part of the data (default: %(default)s)")
+    add("--dry-run", action="store_true", help="say which sets are there, and stop")
+    add = parser.add_argument_group("results").add_argument
+    add("--out", type=Path, metavar="FILE", help="append records to this JSONL file; resumes")
+    add("--json", type=Path, metavar="FILE", help="write a summary of the scores to FILE")
+    add_run_flags(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the flags that name sets; :func:`find` opens them."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--suite", metavar="SUITE", help="name of a suite, or a YAML file")
+    add("--data-root", type=Path, metavar="FOLDER", help="the suite's sets are below it")
+    own = "a set, or a folder of sets, without a suite"
+    add("--data", nargs="+", type=Path, default=[], metavar="FOLDER", help=own)
+    add("--sets", nargs="+", default=[], metavar="NAME", help="some of the suite's sets; patterns work")
+    add("--skip-missing", action="store_true", help="go on without sets that are not there")
+    return group
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the trainer's flags that change how a model sees images and texts; :func:`run_flags` reads them."""
+    add = parser.add_argument_group(
+        "the run's flags",
+        "As the trainer has them. By default those of the run that a checkpoint comes from: its params.txt is found\n"
+        "beside checkpoints/, and a checkpoint that arf has written tells itself.",
+    ).add_argument
+    add("--image-mean", type=float, nargs="+", metavar="MEAN")
+    add("--image-std", type=float, nargs="+", metavar="STD")
+    add("--image-interpolation", choices=("bicubic", "bilinear", "random"))
+    add("--image-resize-mode", choices=("shortest", "longest", "squash"))
+    add("--force-image-size", type=int, nargs="+", metavar="PX")
+    add("--force-quick-gelu", action=argparse.BooleanOptionalAction)
+    add("--force-custom-text", action=argparse.BooleanOptionalAction)
+    add("--force-context-length", type=int, metavar="N")
+    add("--cache-dir", metavar="DIR", help="where open_clip keeps downloaded weights")
+
+
+def run_flags(args: argparse.Namespace) -> Settings:
+    """The trainer's flags on the command line.
+
+    Raises:
+        EvaluationError: one cannot be.
+    """
+    from arf_plugin.evaluation.run_settings import settings_of
+
+    return settings_of(vars(args), "The command line")
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how to measure; :func:`device_options` hands them on."""
-    device = parser.add_argument_group("device")
-    device.add_argument(
-        "--batch-size", type=options.positive, default=256, metavar="N", help="default: %(default)s"
+    add = parser.add_argument_group("device").add_argument
+    add("--batch-size", type=options.positive, default=256, metavar="N", help="default: %(default)s")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
+    amp = "amp: autocast, as CLIP_benchmark does by default (default: %(default)s)"
+    add("--precision", choices=("fp32", "amp"), default="fp32", help=amp)
+    workers = "processes that decode images (default: %(default)s)"
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help=workers)
+    models = (
+        "in memory together; images are decoded once per such group (default: what half of the memory holds)"
     )
-    device.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    device.add_argument(
-        "--precision",
-        choices=("fp32", "amp"),
-        default="fp32",
-        help="amp: autocast, as CLIP_benchmark does by default (default: %(default)s)",
-    )
-    device.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that decode images (default: %(default)s)",
-    )
-    device.add_argument(
-        "--models-at-once",
-        type=options.positive,
-        metavar="N",
-        help="in memory together; images are decoded once per such group (default: what half of the memory holds)",
-    )
+    add("--models-at-once", type=options.positive, metavar="N", help=models)
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:
     """How to measure, as :func:`arf_plugin.evaluation.run.evaluate` takes it."""
-    names = ("batch_size", "device", "precision", "workers", "models_at_once")
-    return {name: getattr(args, name) for name in names}
+    names = ("batch_size", "device", "precision", "workers", "models_at_once", "cache_dir")
+    return {**{name: getattr(args, name) for name in names}, "flags": run_flags(args)}
+
+
+def warn_as(command: str, first: bool = True) -> None:
+    """Has warnings shown as one line of the command's, by the first of several processes."""
+
+    def show(message: Warning | str, *rest: object, **named: object) -> None:
+        if first:
+            print(f"{command}: warning: {printable(str(message))}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,35 +141,35 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.evaluation.tables import summary, table
 
     first = Processes().first
-    warnings.showwarning = lambda message, *rest, **named: _warn(str(message)) if first else None
-    suite, sets = find(args)
+    warn_as("arf evaluate", first)
+    suite, sets = find(args, args.split, dry_run=args.dry_run)
     candidates = _candidates(args)
     if args.dry_run:
-        print(printable(_plan(args, sets, candidates)))
+        print(_plan(args, sets, candidates))
         return 0
-    rows = evaluate(
+    records = evaluate(
         candidates,
         args.model,
         sets,
         suite=suite.name if suite else None,
         pretrained=args.pretrained,
         out=args.out,
-        flags=settings.of_flags(args),
-        cache_dir=args.cache_dir,
         **device_options(args),
     )
     if first:
         if args.json:
-            write_json(args.json, summary(rows, suite))
-        print(table(rows, suite))
+            write_json(args.json, summary(records, suite))
+        print(table(records, suite))
     return 0
 
 
-def find(args: argparse.Namespace) -> tuple[Suite | None, list[EvaluationSet]]:
-    """Opens the sets that `--suite`, `--data-root`, `--sets`, `--split` and `--data` name.
+def find(
+    args: argparse.Namespace, split: str, dry_run: bool = False
+) -> tuple[Suite | None, list[EvaluationSet]]:
+    """Opens the sets that the command line names.
 
     Raises:
-        EvaluationError: if some are missing, unless `--skip-missing` allows it.
+        EvaluationError: if some are missing, unless `--skip-missing` or `dry_run` allows it.
     """
     from arf_plugin.evaluation.sets import find_sets
     from arf_plugin.evaluation.sources import find_suite, missing_text
@@ -162,17 +180,17 @@ def find(args: argparse.Namespace) -> tuple[Suite | None, list[EvaluationSet]]:
             "Name either a suite (--suite NAME --data-root FOLDER) or folders of sets (--data FOLDER)."
         )
     if not args.suite:
-        return None, [found for folder in args.data for found in find_sets(folder, args.split)]
+        return None, [found for folder in args.data for found in find_sets(folder, split)]
     suite = load_suite(args.suite)
     if args.data_root is None:
         raise EvaluationError(f"--suite {args.suite} needs --data-root FOLDER, the folder its sets are in.")
-    found = find_suite(suite, args.data_root, args.split, args.sets)
-    if found.missing and not (args.skip_missing or args.dry_run):
+    found = find_suite(suite, args.data_root, split, args.sets)
+    if found.missing and not (args.skip_missing or dry_run):
         raise EvaluationError(
             f"{missing_text(suite, found)}\nCopy them there, name those that are with --sets, or use --skip-missing."
         )
     if found.missing:
-        _warn(missing_text(suite, found))
+        warnings.warn(missing_text(suite, found), stacklevel=2)
     if not found.sets:
         raise EvaluationError(f"No set of the suite '{suite.name}' is below {args.data_root}.")
     return suite, found.sets
@@ -193,43 +211,26 @@ def _candidates(args: argparse.Namespace) -> list[Candidate]:
 
 
 def _plan(args: argparse.Namespace, sets: list[EvaluationSet], candidates: list[Candidate]) -> str:
-    """What a run would do."""
-    from arf_plugin.evaluation.rows import Results
-
-    known = Results.read(args.out)
-    width = max(len(dataset.name) for dataset in sets)
-    lines = [f"{'set':<{width}} {'images':>8} {'classes':>7} {'finished':>8}  place"]
-    for dataset in sets:
-        count = _finished(known, dataset, candidates, args)
-        lines.append(
-            f"{dataset.name:<{width}} {dataset.images:>8} {len(dataset.classnames):>7} "
-            f"{f'{count}/{len(candidates)}':>8}  {dataset.place}"
-        )
-        if problem := dataset.truncated():
-            lines.append(f"  warning: {problem}")
-    images = sum(dataset.images for dataset in sets)
-    return "\n".join(
-        [*lines, f"{len(sets)} sets, {images} images, {len(candidates)} checkpoints or mixtures"]
-    )
-
-
-def _finished(
-    known: list[dict[str, Any]], dataset: EvaluationSet, candidates: list[Candidate], args: argparse.Namespace
-) -> int:
-    """How many candidates have a finished row on a set; the model's own weights are not looked at."""
-    from arf_plugin.evaluation.rows import Results
+    """What a run would do; of the model's own weights it is not known what is finished."""
+    from arf_plugin.console import text_table
+    from arf_plugin.evaluation.records import Results
     from arf_plugin.evaluation.run import describe, describe_set
 
-    results = Results(None, known)
-    count = 0
+    described = []
     for candidate in candidates:
         if candidate.checkpoint is not None:
             candidate.check()
-            way = candidate.resolve(args.model, settings.of_flags(args), args.pretrained)[0]
-            row = {**describe(candidate, args.model), **describe_set(dataset), "preprocess": way.flags()}
-            count += results.has({**row, "model": args.model, "precision": args.precision})
-    return count
-
-
-def _warn(text: str) -> None:
-    print(f"arf evaluate: warning: {printable(text)}", file=sys.stderr)
+            way = candidate.resolve(args.model, run_flags(args), args.pretrained)[0]
+            told = {"model": args.model, "precision": args.precision, "preprocess": way.flags()}
+            described.append({**describe(candidate, args.model), **told})
+    results = Results(None, Results.read(args.out))
+    lines = []
+    for dataset in sets:
+        finished = sum(results.has({**one, **describe_set(dataset)}) for one in described)
+        done = f"{finished}/{len(candidates)}"
+        lines.append((dataset.name, dataset.place, dataset.images, len(dataset.classnames), done))
+    images = sum(dataset.images for dataset in sets)
+    problems = [f"warning: {problem}" for dataset in sets if (problem := dataset.truncated())]
+    total = f"{len(sets)} sets, {images} images, {len(candidates)} checkpoints or mixtures"
+    plan = text_table(("set", "place", "images", "classes", "finished"), lines, left=2)
+    return "\n".join([plan, *map(printable, problems), total])

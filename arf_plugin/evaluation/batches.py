@@ -1,16 +1,21 @@
-"""Decodes the images of several sets in worker processes, batch by batch, each image once."""
+"""Images in batches: of sets that are read in any order, in processes; of a stream, in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.sets import EvaluationSet
+from arf_plugin.pipeline.source import map_ordered
 
 if TYPE_CHECKING:
     import torch
+
+    from arf_plugin.evaluation.sets import EvaluationSet
+
+_Sample = TypeVar("_Sample")
+_Loaded = TypeVar("_Loaded")
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,16 @@ class Batch:
 
 def plan(sizes: Sequence[int], batch_size: int) -> list[Batch]:
     """Cuts sets of the given sizes into batches."""
-    batches: list[Batch] = []
-    for dataset, size in enumerate(sizes):
-        for start in range(0, size, batch_size):
-            batches.append(Batch(len(batches), dataset, start, min(start + batch_size, size)))
-    return batches
+    places = [
+        (dataset, start, min(start + batch_size, size))
+        for dataset, size in enumerate(sizes)
+        for start in range(0, size, batch_size)
+    ]
+    return [Batch(number, *place) for number, place in enumerate(places)]
 
 
 class _Decoder:
-    """What workers run: a map-style data set whose items are whole batches."""
+    """What worker processes run: a map-style data set whose items are whole batches."""
 
     def __init__(
         self,
@@ -58,16 +64,13 @@ class _Decoder:
         from torch.utils.data import default_collate
 
         batch = self.batches[index]
-        samples = self.sets[batch.dataset].samples
-        images, numbers = [], []
         try:
-            for position in range(batch.start, batch.stop):
-                image, number = samples[position]
-                images.append(self.preprocess(image))
-                numbers.append(number)
+            samples = [self.sets[batch.dataset].samples[i] for i in range(batch.start, batch.stop)]
         except EvaluationError as error:
             return error  # as a value: a worker's exception would come with its traceback in the message
-        return default_collate(images), torch.tensor(numbers)  # stacks straight into shared memory
+        images = [self.preprocess(image) for image, _ in samples]
+        # Stacks straight into shared memory.
+        return default_collate(images), torch.tensor([number for _, number in samples])
 
 
 def decode(
@@ -89,9 +92,7 @@ def decode(
     decoder: Any = _Decoder(sets, batches, preprocess)
     gpu = device.type == "cuda"
     loader = DataLoader(decoder, batch_size=None, num_workers=min(workers, len(batches)), pin_memory=gpu)
-    started = iter(
-        loader
-    )  # here and not in the generator, which would wait for the first batch to be asked for
+    started = iter(loader)  # here: the generator would wait until the first batch is asked for
 
     def received() -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         for batch, item in zip(batches, started, strict=True):
@@ -101,3 +102,32 @@ def decode(
             yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)
 
     return received()
+
+
+def load_batches(
+    samples: Iterable[_Sample],
+    load: Callable[[_Sample], _Loaded],
+    batch_size: int,
+    workers: int,
+    reject: Callable[[_Sample, Exception], object],
+) -> Iterator[list[tuple[_Sample, _Loaded]]]:
+    """Loads a stream of samples in threads and yields them in batches, in order.
+
+    Args:
+        samples: such as images as they are stored.
+        load: decodes one.
+        batch_size: samples in a batch; the last one has what is left.
+        workers: threads; 0 loads in the calling thread.
+        reject: told of a sample that cannot be loaded, and why; it is in no batch.
+    """
+    batch: list[tuple[_Sample, _Loaded]] = []
+    for sample, loaded in map_ordered(load, samples, workers, ahead=2 * batch_size):
+        if isinstance(loaded, Exception):
+            reject(sample, loaded)
+            continue
+        batch.append((sample, loaded))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

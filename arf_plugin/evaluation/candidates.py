@@ -1,4 +1,4 @@
-"""What is evaluated: checkpoints of one model, and mixtures of two of them."""
+"""What is evaluated: checkpoints of one model, mixtures of two of them, and models as open_clip builds them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import file_digest
+from arf_plugin.anchors.files import cache_folder, digest, file_digest
 from arf_plugin.errors import ArfError, EvaluationError
-from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into
-from arf_plugin.evaluation.head import PREFIX, Head, split_head
-from arf_plugin.evaluation.interpolation import check_alpha, load_mixture, mix
-from arf_plugin.evaluation.run_flags import Run, find_run, resolve
-from arf_plugin.evaluation.settings import Settings
-from arf_plugin.evaluation.tensor_files import WeightsFile
+from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into, open_checkpoint, write_weights
+from arf_plugin.evaluation.head import Head
+from arf_plugin.evaluation.interpolation import check_alpha, load_mixture
+from arf_plugin.evaluation.run_settings import Run, Settings, find_run, resolve
 from arf_plugin.safe_loading import first_line, safe_loading
 
 if TYPE_CHECKING:
@@ -34,8 +32,8 @@ class Candidate:
         checkpoint: the (fine-tuned) weights; None for those that come with the model.
         original: the weights before fine-tuning, of a mixture.
         alpha: share of `checkpoint` in the mixture, 0 to 1.
-        name: what rows call the checkpoint; its path if None.
-        original_name: what rows call the original; its path if None.
+        name: what records call the checkpoint; its path if None.
+        original_name: what records call the original; its path if None.
     """
 
     checkpoint: Path | None
@@ -69,7 +67,7 @@ class Candidate:
     def resolve(
         self, model: str, flags: Settings, pretrained: str | None = None
     ) -> tuple[Settings, Run | None]:
-        """How it is to be measured; see :func:`arf_plugin.evaluation.settings.resolve`.
+        """How it is to be measured; see :func:`arf_plugin.evaluation.run_settings.resolve`.
 
         Of a mixture the fine-tuned end tells, whose run went on from the other.
         """
@@ -101,11 +99,9 @@ class Candidate:
             return None
         if self.original is None or self.alpha is None:
             return load_into(model, self.checkpoint)
-        original, tuned = WeightsFile(self.original), WeightsFile(self.checkpoint)
-        load_mixture(model, original, tuned, self.alpha)
-        with original.opened() as start, tuned.opened() as end:
-            head = {n: mix(start[n], end[n], self.alpha) for n in end if n.startswith(PREFIX)}
-        return split_head(head)[1]
+        return load_mixture(
+            model, open_checkpoint(self.original), open_checkpoint(self.checkpoint), self.alpha
+        )
 
 
 def weights_file(model: str, pretrained: str | None) -> Path | None:
@@ -159,10 +155,8 @@ def build(
     settings = settings or Settings()
     file = weights_file(model, pretrained)
     named: dict[str, Any] = {"cache_dir": cache_dir} if cache_dir else {}
-    own = own_weights and file is None
-    weights = (
-        {"require_pretrained": True} if own else {"pretrained_hf": False}
-    )  # all of them come from a file
+    # With a file, all weights come from it.
+    weights = {"require_pretrained": True} if own_weights and file is None else {"pretrained_hf": False}
     texts = {"context_length": settings.force_context_length} if settings.force_context_length else {}
     try:
         with safe_loading():
@@ -170,7 +164,9 @@ def build(
                 model,
                 pretrained=None if file else pretrained,
                 device=device,
-                **{**settings.arguments(), **named, **weights},
+                **settings.arguments(),
+                **named,
+                **weights,
             )
             tokenizer = open_clip.get_tokenizer(model, **texts, **named)
     except ArfError:
@@ -185,9 +181,55 @@ def build(
     return built.eval(), preprocess, tokenizer
 
 
+def find_original(text: str) -> Path:
+    """Finds the model before fine-tuning by its path, or by ``MODEL@PRETRAINED`` as open_clip calls it.
+
+    Named weights are loaded by open_clip once and kept as a file in the cache folder.
+
+    Args:
+        text: a path, or for example ``ViT-B-16-quickgelu@openai``.
+
+    Returns:
+        The path of a checkpoint.
+
+    Raises:
+        EvaluationError: if there is no such file, or open_clip does not know the name.
+    """
+    path = Path(text)
+    if path.is_file():
+        return path
+    model, at, pretrained = text.rpartition("@")
+    if not at or not model or not pretrained:
+        raise EvaluationError(
+            f"There is no checkpoint at {text}. Expected a .pt or .safetensors file, or MODEL@PRETRAINED "
+            "for weights that open_clip knows, such as ViT-B-16-quickgelu@openai."
+        )
+    if ":" in model:  # open_clip ignores a tag then, and takes random weights where it finds none
+        raise EvaluationError(
+            f"{text}: the weights of {model.split(':')[0]}: models have no tag. Name their file instead, such as "
+            "FOLDER/open_clip_model.safetensors."
+        )
+    import open_clip
+    import torch
+
+    identity = file_digest(Path(pretrained)) if Path(pretrained).is_file() else pretrained
+    path = cache_folder() / "originals" / f"{digest([model, identity, open_clip.__version__])[:32]}.pt"
+    if path.exists():
+        return path
+    try:
+        weights = build(model, pretrained, torch.device("cpu"), own_weights=True)[0].state_dict()
+    except EvaluationError as cause:
+        raise EvaluationError(
+            f"open_clip cannot load {model}@{pretrained}: {cause}\nIts list: python -c "
+            "'import open_clip; print(*open_clip.list_pretrained(), sep=\"\\n\")'"
+        ) from cause
+    write_weights(path, weights, text)
+    return path
+
+
 def _told(path: Path) -> Any:
     """What a checkpoint tells of its run."""
-    return None if path.suffix in BIG_VISION else WeightsFile(path).run
+    return None if path.suffix in BIG_VISION else open_checkpoint(path).run
 
 
 def weights_digest(model: torch.nn.Module) -> str:

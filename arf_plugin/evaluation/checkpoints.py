@@ -1,62 +1,171 @@
-"""Reads and writes open_clip checkpoints, tensors only, and fits them into models as open_clip does."""
+"""Checkpoints of open_clip: read without running what is in them, written, and fitted into models as open_clip does.
+
+Files are mapped into memory (``torch.load(mmap=True)``, safetensors' ``safe_open``): a page is read when a tensor on it
+is used, and optimizer state, which a trainer's checkpoint holds beside the weights, never is.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.head import Head, split_head
-from arf_plugin.evaluation.tensor_files import RUN, WeightsFile
-from arf_plugin.safe_loading import first_line, safe_loading
+from arf_plugin.safe_loading import UnsafeTorchError, first_line, safe_loading
+from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import torch
 
+RUN = "arf_run"  # key of what a checkpoint of ours tells of the run behind it; see arf_plugin.evaluation.run_settings
 BIG_VISION = (".npz", ".npy")  # open_clip reads these by code of its own
+CONSTANT = (".position_ids", ".num_batches_tracked")  # buffers that no image's features depend on
 # Beside a model's weights, and of no consequence: open_clip's loss uses the bias, OpenAI's files hold the sizes.
 _NEEDLESS = ("logit_bias", "input_resolution", "context_length", "vocab_size")
-CONSTANT = (".position_ids", ".num_batches_tracked")  # buffers that no image's features depend on
+# What torch.compile, several processes, FSDP and activation checkpointing put into the names of weights.
+_WRAPPERS = re.compile(
+    r"^(module\.|_orig_mod\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads the weights of a checkpoint: one written by open_clip's trainer, a bare state dict, or safetensors.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint that has been opened.
 
-    Nothing in the file is executed. What distributed training and torch.compile put before names is removed.
+    Attributes:
+        path: the file.
+        weights: tensors by name, on the CPU, mapped from the file; to be read, not written.
+        run: what the file tells of the run behind it, as it stands there; None if nothing.
+    """
 
-    Returns:
-        Tensors by name, on the CPU, mapped from the file: a page is read when it is used.
+    path: Path
+    weights: dict[str, torch.Tensor]
+    run: Any = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all weights in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens what open_clip's trainer writes, a bare state dict, or safetensors.
+
+    Nothing in the file is executed (:mod:`arf_plugin.safe_loading`). What distributed training and torch.compile put
+    before names is removed.
 
     Raises:
         EvaluationError: if the file is missing or holds no weights.
     """
-    with WeightsFile(path).opened() as weights:
-        return dict(weights)
+    require_regular(path, EvaluationError)
+    if not path.is_file():
+        raise EvaluationError(f"There is no checkpoint at {path}. Expected a .pt or .safetensors file.")
+    try:
+        content, run = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except UnsafeTorchError:
+        raise
+    except Exception as cause:  # torch and safetensors raise many kinds for a damaged file
+        raise EvaluationError(
+            f"{path} cannot be read as a checkpoint: {first_line(cause)}\n"
+            "Expected tensors only, as open_clip's trainer saves them."
+        ) from cause
+    return Checkpoint(path, _plain_weights(content, path), run)
 
 
-def write_weights(path: Path, weights: dict[str, torch.Tensor], name: str, run: str | None = None) -> None:
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by name; see :func:`open_checkpoint`."""
+    return open_checkpoint(path).weights
+
+
+def _load_safetensors(path: Path) -> tuple[Any, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, (file.metadata() or {}).get(RUN)
+
+
+def _load_pickle(path: Path) -> tuple[Any, Any]:
+    import torch
+
+    mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 cannot be mapped
+    with safe_loading():
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    return content, content.get(RUN) if isinstance(content, dict) else None
+
+
+def _plain_weights(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in what a file holds, under the names that the bare model has for them."""
+    import torch
+
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+        )
+    ):
+        found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
+        raise EvaluationError(
+            f"{path} holds no weights (found: {found}). Expected a dict of tensors, or one under 'state_dict'."
+        )
+    plain: dict[str, torch.Tensor] = {}
+    for name, value in weights.items():
+        if plain_name(name) in plain:
+            raise EvaluationError(
+                f"{path} holds '{plain_name(name)}' twice, once as '{name}'. Expected the weights of one model."
+            )
+        plain[plain_name(name)] = value
+    return plain
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight as the bare model has it.
+
+    >>> plain_name("module._orig_mod.visual.proj")
+    'visual.proj'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def write_weights(path: Path, weights: Mapping[str, torch.Tensor], name: str, run: str | None = None) -> None:
     """Writes weights as open_clip's trainer does, so that ``--resume`` and ``--pretrained`` take them.
+
+    Equal weights are equal bytes. The file appears under its name when it is whole.
 
     Args:
         path: target; a ``.safetensors`` file holds the bare tensors.
         weights: tensors by name.
         name: the run's name, kept in the checkpoint.
-        run: what to tell of the run behind it, from :func:`arf_plugin.evaluation.run_flags.note`.
+        run: what to tell of the run behind it, from :func:`arf_plugin.evaluation.run_settings.note`.
+
+    Raises:
+        EvaluationError: if they cannot be written.
     """
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     told = {RUN: run} if run else {}
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            tensors = {key: value.contiguous() for key, value in weights.items()}
-            save_file(tensors, temporary, metadata={"format": "pt", **told} if told else None)
-        else:
-            torch.save({"name": name, "state_dict": weights, **told}, temporary)
+    try:
+        with replacing(path) as temporary:
+            if path.suffix == ".safetensors":
+                tensors = {key: value.contiguous() for key, value in weights.items()}
+                save_file(tensors, temporary, metadata={"format": "pt", **told})
+            else:
+                with temporary.open("wb") as file:  # by its name, torch would put that into the archive
+                    torch.save({"name": name, "state_dict": dict(weights), **told}, file)
+    except (RuntimeError, SafetensorError) as cause:
+        raise EvaluationError(
+            f"{path} cannot be written: {first_line(cause)}. Make room, or name another place."
+        ) from cause
 
 
 def load_into(model: torch.nn.Module, path: Path) -> Head | None:
@@ -100,7 +209,9 @@ def fitted(
 
     own = model.state_dict()
     given = {name: tensor for name, tensor in weights.items() if name in own or not _is_needless(name)}
-    _halves_to_float(given, own)
+    for name in ("visual.positional_embedding", "positional_embedding", "text.positional_embedding"):
+        if name in given and name in own and given[name].shape != own[name].shape:
+            given[name] = given[name].float()  # half precision cannot be interpolated
     state = _converted(model, given, path)
     for name, tensor in own.items():
         if name not in state and name.endswith(CONSTANT):
@@ -111,11 +222,10 @@ def fitted(
             state[name] = torch.zeros_like(tensor)
     for name in [name for name in state if name not in own and _is_needless(name)]:
         del state[name]
-    problems = difference(own, state)
-    if problems:
+    if problems := difference(own, state):
         raise EvaluationError(
-            f"{path} is a checkpoint of another architecture than --model: {'; '.join(problems[:3])}"
-            f"{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. Name the model it was trained with."
+            f"{path} is a checkpoint of another architecture than --model: {listed(problems)}. Name the model it was "
+            "trained with."
         )
     _warn_of_resizing(given, state, model, path)
     return {name: state[name] for name in own}
@@ -123,13 +233,6 @@ def fitted(
 
 def _is_needless(name: str) -> bool:
     return name in _NEEDLESS or name.endswith(CONSTANT)
-
-
-def _halves_to_float(given: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
-    """Lets position embeddings of half precision be interpolated, if they are to be."""
-    for name in ("visual.positional_embedding", "positional_embedding", "text.positional_embedding"):
-        if name in given and name in own and given[name].shape != own[name].shape:
-            given[name] = given[name].float()
 
 
 def _converted(
@@ -204,12 +307,18 @@ def _load_big_vision(model: torch.nn.Module, path: Path) -> None:
         )
 
 
-def difference(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+def difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
     """Says how two sets of weights differ in names and shapes; empty if they do not."""
-    problems = []
-    for name, tensor in expected.items():
-        if name not in found:
-            problems.append(f"'{name}' is missing")
-        elif found[name].shape != tensor.shape:
-            problems.append(f"'{name}' is {list(found[name].shape)} and not {list(tensor.shape)}")
+    problems = [f"'{name}' is missing" for name in expected if name not in found]
+    problems += [
+        f"'{name}' is {list(found[name].shape)} and not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
     return problems + [f"'{name}' is not expected" for name in found if name not in expected]
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first three of some problems, and how many more there are."""
+    more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

@@ -1,4 +1,4 @@
-"""Folders of images by class, read as torchvision's ``ImageFolder`` reads them, or refused with a reason.
+"""Folders of images by class, read as torchvision's ``ImageFolder`` reads them, or refused; and folders of sets.
 
 Class numbers are positions in the sorted list of folders, so a folder that drops out, or one too many, shifts all that
 follow. Hence every folder is a class, as for ``ImageFolder``: links are followed, images may lie deeper, and a class
@@ -12,8 +12,10 @@ classes; a warning names them.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +28,18 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar", ".gz", ".bz2", ".xz")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
 
+NSHARDS = "nshards.txt"
+
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 # Images by their first bytes, whatever their names are.
-_MAGIC: tuple[bytes, ...] = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n\x1a\n",
-    b"GIF87a",
-    b"GIF89a",
-    b"II*\x00",
-    b"MM\x00*",
+_MAGIC = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*", b"8BPS"),
+    *(b"\x00\x00\x00\x0cjP  ", b"\x00\x00\x00\x0cJXL ", b"\xff\x4f\xff\x51"),
 )
-_MAGIC += (b"\x00\x00\x00\x0cjP  ", b"\x00\x00\x00\x0cJXL ", b"\xff\x4f\xff\x51", b"8BPS")
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NO_PICTURES = (".pdf", ".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr")  # known to PIL, too
+_NUMBERED = re.compile(r"[0-9]+\.tar")
+_MOST_REPEATED = 10_000  # folders that links lead to once more
 _CAMERAS = (".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".arw")  # unknown to PIL alone
 
 
@@ -91,27 +92,47 @@ def read_classes(root: Path, named: bool = False) -> list[ClassFolder]:
     Raises:
         EvaluationError: naming what is not understood.
     """
-    names, files = _listed(root)
+    names, files = listing(str(root))
+    _refuse_dangling(str(root), files)
     found = [_read_class(root, name) for name in names]
-    if not any(one.images or one.unread for one in found):
+    if unread := [path for one in found for path in one.unread]:
+        raise EvaluationError(
+            f"{root} has images that torchvision's ImageFolder passes over because of their names: "
+            f"{shortened(unread)}. Convert or rename them to {', '.join(IMAGE_SUFFIXES)}, or remove them."
+        )
+    if not any(one.images for one in found):
         return []
-    _refuse_unread(root, [path for one in found for path in one.unread])
-    hidden = [one.name for one in found if one.name.startswith(".") and not one.images]
-    found = [one for one in found if one.name not in hidden]
-    _refuse_no_classes(root, found)
+    hidden = [one for one in found if one.name.startswith(".")]
+    found = [one for one in found if one.images or one not in hidden]
+    if empty := [one.name for one in found if not one.images]:
+        raise EvaluationError(
+            f"{root} has folders without images: {shortened(empty)}. Every folder is a class here, as in "
+            "torchvision's ImageFolder; copy their images again, or remove the folders if they are none."
+        )
+    if filled := [one.name for one in hidden if one.images]:
+        raise EvaluationError(
+            f"{root} has hidden folders with images: {shortened(filled)}. torchvision's ImageFolder takes them for "
+            "classes; remove them, or rename them if they are some."
+        )
     if not named:
         _refuse_doubt(root, found)
     if hidden:
-        warn(f"hidden folders in {root} are no classes here, as they hold no images: {shortened(hidden)}.")
-    loose = [name for name in files if is_image(name)]
-    if loose:
+        names = [one.name for one in hidden]
+        warn(f"hidden folders in {root} are no classes here, as they hold no images: {shortened(names)}.")
+    if loose := [name for name in files if is_image(name)]:
         warn(f"{root} has images beside the folders of its classes, which are left out: {shortened(loose)}.")
-    packed = [name for name in files if name.lower().endswith(ARCHIVES)] + [
-        path for one in found for path in one.archives
-    ]
+    packed = [name for name in files if name.lower().endswith(ARCHIVES)]
+    packed += [path for one in found for path in one.archives]
     if packed:
         warn(f"{root} has archives, which are not looked into: {shortened(packed)}. Are all unpacked?")
-    _warn_of_twins(root, [one.name for one in found])
+    first: dict[str, str] = {}
+    for one in found:
+        other = first.setdefault(unicodedata.normalize("NFKC", one.name).casefold(), one.name)
+        if other != one.name:
+            warn(
+                f"{root} has the folders {other!a} and {one.name!a}, which differ by case or by how characters are "
+                "encoded: they count as two classes."
+            )
     return found
 
 
@@ -152,12 +173,6 @@ def place_of(folder: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _listed(root: Path) -> tuple[list[str], list[str]]:
-    names, files = listing(str(root))
-    _refuse_dangling(str(root), files)
-    return names, files
-
-
 def _read_class(root: Path, name: str) -> ClassFolder:
     found = ClassFolder(name)
     top = f"{str(root).rstrip(os.sep)}/{name}"
@@ -167,7 +182,11 @@ def _read_class(root: Path, name: str) -> ClassFolder:
         for file in files:
             path = f"{relative}/{file}"
             if is_image(file):
-                _refuse_apple_double(root, path)
+                if file.startswith("._") and _head(root / path).startswith(_APPLE_DOUBLE):
+                    raise EvaluationError(
+                        f"{root / path} is no image but what macOS copies beside one (AppleDouble). Remove such files: "
+                        f"find {root} -name '._*' -delete"
+                    )
                 found.images.append(path)
                 found.direct |= not part
                 found.parts.update(part)
@@ -206,39 +225,8 @@ def _refuse_dangling(folder: str, files: Iterable[str]) -> None:
         if not name.startswith(".") and path.is_symlink() and not path.exists():
             raise EvaluationError(
                 f"{path} is a link to {printable(str(path.readlink()))}, which is not there: is it an image or a "
-                "class? Mend the link, or remove it."
+                "class? Repair the link, or remove it."
             )
-
-
-def _refuse_apple_double(root: Path, path: str) -> None:
-    if path.rpartition("/")[2].startswith("._") and _head(root / path).startswith(_APPLE_DOUBLE):
-        raise EvaluationError(
-            f"{root / path} is no image but what macOS copies beside one (AppleDouble). Remove such files: "
-            f"find {root} -name '._*' -delete"
-        )
-
-
-def _refuse_unread(root: Path, unread: list[str]) -> None:
-    if unread:
-        raise EvaluationError(
-            f"{root} has images that torchvision's ImageFolder passes over because of their names: "
-            f"{shortened(unread)}. Convert or rename them to {', '.join(IMAGE_SUFFIXES)}, or remove them."
-        )
-
-
-def _refuse_no_classes(root: Path, found: list[ClassFolder]) -> None:
-    empty = [one.name for one in found if not one.images]
-    if empty:
-        raise EvaluationError(
-            f"{root} has folders without images: {shortened(empty)}. Every folder is a class here, as in "
-            "torchvision's ImageFolder; copy their images again, or remove the folders if they are none."
-        )
-    hidden = [one.name for one in found if one.name.startswith(".")]
-    if hidden:
-        raise EvaluationError(
-            f"{root} has hidden folders with images: {shortened(hidden)}. torchvision's ImageFolder takes them for "
-            "classes; remove them, or rename them if they are some."
-        )
 
 
 def _refuse_doubt(root: Path, found: list[ClassFolder]) -> None:
@@ -256,17 +244,6 @@ def _refuse_doubt(root: Path, found: list[ClassFolder]) -> None:
             f"{root} has {inner}: is {doubtful[0].name} a class, or a split or a set with classes of its own? Name "
             "the folder whose folders are the classes; if these are, list their names in a classnames.txt beside them."
         )
-
-
-def _warn_of_twins(root: Path, names: list[str]) -> None:
-    first: dict[str, str] = {}
-    for name in names:
-        other = first.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
-        if other != name:
-            warn(
-                f"{root} has the folders {other!a} and {name!a}, which differ by case or by how characters are "
-                "encoded: they count as two classes."
-            )
 
 
 def _is_other_image(path: Path) -> bool:
@@ -306,3 +283,115 @@ def _head(path: Path) -> bytes:
             return file.read(32)
     except OSError as cause:
         raise EvaluationError(f"{path} cannot be read: {cause.strerror}.") from cause
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a folder holds directly."""
+
+    path: Path
+    images: bool
+    counted: bool
+    tars: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is below a folder.
+
+    Attributes:
+        folder: where it was looked.
+        split: the part of the data that is wanted.
+        roots: sets in CLIP_benchmark's WebDataset layout, by path.
+    """
+
+    folder: Path
+    split: str
+    roots: list[Path]
+    _seen: list[_Seen]
+
+    def refuse_second_layout(self) -> None:
+        """Refuses class folders beside tars, in the folder itself or in one of the sets.
+
+        Raises:
+            EvaluationError: naming both.
+        """
+        for place in dict.fromkeys((self.folder, *self.roots, *(root / self.split for root in self.roots))):
+            classes = [s.path.name for s in self._seen if s.images and s.path.parent == place]
+            classes = [name for name in classes if not name.startswith(".")]
+            if len(classes) > 1:
+                raise EvaluationError(
+                    f"{place} has folders of images ({shortened(classes)}), and a set in WebDataset layout is at "
+                    f"{self.roots[0] / self.split}. Expected one layout: move one of them elsewhere, or name the "
+                    "one that is meant."
+                )
+
+    def left_out(self) -> Iterator[str]:
+        """Says what looks like a set, or a part of one, and is not read."""
+        known = {root / self.split for root in self.roots}
+        if self.folder.joinpath(NSHARDS).is_file() and not self.roots:
+            yield f"{self.folder} has {NSHARDS} itself: name the folder above it."
+        others = [s.path for s in self._seen if s.counted and s.path not in known]
+        others = [path for path in others if path.parent not in self.roots and path != self.folder]
+        if others:
+            yield (
+                f"{shortened(map(str, others))} {'has' if len(others) == 1 else 'have'} {NSHARDS}, but the split is "
+                f"'{self.split}': left out."
+            )
+        uncounted = [str(s.path) for s in self._seen if s.tars and not s.counted and s.path not in known]
+        if uncounted:
+            yield f"{shortened(uncounted)}: tars without {NSHARDS} are left out."
+        images = [str(s.path) for s in self._seen if s.images] if self.roots else []
+        if images:
+            yield (
+                f"images in {shortened(images)} belong to no set in WebDataset layout and are left out; name a set "
+                "of class folders by itself."
+            )
+
+
+def survey(folder: Path, split: str) -> Survey:
+    """Looks through a folder and all below it; links are followed.
+
+    Raises:
+        EvaluationError: a folder cannot be listed, or links lead round and round.
+    """
+    wanted = Path(split).parts
+    seen = list(_folders(folder))
+    roots = []
+    for one in seen:
+        inner = one.path.relative_to(folder).parts
+        if one.counted and wanted and inner[-len(wanted) :] == wanted:
+            roots.append(one.path.parents[len(wanted) - 1])
+    return Survey(folder, split, sorted(roots), seen)
+
+
+def _folders(folder: Path) -> Iterator[_Seen]:
+    """Yields folders, links after all others, so that a folder's own name comes first.
+
+    A link to a folder above itself adds nothing; one to another place is another name for what is there.
+    """
+    start = place_of(str(folder))
+    waiting = deque([(str(folder), (start,))])  # folders, and the places of each and of those above it
+    links: deque[tuple[str, tuple[tuple[int, int], ...]]] = deque()
+    known, repeated = {start}, 0
+    while waiting or links:
+        path, above = (waiting or links).popleft()
+        folders, files = listing(path)
+        yield _Seen(
+            Path(path),
+            images=any(is_image(name) and not name.startswith("._") for name in files),
+            counted=NSHARDS in files,
+            tars=any(_NUMBERED.fullmatch(name) for name in files),
+        )
+        for name in folders:
+            inner = f"{path}/{name}"
+            place = place_of(inner)
+            if place in above:
+                continue
+            repeated += place in known
+            if repeated > _MOST_REPEATED:
+                raise EvaluationError(
+                    f"{folder}: links lead to the same folders over and over, such as {inner}. Remove them."
+                )
+            known.add(place)
+            (links if Path(inner).is_symlink() else waiting).append((inner, (*above, place)))

@@ -1,9 +1,14 @@
-"""Metrics over the predictions on one set, all in percent."""
+"""Metrics over the predictions on one set, all in percent; and how far features have moved since training started.
+
+Source of CKA: Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019 (arXiv
+1905.00414), section 3. Cosine sees any movement, also a rotation of the whole space that image and text towers make
+together and that costs no accuracy; CKA is blind to rotations and to scale, and falls where the geometry changes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from arf_plugin.errors import MissingDependencyError
@@ -57,12 +62,8 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of several batches as one."""
     import torch
 
-    return Predictions(
-        torch.cat([part.target for part in parts]),
-        torch.cat([part.predicted for part in parts]),
-        torch.cat([part.among_top for part in parts]),
-        torch.cat([part.confidence for part in parts]),
-    )
+    names = [field.name for field in fields(Predictions)]
+    return Predictions(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def measure(found: Predictions, classes: int) -> dict[str, float]:
@@ -134,3 +135,31 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     # 1 it falls into the last one. Its multi-class form reduces to this one, and wants all probabilities.
     below = confidence.double().clamp(max=1.0 - 2.0**-24)
     return float(binary_calibration_error(below, correct.long(), n_bins=BINS, norm="l1"))
+
+
+def mean_cosine(now: torch.Tensor, start: torch.Tensor) -> float:
+    """Mean cosine of the angle between vectors of ``[N, D]`` and ``[N, D]``; 1 where nothing has moved."""
+    import torch
+
+    return float(torch.nn.functional.cosine_similarity(now.double(), start.double(), dim=1).mean())
+
+
+def linear_cka(now: torch.Tensor, start: torch.Tensor) -> float:
+    """Linear centred kernel alignment of two representations of the same N inputs.
+
+    ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms, X and Y being centred over the inputs.
+
+    Args:
+        now: ``[N, D]``.
+        start: ``[N, D']``.
+
+    Returns:
+        From 0 to 1, which is the same geometry; NaN where all vectors of one of them are equal, or one is not finite.
+    """
+    x, y = (features.double() - features.double().mean(dim=0) for features in (now, start))
+    return float((y.T @ x).norm().square() / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def drift(now: torch.Tensor, start: torch.Tensor) -> dict[str, float]:
+    """Both measures by name."""
+    return {"cosine": mean_cosine(now, start), "cka": linear_cka(now, start)}

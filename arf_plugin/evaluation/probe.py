@@ -2,31 +2,31 @@
 
     min over W, b:  mean cross-entropy(W f + b, cls) + l2/2 ||W||^2,   f = unit image features, D-dimensional
 
-As Radford et al. (CLIP, appendix A.3) and Kumar et al. (LP-FT, arXiv 2202.10054) do, an L-BFGS solver fits it to the
-optimum and accuracy on validation data chooses the strength of the penalty. The problem is convex: where the solver
-starts, from zero here, does not matter. Ours: unit features, as open_clip's zero-shot classifiers have them; the grid;
-and that after the choice the probe is fitted to all task data, if the validation part was cut from it.
-CLIP_benchmark's own probe needs a GPU and approximates the optimum by epochs of AdamW.
+As Radford et al. (CLIP, appendix A.3) and Kumar et al. (LP-FT, arXiv 2202.10054) do, scikit-learn's L-BFGS fits it to
+the optimum and accuracy on validation data chooses the strength of the penalty. Ours: unit features, as open_clip's
+zero-shot classifiers have them; the grid; and that after the choice the probe is fitted to all task data, if the
+validation part was cut from it. CLIP_benchmark's own probe needs a GPU and approximates the optimum by epochs of AdamW.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.data.prompts import choose, class_index
-from arf_plugin.errors import TaskDataError
+from arf_plugin.errors import MissingDependencyError, TaskDataError
 from arf_plugin.evaluation.head import Head, names_digest
 
 if TYPE_CHECKING:
     import torch
 
 GRID = tuple(10 ** (-half / 2) for half in range(15))  # 1 to 1e-7, from strong to weak
-BLOCK = 1 << 16  # rows whose scores are in memory at once
+_BLOCK = 1 << 16  # images whose scores are in memory at once
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Labelled:
     """One image as it is stored, and its class."""
 
@@ -35,7 +35,7 @@ class Labelled:
     cls: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Frozen features of labelled images.
 
@@ -51,10 +51,10 @@ class Features:
     labels: torch.Tensor
     skipped: dict[str, str]
 
-    def part(self, rows: Sequence[int]) -> Features:
-        """Some of the rows."""
-        keep = list(rows)
-        return Features([self.ids[row] for row in keep], self.vectors[keep], self.labels[keep], {})
+    def part(self, positions: Sequence[int]) -> Features:
+        """Some of the images."""
+        keep = list(positions)
+        return Features([self.ids[i] for i in keep], self.vectors[keep], self.labels[keep], {})
 
 
 def labelled_images(
@@ -75,7 +75,7 @@ def labelled_images(
     from arf_plugin.anchors.task import expand_urls, is_csv
 
     if is_csv(data, dataset_type):
-        yield from _labelled_rows(data, classes, csv_img_key, csv_separator)
+        yield from _labelled_in_csv(data, classes, csv_img_key, csv_separator)
         return
     for url in expand_urls(data):
         for sample in scan_samples(url, TaskDataError, read=(*IMAGE_EXTENSIONS, "cls")):
@@ -91,9 +91,7 @@ def labelled_images(
             yield Labelled(identity, sample.image.data or b"", cls)
 
 
-def _labelled_rows(path: str, classes: int, image_column: str, separator: str) -> Iterator[Labelled]:
-    from pathlib import Path
-
+def _labelled_in_csv(path: str, classes: int, image_column: str, separator: str) -> Iterator[Labelled]:
     import pandas as pd
 
     from arf_plugin.anchors.task import read_csv_ids
@@ -129,35 +127,25 @@ def embed(
     import torch
 
     from arf_plugin.anchors.images import decode_image
-    from arf_plugin.pipeline.source import map_ordered
+    from arf_plugin.evaluation.batches import load_batches
 
     ids: list[str] = []
     labels: list[int] = []
     vectors: list[torch.Tensor] = []
-    pixels: list[torch.Tensor] = []
     skipped: dict[str, str] = {}
-
-    def forward() -> None:
+    for batch in load_batches(
+        samples,
+        lambda sample: preprocess(decode_image(sample.image)),
+        batch_size,
+        workers,
+        reject=lambda sample, error: skipped.update({sample.id: str(error)}),
+    ):
         with torch.inference_mode():
-            features = model.encode_image(torch.stack(pixels).to(device))
+            features = model.encode_image(torch.stack([pixels for _, pixels in batch]).to(device))
             vectors.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu())
-        advance(len(pixels))
-        pixels.clear()
-
-    decoded = map_ordered(
-        lambda sample: preprocess(decode_image(sample.image)), samples, workers, ahead=2 * batch_size
-    )
-    for sample, image in decoded:
-        if isinstance(image, Exception):
-            skipped[sample.id] = str(image)
-            continue
-        ids.append(sample.id)
-        labels.append(sample.cls)
-        pixels.append(image)
-        if len(pixels) == batch_size:
-            forward()
-    if pixels:
-        forward()
+        ids += [sample.id for sample, _ in batch]
+        labels += [sample.cls for sample, _ in batch]
+        advance(len(batch))
     if not ids:
         raise TaskDataError(f"No image could be decoded ({len(skipped)} were tried).")
     return Features(ids, torch.cat(vectors), torch.tensor(labels), skipped)
@@ -170,83 +158,73 @@ def split(features: Features, fraction: float, seed: int = 0) -> tuple[Features,
         Training and validation part. A class of a single sample stays in the first.
     """
     by_class: dict[int, list[int]] = {}
-    for row, label in enumerate(features.labels.tolist()):
-        by_class.setdefault(label, []).append(row)
+    for position, label in enumerate(features.labels.tolist()):
+        by_class.setdefault(label, []).append(position)
     held: set[int] = set()
-    for rows in by_class.values():
-        order = sorted(rows, key=lambda row: choose(1 << 63, "validation", seed, features.ids[row]))
-        held.update(order[: min(round(fraction * len(rows)), len(rows) - 1)])
+    for positions in by_class.values():
+        order = sorted(positions, key=lambda i: choose(1 << 63, "validation", seed, features.ids[i]))
+        held.update(order[: min(round(fraction * len(positions)), len(positions) - 1)])
     everything = range(len(features.ids))
-    return features.part([row for row in everything if row not in held]), features.part(sorted(held))
+    return features.part([i for i in everything if i not in held]), features.part(sorted(held))
 
 
-def fit(
-    features: Features,
-    classes: int,
-    l2: float,
-    device: torch.device | str = "cpu",
-    start: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fits a logistic regression to its optimum, in fp64.
+def solutions(features: Features, classnames: Sequence[str], grid: Sequence[float]) -> Iterator[Head]:
+    """Fits a logistic regression to its optimum for every strength of the penalty, each starting at the last optimum.
 
     Args:
         features: What to fit.
-        classes: Number of classes.
-        l2: Strength of the penalty on the weights; the bias is free.
-        device: Where to compute.
-        start: Weight and bias near the optimum, which saves time and changes nothing else.
+        classnames: Names of the classes; those without a sample get scores below all others'.
+        grid: Strengths of the penalty on the weights; the bias is free.
 
-    Returns:
-        Weight ``[classes, D]`` and bias ``[classes]``, fp64, on the CPU.
+    Yields:
+        Heads in fp64.
+
+    Raises:
+        TaskDataError: if all samples are of one class.
+        MissingDependencyError: without scikit-learn.
     """
     import torch
 
-    vectors, labels = features.vectors.to(device), features.labels.to(device)
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise MissingDependencyError("scikit-learn", "A linear probe", "evaluation") from None
+    present = features.labels.unique()
+    if len(present) < 2:
+        raise TaskDataError(
+            f"All {len(features.ids)} samples are of class {int(present[0])}. A probe needs two classes or more."
+        )
     # CLIP's features share a large common part. Without it the same problem is far better conditioned, and the bias,
-    # which is not penalised, takes the difference up again below.
-    mean = vectors.double().mean(dim=0)
-    weight = torch.zeros(classes, vectors.shape[1], dtype=torch.float64, device=device)
-    bias = torch.zeros(classes, dtype=torch.float64, device=device)
-    if start is not None:
-        weight.copy_(start[0])
-        bias.copy_(start[1].to(device) + weight @ mean)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    solver = torch.optim.LBFGS(
-        parameters,
-        max_iter=2000,
-        max_eval=4000,
-        tolerance_grad=1e-8,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def objective() -> torch.Tensor:
-        solver.zero_grad()
-        penalty = l2 / 2 * weight.square().sum()
-        penalty.backward()
-        total = penalty.detach()
-        for rows, targets in zip(vectors.split(BLOCK), labels.split(BLOCK), strict=True):
-            logits = (rows.double() - mean) @ weight.T + bias
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(labels)
-            loss.backward()
-            total = total + loss.detach()
-        return total
-
-    solver.step(objective)
-    with torch.no_grad():
-        return weight.detach().cpu(), (bias - weight @ mean).detach().cpu()
+    # which is not penalised, takes the difference up again.
+    vectors = features.vectors.double()
+    mean = vectors.mean(dim=0)
+    vectors -= mean
+    two = (
+        len(present) == 2
+    )  # scikit-learn fits one sigmoid then, with the difference of the two classes' weights
+    solver = LogisticRegression(tol=1e-8, max_iter=2000, warm_start=True)
+    for l2 in grid:
+        solver.C = (2 if two else 1) / (l2 * len(vectors))
+        solver.fit(vectors.numpy(), features.labels.numpy())
+        found, free = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
+        if two:
+            found, free = torch.cat([-found, found]) / 2, torch.cat([-free, free]) / 2
+        free = free - found @ mean
+        weight = found.new_zeros(len(classnames), found.shape[1])
+        bias = free.new_full((len(classnames),), float((free - found.norm(dim=1)).min()) - 10)
+        weight[present], bias[present] = found, free
+        yield Head(weight, bias, names_digest(classnames))
 
 
-def measure(weight: torch.Tensor, bias: torch.Tensor, features: Features) -> tuple[float, float]:
+def measure(head: Head, features: Features) -> tuple[float, float]:
     """Top-1 accuracy in percent, and mean cross-entropy."""
     import torch
 
     correct, loss = 0, 0.0
-    for rows, targets in zip(features.vectors.split(BLOCK), features.labels.split(BLOCK), strict=True):
-        logits = rows.double() @ weight.T + bias
-        correct += int((logits.argmax(dim=1) == targets).sum())
-        loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    for vectors, labels in zip(features.vectors.split(_BLOCK), features.labels.split(_BLOCK), strict=True):
+        logits = head.logits(vectors.double())
+        correct += int((logits.argmax(dim=1) == labels).sum())
+        loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     return 100 * correct / len(features.labels), loss / len(features.labels)
 
 
@@ -256,7 +234,6 @@ def probe(
     validation: Features | None = None,
     fraction: float = 0.2,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     grid: Sequence[float] = GRID,
     advance: Callable[[int], object] = lambda count: None,
 ) -> tuple[Head, dict[str, Any]]:
@@ -268,7 +245,6 @@ def probe(
         validation: Features to choose by; None cuts a part off the task data, and fits to all of it after the choice.
         fraction: Size of that part.
         seed: Draws that part.
-        device: Where to compute.
         grid: Strengths to try.
         advance: Told of each strength that is done.
 
@@ -277,7 +253,7 @@ def probe(
         cross-entropy of each. Equal accuracies are told apart by cross-entropy.
 
     Raises:
-        TaskDataError: if the validation part is empty.
+        TaskDataError: if the validation part is empty, or there is but one class.
     """
     training = task
     if validation is None:
@@ -286,27 +262,27 @@ def probe(
         raise TaskDataError(
             f"{len(task.ids)} samples leave no validation part of {fraction:g}. Give --validation shards, or more."
         )
-    path, solutions, start = [], [], None
-    for l2 in sorted(grid, reverse=True):
-        start = fit(training, len(classnames), l2, device, start)
-        top1, loss = measure(*start, validation)
-        path.append({"l2": l2, "top1": round(top1, 4), "loss": round(loss, 6)})
-        solutions.append(start)
+    grid = sorted(grid, reverse=True)
+    heads, tried = [], []
+    for l2, head in zip(grid, solutions(training, classnames, grid), strict=True):
+        top1, loss = measure(head, validation)
+        heads.append(head)
+        tried.append({"l2": l2, "top1": round(top1, 4), "loss": round(loss, 6)})
         advance(1)
-    best = max(range(len(path)), key=lambda i: (path[i]["top1"], -path[i]["loss"]))
-    weight, bias = solutions[best]
+    best = max(range(len(tried)), key=lambda i: (tried[i]["top1"], -tried[i]["loss"]))
+    head = heads[best]
     if training is not task:
-        weight, bias = fit(task, len(classnames), path[best]["l2"], device, solutions[best])
+        [head] = solutions(task, classnames, [grid[best]])
     summary = {
         "classes": len(classnames),
         "samples": len(task.ids),
         "validation": len(validation.ids),
         "skipped": len(task.skipped),
-        "classes_without_samples": len(classnames) - len(set(task.labels.tolist())),
-        "l2": path[best]["l2"],
-        "at_edge_of_grid": best in (0, len(path) - 1),
-        "validation_top1": path[best]["top1"],
-        "training_top1": round(measure(weight, bias, task)[0], 4),
-        "grid": path,
+        "classes_without_samples": len(classnames) - len(task.labels.unique()),
+        "l2": grid[best],
+        "at_edge_of_grid": best in (0, len(grid) - 1),
+        "validation_top1": tried[best]["top1"],
+        "training_top1": round(measure(head, task)[0], 4),
+        "grid": tried,
     }
-    return Head(weight.float(), bias.float(), names_digest(classnames)), summary
+    return Head(head.weight.float(), head.bias.float(), head.digest), summary

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.candidates import Candidate, build, how_many_fit, load_all, weights_digest
 from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import Predictions, joined, measure
-from arf_plugin.evaluation.rows import FORMAT, Results, Row
+from arf_plugin.evaluation.records import FORMAT, EvalRecord, Results
+from arf_plugin.evaluation.run_settings import Settings
 from arf_plugin.evaluation.sets import EvaluationSet
-from arf_plugin.evaluation.settings import Settings
 from arf_plugin.evaluation.zeroshot import PRECISIONS, Classifier
-from arf_plugin.pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -44,18 +44,18 @@ def evaluate(
     models_at_once: int | None = None,
     flags: Settings | None = None,
     cache_dir: str | None = None,
-) -> list[Row]:
+) -> list[EvalRecord]:
     """Measures every candidate on every set.
 
-    Under torchrun the processes share the batches; all of them return the same rows, and the first one writes.
+    Under torchrun the processes share the batches; all of them return the same records, and the first one writes.
 
     Args:
         candidates: checkpoints of `model`, and mixtures of them; ``Candidate(None)`` is the model with its own weights.
         model: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
         sets: opened sets, each with a name of its own.
-        suite: the suite's name, kept in the rows.
+        suite: the suite's name, kept in the records.
         pretrained: open_clip tag or file, for ``Candidate(None)``; of checkpoints, what they were made from.
-        out: JSONL file that rows are appended to as sets are finished; what it holds is not measured again.
+        out: JSONL file that records are appended to as sets are finished; what it holds is not measured again.
         batch_size: images per forward.
         device: ``auto``, or a torch device.
         precision: "fp32", or "amp" as CLIP_benchmark has it by default (autocast: fp16 on a GPU, bf16 on the CPU).
@@ -63,11 +63,11 @@ def evaluate(
         models_at_once: models in memory at a time; images are decoded once for each such group. By default, as many
             as half of the free memory holds.
         flags: how models see images and texts, where that is not to be as their runs had it; see
-            :mod:`arf_plugin.evaluation.settings`. Images are decoded once for each way.
+            :mod:`arf_plugin.evaluation.run_settings`. Images are decoded once for each way.
         cache_dir: where open_clip keeps what it downloads.
 
     Returns:
-        A row per candidate and set, candidate by candidate; see :mod:`arf_plugin.evaluation.rows`.
+        A record per candidate and set, candidate by candidate; see :mod:`arf_plugin.evaluation.records`.
 
     Raises:
         EvaluationError: for checkpoints or sets that cannot be evaluated.
@@ -86,24 +86,21 @@ def evaluate(
             torch.cuda.set_device(place)
         ways = _resolve(asked, model, pretrained, flags or Settings(), shown=processes.first)
         own = None
-        for way in {
-            ways[candidate]: 0 for candidate in asked if candidate.checkpoint is None
-        }:  # one, or none
+        if itself := next((candidate for candidate in asked if candidate.checkpoint is None), None):
+            way = ways[itself]
             own = build(model, pretrained, place, own_weights=True, settings=way, cache_dir=cache_dir)
-        frame: Row = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
+        frame: EvalRecord = {"format": FORMAT, "suite": suite, "model": model, "device": place.type}
         frame |= {"precision": precision, "batch_size": batch_size, "versions": versions()}
-        tasks = [
-            _Task(candidate, dataset, {**frame, **described, **preprocess, **describe_set(dataset)})
-            for candidate in asked
-            for preprocess in [{"preprocess": ways[candidate].flags()}]
-            for described in [processes.share(describe(candidate, model, pretrained, own))]
-            for dataset in sets
-        ]
+        tasks = []
+        for candidate in asked:
+            described = processes.share(describe(candidate, model, pretrained, own))
+            described = {**frame, **described, "preprocess": ways[candidate].flags()}
+            tasks += [_Task(candidate, dataset, {**described, **describe_set(dataset)}) for dataset in sets]
         results = Results(out, processes.share(Results.read(out)), writes=processes.first)
-        todo = [task for task in tasks if not results.has(task.row)]
+        todo = [task for task in tasks if not results.has(task.record)]
         # The model's own weights come first: loading the others overwrites them.
         left = sorted({task.candidate: 0 for task in todo}, key=lambda c: c.checkpoint is not None)
-        with Progress("evaluate", shown=processes.first) as progress:
+        with progress("evaluate", "images", quiet=not processes.first) as bar:
             expected = 0
             for way in dict.fromkeys(ways[candidate] for candidate in left):
                 mine = [candidate for candidate in left if ways[candidate] == way]
@@ -118,23 +115,22 @@ def evaluate(
                 groups = [mine[start : start + size] for start in range(0, len(mine), size)]
                 work = [[task for task in todo if task.candidate in group] for group in groups]
                 expected += sum(dataset.images for part in work for dataset in _sets_of(part))
-                progress.expect(expected)
+                bar.total = expected
                 for part in work:
-                    for task, found, classifier in _predict(part, runtime, progress.advance):
-                        figures = measure(found, len(task.dataset.classnames))
-                        results.add(
-                            {**task.row, "metrics": figures, "classifier": classifier, "time": _now()}
-                        )
-        return [results.take(task.row) for task in tasks]
+                    for task, found, classifier in _predict(part, runtime, bar.update):
+                        scores = measure(found, len(task.dataset.classnames))
+                        told = {"metrics": scores, "classifier": classifier, "time": _now()}
+                        results.add({**task.record, **told})
+        return [results.take(task.record) for task in tasks]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One measurement: a candidate, a set, and the row without its figures."""
+    """One measurement: a candidate, a set, and the record without its scores."""
 
     candidate: Candidate
     dataset: EvaluationSet
-    row: Row
+    record: EvalRecord
 
 
 @dataclass(frozen=True)
@@ -214,8 +210,8 @@ def _resolve(
     return found
 
 
-def describe(candidate: Candidate, model: str, pretrained: str | None = None, own: Any = None) -> Row:
-    """A row's fields on a candidate; `own` is what :func:`build` returned, for the model's own weights."""
+def describe(candidate: Candidate, model: str, pretrained: str | None = None, own: Any = None) -> EvalRecord:
+    """A record's fields on a candidate; `own` is what :func:`build` returned, for the model's own weights."""
     if candidate.checkpoint is None:
         name, tag = candidate.name or model, pretrained
     else:
@@ -231,8 +227,8 @@ def describe(candidate: Candidate, model: str, pretrained: str | None = None, ow
     }
 
 
-def describe_set(dataset: EvaluationSet) -> Row:
-    """A row's fields on a set."""
+def describe_set(dataset: EvaluationSet) -> EvalRecord:
+    """A record's fields on a set."""
     return {
         "set": dataset.name,
         "split": dataset.split,
@@ -246,7 +242,7 @@ def describe_set(dataset: EvaluationSet) -> Row:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that figures depend on."""
+    """Versions of the libraries that scores depend on."""
     found = {}
     for library in LIBRARIES:
         try:

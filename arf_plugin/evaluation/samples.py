@@ -5,29 +5,37 @@ whole tars to workers. Tars are indexed by their headers. They are read here and
 unpickles some members of a tar.
 
 Sets are told apart by what is in their images, and every image that is read is compared with what was found when the
-set was opened: a row's figures are of the data whose digest it has.
+set was opened: a record's scores are of the data whose digest it has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arf_plugin.anchors.files import digest
+from arf_plugin.anchors.files import digest, file_digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-from arf_plugin.anchors.tars import Member, Sample, scan_samples
+from arf_plugin.anchors.tars import Member, scan_samples
+from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.contents import cached_digests, digests_of_files, state_of
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import PIL.Image
 
 _IN_TARS = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark takes one of several
+_NOT_READ = ("ppm", "bmp", "pgm", "tif", "tiff", "gif", "avif", "heic")  # images, but not in tars
+_WORTH_CACHING = 1 << 24  # bytes of images; less is read again in no time
+_WORTH_SHOWING = 1 << 28
+# Nanoseconds: a file may change once more within the tick of the clock that it was read in.
+_SETTLED = 2 * 10**9
+_READERS, _READ_AHEAD = 8, 1024  # threads, and what is handed to them at a time
 
 
 class Samples(Protocol):
@@ -53,18 +61,77 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where an image is: `data` holds it where a tar cannot be read there (compressed)."""
+class Place:
+    """Where an image is, and its class: a whole file, or a part of a tar; `data` holds it if the tar is compressed."""
 
-    shard: int
+    file: str
     key: str
-    offset: int
-    size: int
     cls: int
-    data: bytes | None
+    offset: int = 0
+    size: int = -1
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            EvaluationError: if it is gone.
+        """
+        if self.data is not None:
+            return self.data
+        try:
+            with open(self.file, "rb") as file:  # noqa: PTH123 - a million Paths are slow
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as cause:
+            raise EvaluationError(
+                f"{self.file} was there and cannot be read any more: {cause.strerror or cause}. Copy the data set "
+                "again."
+            ) from cause
 
 
-class TarSamples:
+@dataclass(frozen=True)
+class StoredSamples:
+    """Samples of tars or of files; see :func:`tar_samples` and :func:`file_samples`.
+
+    Attributes:
+        digest: see :class:`Samples`.
+        places: where the images are.
+        contents: SHA-256 of each.
+    """
+
+    digest: str
+    places: Sequence[Place]
+    contents: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        place, data = self.places[index], self.places[index].read()
+        where = f"{place.file}, sample {place.key}" if place.key else place.file
+        if hashlib.sha256(data).digest() != self.contents[index]:
+            raise EvaluationError(
+                f"{where}: the image is not the one that was there when the set was opened. Do not write to a set that "
+                "is being evaluated; start again."
+            )
+        try:
+            return decode_image(data), place.cls
+        except ValueError as cause:
+            raise EvaluationError(
+                f"{where}: the image {cause}. Replace it, or leave the sample out."
+            ) from None
+
+    def chosen(self, classes: Sequence[int]) -> StoredSamples:
+        """The samples of some classes, which are numbered anew in the given order."""
+        new = {old: number for number, old in enumerate(classes)}
+        kept = [index for index, place in enumerate(self.places) if place.cls in new]
+        places = [replace(self.places[index], cls=new[self.places[index].cls]) for index in kept]
+        identity = digest([self.digest, list(classes)])
+        return StoredSamples(identity, places, [self.contents[index] for index in kept])
+
+
+def tar_samples(shards: Sequence[Path], classes: int) -> StoredSamples:
     """Samples of WebDataset tars: an image and a ``cls`` each, in the tars' order.
 
     Args:
@@ -75,73 +142,38 @@ class TarSamples:
         EvaluationError: for a tar that is missing, broken or hostile; a sample without image or class, or of a class
             that there is not.
     """
-
-    def __init__(self, shards: Sequence[Path], classes: int) -> None:
-        self.shards = tuple(shards)
-        for shard in self.shards:
-            require_regular(shard, EvaluationError)
-        before = [state_of(shard) for shard in self.shards]
-        self._places: list[_Place] = []
-        for number, shard in enumerate(self.shards):
-            self._places += _index(number, shard, classes)
-        self._contents = cached_digests(
-            "tars", self.shards, len(self._places), sum(p.size for p in self._places), self._digest
-        )
-        for shard, found in zip(self.shards, before, strict=True):
-            if found != state_of(shard):
-                raise EvaluationError(
-                    f"{shard} is being written while it is read. Start again when it is whole."
-                )
-        self.digest = digest(
-            ["contents"]
-            + [
-                [self.shards[place.shard].name, place.key, place.cls, content.hex()]
-                for place, content in zip(self._places, self._contents, strict=True)
-            ]
-            + [shard.name for shard in self.shards]
-        )
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        place = self._places[index]
-        where = f"{self.shards[place.shard]}, sample {place.key}"
-        return _decode(_unchanged(self._data(index), self._contents[index], where), where), place.cls
-
-    def _data(self, index: int) -> bytes:
-        place = self._places[index]
-        if place.data is not None:
-            return place.data
-        return _read(self.shards[place.shard], place.offset, place.size)
-
-    def _digest(self, index: int) -> bytes:
-        return hashlib.sha256(self._data(index)).digest()
+    for shard in shards:
+        require_regular(shard, EvaluationError)
+    before = [_state_of(shard) for shard in shards]
+    places = [place for shard in shards for place in _index(shard, classes)]
+    size = sum(place.size for place in places)
+    contents = _digests(
+        "tars", shards, len(places), size, lambda i: hashlib.sha256(places[i].read()).digest()
+    )
+    for shard, state in zip(shards, before, strict=True):
+        if state != _state_of(shard):
+            raise EvaluationError(f"{shard} is being written while it is read. Start again when it is whole.")
+    told = [
+        [Path(place.file).name, place.key, place.cls, content.hex()]
+        for place, content in zip(places, contents, strict=True)
+    ]
+    return StoredSamples(digest(["contents", *told, *(shard.name for shard in shards)]), places, contents)
 
 
-class FileSamples:
+def file_samples(root: Path, files: Sequence[tuple[str, int]]) -> StoredSamples:
     """Images in files of their own.
 
     Args:
         root: folder that all paths are below.
         files: paths relative to `root`, and class numbers.
+
+    Raises:
+        EvaluationError: one is missing, unreadable or no file.
     """
-
-    def __init__(self, root: Path, files: Iterable[tuple[str, int]]) -> None:
-        self.root, self.files = root, list(files)
-        self._contents = digests_of_files([root / path for path, _ in self.files])
-        self.digest = digest(
-            ["contents"]
-            + [[*file, content.hex()] for file, content in zip(self.files, self._contents, strict=True)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        path, cls = self.files[index]
-        where = str(self.root / path)
-        return _decode(_unchanged(_read(self.root / path), self._contents[index], where), where), cls
+    contents = _digests_of_files([root / path for path, _ in files])
+    told = [[*file, content.hex()] for file, content in zip(files, contents, strict=True)]
+    places = [Place(str(root / path), "", cls) for path, cls in files]
+    return StoredSamples(digest(["contents", *told]), places, contents)
 
 
 class BuilderSamples:
@@ -157,19 +189,20 @@ class BuilderSamples:
 
     def __init__(self, dataset: Any, name: str, classes: int, root: Path, split: str) -> None:
         self.dataset, self.name, self.classes = dataset, name, classes
-        lists = ("samples", "_samples", "_image_files", "_images", "fnames")  # of torchvision's data sets
-        listed: list[Any] = next(
-            (list(getattr(dataset, each)) for each in lists if hasattr(dataset, each)), []
-        )
+        listed = list(_first_of(dataset, ("samples", "_samples", "_image_files", "_images", "fnames")))
         names = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in listed]
         if names and all(isinstance(each, (str, Path)) and Path(each).is_file() for each in names):
             paths = [Path(each) for each in names]
         else:  # images within files of other kinds
             paths, listed = _files_below(root), []
-        # The split, as some builders read the same files for each of them.
-        kept = ["contents", name, split, len(dataset), _labels(dataset, listed)]
-        contents = [content.hex() for content in digests_of_files(paths)]
-        self.digest = digest([*kept, [[*path.parts[-2:]] for path in paths], contents])
+        if listed and isinstance(listed[0], (tuple, list)):
+            labels = [int(entry[1]) for entry in listed]
+        else:
+            labels = [int(each) for each in _first_of(dataset, ("_labels", "targets", "labels", "y"))]
+        contents = [content.hex() for content in _digests_of_files(paths)]
+        # With the split, as some builders read the same files for each of them.
+        told = ["contents", name, split, len(dataset), labels]
+        self.digest = digest([*told, [[*path.parts[-2:]] for path in paths], contents])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -188,106 +221,9 @@ class BuilderSamples:
         return image, int(cls)
 
 
-class Chosen:
-    """Some classes of a set, numbered anew.
-
-    Args:
-        samples: the whole set.
-        classes: numbers of the classes to keep, in their new order.
-    """
-
-    def __init__(self, samples: TarSamples | FileSamples, classes: Sequence[int]) -> None:
-        self._samples, self._new = samples, {old: new for new, old in enumerate(classes)}
-        numbers = (
-            [place.cls for place in samples._places]
-            if isinstance(samples, TarSamples)
-            else [cls for _, cls in samples.files]
-        )
-        self._kept = [index for index, cls in enumerate(numbers) if cls in self._new]
-        self.digest = digest([samples.digest, list(classes)])
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        image, cls = self._samples[self._kept[index]]
-        return image, self._new[cls]
-
-
-def _index(number: int, shard: Path, classes: int) -> Iterable[_Place]:
-    samples = list(_samples_of(shard, ("cls",)))
-    if any(image.offset < 0 for _, image, _ in samples):
-        samples = list(_samples_of(shard, (*IMAGE_EXTENSIONS, "cls")))
-    for key, image, label in samples:
-        cls = _class_number(label, f"{shard}, sample {key}", classes)
-        yield _Place(number, key, image.offset, image.size, cls, image.data if image.offset < 0 else None)
-
-
-def _samples_of(shard: Path, read: Sequence[str]) -> Iterator[tuple[str, Member, Member]]:
-    """Key, image and class of every sample; neighbours that have neither, such as a README, are none."""
-    for sample in scan_samples(str(shard), EvaluationError, read=read):
-        image, cls = _image_of(sample), sample.members.get("cls")
-        if image is not None and cls is not None:
-            yield sample.key, image, cls
-        elif image is not None or cls is not None or _has_other_image(sample):
-            raise EvaluationError(
-                f"{shard}, sample {sample.key}: found {sorted(sample.members)}, expected an image and a cls."
-            )
-
-
-def _image_of(sample: Sample) -> Member | None:
-    return next((sample.members[ext] for ext in _IN_TARS if ext in sample.members), None)
-
-
-def _has_other_image(sample: Sample) -> bool:
-    """Whether a member is an image by a suffix that is not read in tars."""
-    return not sample.members.keys().isdisjoint(("ppm", "bmp", "pgm", "tif", "tiff", "gif", "avif", "heic"))
-
-
-def _class_number(cls: Member, where: str, classes: int) -> int:
-    text = (cls.data or b"").decode("ascii", "replace").strip()
-    if not (text.isdecimal() and text.isascii() and len(text) < 20 and int(text) < classes):
-        raise EvaluationError(
-            f"{where}: cls is {text[:20]!r}, expected a number from 0 to {classes - 1} "
-            f"(classnames.txt counts {classes} classes)."
-        )
-    return int(text)
-
-
-def _read(path: Path, offset: int = 0, size: int = -1) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    except OSError as cause:
-        raise EvaluationError(
-            f"{path} was there and cannot be read any more: {cause.strerror or cause}. Copy the data set again."
-        ) from cause
-
-
-def _unchanged(data: bytes, content: bytes, where: str) -> bytes:
-    if hashlib.sha256(data).digest() != content:
-        raise EvaluationError(
-            f"{where}: the image is not the one that was there when the set was opened. Do not write to a set that "
-            "is being evaluated; start again."
-        )
-    return data
-
-
-def _decode(data: bytes, where: str) -> PIL.Image.Image:
-    try:
-        return decode_image(data)
-    except ValueError as cause:
-        raise EvaluationError(f"{where}: the image {cause}. Replace it, or leave the sample out.") from None
-
-
-def _labels(dataset: Any, listed: Sequence[Any]) -> list[int]:
-    """Class numbers that a data set of torchvision's keeps apart from its images, or with them."""
-    if listed and isinstance(listed[0], (tuple, list)):
-        return [int(entry[1]) for entry in listed]
-    lists = ("_labels", "targets", "labels", "y")
-    found: Any = next((getattr(dataset, each) for each in lists if hasattr(dataset, each)), [])
-    return [int(each) for each in found]
+def _first_of(dataset: Any, names: Iterable[str]) -> Iterable[Any]:
+    """The first attribute that a data set of torchvision's has of some."""
+    return next((getattr(dataset, name) for name in names if hasattr(dataset, name)), ())
 
 
 def _files_below(root: Path) -> list[Path]:
@@ -297,3 +233,104 @@ def _files_below(root: Path) -> list[Path]:
         for name in names
         if not name.startswith(".") and Path(folder, name).is_file()
     )
+
+
+def _index(shard: Path, classes: int) -> Iterator[Place]:
+    samples = list(_samples_of(shard, ("cls",)))
+    if any(image.offset < 0 for _, image, _ in samples):
+        samples = list(_samples_of(shard, (*IMAGE_EXTENSIONS, "cls")))
+    for key, image, label in samples:
+        text = (label.data or b"").decode("ascii", "replace").strip()
+        if not (text.isdecimal() and text.isascii() and len(text) < 20 and int(text) < classes):
+            raise EvaluationError(
+                f"{shard}, sample {key}: cls is {text[:20]!r}, expected a number from 0 to {classes - 1} "
+                f"(classnames.txt counts {classes} classes)."
+            )
+        data = image.data if image.offset < 0 else None
+        yield Place(str(shard), key, int(text), image.offset, image.size, data)
+
+
+def _samples_of(shard: Path, read: Sequence[str]) -> Iterator[tuple[str, Member, Member]]:
+    """Key, image and class of every sample; neighbours that have neither, such as a README, are none."""
+    for sample in scan_samples(str(shard), EvaluationError, read=read):
+        image = next((sample.members[ext] for ext in _IN_TARS if ext in sample.members), None)
+        cls = sample.members.get("cls")
+        if image is not None and cls is not None:
+            yield sample.key, image, cls
+        elif image is not None or cls is not None or not sample.members.keys().isdisjoint(_NOT_READ):
+            raise EvaluationError(
+                f"{shard}, sample {sample.key}: found {sorted(sample.members)}, expected an image and a cls."
+            )
+
+
+def _digests_of_files(paths: Sequence[Path]) -> list[bytes]:
+    """SHA-256 of each file.
+
+    Raises:
+        EvaluationError: one is missing, unreadable or no file.
+    """
+
+    def unreadable(path: object, cause: Exception) -> EvaluationError:
+        reason = getattr(cause, "strerror", None) or cause
+        return EvaluationError(f"{path} cannot be read: {reason}. Is the copy complete?")
+
+    def one(index: int) -> bytes:
+        try:
+            return bytes.fromhex(file_digest(paths[index]))
+        except OSError as cause:
+            raise unreadable(paths[index], cause) from cause
+
+    total = 0
+    for path in paths:
+        require_regular(path, EvaluationError)
+        try:
+            total += path.stat().st_size
+        except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
+            raise unreadable(path, cause) from cause
+    return _digests("files", paths, len(paths), total, one)
+
+
+def _digests(
+    kind: str, files: Sequence[Path], count: int, size: int, one: Callable[[int], bytes]
+) -> list[bytes]:
+    """Digests of the images of a set, computed once and found in the cache while no file is touched.
+
+    Args:
+        kind: which function `one` is.
+        files: what the images are in.
+        count: number of images.
+        size: bytes to read.
+        one: computes one image's digest.
+    """
+    states = [_state_of(path) for path in files]
+    key = digest(["evaluation-1", kind, count, [str(path.absolute()) for path in files], states])
+    if size >= _WORTH_CACHING:
+        known = read_cache("evaluation", key, list)
+        if known is not None and len(known) == count and all(_is_sha256(each) for each in known):
+            return [bytes.fromhex(each) for each in known]
+    started = time.time_ns()
+    found: list[bytes] = []
+    with (
+        progress("images' digests", "images", count, quiet=size < _WORTH_SHOWING) as bar,
+        ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers,
+    ):
+        for start in range(0, count, _READ_AHEAD):
+            found += readers.map(one, range(start, min(start + _READ_AHEAD, count)))
+            bar.update(len(found) - start)
+    # Times of change are the second and third of a state.
+    settled = all(state is not None and started - max(state[1:3]) > _SETTLED for state in states)
+    if size >= _WORTH_CACHING and settled:
+        write_cache("evaluation", key, [each.hex() for each in found])
+    return found
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _state_of(path: Path) -> list[int] | None:
+    """What changes when a file is written to; None if it is not there."""
+    try:
+        return stat_key(path)
+    except OSError:
+        return None  # who reads it says so

@@ -14,6 +14,7 @@ folders in the order of their names.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import string
 import unicodedata
@@ -23,13 +24,12 @@ from pathlib import Path
 
 from arf_plugin.anchors.files import digest, list_files
 from arf_plugin.data.prompts import repeated_names
-from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, warn
-from arf_plugin.evaluation.prompts import IMAGENET, default_templates
-from arf_plugin.evaluation.samples import Chosen, FileSamples, Samples, TarSamples
-from arf_plugin.evaluation.survey import survey
-from arf_plugin.untrusted import decode_text, require_regular, split_lines, utf8
+from arf_plugin.errors import EvaluationError, MissingDependencyError
+from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, survey, warn
+from arf_plugin.evaluation.samples import Samples, StoredSamples, file_samples, tar_samples
+from arf_plugin.untrusted import decode_text, read_json, require_regular, split_lines, utf8
 
+IMAGENET = "imagenet1k"
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 LAYOUT = f"Expected CLIP_benchmark's layout: {CLASSNAMES}, {TEMPLATES}, test/nshards.txt"
 
@@ -83,7 +83,7 @@ class EvaluationSet:
         kind = "incomplete" if self.images < self.expected_images else "another edition"
         return (
             f"the set '{self.name}' at {self.place} has {self.images:,} images, a whole copy has "
-            f"{self.expected_images:,}: is it {kind}? Its figures are not comparable with others'."
+            f"{self.expected_images:,}: is it {kind}? Its scores are not comparable with others'."
         )
 
     def restricted(self, subset: str | Sequence[str]) -> EvaluationSet:
@@ -104,17 +104,16 @@ class EvaluationSet:
             if unknown:
                 raise EvaluationError(f"'{unknown[0]}' is no class of '{self.name}' at {self.place}.")
             kept = [self.classnames.index(name) for name in subset]
-        if not isinstance(self.samples, (TarSamples, FileSamples)):
+        if not isinstance(self.samples, StoredSamples):
             raise EvaluationError(
                 f"'subset' needs '{self.name}' as a WebDataset folder or as folders of images, not from a builder."
             )
         names = tuple(self.classnames[number] for number in kept)
-        chosen = Chosen(self.samples, kept)
-        return replace(self, classnames=names, samples=chosen, expected_images=None)
+        return replace(self, classnames=names, samples=self.samples.chosen(kept), expected_images=None)
 
 
 def find_sets(folder: Path, split: str = "test") -> list[EvaluationSet]:
-    """Finds the set in a folder, or all sets below it; see :mod:`arf_plugin.evaluation.survey`.
+    """Finds the set in a folder, or all sets below it; see :func:`arf_plugin.evaluation.folders.survey`.
 
     Raises:
         EvaluationError: if there is none, or it cannot be told what is one.
@@ -152,7 +151,7 @@ def open_webdataset(root: Path, name: str, split: str = "test") -> EvaluationSet
         _check_template(template, str(root / TEMPLATES))
     names = read_lines(root / CLASSNAMES)
     warn_of_repeated(names, root / CLASSNAMES)
-    samples = TarSamples(shards, len(names))
+    samples = tar_samples(shards, len(names))
     return EvaluationSet(name, tuple(names), tuple(templates), samples, split, place=str(root))
 
 
@@ -201,7 +200,26 @@ def open_list(path: Path, name: str, split: str = "test") -> EvaluationSet:
             f"{path} has no image of class {missing}, but some of class {max(folders)}: is it complete?"
         )
     ordered = [folders[number] for number in range(len(folders))]
-    return _own_texts(path.parent, name, ordered, FileSamples(path.parent, files), split, str(path))
+    return _own_texts(path.parent, name, ordered, file_samples(path.parent, files), split, str(path))
+
+
+def default_templates(name: str) -> list[str]:
+    """CLIP_benchmark's English templates for a data set; those of ImageNet if it has none for it.
+
+    Raises:
+        MissingDependencyError: without CLIP_benchmark.
+        EvaluationError: its file of templates is damaged.
+    """
+    found = importlib.util.find_spec("clip_benchmark")
+    if found is None or found.origin is None:
+        raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation")
+    # The file and not the module: importing its data sets takes seconds.
+    path = Path(found.origin).parent / "datasets" / "en_zeroshot_classification_templates.json"
+    known = read_json(path, EvaluationError, advice="Install clip-benchmark again.")
+    found_here = known.get(name, known.get(IMAGENET))
+    if not isinstance(found_here, list) or not all(isinstance(each, str) for each in found_here):
+        raise EvaluationError(f"{path} has no list of templates of {IMAGENET}. Install clip-benchmark again.")
+    return found_here
 
 
 def read_lines(path: Path, *, names: bool = False) -> list[str]:
@@ -243,7 +261,7 @@ def _classes(root: Path) -> list[ClassFolder]:
 
 def _of_classes(root: Path, classes: Sequence[ClassFolder], name: str, split: str) -> EvaluationSet:
     files = [(path, number) for number, one in enumerate(classes) for path in one.images]
-    return _own_texts(root, name, [one.name for one in classes], FileSamples(root, files), split)
+    return _own_texts(root, name, [one.name for one in classes], file_samples(root, files), split)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -265,13 +283,13 @@ def _shards(folder: Path) -> list[Path]:
     if extra:
         raise EvaluationError(
             f"{listed} says {int(count)}, which leaves out {shortened(extra)}. Expected as many as there are tars, "
-            "named 0.tar, 1.tar and so on; mend the number, or remove the others."
+            "named 0.tar, 1.tar and so on; correct the number, or remove the others."
         )
     return [folder / name for name in wanted]
 
 
 def _own_texts(
-    root: Path, name: str, folders: list[str], samples: FileSamples, split: str, place: str = ""
+    root: Path, name: str, folders: list[str], samples: StoredSamples, split: str, place: str = ""
 ) -> EvaluationSet:
     """A set of files with the texts beside them, where there are any."""
     if os.path.lexists(root / CLASSNAMES):
@@ -279,7 +297,7 @@ def _own_texts(
         if len(names) != len(folders):
             raise EvaluationError(
                 f"{root / CLASSNAMES} names {len(names)} classes, but there are images of {len(folders)}: "
-                f"{', '.join(folders[:3])} ... Mend the list, or remove it to use these names."
+                f"{', '.join(folders[:3])} ... Correct the list, or remove it to use these names."
             )
         _compare_names(root / CLASSNAMES, names, folders)
     else:
@@ -335,13 +353,10 @@ def _plain(name: str) -> str:
 
 def _check_template(template: str, where: str) -> None:
     try:
-        fields = [
-            (field, spec, conversion) for _, field, spec, conversion in string.Formatter().parse(template)
-        ]
+        fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as cause:
         raise EvaluationError(f"{where}: {template!r} is no template: {cause}.") from None
-    named = [field for field in fields if field[0] is not None]
-    if not named:
+    if not fields:
         raise EvaluationError(f"{where}: {template!r} has no {{c}} for the class name.")
-    if any(field != ("c", "", None) for field in named):
+    if any(field != ("c", "", None) for field in fields):
         raise EvaluationError(f"{where}: {template!r} has another field than {{c}}, the class name.")

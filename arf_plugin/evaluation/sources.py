@@ -72,7 +72,7 @@ def find_suite(suite: Suite, root: Path, split: str = "test", only: Sequence[str
     for name, entry in suite.sets.items():
         if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
             continue
-        opened, places = find_set(entry, root, split)
+        opened, places = find_set(name, entry, root, split)
         if opened is None:
             missing[name] = places
         else:
@@ -86,7 +86,7 @@ def missing_text(suite: Suite, found: Found) -> str:
     return f"{len(lines)} of the sets of '{suite.name}' are not there:\n" + "\n".join(lines)
 
 
-def find_set(entry: SetEntry, root: Path, split: str) -> tuple[EvaluationSet | None, list[str]]:
+def find_set(name: str, entry: SetEntry, root: Path, split: str) -> tuple[EvaluationSet | None, list[str]]:
     """Opens a set from the first of its sources that is there.
 
     Returns:
@@ -97,49 +97,54 @@ def find_set(entry: SetEntry, root: Path, split: str) -> tuple[EvaluationSet | N
     """
     places: list[str] = []
     for source in entry.sources:
-        opened = _open(entry, source, root, split, places)
+        opened = _open(name, source, root, split, places)
         if opened is not None:
-            return _dressed(entry, source, opened), places
+            return _with_entry(entry, source, opened), places
     return None, places
 
 
-def _open(entry: SetEntry, source: Source, root: Path, split: str, places: list[str]) -> EvaluationSet | None:
-    at = source.at.replace("{split}", split)
-    if source.layout == "webdataset":
-        inner = "test" if "{split}" in source.at else split
+def _open(name: str, source: Source, root: Path, split: str, places: list[str]) -> EvaluationSet | None:
+    at = source.place.replace("{split}", split)
+    if source.webdataset is not None:
+        inner = "test" if "{split}" in source.place else split
         cleaned = at.replace("/", "-")
         for place in dict.fromkeys((at, cleaned, f"wds_{cleaned}", f"wds/{at}")):
             if (root / place / inner / "nshards.txt").is_file():
-                return replace(open_webdataset(root / place, entry.name, inner), split=split)
+                return replace(open_webdataset(root / place, name, inner), split=split)
         places.append(str(root / at / inner / "nshards.txt"))
         return None
     path = root / at
-    if not (path.is_file() if source.layout == "list" else path.is_dir()):
-        places.append(f"{path}{'' if source.layout == 'list' else '/'}")
-        return None
-    if source.layout == "builder":
-        return _build(entry.name, source.name, path, split)
-    return (open_list if source.layout == "list" else open_folders)(path, entry.name, split)
+    if source.list is not None:
+        if path.is_file():
+            return open_list(path, name, split)
+        places.append(str(path))
+    elif not path.is_dir():
+        places.append(f"{path}/")
+    elif source.builder is not None:
+        return _build(name, source.builder, path, split)
+    else:
+        return open_folders(path, name, split)
+    return None
 
 
-def _dressed(entry: SetEntry, source: Source, opened: EvaluationSet) -> EvaluationSet:
-    """Puts the suite's own texts, metric and counts on a set."""
+def _with_entry(entry: SetEntry, source: Source, opened: EvaluationSet) -> EvaluationSet:
+    """The set with the suite's own texts, metric and counts."""
     names = entry.classnames or opened.classnames
     expected = entry.classes if entry.classes is not None else len(opened.classnames)
     for count, what in ((len(opened.classnames), f"{opened.place} has"), (len(names), "'classnames' has")):
         if count != expected:
             raise EvaluationError(
-                f"The set '{entry.name}': {what} {count} classes, expected {expected}. Is it another data set, or a "
+                f"The set '{opened.name}': {what} {count} classes, expected {expected}. Is it another data set, or a "
                 "part of it? Make a suite of your own for it (a YAML file), or evaluate it with --data."
             )
-    dressed = replace(
+    changed = replace(
         opened,
         classnames=names,
         templates=entry.templates or opened.templates,
         metric=entry.metric,
         expected_images=source.images,
     )
-    return dressed.restricted(entry.subset) if entry.subset else dressed
+    return changed.restricted(entry.subset) if entry.subset else changed
 
 
 def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:

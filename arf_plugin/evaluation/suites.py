@@ -25,69 +25,104 @@ Kinds (id, shift, zero-shot, class-split) tell plots what an average is.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.plain_yaml import compose
+from arf_plugin.validation import Listed, Location, Strict, shown, validated
 
 FOLDER = Path(__file__).with_suffix("")
-METRICS = ("top1", "mean_per_class", "macro_f1")
 LAYOUTS = ("webdataset", "builder", "folders", "list")
-KINDS = ("id", "shift", "zero-shot", "class-split")
-HALVES = ("first-half", "second-half")
+_Text = Annotated[str, Field(min_length=1)]
+_Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class Source:
-    """One place where a set may be.
+class Source(Strict):
+    """One place where a set may be: one of the layouts, which names a path below the data root, or the builder.
 
     Attributes:
-        layout: one of `LAYOUTS`.
-        name: path below the data root, or the builder's name.
-        at: the builder's folder below the data root.
+        at: the builder's folder below the data root, if it is not called as the builder.
         images: images that a whole copy has; None if not known.
     """
 
-    layout: str
-    name: str
-    at: str
-    images: int | None = None
+    webdataset: str | None = None
+    builder: str | None = None
+    folders: str | None = None
+    list: str | None = None
+    at: str | None = None
+    images: _Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        found = [layout for layout in LAYOUTS if getattr(self, layout) is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"a source needs exactly one of {', '.join(LAYOUTS)} (found: {', '.join(found) or 'none'})."
+            )
+        if self.at is not None and self.builder is None:
+            raise ValueError("'at' goes with 'builder' alone; a layout's own value is its path.")
+        if Path(self.place).is_absolute() or ".." in Path(self.place).parts:
+            raise ValueError(f"{shown(self.place)} leaves the data root, expected a path below it.")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Path below the data root; ``{split}`` is to be filled in."""
+        return next(
+            place
+            for place in (self.at, self.webdataset, self.builder, self.folders, self.list)
+            if place is not None
+        )
 
 
-@dataclass(frozen=True)
-class SetEntry:
+class SetEntry(Strict):
     """One set of a suite; see the module's docstring for the attributes."""
 
-    name: str
-    sources: tuple[Source, ...]
-    metric: str = "top1"
-    classes: int | None = None
-    templates: tuple[str, ...] = ()
-    classnames: tuple[str, ...] = ()
-    subset: str | tuple[str, ...] | None = None
+    sources: Annotated[Listed[Source], Field(min_length=1)]
+    metric: Literal["top1", "mean_per_class", "macro_f1"] = "top1"
+    classes: _Count | None = None
+    templates: Listed[_Text] = ()
+    classnames: Listed[_Text] = ()
+    subset: Literal["first-half", "second-half"] | Listed[_Text] | None = None
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{c}" not in template:
+                raise ValueError(f"{shown(template)} has no {{c}} for the class name.")
+        return templates
 
 
-@dataclass(frozen=True)
-class Average:
-    """A figure over several sets.
+class Average(Strict):
+    """A score over several sets.
 
     Attributes:
-        name: the column's heading.
-        kind: one of `KINDS`.
+        kind: tells plots what it is.
         of: names of the sets, patterns expanded.
         harmonic: names of two averages, in place of `of`.
     """
 
-    name: str
-    kind: str
-    of: tuple[str, ...] = ()
-    harmonic: tuple[str, str] | None = None
+    kind: Literal["id", "shift", "zero-shot", "class-split"]
+    of: Listed[_Text] = ()
+    harmonic: Listed[_Text] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Average:
+        if bool(self.of) == (self.harmonic is not None):
+            raise ValueError(
+                "an average needs either 'of', names of sets, or 'harmonic', two averages above it."
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class Suite:
+class Suite(Strict):
     """A suite.
 
     Attributes:
@@ -99,17 +134,12 @@ class Suite:
 
     name: str
     description: str
-    sets: Mapping[str, SetEntry]
-    averages: Mapping[str, Average]
+    sets: Annotated[dict[str, SetEntry], Field(min_length=1)]
+    averages: dict[str, Average] = Field(default_factory=dict)
 
     def metric(self, name: str) -> str:
         """The metric that heads the table for a set."""
         return self.sets[name].metric if name in self.sets else "top1"
-
-
-def known_suites() -> list[str]:
-    """Names of the suites that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
@@ -117,10 +147,10 @@ def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         suite: the suite.
-        values: a figure per set, such as top-1 in percent.
+        values: a score per set, such as top-1 in percent.
 
     Returns:
-        Figure by average, in the suite's order; those with a set that `values` lacks are left out.
+        Score by average, in the suite's order; those with a set that `values` lacks are left out.
     """
     result: dict[str, float] = {}
     for name, entry in suite.averages.items():
@@ -132,14 +162,17 @@ def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
     return result
 
 
+def known_suites() -> list[str]:
+    """Names of the suites that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
 def load_suite(name: str | Path) -> Suite:
     """Reads a suite by its name, or an own one by its path.
 
     Raises:
         EvaluationError: if there is none of that name, or the file is malformed; with file, line and key.
     """
-    from arf_plugin.evaluation.suite_file import read_suite
-
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_suite(path)
@@ -150,3 +183,84 @@ def load_suite(name: str | Path) -> Suite:
             f"{', '.join(known_suites())}, or the path of an own file that ends in .yaml."
         )
     return read_suite(FOLDER / f"{name}.yaml")
+
+
+def read_suite(path: Path) -> Suite:
+    """Reads a suite file.
+
+    Raises:
+        EvaluationError: naming file, line and key of the first mistake.
+    """
+    if not path.exists():
+        raise EvaluationError(f"There is no suite file at {path}.")
+    lines: dict[Location, int] = {(): 1}
+    content = _plain(compose(path, str(path), "a suite", EvaluationError), path, lines)
+    if not isinstance(content, dict):
+        raise EvaluationError(
+            f"{path}, line 1: the file is {shown(content)}, expected a mapping (key: value)."
+        )
+    if "name" in content:
+        raise EvaluationError(
+            f"{path}, line {lines['name',]}: unknown key 'name'; a suite is called as its file."
+        )
+
+    def place(location: Location) -> str:
+        while location not in lines:
+            location = location[:-1]
+        return f"{path}, line {lines[location]}"
+
+    content = {"name": path.stem, "description": path.stem, **content}
+    suite = validated(Suite, content, str(path), EvaluationError, locate=place)
+    averages: dict[str, Average] = {}
+    for name, entry in suite.averages.items():
+        parts = entry.harmonic
+        if parts is not None and (len(parts) != 2 or not averages.keys() >= set(parts)):
+            raise EvaluationError(
+                f"{place(('averages', name, 'harmonic'))}: 'harmonic' is {str(list(parts))[:200]}, expected two of the "
+                f"averages above ({', '.join(averages)[:200]})."
+            )
+        members: dict[str, None] = {}
+        for pattern in entry.of:
+            found = fnmatch.filter(suite.sets, pattern)
+            if not found:
+                close = difflib.get_close_matches(pattern, suite.sets, n=1)
+                meant = f" Did you mean '{close[0]}'?" if close else ""
+                where = place(("averages", name, "of"))
+                raise EvaluationError(f"{where}: {shown(pattern)} matches no set of the suite.{meant}")
+            members |= dict.fromkeys(found)
+        averages[name] = entry.model_copy(update={"of": tuple(members)})
+    return suite.model_copy(update={"averages": averages})
+
+
+def _plain(node: Any, path: Path, lines: dict[Location, int], location: Location = ()) -> Any:
+    """What a node stands for: mappings, lists, truth values, whole numbers and nothing; else the text as it is.
+
+    Args:
+        node: of the file; None if that is empty.
+        path: the file, for messages.
+        lines: takes the line of every value, counted from 1.
+        location: keys and positions that lead to the node.
+    """
+    if node is None or node.tag.endswith(":null"):
+        return None
+    lines.setdefault(location, node.start_mark.line + 1)
+    if node.id == "sequence":
+        return [_plain(child, path, lines, (*location, index)) for index, child in enumerate(node.value)]
+    if node.id == "mapping":
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            inner = (*location, name)
+            if name in found:
+                raise EvaluationError(
+                    f"{path}, line {line}: key '{name[:80]}' is there twice (line {lines[inner]})."
+                )
+            lines[inner] = line
+            found[name] = _plain(value, path, lines, inner)
+        return found
+    if node.tag.endswith(":bool"):
+        return bool(node.value.lower() in ("true", "yes", "on"))
+    if node.tag.endswith(":int") and len(node.value) < 20 and node.value.lstrip("+-").isdecimal():
+        return int(node.value)
+    is_place = location[2:3] == ("sources",)
+    return node.value.replace("{set}", str(location[1])) if is_place else node.value

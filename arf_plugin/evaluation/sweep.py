@@ -15,16 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from arf_plugin.console import text_table
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.candidates import Candidate
+from arf_plugin.evaluation.checkpoints import open_checkpoint
 from arf_plugin.evaluation.interpolation import check_alpha, check_pair
-from arf_plugin.evaluation.rows import by_set
+from arf_plugin.evaluation.records import by_set
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.suites import Suite, average
-from arf_plugin.evaluation.tensor_files import WeightsFile
 
-TIES = "nearer 0.5, then smaller"  # of alphas with equal figures, the one to take
+TIES = "nearer 0.5, then smaller"  # of alphas with equal scores, the one to take
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Line:
     Attributes:
         original: checkpoint before fine-tuning.
         tuned: checkpoint after it.
-        original_name: what rows call the original; its path if None.
+        original_name: what records call the original; its path if None.
     """
 
     original: Path
@@ -43,9 +44,9 @@ class Line:
 
     def check(self) -> int:
         """Raises an EvaluationError unless both are weights of one architecture; returns their size in bytes."""
-        ends = WeightsFile(self.original), WeightsFile(self.tuned)
-        check_pair(*ends)
-        return ends[1].bytes
+        original, tuned = open_checkpoint(self.original), open_checkpoint(self.tuned)
+        check_pair(original, tuned)
+        return tuned.bytes
 
     def at(self, alpha: float) -> Candidate:
         """The mixture at an alpha; also at 0 and 1, where it equals an end."""
@@ -53,28 +54,20 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Headline figures of one mixture in percent.
+class Scores:
+    """Headline scores of one mixture in percent.
 
     Attributes:
         sets: by set.
         averages: by average of the suite.
     """
 
-    sets: Mapping[str, float]
-    averages: Mapping[str, float]
+    sets: dict[str, float]
+    averages: dict[str, float]
 
     def value(self, by: str) -> float:
         """An average or, if none is called so, a set."""
         return self.averages[by] if by in self.averages else self.sets[by]
-
-    def names(self) -> list[str]:
-        """What :meth:`value` knows."""
-        return list(dict.fromkeys([*self.averages, *self.sets]))
-
-    def as_json(self) -> dict[str, dict[str, float]]:
-        """For a JSON file."""
-        return {"sets": dict(self.sets), "averages": dict(self.averages)}
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,8 @@ class Choice:
     Attributes:
         alpha: the chosen one.
         by: the set or average that chose.
-        value: its figure in percent.
-        tied: other alphas with the same figure.
+        value: its score in percent.
+        tied: other alphas with the same score.
     """
 
     alpha: float
@@ -105,7 +98,7 @@ def measure(
     sets: Sequence[EvaluationSet],
     suite: Suite | None = None,
     **settings: Any,
-) -> dict[float, Figures]:
+) -> dict[float, Scores]:
     """Measures mixtures on sets.
 
     Args:
@@ -117,20 +110,19 @@ def measure(
         **settings: of :func:`arf_plugin.evaluation.run.evaluate`, such as ``out`` and ``models_at_once``.
 
     Returns:
-        Figures by alpha.
+        Scores by alpha.
 
     Raises:
         EvaluationError: for checkpoints or sets that cannot be evaluated.
     """
     for alpha in alphas:
         check_alpha(alpha)
-    rows = evaluate(
-        [line.at(alpha) for alpha in alphas], model, sets, suite=suite.name if suite else None, **settings
-    )
+    candidates = [line.at(alpha) for alpha in alphas]
+    records = evaluate(candidates, model, sets, suite=suite.name if suite else None, **settings)
     found = {}
     for alpha in alphas:
-        figures = by_set(row for row in rows if row["alpha"] == alpha)
-        found[alpha] = Figures(figures, average(suite, figures) if suite else {})
+        scores = by_set(record for record in records if record["alpha"] == alpha)
+        found[alpha] = Scores(scores, average(suite, scores) if suite else {})
     return found
 
 
@@ -166,27 +158,24 @@ def check_by(by: str | None, sets: Sequence[EvaluationSet], suite: Suite | None)
     return by
 
 
-def choose(figures: Mapping[float, Figures], by: str) -> Choice:
-    """Chooses the alpha with the highest figure; of equal ones that nearer 0.5, then the smaller.
+def choose(scores: Mapping[float, Scores], by: str) -> Choice:
+    """Chooses the alpha with the highest score; of equal ones that nearer 0.5, then the smaller.
 
     Nearer 0.5, because that is what WiSE-FT's authors advise without data; the smaller, because it is nearer the
     original, whose robustness is to be kept.
     """
-    values = {alpha: round(found.value(by), 9) for alpha, found in figures.items()}
+    values = {alpha: round(found.value(by), 9) for alpha, found in scores.items()}
     alpha = max(values, key=lambda a: (values[a], -round(abs(a - 0.5), 9), -a))
     tied = tuple(other for other in values if other != alpha and values[other] == values[alpha])
     return Choice(alpha, by, values[alpha], tied)
 
 
-def table(figures: Mapping[float, Figures], chosen: float | None = None) -> str:
-    """Lays figures out as text, one line per alpha: averages if there are any, else sets; a star at the chosen one."""
-    first = next(iter(figures.values()))
-    columns = list(first.averages) or list(first.sets)
-    widths = [max(len(name), 6) for name in columns]
+def table(scores: Mapping[float, Scores], chosen: float | None = None) -> str:
+    """Lays scores out as text, one line per alpha: averages if there are any, else sets; a star at the chosen one."""
+    first = next(iter(scores.values()))
+    columns = list(first.averages or first.sets)
     lines = [
-        "  ".join(["alpha  ", *(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))])
+        [f"{alpha:g}{'*' if alpha == chosen else ''}", *(f"{found.value(name):.2f}" for name in columns)]
+        for alpha, found in scores.items()
     ]
-    for alpha, found in figures.items():
-        values = [f"{found.value(name):>{width}.2f}" for name, width in zip(columns, widths, strict=True)]
-        lines.append("  ".join([f"{alpha:<6g}{'*' if alpha == chosen else ' '}", *values]))
-    return "\n".join(lines)
+    return text_table(["alpha", *columns], lines)

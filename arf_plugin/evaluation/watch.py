@@ -1,6 +1,6 @@
 """Zero-shot accuracy of a model that is being trained: measured between epochs, and training does not notice.
 
-The figures are those of ``arf evaluate``: the same classifier, the same counting. What differs is that the model is the
+The scores are those of ``arf evaluate``: the same classifier, the same counting. What differs is that the model is the
 live one, so its modes and every random number generator are put back as they were.
 """
 

@@ -1,7 +1,7 @@
 """Classifiers of image features and their logits, computed as CLIP_benchmark computes them.
 
 Zero-shot classifiers are built by CLIP_benchmark's own function and logits by the same operations in the same order,
-so that figures equal its own to the last image. Its `accuracy` (1.6.2) fails with numpy 2.4, which no longer turns an
+so that scores equal its own to the last image. Its `accuracy` (1.6.2) fails with numpy 2.4, which no longer turns an
 array of one element into a float; the counting is in :mod:`arf_plugin.evaluation.metrics`.
 """
 

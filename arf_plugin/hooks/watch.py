@@ -30,8 +30,8 @@ from arf_plugin.anchors.files import replacing
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.distributed import Processes
-from arf_plugin.evaluation.drift import drift
-from arf_plugin.evaluation.rows import FORMAT, Row, append_row, read_rows
+from arf_plugin.evaluation.metrics import drift
+from arf_plugin.evaluation.records import FORMAT, EvalRecord, append_record, read_records
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
 from arf_plugin.hooks.epoch import Training
@@ -100,14 +100,14 @@ class Watch:
         except EvaluationError as error:
             logging.error(f"ARF watch: nothing measured after epoch {training.epoch + 1}: {error}")
 
-    def _known(self) -> dict[str, Row]:
+    def _known(self) -> dict[str, EvalRecord]:
         """The last row of each set in the file, if it has rows of all sets as they are now."""
         path = self._folder / ROWS if self._folder else None
         if path is None or not path.is_file():
             return {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            found = {row["set"]: row for row in read_rows(path)}
+            found = {row["set"]: row for row in read_records(path)}
         for warning in caught:
             logging.warning(f"ARF watch: {warning.message}")
         for dataset in self.observer.sets:
@@ -158,7 +158,7 @@ class Watch:
             self._log(row, one.seconds)
             self._warn(row)
             if self._folder is not None:
-                append_row(self._folder / ROWS, row)
+                append_record(self._folder / ROWS, row)
             self._report(row, training)
 
     def _keep_features(self, seen: list[Observation]) -> None:
@@ -169,7 +169,7 @@ class Watch:
             with replacing(self._folder / START) as temporary:
                 torch.save(self._start_features, temporary)
 
-    def _row(self, one: Observation, args: Any, epoch: int) -> Row:
+    def _row(self, one: Observation, args: Any, epoch: int) -> EvalRecord:
         dataset, moved = one.dataset, {}
         for kind, start in self._start_features.get(dataset.name, {}).items():
             if one.features[kind].shape != start.shape:  # of another model
@@ -189,7 +189,7 @@ class Watch:
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def _log(self, row: Row, seconds: float) -> None:
+    def _log(self, row: EvalRecord, seconds: float) -> None:
         metrics, when = row["metrics"], _when(row["epoch"])
         moved = ", ".join(
             f"{name.replace('_', ' ').replace('cka', 'CKA')} {'none' if value is None else f'{value:.3f}'}"
@@ -202,7 +202,7 @@ class Watch:
             + f" [{row['images']} images, {seconds:.1f} s]"
         )
 
-    def _warn(self, row: Row) -> None:
+    def _warn(self, row: EvalRecord) -> None:
         now, start, chance = row["metrics"]["top1"], row["start"], 100.0 / row["classes"]
         if now < start * (1.0 - self.config.watch_drop):
             logging.warning(
@@ -218,7 +218,7 @@ class Watch:
                 "or are the class names not those of the images?"
             )
 
-    def _report(self, row: Row, training: Training) -> None:
+    def _report(self, row: EvalRecord, training: Training) -> None:
         """Hands figures to the loggers that the trainer uses: by epoch, or by step in wandb, as it does itself."""
         values = {
             f"watch/{row['set']}/{name}": value

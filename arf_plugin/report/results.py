@@ -91,7 +91,7 @@ class Averages:
         entry = self.known[name]
         if entry.harmonic is None:
             return entry.of
-        parts = [other for other in self.known.values() if other.name in entry.harmonic]
+        parts = [self.known[other] for other in entry.harmonic]
         return tuple(dict.fromkeys(member for part in parts for member in part.of))
 
 
@@ -250,4 +250,5 @@ def _values(sets: Mapping[str, Measurement], metric: str | None) -> dict[str, fl
 
 def _plain(sets: Sequence[str]) -> Suite:
     """What stands in for a suite: every set by itself."""
-    return Suite("", "", {}, {name: Average(name, "", (name,)) for name in sets})
+    averages = {name: Average.model_construct(kind="", of=(name,)) for name in sets}  # of no kind
+    return Suite.model_construct(name="", description="", sets={}, averages=averages)

@@ -214,10 +214,10 @@ def _logs(folder: Path) -> tuple[Path, ...]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    from arf_plugin.evaluation.rows import read_rows
+    from arf_plugin.evaluation.records import read_records
 
     try:
-        rows = read_rows(path, whole=False)  # what a report needs of them is checked below
+        rows = read_records(path, whole=False)  # what a report needs of them is checked below
     except EvaluationError as cause:
         raise ReportError(str(cause)) from cause
     for number, row in enumerate(rows, 1):

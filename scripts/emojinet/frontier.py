@@ -55,11 +55,11 @@ def summarize(folder: Path, cost: Mapping[str, Mapping[str, float]]) -> dict[str
 
 def validation_means(folder: Path, grid: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Arm -> seed -> mean over the four averages of the validation sets."""
-    from arf_plugin.evaluation.rows import by_set, read_rows
+    from arf_plugin.evaluation.records import by_set, read_records
     from arf_plugin.evaluation.suites import average, load_suite
 
     suite, grouped = load_suite(grid["suite"]), {}
-    for row in read_rows(folder / "validation.jsonl"):
+    for row in read_records(folder / "validation.jsonl"):
         if row.get("alpha") is None:
             grouped.setdefault(row["checkpoint"], []).append(row)
     found: dict[str, dict[str, float]] = {}

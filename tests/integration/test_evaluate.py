@@ -12,7 +12,7 @@ import pytest
 from support import building, clip_benchmark
 from support.evaluation import NAMES, save_checkpoint, save_config, write_folders, write_set, write_texts
 
-from arf_plugin.evaluation.rows import read_rows
+from arf_plugin.evaluation.records import read_records
 
 SHIM = Path(__file__).parents[1] / "shim"
 SUITE = """\
@@ -80,7 +80,7 @@ def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_
         *("evaluate", path, "--model", clip, "--data", images, "--out", tmp_path / "rows.jsonl"),
         *("--batch-size", 64, "--precision", precision, "--workers", 2),
     )
-    [row] = read_rows(tmp_path / "rows.jsonl")
+    [row] = read_records(tmp_path / "rows.jsonl")
     agrees(row["metrics"], theirs)
     assert 0.1 < theirs["acc1"] < 0.9  # neither all right nor all wrong
     assert theirs["acc1"] != theirs["acc5"] != 1
@@ -103,7 +103,7 @@ def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_ar
         *("evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root),
         *("--out", tmp_path / "rows.jsonl", "--batch-size", 24, "--workers", 2),
     )
-    [row] = read_rows(tmp_path / "rows.jsonl")
+    [row] = read_records(tmp_path / "rows.jsonl")
     agrees(row["metrics"], theirs)
     assert row["images"] == 64
     assert len({theirs["acc1"], theirs["acc5"], 1 / 8}) == 3
@@ -126,7 +126,7 @@ def test_a_suite(clip, path, root, tmp_path, run_arf):
     done = run_arf(*common, "--skip-missing", "--out", out, "--json", summary, "--workers", 1)
     assert "warning: the set 'seen'" in done.stderr
     assert "images/s" in done.stderr
-    rows = {row["set"]: row for row in read_rows(out)}
+    rows = {row["set"]: row for row in read_records(out)}
     assert {name: row["headline"] for name, row in rows.items()} == {
         "seen": "top1",
         "unseen": "mean_per_class",
@@ -188,7 +188,7 @@ def test_two_processes_give_the_figures_of_one(clip, path, tmp_path, run_arf):
     two = torchrun(*common, "--out", tmp_path / "two.jsonl")
 
     def timeless(name: str) -> list[dict]:
-        return [{**row, "time": None} for row in read_rows(tmp_path / name)]
+        return [{**row, "time": None} for row in read_records(tmp_path / name)]
 
     assert timeless("one.jsonl") == timeless("two.jsonl")
     assert len(timeless("two.jsonl")) == 6

@@ -14,8 +14,8 @@ import torch
 from support.evaluation import save_checkpoint, save_config, write_set
 
 from arf_plugin.cli.main import main
-from arf_plugin.evaluation.rows import read_rows, select
-from arf_plugin.evaluation.sweep import Figures, choose
+from arf_plugin.evaluation.records import read_records, select
+from arf_plugin.evaluation.sweep import Scores, choose
 
 SUITE = """\
 description: drawings
@@ -71,7 +71,7 @@ def test_a_sweep_writes_rows_whose_ends_are_the_ends(arf, tmp_path, capsys):
     sweep = ("original.pt", "tuned.pt", "--alphas", 0, 0.3, 1, *ON_SUITE, "--results", results, "--json", out)
     status, said, _ = arf(*sweep)
     assert status == 0
-    rows = read_rows(results)
+    rows = read_records(results)
     assert [(row["alpha"], row["set"]) for row in rows if row["set"] == "plain"] == [
         (0.0, "plain"), (0.3, "plain"), (1.0, "plain"),
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_sweep_writes_rows_whose_ends_are_the_ends(arf, tmp_path, capsys):
     lines = results.read_bytes().splitlines(keepends=True)
     results.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # killed while it wrote
     assert arf(*sweep)[0] == 0
-    assert [{**row, "time": None} for row in read_rows(results)] == [{**row, "time": None} for row in rows]
+    assert [{**row, "time": None} for row in read_records(results)] == [{**row, "time": None} for row in rows]
 
 
 def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
@@ -105,7 +105,7 @@ def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
         *("--out", tmp_path / "wise.pt", "--json", tmp_path / "sweep.json"),
     )
     assert status == 0, errors
-    rows = read_rows(checked)
+    rows = read_records(checked)
     assert {row["split"] for row in rows} == {"validation"}
     mean = {}
     for alpha in {row["alpha"] for row in rows}:
@@ -117,7 +117,7 @@ def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
     assert (chosen["alpha"], sorted(chosen["tied"])) == (best[0], sorted(best[1:]))
     assert chosen["value"] == pytest.approx(max(mean.values()))
     assert len(set(mean.values())) > 1  # else any choice would do
-    tested = read_rows(results)
+    tested = read_records(results)
     assert {(row["alpha"], row["split"]) for row in tested} == {(best[0], "test")}
     assert f"test at alpha {best[0]:g}" in said
 
@@ -265,5 +265,5 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
     ],
 )
 def test_the_rule_for_ties(figures, alpha, tied):
-    choice = choose({a: Figures({"set": value}, {}) for a, value in figures.items()}, "set")
+    choice = choose({a: Scores({"set": value}, {}) for a, value in figures.items()}, "set")
     assert (choice.alpha, choice.tied) == (alpha, tied)

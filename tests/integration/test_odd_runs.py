@@ -13,8 +13,8 @@ from PIL import Image
 from support import building, data, evaluation, releases
 
 from arf_plugin.cli.main import main
-from arf_plugin.evaluation.rows import read_rows
-from arf_plugin.evaluation.tensor_files import WeightsFile
+from arf_plugin.evaluation.checkpoints import open_checkpoint
+from arf_plugin.evaluation.records import read_records
 
 pytestmark = releases.since("3.0", "has no --force-context-length")
 MEAN = ("--image-mean", 0.1, 0.2, 0.3, "--image-std", 0.9, 0.7, 0.8)
@@ -69,7 +69,7 @@ def evaluate(world, tmp_path, capsys):
     def start(*argv: object, out: str = "rows.jsonl"):
         common = ("--model", "tiny-vit", "--data", world / "set", "--workers", 0, "--batch-size", 8)
         assert main(list(map(str, ("evaluate", *argv, *common, "--out", tmp_path / out)))) == 0
-        return read_rows(tmp_path / out), capsys.readouterr().err
+        return read_records(tmp_path / out), capsys.readouterr().err
 
     return start
 
@@ -124,7 +124,7 @@ def test_all_agree_to_the_last_image(run, evaluate, world, tmp_path, capsys):
     )
     argv = ("interpolate", start, tuned, *sweep, "--results", tmp_path / "sweep.jsonl")
     assert main(list(map(str, argv))) == 0
-    in_memory = {row["alpha"]: row["metrics"] for row in read_rows(tmp_path / "sweep.jsonl")}
+    in_memory = {row["alpha"]: row["metrics"] for row in read_records(tmp_path / "sweep.jsonl")}
     assert in_memory == {0.5: half["metrics"], 1.0: one["metrics"]}
 
     task = ("--task-data", _labelled(world / "task"), "--classnames", _names(tmp_path))
@@ -171,7 +171,7 @@ def test_a_head_goes_on_from_what_the_probe_saw(run, world, tmp_path, train):
     task = ("--task-data", _labelled(world / "task"), "--classnames", names)
     argv = ("probe", *task, "--model", "tiny-vit", "--pretrained", tuned, "--out", tmp_path / "probe.pt")
     assert main(list(map(str, argv))) == 0
-    assert json.loads(WeightsFile(tmp_path / "probe.pt").run)["force_image_size"] == [48]
+    assert json.loads(open_checkpoint(tmp_path / "probe.pt").run)["force_image_size"] == [48]
     flags = ("--arf-head", tmp_path / "probe.pt", "--arf-classnames", names, "--force-image-size", 48)
     lpft = train.forked("--train-data", _labelled(world / "task"), "--precision", "fp32", *flags, name="lpft")
     assert lpft.checkpoint["state_dict"]["visual.positional_embedding"].shape[0] == 37

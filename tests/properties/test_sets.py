@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from arf_plugin.data.prompts import load_prompts
 from arf_plugin.errors import ArfError, EvaluationError
 from arf_plugin.evaluation.folders import IMAGE_SUFFIXES
-from arf_plugin.evaluation.rows import by_set, identity, read_rows
+from arf_plugin.evaluation.records import by_set, identity, read_records
 from arf_plugin.evaluation.sets import find_sets, open_folders, open_list, open_webdataset, read_lines
 from arf_plugin.evaluation.tables import summary, table
 
@@ -129,9 +129,9 @@ def test_folders_are_read_as_imagefolder_reads_them(entries):
                 )
                 shutil.rmtree(hidden)
         theirs = ImageFolder(str(root), is_valid_file=lambda path: path.lower().endswith(IMAGE_SUFFIXES))
-        assert [(str(root / path), cls) for path, cls in found.samples.files] == theirs.samples
+        assert [(place.file, place.cls) for place in found.samples.places] == theirs.samples
         assert list(found.classnames) == [name.replace("_", " ") for name in theirs.classes]
-        listed = {path for path, _ in found.samples.files}
+        listed = {os.path.relpath(place.file, root) for place in found.samples.places}
         for folder, _, names in os.walk(root):
             for name in names:
                 path = Path(folder, name)
@@ -266,7 +266,7 @@ def test_any_file_of_rows_is_rows_or_one_error(changes):
         path = Path(folder, "results.jsonl")
         path.write_bytes(b"\n".join(lines))
         try:
-            rows = quietly(read_rows, path)
+            rows = quietly(read_records, path)
         except EvaluationError as error:
             assert str(error).startswith(f"{path}, line ") and "\x1b" not in str(error)
             return

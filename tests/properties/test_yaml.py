@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from arf_plugin.ablation.reader import load_grid, ready
 from arf_plugin.errors import EvaluationError, GridError
-from arf_plugin.evaluation.suite_file import read_suite
-from arf_plugin.evaluation.suites import FOLDER
+from arf_plugin.evaluation.suites import FOLDER, read_suite
 
 pytest.importorskip("yaml")
 

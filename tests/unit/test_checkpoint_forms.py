@@ -14,9 +14,15 @@ from support import releases
 from support.evaluation import save_config, weights
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import fitted, load_into, read_weights, write_weights
+from arf_plugin.evaluation.checkpoints import (
+    fitted,
+    load_into,
+    open_checkpoint,
+    plain_name,
+    read_weights,
+    write_weights,
+)
 from arf_plugin.evaluation.interpolation import interpolate_files, load_mixture
-from arf_plugin.evaluation.tensor_files import WeightsFile, plain_name
 
 pytestmark = releases.FOLDERS_OF_MODELS
 POSITIONS = "visual.positional_embedding"
@@ -185,7 +191,8 @@ def test_a_clip_is_mixed_with_what_siglip_made_of_it(clip, plain, tmp_path):
     found = read_weights(tmp_path / "mixed.pt")
     assert found.keys() == tuned.keys() and float(found["logit_bias"]) == -2.0
     for kind in ({}, {"init_logit_bias": -10.0}):
-        model = load_mixture(open_clip.create_model(clip, **kind), *map(WeightsFile, ends), 0.25)
+        model = open_clip.create_model(clip, **kind)
+        load_mixture(model, *map(open_checkpoint, ends), 0.25)
         assert_equal(model, loaded(clip, tmp_path / "mixed.pt", **kind))
 
 
@@ -203,7 +210,8 @@ def test_a_mixture_with_a_run_of_another_image_size(clip, plain, tmp_path, alpha
     for form in ({"force_image_size": 48, "force_context_length": 24}, {}, {"force_custom_text": True}):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = load_mixture(open_clip.create_model(clip, **form), *map(WeightsFile, ends), alpha)
+            found = open_clip.create_model(clip, **form)
+            load_mixture(found, *map(open_checkpoint, ends), alpha)
             assert_equal(found, loaded(clip, tmp_path / "mixed.pt", **form))
 
 
@@ -237,6 +245,6 @@ def test_converted_weights_are_not_copied(clip, plain, tmp_path):
 def test_a_checkpoint_tells_of_its_run(plain, tmp_path):
     for name in ("a.pt", "a.safetensors"):
         write_weights(tmp_path / name, plain, "x", '{"image_mean": [0.1, 0.2, 0.3]}')
-        assert json.loads(WeightsFile(tmp_path / name).run) == {"image_mean": [0.1, 0.2, 0.3]}
+        assert json.loads(open_checkpoint(tmp_path / name).run) == {"image_mean": [0.1, 0.2, 0.3]}
         interpolate_files(tmp_path / name, tmp_path / name, 0.5, tmp_path / f"mixed-{name}")
-        assert json.loads(WeightsFile(tmp_path / f"mixed-{name}").run) == {"image_mean": [0.1, 0.2, 0.3]}
+        assert json.loads(open_checkpoint(tmp_path / f"mixed-{name}").run) == {"image_mean": [0.1, 0.2, 0.3]}

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from arf_plugin.evaluation.drift import drift, linear_cka, mean_cosine
+from arf_plugin.evaluation.metrics import drift, linear_cka, mean_cosine
 
 
 @pytest.fixture

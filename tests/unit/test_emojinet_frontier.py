@@ -6,7 +6,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from arf_plugin.evaluation.rows import append_row
+from arf_plugin.evaluation.records import append_record
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -71,7 +71,9 @@ def test_validation_figures_are_read_by_arm_and_seed(tmp_path):
                 "checkpoint": f"runs/{arm_name}-{seed}/weights.pt",
                 "alpha": alpha,
             }
-            append_row(tmp_path / "validation.jsonl", row | {"metrics": {"top1": value}, "headline": "top1"})
+            append_record(
+                tmp_path / "validation.jsonl", row | {"metrics": {"top1": value}, "headline": "top1"}
+            )
     mean = round((80 + shift + 4 + 20) / 4, 3)
     found = frontier.validation_means(tmp_path, {"suite": "emojinet"})
     assert found == {"a4": {"0": mean}, "a4-every2": {"1": mean}}

@@ -26,7 +26,7 @@ from arf_plugin.evaluation import run
 from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.head import names_digest
 from arf_plugin.evaluation.interpolation import interpolate_files
-from arf_plugin.evaluation.rows import read_rows, select
+from arf_plugin.evaluation.records import read_records, select
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets
 
@@ -132,7 +132,7 @@ def test_finished_rows_are_not_measured_again(clip, paths, sets, tmp_path, monke
     out = tmp_path / "results.jsonl"
     first = evaluate(paths[:2], clip, sets, out=out, workers=0)
     written = out.read_bytes()
-    assert sorted(read_rows(out), key=str) == sorted(first, key=str)
+    assert sorted(read_records(out), key=str) == sorted(first, key=str)
     monkeypatch.setattr(run, "build", None)  # with nothing left to do, not even the model is built
     assert evaluate(paths[:2], clip, sets, out=out, workers=0) == first
     assert out.read_bytes() == written
@@ -149,7 +149,7 @@ def test_only_what_is_missing_is_measured(clip, paths, sets, tmp_path, monkeypat
         lambda sets, *rest: decoded.extend(s.name for s in sets) or original(sets, *rest),
     )
     rows = evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, out=out, workers=0)
-    assert len(rows) == len(read_rows(out)) == 4
+    assert len(rows) == len(read_records(out)) == 4
     assert decoded == ["folders", "shapes"]  # in one go, the first for both candidates
     assert figures(rows) == figures(
         evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, workers=0)
@@ -165,7 +165,7 @@ def test_what_has_changed_is_measured_again(clip, paths, tmp_path, change):
 
     def measured(alpha=0.5, **more) -> int:
         evaluate([Candidate(path, paths[1], alpha)], clip, find_sets(root), **settings, **more)
-        return len(read_rows(out))
+        return len(read_records(out))
 
     assert measured() == measured() == 1
     if change == "checkpoint":
@@ -183,7 +183,7 @@ def test_names_for_rows(clip, paths, sets, tmp_path):
     out = tmp_path / "results.jsonl"
     mixture = Candidate(paths[1], paths[0], 0.5, name="runs/arf-0/weights.pt", original_name="before")
     evaluate([Candidate(paths[1], name="runs/arf-0/weights.pt"), mixture], clip, sets[:1], out=out, workers=0)
-    assert [row["original"] for row in select(read_rows(out), checkpoint="runs/arf-0/weights.pt")] == [
+    assert [row["original"] for row in select(read_records(out), checkpoint="runs/arf-0/weights.pt")] == [
         None,
         "before",
     ]

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_tensor
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import batches
-from arf_plugin.evaluation.rows import read_rows
+from arf_plugin.evaluation.records import read_records
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets
 
@@ -39,7 +39,7 @@ def measured(tmp_path):
 
     def run(root):
         evaluate([path], clip, find_sets(root), out=tmp_path / "results.jsonl", workers=0)
-        return read_rows(tmp_path / "results.jsonl")
+        return read_records(tmp_path / "results.jsonl")
 
     return run
 

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.rows import Results, append_row, by_set, read_rows, select
+from arf_plugin.evaluation.records import Results, append_record, by_set, read_records, select
 from arf_plugin.evaluation.tables import table
 
 
@@ -23,20 +23,20 @@ def test_rows_that_were_appended_are_read(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     rows = [row("id"), row("shift/a", checkpoint="ä.pt"), row("id", alpha=0.5)]
     for each in rows:
-        append_row(path, each)
-    assert read_rows(path) == rows
+        append_record(path, each)
+    assert read_records(path) == rows
     assert select(rows, set="id", alpha=None) == rows[:1]
 
 
 def test_an_unfinished_last_line_is_passed_over_and_cut_off(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_row(path, row("id"))
+    append_record(path, row("id"))
     with path.open("a") as file:
         file.write(json.dumps(row("torn"))[:40])
     with pytest.warns(UserWarning, match="unfinished"):
-        assert [each["set"] for each in read_rows(path)] == ["id"]
-    append_row(path, row("next"))
-    assert [each["set"] for each in read_rows(path)] == ["id", "next"]
+        assert [each["set"] for each in read_records(path)] == ["id"]
+    append_record(path, row("next"))
+    assert [each["set"] for each in read_records(path)] == ["id", "next"]
 
 
 @pytest.mark.parametrize(
@@ -44,23 +44,23 @@ def test_an_unfinished_last_line_is_passed_over_and_cut_off(tmp_path):
     [
         ("{", "line 2 is no JSON"),
         ("[1]", "line 2: format is"),
-        ('{"format": 2}', "line 2: format is 2, expected a row of format 1"),
+        ('{"format": 2}', "line 2: format is 2, expected a record of format 1"),
         ('{"format": 1, "set": "id"}', "line 2: checkpoint, metrics, headline missing"),
     ],
 )
 def test_a_line_that_is_no_row(tmp_path, line, message):
     path = tmp_path / "results.jsonl"
-    append_row(path, row())
+    append_record(path, row())
     with path.open("a") as file:
         file.write(f"{line}\n")
-    append_row(path, row())
+    append_record(path, row())
     with pytest.raises(EvaluationError, match=message):
-        read_rows(path)
+        read_records(path)
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_rows(tmp_path / "none.jsonl")
+        read_records(tmp_path / "none.jsonl")
     assert Results.read(tmp_path / "none.jsonl") == []
 
 
@@ -76,13 +76,13 @@ def test_figures_by_set():
 
 def test_a_copy_of_a_checkpoint_is_listed_under_its_own_name(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_row(path, row())
-    results = Results(path, read_rows(path))
+    append_record(path, row())
+    results = Results(path, read_records(path))
     copy = row(checkpoint="copy.pt", metrics=None)
     assert results.has(copy)
     assert results.take(copy)["metrics"]["top1"] == 40.0
     results.take(copy)
-    assert [each["checkpoint"] for each in read_rows(path)] == ["a.pt", "copy.pt"]
+    assert [each["checkpoint"] for each in read_records(path)] == ["a.pt", "copy.pt"]
     assert not results.has(row(digest="other"))
     assert not results.has(row(alpha=0.5))
 
@@ -93,11 +93,11 @@ def test_a_copy_of_a_checkpoint_is_listed_under_its_own_name(tmp_path):
         ({"set": 3}, "'set' is 3, expected a text"),
         ({"digest": ["d"]}, r"'digest' is \['d'\], expected a text or null"),
         ({"alpha": "half"}, "'alpha' is 'half', expected a whole number or a number or null"),
-        ({"alpha": float("inf")}, "'alpha' is inf, expected a figure"),
+        ({"alpha": float("inf")}, "'alpha' is inf, expected a finite number"),
         ({"images": True}, "'images' is True"),
         ({"metrics": {}}, "'headline' is 'top1', expected one of the metrics"),
         ({"metrics": {"top1": "high"}}, "metrics: 'top1' is 'high', expected a whole number or a number"),
-        ({"metrics": {"top1": float("nan")}}, "'top1' is nan, expected a figure"),
+        ({"metrics": {"top1": float("nan")}}, "'top1' is nan, expected a finite number"),
         ({"metrics": {"top1": 10**400}}, "'top1' is 1000000000000000000000000000000000000000, expected"),
         ({"set": "\ud800"}, "is no JSON that can be read"),
     ],
@@ -106,7 +106,7 @@ def test_a_row_with_other_fields_than_rows_have(tmp_path, fields, message):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row(**fields)) + "\n")
     with pytest.raises(EvaluationError, match=f"line 1.*{message}"):
-        read_rows(path)
+        read_records(path)
 
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe{}", b"\0\0\0"])
@@ -114,44 +114,44 @@ def test_a_line_that_nobody_could_read(tmp_path, line):
     path = tmp_path / "results.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n")
     with pytest.raises(EvaluationError, match="line 2") as error:
-        read_rows(path)
+        read_records(path)
     assert len(str(error.value)) < 500
     path.write_bytes(json.dumps(row()).encode() + b"\n" + line)
     if line != b"9" * 5000:
         with pytest.warns(UserWarning, match="the last line is unfinished"):
-            assert len(read_rows(path)) == 1
+            assert len(read_records(path)) == 1
 
 
 def test_a_calibration_error_of_weights_that_are_no_numbers(tmp_path):
-    append_row(tmp_path / "results.jsonl", row(metrics={"top1": 3.0, "ece": float("nan")}))
-    assert read_rows(tmp_path / "results.jsonl")[0]["metrics"]["top1"] == 3.0
+    append_record(tmp_path / "results.jsonl", row(metrics={"top1": 3.0, "ece": float("nan")}))
+    assert read_records(tmp_path / "results.jsonl")[0]["metrics"]["top1"] == 3.0
 
 
 def test_a_whole_last_line_without_a_newline_is_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row("edited")))
-    append_row(path, row("next"))
-    assert [each["set"] for each in read_rows(path)] == ["edited", "next"]
+    append_record(path, row("next"))
+    assert [each["set"] for each in read_records(path)] == ["edited", "next"]
 
 
 def test_no_file_of_rows(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(EvaluationError, match="expected a file"):
-            read_rows(path)
+            read_records(path)
         with pytest.raises(EvaluationError, match="expected a file"):
-            append_row(path, row())
+            append_record(path, row())
     (tmp_path / "file").write_text("")
-    with pytest.raises(EvaluationError, match=r"The row cannot be written to .*: File exists"):
-        append_row(tmp_path / "file" / "results.jsonl", row())
+    with pytest.raises(EvaluationError, match=r"The record cannot be written to .*: File exists"):
+        append_record(tmp_path / "file" / "results.jsonl", row())
 
 
 def test_names_that_are_bytes(tmp_path):
     path, name = tmp_path / "results.jsonl", os.fsdecode(b"run\xe9.pt")
-    append_row(path, row(checkpoint=name))
-    results = Results(path, read_rows(path))
+    append_record(path, row(checkpoint=name))
+    results = Results(path, read_records(path))
     results.take(row(checkpoint=name))
-    assert [each["checkpoint"] for each in read_rows(path)] == ["run\\xe9.pt"]
+    assert [each["checkpoint"] for each in read_records(path)] == ["run\\xe9.pt"]
 
 
 def test_rows_of_other_data_are_said_once(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from arf_plugin.ablation.reader import load_grid
 from arf_plugin.errors import EvaluationError, GridError
-from arf_plugin.evaluation.suite_file import read_suite
+from arf_plugin.evaluation.suites import read_suite
 from arf_plugin.plain_yaml import compose
 
 pytest.importorskip("yaml")
@@ -103,7 +103,9 @@ def test_dates_are_texts(tmp_path):
     "number", ["9" * 5000, "0x10", "1_0", "1:30", "2025-99-99", "1e3", "true", "-1", "0"]
 )
 def test_what_is_no_number_of_classes_is_named(tmp_path, number):
-    with pytest.raises(EvaluationError, match=r"line 3: 'classes' is .*expected a positive number"):
+    with pytest.raises(
+        EvaluationError, match=r"line 3, sets\.one\.classes: found .*, expected a (whole )?number"
+    ):
         suite(tmp_path, classes=number)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.run_flags import find_run, note, of_pretrained, read_params, resolve
-from arf_plugin.evaluation.settings import Settings
+from arf_plugin.evaluation.run_settings import Settings, find_run, note, of_pretrained, read_params, resolve
 
 PARAMS = """\
 aug_cfg: {'scale': '(1.0,1.0)'}

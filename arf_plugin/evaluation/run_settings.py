@@ -1,31 +1,138 @@
 """How a run saw its images and texts: what a checkpoint must be measured with, and does not hold itself.
 
 The trainer writes its arguments into ``LOGS/NAME/params.txt``, two levels above ``checkpoints/epoch_N.pt``, one
-``name: value`` a line. Some of them change the model beside its weights, or how images are prepared; they are named
-in :mod:`arf_plugin.evaluation.settings`. A flag of the command line counts first, then what a checkpoint of ours
-tells itself (``arf interpolate`` and ``arf probe`` write it there), then ``params.txt``, then the weights that
-``--pretrained`` named, and then what the model's own configuration says.
+``name: value`` a line. Some of them change the model beside its weights, or how images are prepared: `Settings`. A flag
+of the command line counts first, then what a checkpoint of ours tells itself (``arf interpolate`` and ``arf probe``
+write it there), then ``params.txt``, then the weights that ``--pretrained`` named, and then what the model's own
+configuration says.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.settings import KINDS, Settings, settings_of
-from arf_plugin.untrusted import parse_json, require_regular, split_lines
+from arf_plugin.untrusted import parse_json, printable, require_regular, split_lines
 
 PARAMS = "params.txt"
 _LARGEST = 1 << 20  # bytes of a params.txt; one has some thousand
 _LONGEST = 1000  # characters of a value
 
 
-@dataclasses.dataclass(frozen=True)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _three(value: Any) -> tuple[Any, ...]:
+    values = _as_tuple(value)
+    return values * 3 if len(values) == 1 else values
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+_Colours = Annotated[tuple[_Number, _Number, _Number], BeforeValidator(_three)]
+_PositiveColours = Annotated[tuple[_Positive, _Positive, _Positive], BeforeValidator(_three)]
+_Whole = Annotated[int, Field(ge=1, le=65536)]
+_Sizes = Annotated[
+    tuple[_Whole, ...],
+    Field(min_length=1, max_length=2),
+    BeforeValidator(_as_tuple),
+    AfterValidator(lambda sizes: tuple(dict.fromkeys(sizes))),  # a square has one size
+]
+_INTERPOLATIONS = Literal["bicubic", "bilinear", "random"]
+_RESIZE_MODES = Literal["shortest", "longest", "squash"]
+
+
+class Settings(BaseModel):
+    """Arguments of the trainer that change how a model sees images and texts; None leaves it to the model.
+
+    Attributes:
+        image_mean: subtracted from pixels, for each colour.
+        image_std: what they are divided by.
+        image_interpolation: of resizing.
+        image_resize_mode: how images become square.
+        force_image_size: in pixels: one number, or height and width.
+        force_quick_gelu: another activation than the model's configuration has.
+        force_custom_text: weights of the text tower under other names.
+        force_context_length: tokens of a text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    image_mean: _Colours | None = Field(default=None, description="three numbers")
+    image_std: _PositiveColours | None = Field(default=None, description="three numbers above 0")
+    image_interpolation: _INTERPOLATIONS | None = Field(
+        default=None, description="one of bicubic, bilinear, random"
+    )
+    image_resize_mode: _RESIZE_MODES | None = Field(
+        default=None, description="one of shortest, longest, squash"
+    )
+    force_image_size: _Sizes | None = Field(default=None, description="one or two whole numbers of pixels")
+    force_quick_gelu: bool | None = Field(default=None, description="True or False")
+    force_custom_text: bool | None = Field(default=None, description="True or False")
+    force_context_length: _Whole | None = Field(default=None, description="a whole number of tokens")
+
+    def given(self) -> dict[str, Any]:
+        """What is not left to the model, by name. A switch that is off is what the model has."""
+        return {name: value for name, value in vars(self).items() if value not in (None, False)}
+
+    def over(self, other: Settings) -> Settings:
+        """These, and what they leave open from others."""
+        return other.model_copy(update=self.model_dump(exclude_none=True))
+
+    def flags(self) -> str | None:
+        """As the trainer's flags; equal settings are equal texts. None if all is left to the model."""
+        words: list[str] = []
+        for name, value in self.given().items():
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else map(str, _as_tuple(value))
+        return " ".join(words) or None
+
+    def arguments(self) -> dict[str, Any]:
+        """As ``open_clip.create_model_and_transforms`` takes them."""
+        found = self.given()
+        size = found.get("force_image_size")
+        if size is not None and len(size) == 1:
+            found["force_image_size"] = size[0]
+        return found
+
+
+def settings_of(values: Mapping[str, Any], where: str, but: Settings | None = None) -> Settings:
+    """Settings of plain values by name; other names are passed over, and None is what the model has.
+
+    Args:
+        values: by name, from a file or a command line.
+        where: that, for messages.
+        but: what these give is not looked at, since it is not used.
+
+    Raises:
+        EvaluationError: naming a value that cannot be.
+    """
+    given = {
+        name: values[name]
+        for name in Settings.model_fields
+        if values.get(name) is not None and (but is None or getattr(but, name) is None)
+    }
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise EvaluationError(
+            f"{where}: {name} is {printable(str(given[name]))[:80]!r}, expected "
+            f"{Settings.model_fields[name].description}. Scores depend on it: give --{name.replace('_', '-')} as the "
+            "run had it."
+        ) from None
+
+
+@dataclass(frozen=True)
 class Run:
     """What is known of the run that a checkpoint comes from.
 
@@ -53,18 +160,16 @@ def read_params(path: Path, but: Settings | None = None) -> Run | None:
         What it tells; None, with a warning, if it is not one of the trainer's.
 
     Raises:
-        EvaluationError: it is one, and a value that figures depend on is damaged.
+        EvaluationError: it is one, and a value that scores depend on is damaged.
     """
     require_regular(path, EvaluationError)
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST + 1).decode("utf-8", "replace")
     except OSError as cause:
-        raise EvaluationError(
-            f"{path} cannot be read: {cause.strerror}. Figures may depend on it."
-        ) from cause
+        raise EvaluationError(f"{path} cannot be read: {cause.strerror}. Scores may depend on it.") from cause
     values: dict[str, Any] = {}
-    wanted = {*KINDS, "model", "pretrained"}
+    wanted = {*Settings.model_fields, "model", "pretrained"}
     for line in split_lines(text):
         name, colon, value = line.partition(": ")
         if colon and name in wanted:
@@ -104,7 +209,7 @@ def find_run(path: Path, told: Any = None, but: Settings | None = None) -> Run |
 
     Args:
         path: the checkpoint.
-        told: what it tells itself (:attr:`arf_plugin.evaluation.tensor_files.WeightsFile.run`).
+        told: what it tells itself (:attr:`arf_plugin.evaluation.checkpoints.Checkpoint.run`).
         but: settings that count more.
 
     Raises:

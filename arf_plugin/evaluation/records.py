@@ -1,0 +1,265 @@
+"""Records of results: one JSON object a line, one line per checkpoint (or mixture) and set, scores in percent.
+
+::
+
+    {"format": 1, "suite": "emojinet", "set": "shift/twemoji", "split": "test",
+     "checkpoint": "runs/arf-0/weights.pt", "digest": SHA-256 of the file,
+     "original": null, "original_digest": null, "alpha": null,          set for WiSE-FT mixtures alone
+     "model": "ViT-B-16", "pretrained": null, "preprocess": null or the flags that change model and preprocessing,
+     "images": 871, "expected_images": null, "classes": 21,
+     "metrics": {"top1": 43.2, "top5": 70.1, "mean_per_class": 40.0, "macro_f1": 39.1, "ece": 3.2},
+     "headline": "top1", "prompts": SHA-256 of class names and templates, "data": SHA-256 of what was read,
+     "device": "cpu", "precision": "fp32", "batch_size": 256, "classifier": "zero-shot" or "head",
+     "versions": {...}, "time": "2025-01-31T12:00:00+00:00"}
+
+Averages are not stored; they follow from the suite's definition when records are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.errors import EvaluationError
+from arf_plugin.untrusted import parse_json, printable, require_fields, require_regular, utf8
+
+FORMAT = 1
+EvalRecord = dict[str, Any]
+
+# What makes two records measurements of the same thing. The path of a checkpoint and the batch size do not.
+IDENTITY = (
+    *("digest", "original_digest", "alpha", "model", "set", "split"),
+    *("prompts", "data", "precision", "preprocess"),
+)
+_NAMES = ("checkpoint", "original", "suite", "headline")  # how a measurement is listed
+_LISTING = (*IDENTITY, *_NAMES)
+_WITHOUT_DATA = tuple(name for name in IDENTITY if name != "data")
+_NEEDED = ("set", "checkpoint", "metrics", "headline")
+_NUMBERS: dict[str, type | tuple[type, ...]] = {
+    **{
+        "alpha": (int, float, type(None)),
+        "images": int,
+        "classes": int,
+        "expected_images": (int, type(None)),
+    },
+    **{"epoch": int, "step": int, "start": (int, float), "batch_size": int},
+}
+_FIELDS = {
+    **dict.fromkeys((*IDENTITY, *_NAMES, "time"), (str, type(None))),
+    **dict.fromkeys(("set", "checkpoint", "headline"), str),
+    **_NUMBERS,
+    "metrics": dict,
+}
+_LARGEST = 1e15
+
+
+def identity(record: EvalRecord) -> tuple[Any, ...]:
+    """What a record measures: equal for those of the same weights on the same images with the same prompts."""
+    return _values(record, IDENTITY)
+
+
+def _values(record: EvalRecord, names: Iterable[str]) -> tuple[Any, ...]:
+    values = (record.get(name) for name in names)
+    return tuple(utf8(value) if isinstance(value, str) else value for value in values)
+
+
+def read_records(path: Path, *, whole: bool = True) -> list[EvalRecord]:
+    """Reads records in the file's order.
+
+    A last line that a killed process left unfinished is passed over.
+
+    Args:
+        path: the file.
+        whole: checks the scores, too; without it, only that the lines are records.
+
+    Raises:
+        EvaluationError: if the file is missing, or a line is no record.
+    """
+    require_regular(path, EvaluationError)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as cause:
+        raise EvaluationError(
+            f"{path} cannot be read: {cause}. Expected records that arf evaluate --out wrote."
+        ) from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = parse_json(line, where, EvaluationError, object, advice="Remove the line.")
+        except EvaluationError:
+            if number == len(lines):  # no newline behind it
+                warnings.warn(f"{path}: the last line is unfinished; it is measured again.", stacklevel=2)
+                continue
+            raise
+        _check(record, where, whole)
+        records.append(record)
+    return records
+
+
+def _check(record: Any, where: str, whole: bool) -> None:
+    """Refuses what is no record, so that whoever reads one can rely on its fields.
+
+    Raises:
+        EvaluationError: naming the field.
+    """
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = printable(repr(record.get("format") if isinstance(record, dict) else record))[:80]
+        raise EvaluationError(f"{where}: format is {found}, expected a record of format {FORMAT}.")
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        raise EvaluationError(
+            f"{where}: {', '.join(missing)} missing (found: {printable(', '.join(record))[:200]})."
+        )
+    if not whole:
+        return
+    require_fields(
+        record, {name: _FIELDS[name] for name in _FIELDS if name in record}, where, EvaluationError
+    )
+    metrics, headline = record["metrics"], record["headline"]
+    require_fields(metrics, dict.fromkeys(metrics, (int, float)), f"{where}, metrics", EvaluationError)
+    if headline not in metrics:
+        raise EvaluationError(
+            f"{where}: 'headline' is {printable(headline)!r}, expected one of the metrics ("
+            f"{printable(', '.join(metrics))[:200]})."
+        )
+    # A calibration error, say, is NaN where weights are.
+    scores = {name: value for name, value in metrics.items() if value == value or name == headline}
+    scores |= {name: record[name] for name in _NUMBERS if record.get(name) is not None}
+    for name, value in scores.items():
+        if not -_LARGEST < value < _LARGEST:
+            raise EvaluationError(
+                f"{where}: '{printable(name)}' is {str(value)[:40]}, expected a finite number."
+            )
+
+
+def append_record(path: Path, record: EvalRecord) -> None:
+    """Appends a record and writes it through to the disk; an unfinished last line is cut off first.
+
+    Raises:
+        EvaluationError: the file cannot be written.
+    """
+    require_regular(path, EvaluationError)
+    # Names of files may hold bytes that are no UTF-8.
+    writable = {name: utf8(value) if isinstance(value, str) else value for name, value in record.items()}
+    text = json.dumps(writable, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            _finish(file)
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as cause:
+        raise EvaluationError(
+            f"The record cannot be written to {path}: {cause.strerror or cause}."
+        ) from cause
+
+
+def _finish(file: Any) -> None:
+    """Cuts an unfinished last line off, or ends one that only lacks its newline."""
+    end = keep = file.seek(0, os.SEEK_END)
+    while keep:
+        start = max(0, keep - 65536)
+        file.seek(start)
+        newline = file.read(keep - start).rfind(b"\n")
+        if newline >= 0:
+            keep = start + newline + 1
+            break
+        keep = start
+    if keep < end:
+        file.seek(keep)
+        try:
+            parse_json(file.read(), "the last line", EvaluationError)
+        except EvaluationError:
+            file.truncate(keep)
+        else:
+            file.write(b"\n")
+
+
+class Results:
+    """Records measured so far, and the file that new ones are appended to.
+
+    Args:
+        path: the file, or None.
+        known: records that are there already.
+        writes: whether this process writes the file.
+    """
+
+    def __init__(self, path: Path | None, known: Collection[EvalRecord] = (), writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self._records = {identity(record): record for record in known}
+        self._listed = {_values(record, _LISTING) for record in known}
+        self._other_data = {_values(record, _WITHOUT_DATA) for record in known}
+        self._said = False
+
+    @staticmethod
+    def read(path: Path | None) -> list[EvalRecord]:
+        """Records of a file that may not be there yet."""
+        return read_records(path) if path is not None and path.exists() else []
+
+    def has(self, wanted: EvalRecord) -> bool:
+        """Whether what a record is to hold has been measured, be it of a copy of the checkpoint."""
+        if identity(wanted) in self._records:
+            return True
+        if not self._said and _values(wanted, _WITHOUT_DATA) in self._other_data:
+            self._said = True
+            warnings.warn(
+                f"{printable(str(self.path or 'the records'))}: what is there of '{printable(str(wanted['set']))}' was "
+                "measured on other images, or by a version that told images apart by name and size; it is measured "
+                "again.",
+                stacklevel=2,
+            )
+        return False
+
+    def add(self, record: EvalRecord) -> None:
+        """Takes a record and appends it to the file."""
+        self._records[identity(record)] = record
+        self._list(record)
+
+    def take(self, wanted: EvalRecord) -> EvalRecord:
+        """The finished record; one of a copy of the checkpoint is listed under the name that is wanted, too."""
+        record = {**wanted, **self._records[identity(wanted)], **{name: wanted[name] for name in _NAMES}}
+        if _values(record, _LISTING) not in self._listed:
+            self._list(record)
+        return record
+
+    def _list(self, record: EvalRecord) -> None:
+        self._listed.add(_values(record, _LISTING))
+        if self.path is not None and self.writes:
+            append_record(self.path, record)
+
+
+def select(records: Iterable[EvalRecord], **wanted: Any) -> list[EvalRecord]:
+    """Records whose fields equal those named: ``select(records, set="id", alpha=None)``."""
+    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
+
+
+def by_set(records: Iterable[EvalRecord], metric: str | None = None) -> dict[str, float]:
+    """Scores of one checkpoint by set: the headline of each record, or a named metric. Later records win.
+
+    Raises:
+        EvaluationError: if the records are of several checkpoints or alphas, or lack the metric.
+    """
+    scores: dict[str, float] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for record in records:
+        seen.add((record["checkpoint"], record.get("alpha")))
+        name = metric or record["headline"]
+        if name not in record["metrics"]:
+            raise EvaluationError(
+                f"The record of {record['checkpoint']} on '{record['set']}' has no metric {name!r} "
+                f"(found: {', '.join(record['metrics'])})."
+            )
+        scores[record["set"]] = record["metrics"][name]
+    if len(seen) > 1:
+        raise EvaluationError(
+            f"Records of several checkpoints were taken for one: {sorted(map(str, seen))[:3]}."
+        )
+    return scores
