@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from arf_plugin.cli import options
 from arf_plugin.errors import FlagError
 from arf_plugin.evaluation import run_flags, settings
-from arf_plugin.number_types import number_type
+from arf_plugin.flags import number_type
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from arf_plugin import config
-from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
+from arf_plugin.flags import wants_arf
 from arf_plugin.hooks.engine import Engine, Row
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import rows

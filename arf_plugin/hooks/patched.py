@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
-from arf_plugin._boot import wants_arf
-from arf_plugin.flags import add_arf_flags
+from arf_plugin.flags import add_arf_flags, wants_arf
 from arf_plugin.hooks.activation import print_arf_errors, resolve, rows_of_run
 from arf_plugin.hooks.engine import Engine, Row, load
 from arf_plugin.hooks.releases import PACKAGE
