@@ -27,7 +27,7 @@ from arf_plugin.checks.rules import RULES
 from arf_plugin.evaluation.suites import load_suite
 from arf_plugin.hooks.engine import covers
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
-from arf_plugin.hooks.table import ROWS
+from arf_plugin.hooks.table import HOOKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -58,7 +58,7 @@ def _named(release: Release) -> str:
 
 def hooks() -> str:
     """Every upstream name that the plugin touches."""
-    rows = [[f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, row.why] for row in ROWS]
+    rows = [[f"`{hook.id}`", f"`{hook.target}`", f"`{hook.versions}`", hook.when, hook.why] for hook in HOOKS]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
 
 
