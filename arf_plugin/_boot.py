@@ -12,17 +12,12 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module itself would cost every process a millisecond
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
 TARGET = "open_clip_train.params"
-
-
-def wants_arf(argv: Sequence[str]) -> bool:
-    """Whether a trainer's command line concerns the plugin: an ``--arf-*`` flag, or a request for help."""
-    return any(arg.startswith("--arf") or arg in ("-h", "--help") for arg in argv)
 
 
 def guard(params: ModuleType) -> None:
@@ -33,6 +28,7 @@ def guard(params: ModuleType) -> None:
 
     def parse_args(args: Any) -> Any:
         from arf_plugin import hooks
+        from arf_plugin.flags import wants_arf
 
         if not wants_arf(sys.argv[1:] if args is None else args):
             hooks.deactivate()  # only matters where one process trains twice

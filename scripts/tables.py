@@ -31,7 +31,7 @@ from arf_plugin.evaluation.suites import load_suite
 from arf_plugin.flags import add_arf_flags
 from arf_plugin.hooks.engine import covers
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, SUPPORTED, Release
-from arf_plugin.hooks.table import ROWS
+from arf_plugin.hooks.table import HOOKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -90,7 +90,8 @@ def _value(action: argparse.Action) -> str:
 def hooks() -> str:
     """Every upstream name that the plugin touches."""
     rows = [
-        [f"`{row.id}`", f"`{row.target}`", f"`{row.versions}`", row.when, _prose(row.why)] for row in ROWS
+        [f"`{hook.id}`", f"`{hook.target}`", f"`{hook.versions}`", hook.when, _prose(hook.why)]
+        for hook in HOOKS
     ]
     return _table(["hook", "upstream name", "releases", "in force", "what for"], rows)
 

@@ -42,7 +42,7 @@ class TaskScan:
         without_text: number of samples with an image but without ``txt``.
         without_class: number of samples with an image but without ``cls``.
         without_both: ids of samples with an image but neither.
-        half_classed: shards in which some samples have a ``cls`` and some have none.
+        mixed_shards: shards in which some samples have a ``cls`` and some have none.
         unreadable: reason per id of a damaged image, which training passes over with a warning.
         labels: how often each ``cls`` occurs, and the id of the first sample with it, by its text.
         counts: usable samples of each shard; empty for a CSV.
@@ -54,7 +54,7 @@ class TaskScan:
     without_text: int = 0
     without_class: int = 0
     without_both: list[str] = field(default_factory=list)
-    half_classed: list[str] = field(default_factory=list)
+    mixed_shards: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     labels: dict[str, tuple[int, str]] = field(default_factory=dict)
     counts: list[ShardCount] = field(default_factory=list)
@@ -168,7 +168,7 @@ def scan_task_ids(
             ShardCount(max(0, readable - shard.without_text), max(0, readable - len(shard.without_both)))
         )
         if 0 < shard.without_class < len(shard.keys):
-            scan.half_classed.append(url)
+            scan.mixed_shards.append(url)
         scan.shards += 1
         if advance is not None:
             advance(url)

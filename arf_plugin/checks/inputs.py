@@ -13,12 +13,12 @@ from arf_plugin.anchors.scan import ShardScan, scan_shard
 from arf_plugin.anchors.tars import is_remote
 from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_csv, scan_task_ids
 from arf_plugin.anchors.task_csv import read_csv
+from arf_plugin.console import progress
 from arf_plugin.errors import AnchorSetError, ArfError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Advance = Callable[[str], object]
 Fact = TypeVar("Fact")
 
 
@@ -28,38 +28,22 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """The shape of a training run, as far as it decides which data a process gets.
+    """The shape of a training run, as far as it decides which data a process gets."""
 
-    Attributes:
-        batch_size: B, task samples per process and micro-batch.
-        accum_freq: micro-batches in an optimizer step.
-        world_size: processes.
-        workers: ``--workers``; those of the task data are `task_workers`.
-        task_workers, pair_workers: loader workers per process.
-        pair_batch: A, pairs per process and micro-batch.
-        epochs: epochs of the run.
-        samples: ``--train-num-samples``, if it was given.
-        resampled: ``--dataset-resampled``.
-        seed: ``--seed``, by which shards are dealt out to loader workers.
-        lr: learning rate; None if not known.
-        warmup: steps of warm-up.
-        pretrained: whether the run starts from trained weights.
-    """
-
-    batch_size: int
-    accum_freq: int = 1
-    world_size: int = 1
-    workers: int = 0
-    task_workers: int = 0
-    pair_workers: int = 0
-    pair_batch: int = 0
+    batch_size: int  # B, task samples per process and micro-batch
+    accum_freq: int = 1  # micro-batches in an optimizer step
+    world_size: int = 1  # processes
+    workers: int = 0  # --workers, of which these load ...
+    task_workers: int = 0  # task data
+    pair_workers: int = 0  # pairs
+    pair_batch: int = 0  # A, pairs per process and micro-batch
     epochs: int = 1
-    samples: int | None = None
-    resampled: bool = False
-    seed: int = 0
-    lr: float | None = None
-    warmup: int = 0
-    pretrained: bool = False
+    samples: int | None = None  # --train-num-samples, if it was given
+    resampled: bool = False  # --dataset-resampled
+    seed: int = 0  # by which shards are dealt out to loader workers
+    lr: float | None = None  # None if it is not known
+    warmup: int = 0  # steps
+    pretrained: bool = False  # whether it starts from trained weights
 
     @property
     def consumers(self) -> int:
@@ -77,7 +61,7 @@ class Run:
 
 @dataclass
 class Captions:
-    """The captions of a set: number of rows, Arrow array of their ids, and mean length in characters."""
+    """The captions of a set: number of rows, Arrow array of their ids, mean length in characters, and repetitions."""
 
     rows: int
     ids: Any
@@ -87,41 +71,39 @@ class Captions:
 
 @dataclass
 class Inputs:
-    """The inputs of a run, or of ``arf check``; what is not known is None.
+    """The inputs of a run, or of ``arf check``; what is not known is None."""
 
-    Attributes:
-        anchors: folder or fsspec URL of the anchor set.
-        caption_weight, pair_weight: 0 switches a half and its checks off.
-        missing_caption: as ``--arf-missing-caption``.
-        train_data, dataset_type, csv_img_key, csv_caption_key, csv_separator: open_clip's flags.
-        classes: class names of ``--arf-classnames``.
-        head: whether a linear head is trained on the classes, in place of prompts.
-        texts_known: whether it is known which texts training needs: `classes`, or the samples' own.
-        full: decode every image.
-        run: the shape of the run.
-        training: whether it is about to begin: nothing is fetched then that training would fetch again.
-        caption_ids: how to get at the ids of the captions (an Arrow array); reading the files by default.
-        advance: called with the URL of each shard when it has been looked at.
-    """
-
-    anchors: str | None = None
-    caption_weight: float = 1.0
-    pair_weight: float = 1.0
-    missing_caption: str = "error"
-    train_data: str | None = None
+    anchors: str | None = None  # folder or fsspec URL
+    caption_weight: float = 1.0  # 0 switches the captions and their checks off
+    pair_weight: float = 1.0  # 0 switches the pairs and their checks off
+    missing_caption: str = "error"  # as --arf-missing-caption
+    train_data: str | None = None  # this and the following are open_clip's flags
     dataset_type: str = "auto"
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     csv_separator: str = "\t"
-    classes: Sequence[str] | None = None
-    head: bool = False
-    texts_known: bool = False
-    full: bool = False
+    classes: Sequence[str] | None = None  # class names of --arf-classnames
+    head: bool = False  # whether a linear head is trained on the classes, in place of prompts
+    texts_known: bool = (
+        False  # whether it is known which texts training needs: of `classes`, or the samples' own
+    )
+    full: bool = False  # decode every image
     run: Run | None = None
-    training: bool = False
-    caption_ids: Callable[[], Any] | None = None
-    advance: Advance | None = None
+    training: bool = (
+        False  # whether it is about to begin: nothing is fetched then that training would fetch again
+    )
+    caption_ids: Callable[[], Any] | None = (
+        None  # gets the captions' ids (Arrow); by default the files are read
+    )
+    advance: Callable[[str], object] | None = (
+        None  # called with the URL of each shard that has been looked at
+    )
     _failed: set[str] = field(default_factory=set)
+
+    def need_run(self) -> Run:
+        """The shape of the run, where a rule applies only if it is known."""
+        assert self.run is not None
+        return self.run
 
     @property
     def csv(self) -> bool:
@@ -167,7 +149,7 @@ class Inputs:
             OSError,
             ImportError,
             ValueError,
-        ):  # of a set that cannot be opened at all: a rule of its own says so
+        ):  # the set cannot be opened at all: a rule of its own says so
             return None, []
 
     @cached_property
@@ -199,14 +181,8 @@ class Inputs:
     def _scan_task(self) -> TaskScan:
         assert self.train_data is not None
         if self.csv:
-            return scan_csv(
-                self.frame,
-                self.train_data,
-                self.csv_img_key,
-                images=True,
-                decode=self.full,
-                unique=self.joins,
-            )
+            key, unique = self.csv_img_key, self.joins
+            return scan_csv(self.frame, self.train_data, key, images=True, decode=self.full, unique=unique)
         return scan_task_ids(
             self.train_data, self.dataset_type, decode=self.full, unique=self.joins, advance=self.advance
         )
@@ -214,46 +190,45 @@ class Inputs:
     @cached_property
     def frame(self) -> pd.DataFrame:
         """The rows of a CSV."""
-        assert self.train_data is not None
-        return self._once(
-            "task", lambda: read_csv(self.train_data or "", self.csv_img_key, self.csv_separator)
-        )
-
-    @cached_property
-    def needs_class(self) -> bool:
-        """Whether training takes a sample's class in place of its text."""
-        return self.classes is not None
+        path = self.train_data or ""
+        return self._once("task", lambda: read_csv(path, self.csv_img_key, self.csv_separator))
 
     def usable(self) -> list[int]:
         """Samples of each shard of tars that training does not pass over."""
-        return [c.with_class_or_text if self.needs_class else c.with_text for c in self.task.counts]
+        counts = self.task.counts
+        return [c.with_text if self.classes is None else c.with_class_or_text for c in counts]
 
-    def pair_scans(self) -> list[tuple[str, ShardScan | ArfError]]:
-        """What each tar of pairs holds, or what is wrong with it; those that would have to be fetched left out."""
-        found: list[tuple[str, ShardScan | ArfError]] = []
-        from tqdm import tqdm
+    @property
+    def available(self) -> int:
+        """Samples that training does not pass over."""
+        return len(self.frame) if self.csv else sum(self.usable())
 
-        for url in tqdm(
-            self.pair_shards,
-            "pair shards",
-            disable=None if self.training else True,
-            unit=" shards",
-            leave=False,
-        ):
-            if self.training and is_remote(url):
-                continue
-            try:
-                found.append((url, scan_shard(url, AnchorSetError, texts=True, decode=self.full)))
-            except AnchorSetError as cause:
-                found.append((url, cause))
-            if self.advance is not None:
-                self.advance(url)
-        return found
+    @cached_property
+    def without_caption(self) -> list[str]:
+        """Ids of the task samples, as far as they have an image, that have no caption."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        ids = pa.array(self.task.ids, pa.large_string())
+        missing: list[str] = ids.filter(pc.invert(pc.is_in(ids, value_set=self.captions.ids))).to_pylist()
+        return missing
 
     @cached_property
     def pairs(self) -> list[tuple[str, ShardScan | ArfError]]:
-        """`pair_scans`, once."""
-        return self.pair_scans()
+        """What each tar of pairs holds, or what is wrong with it; those that would have to be fetched left out."""
+        found: list[tuple[str, ShardScan | ArfError]] = []
+        with progress("pair shards", "shards", len(self.pair_shards), quiet=not self.training) as bar:
+            for url in self.pair_shards:
+                if self.training and is_remote(url):
+                    continue
+                try:
+                    found.append((url, scan_shard(url, AnchorSetError, texts=True, decode=self.full)))
+                except AnchorSetError as cause:
+                    found.append((url, cause))
+                bar.update()
+                if self.advance is not None:
+                    self.advance(url)
+        return found
 
     def _once(self, name: str, find: Callable[[], Fact]) -> Fact:
         """Finds a fact; where that fails, the first to ask gets the error, and all others hear that it is unknown."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-BUILD = "Build one with `arf anchors`, look at it with `arf check`."
-
 
 def missing_class_message(identity: str, count: int = 1) -> str:
     """Says what to do about a task sample without a class, where class prompts or a head need one."""

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Checks and reports."""
     from tqdm import tqdm
 
-    from arf_plugin.anchors.check import check_anchor_set
     from arf_plugin.checks.inputs import Inputs
+    from arf_plugin.checks.report import check_anchor_set
     from arf_plugin.data.prompts import load_classnames
 
     with tqdm(desc="check", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.number_types import number_type
+from arf_plugin.flags import number_type
 from arf_plugin.untrusted import printable, printable_json
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.cli import options
 from arf_plugin.cli.evaluate import add_run_flags, run_flags, warn_as
 from arf_plugin.errors import FlagError
-from arf_plugin.number_types import number_type
+from arf_plugin.flags import number_type
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.probe import Features

@@ -45,7 +45,10 @@ class Samples(Protocol):
         digest: SHA-256 over what tells one state of the data from another: contents, names and classes of the images.
     """
 
-    digest: str
+    @property
+    def digest(self) -> str:
+        """See the attributes."""
+        ...
 
     def __len__(self) -> int:
         """Number of images."""

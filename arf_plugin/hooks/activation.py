@@ -13,11 +13,11 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from arf_plugin import config
-from arf_plugin._boot import wants_arf
 from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Engine, Row
+from arf_plugin.flags import wants_arf
+from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
-from arf_plugin.hooks.table import rows
+from arf_plugin.hooks.table import hooks
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
 from arf_plugin.untrusted import printable
 
@@ -40,7 +40,7 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     deactivate()
     sys.excepthook = print_arf_errors
     version = upstream_version()
-    ENGINE.apply(rows("parsing", version), version, None)
+    ENGINE.apply(hooks("parsing", version), version, None)
     try:
         args = original(argv)
     finally:
@@ -65,7 +65,7 @@ def check_args(argv: Sequence[str]) -> Any:
 
     original = getattr(params.parse_args, "arf_original", params.parse_args)
     version = upstream_version()
-    ENGINE.apply(rows("parsing", version), version, None)
+    ENGINE.apply(hooks("parsing", version), version, None)
     try:
         with parsing_errors():
             args = original(list(argv))
@@ -102,16 +102,16 @@ def resolve(args: Any, version: str) -> config.ArfConfig:
     return arf
 
 
-def rows_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Row, ...]:
-    """The rows that a run with these flags needs; any run may resume from a step checkpoint."""
-    return rows("run", version) + (rows("resumable run", version) if arf.resumable or resumes else ())
+def hooks_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Hook, ...]:
+    """The hooks that a run with these flags needs; any run may resume from a step checkpoint."""
+    return hooks("run", version) + (hooks("resumable run", version) if arf.resumable or resumes else ())
 
 
 def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
     session = Session(arf, ENGINE, version)
-    ENGINE.apply(rows_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
+    ENGINE.apply(hooks_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
     _make_logs_printable()
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
 

@@ -33,7 +33,7 @@ from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError, FlagError
 from arf_plugin.hooks.resumable import pair_stream, resumable_loader, sample_orders, task_stream
 from arf_plugin.hooks.session import Session
-from arf_plugin.hooks.table import rows
+from arf_plugin.hooks.table import hooks
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.watch import Watch
@@ -234,9 +234,9 @@ def _task_data(
         # open_clip insists on a text column; with class prompts there need not be one.
         training.csv_caption_key = own_text_column or args.csv_img_key
     before = len(session.engine.applied)
-    session.engine.apply(rows("building task data", session.version), session.version, texts)
+    session.engine.apply(hooks("building task data", session.version), session.version, texts)
     if orders and not csv:
-        session.engine.apply(rows("ordering task data", session.version), session.version, orders["task"])
+        session.engine.apply(hooks("ordering task data", session.version), session.version, orders["task"])
         tokenizer = NumberedTokenizer(tokenizer)
     try:
         task = original(training, preprocess_fns, epoch=epoch, tokenizer=tokenizer)["train"]

@@ -1,4 +1,4 @@
-"""What ``arf doctor`` reports: every row of the table against the installed open_clip."""
+"""What ``arf doctor`` reports: every hook of the table against the installed open_clip."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from typing import Any
 
 from arf_plugin import _boot
-from arf_plugin.hooks.engine import Engine, Row
+from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import CREATE_LOSS, PACKAGE, SUPPORTED
-from arf_plugin.hooks.table import ROWS
+from arf_plugin.hooks.table import HOOKS
 from arf_plugin.hooks.versions import installed, unsupported
 
 REPORTED = (
@@ -30,14 +30,14 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         ``versions`` (distribution -> version or None), ``supported``, ``startup`` (``active``, ``detail``), ``hooks``
-        (one entry per row of the installed release, or per row of all if there are none: ``id``, ``target``,
+        (one entry per hook of the installed release, or per hook of all if there are none: ``id``, ``target``,
         ``versions``, ``when``, ``why``, ``applies``, ``problem``), ``ok``.
     """
     versions = {name: installed(name) for name in REPORTED}
     startup = _startup()
     version = versions[PACKAGE]
     fits = version is not None and unsupported(version) is None
-    hooks = [_examine(row, version) for row in ROWS if not fits or row.covers(str(version))]
+    hooks = [_examine(hook, version) for hook in HOOKS if not fits or hook.covers(str(version))]
     return {
         "versions": versions,
         "supported": f"{PACKAGE}{' or '.join(SUPPORTED)}",
@@ -47,19 +47,19 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def _examine(row: Row, version: str | None) -> dict[str, Any]:
+def _examine(hook: Hook, version: str | None) -> dict[str, Any]:
     if version is None:
         problem: str | None = (
             f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{CREATE_LOSS}'"
         )
     else:
-        problem = Engine(PACKAGE).check(row, version)
+        problem = Engine(PACKAGE).check(hook, version)
     return {
-        "id": row.id,
-        "target": row.target,
-        "versions": row.versions,
-        "when": row.when,
-        "why": row.why,
+        "id": hook.id,
+        "target": hook.target,
+        "versions": hook.versions,
+        "when": hook.when,
+        "why": hook.why,
         "applies": problem is None,
         "problem": problem,
     }

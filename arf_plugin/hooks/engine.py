@@ -1,6 +1,6 @@
-"""Applies rows to modules and undoes them. Knows nothing of ARF and nothing of open_clip.
+"""Applies hooks to modules and undoes them. Knows nothing of ARF and nothing of open_clip.
 
-All rows of an application apply, or none: a row that does not fit undoes the ones before it and raises.
+All hooks of an application apply, or none: a hook that does not fit undoes the ones before it and raises.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def covers(versions: str, version: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Hook:
     """One upstream name that is wrapped.
 
     Attributes:
-        id: Short name of the row, for people.
+        id: Short name of the hook, for people.
         target: Where the name is looked up at run time, as ``module:name``.
-        versions: Upstream releases that the row was written for: version specifiers, with " or " between ranges.
+        versions: Upstream releases that the hook was written for: version specifiers, with " or " between ranges.
         wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
             the original's place.
-        when: How long the row holds: ``start-up``, ``parsing``, ``run``, ``resumable run``, ``building task data`` or
+        when: How long the hook holds: ``start-up``, ``parsing``, ``run``, ``resumable run``, ``building task data`` or
             ``ordering task data``.
         why: What it is for, in one line.
-        origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The row applies
+        origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The hook applies
             only if both are the same object, so nobody else's patch is overwritten. ``builtins:name`` is a built-in
-            that the target's module uses: the row shadows it there, and undoing removes the shadow.
+            that the target's module uses: the hook shadows it there, and undoing removes the shadow.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Row:
     origin: str | None = None
 
     def covers(self, version: str) -> bool:
-        """Whether the row was written for an upstream release."""
+        """Whether the hook was written for an upstream release."""
         return covers(self.versions, version)
 
 
@@ -64,42 +64,46 @@ class Engine:
 
     def __init__(self, package: str) -> None:
         self.package = package
-        self._applied: list[tuple[Row, ModuleType, str, Any]] = []
+        self._applied: list[tuple[Hook, ModuleType, str, Any]] = []
 
     @property
     def applied(self) -> list[str]:
-        """Ids of the rows that are in force."""
-        return [row.id for row, *_ in self._applied]
+        """Ids of the hooks that are in force."""
+        return [hook.id for hook, *_ in self._applied]
 
     def apply(
-        self, rows: Iterable[Row], version: str, context: Any, modules: Mapping[str, ModuleType] | None = None
+        self,
+        hooks: Iterable[Hook],
+        version: str,
+        context: Any,
+        modules: Mapping[str, ModuleType] | None = None,
     ) -> None:
-        """Applies rows.
+        """Applies hooks.
 
         Args:
-            rows: The rows, in order.
+            hooks: The hooks, in order.
             version: Upstream's installed version.
             context: Handed to each wrapper.
             modules: Modules to use for some names, where importing the name would give another one (a script that
                 runs as ``__main__``).
 
         Raises:
-            IncompatibleUpstreamError: A row that does not cover the version, or whose target is missing or is not
+            IncompatibleUpstreamError: A hook that does not cover the version, or whose target is missing or is not
                 upstream's own. Nothing is applied then.
         """
         before = len(self._applied)
         try:
-            for row in rows:
-                module, name, original = self._resolve(row, version, modules or {})
-                replacement = load(row.wrapper)(original, context)
-                self._applied.append((row, module, name, vars(module).get(name, _ABSENT)))
+            for hook in hooks:
+                module, name, original = self._resolve(hook, version, modules or {})
+                replacement = load(hook.wrapper)(original, context)
+                self._applied.append((hook, module, name, vars(module).get(name, _ABSENT)))
                 setattr(module, name, replacement)
         except BaseException:
             self.undo(before)
             raise
 
     def undo(self, keep: int = 0) -> None:
-        """Puts the originals back, last first, until ``keep`` rows are left."""
+        """Puts the originals back, last first, until ``keep`` hooks are left."""
         while len(self._applied) > keep:
             _, module, name, original = self._applied.pop()
             if original is _ABSENT:
@@ -107,47 +111,49 @@ class Engine:
             else:
                 setattr(module, name, original)
 
-    def check(self, row: Row, version: str, modules: Mapping[str, ModuleType] | None = None) -> str | None:
-        """Says why a row would not apply; None if it would."""
+    def check(self, hook: Hook, version: str, modules: Mapping[str, ModuleType] | None = None) -> str | None:
+        """Says why a hook would not apply; None if it would."""
         try:
-            self._resolve(row, version, modules or {})
+            self._resolve(hook, version, modules or {})
         except IncompatibleUpstreamError as error:
             return str(error)
         return None
 
     def _resolve(
-        self, row: Row, version: str, modules: Mapping[str, ModuleType]
+        self, hook: Hook, version: str, modules: Mapping[str, ModuleType]
     ) -> tuple[ModuleType, str, Any]:
-        if not row.covers(version):
-            raise self._error(row, f"{self.package} {version} is installed", f"{self.package}{row.versions}")
-        module_name, name = row.target.split(":")
+        if not hook.covers(version):
+            raise self._error(
+                hook, f"{self.package} {version} is installed", f"{self.package}{hook.versions}"
+            )
+        module_name, name = hook.target.split(":")
         try:
             module = modules.get(module_name) or importlib.import_module(module_name)
         except ImportError as error:
             raise self._error(
-                row, f"module {module_name} cannot be imported ({error})", row.target
+                hook, f"module {module_name} cannot be imported ({error})", hook.target
             ) from error
-        shadows = row.origin is not None and row.origin.startswith("builtins:")
+        shadows = hook.origin is not None and hook.origin.startswith("builtins:")
         original = getattr(module, name, getattr(builtins, name, _ABSENT) if shadows else _ABSENT)
         if original is _ABSENT:
-            raise self._error(row, f"module {module_name} has no '{name}'", row.target)
-        if row.origin is not None:
-            origin_module, origin_name = row.origin.split(":")
+            raise self._error(hook, f"module {module_name} has no '{name}'", hook.target)
+        if hook.origin is not None:
+            origin_module, origin_name = hook.origin.split(":")
             own = getattr(importlib.import_module(origin_module), origin_name, None)
             if original is not own:
                 found = (
                     f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
                 )
-                raise self._error(row, f"{row.target} is {found}", f"upstream's own {row.origin}")
+                raise self._error(hook, f"{hook.target} is {found}", f"upstream's own {hook.origin}")
         return module, name, original
 
-    def _error(self, row: Row, found: str, expected: str) -> IncompatibleUpstreamError:
+    def _error(self, hook: Hook, found: str, expected: str) -> IncompatibleUpstreamError:
         return IncompatibleUpstreamError(
-            f"hook '{row.id}' ({row.why}) does not fit the installed {self.package}.\n"
+            f"hook '{hook.id}' ({hook.why}) does not fit the installed {self.package}.\n"
             f"  found:    {found}\n"
             f"  expected: {expected}\n"
             f"Training stops here rather than go on without anchors. See all hooks with: arf doctor\n"
-            f"Then: pip install '{self.package}{row.versions.split(' or ')[0]}', or upgrade arf-plugin."
+            f"Then: pip install '{self.package}{hook.versions.split(' or ')[0]}', or upgrade arf-plugin."
         )
 
 

@@ -1,18 +1,18 @@
 """THE list of upstream names that the plugin touches. Applying, undoing and ``arf doctor`` all walk it.
 
-A name that open_clip's two forms of trainer use differently has a row for each; `rows` picks those of a release.
+A name that open_clip's two forms of trainer use differently has a hook for each; `hooks` picks those of a release.
 """
 
 from __future__ import annotations
 
 from arf_plugin.errors import IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Row
+from arf_plugin.hooks.engine import Hook
 from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, SUPPORTED
 
 BOTH = " or ".join(SUPPORTED)
 
-ROWS = (
-    Row(
+HOOKS = (
+    Hook(
         id="parse-args",
         target="open_clip_train.params:parse_args",
         versions=BOTH,
@@ -20,7 +20,7 @@ ROWS = (
         when="start-up",
         why="sees the command line; without --arf-* flags it calls the original and nothing else is touched",
     ),
-    Row(
+    Hook(
         id="parser",
         target="open_clip_train.params:argparse",
         versions=BOTH,
@@ -28,7 +28,7 @@ ROWS = (
         when="parsing",
         why="adds the ARF group to the trainer's own parser, so that --help and errors are in one place",
     ),
-    Row(
+    Hook(
         id="create-model",
         target="open_clip_train.main:create_model_and_transforms",
         origin="open_clip:create_model_and_transforms",
@@ -38,7 +38,7 @@ ROWS = (
         why="freezes BatchNorm statistics for --arf-freeze-bn, warns where BatchNorm makes ARF inexact; "
         "lets CLIP's text tower take trimmed texts; baselines: gives the model a head, notes where it starts",
     ),
-    Row(
+    Hook(
         id="get-data",
         target="open_clip_train.main:get_data",
         origin="open_clip_train.data:get_data",
@@ -47,7 +47,7 @@ ROWS = (
         when="run",
         why="checks the anchor set, joins captions to task samples, adds the pair-anchor loader",
     ),
-    Row(
+    Hook(
         id="get-data-of-task",
         target="open_clip_train.main:get_data",
         origin="open_clip_train.data:get_data",
@@ -56,7 +56,7 @@ ROWS = (
         when="run",
         why="the same for batches that are dictionaries; gives the task its loss, since it is made before its data",
     ),
-    Row(
+    Hook(
         id="create-loss",
         target="open_clip_train.main:create_loss",
         origin="open_clip:create_loss",
@@ -65,7 +65,7 @@ ROWS = (
         when="run",
         why="applies the trainer's own loss once per term; baselines: cross-entropy in its place, L2-SP beside it",
     ),
-    Row(
+    Hook(
         id="create-task",
         target="open_clip_train.main:create_task",
         origin="open_clip:create_task",
@@ -74,7 +74,7 @@ ROWS = (
         when="run",
         why="keeps the task for its loss, and lets it move batches whose parts meet on the device",
     ),
-    Row(
+    Hook(
         id="train-one-epoch",
         target="open_clip_train.main:train_one_epoch",
         origin="open_clip_train.train:train_one_epoch",
@@ -83,7 +83,7 @@ ROWS = (
         when="run",
         why="calls the original with the trainer's own arguments; tells listeners before and after",
     ),
-    Row(
+    Hook(
         id="train-one-epoch-of-task",
         target="open_clip_train.main:train_one_epoch",
         origin="open_clip_train.train:train_one_epoch",
@@ -92,7 +92,7 @@ ROWS = (
         when="run",
         why="the same where the trainer's arguments are a state",
     ),
-    Row(
+    Hook(
         id="task-samples",
         target="open_clip_train.data:tarfile_to_samples_nothrow",
         versions=BOTH,
@@ -100,7 +100,7 @@ ROWS = (
         when="building task data",
         why="writes class prompt and caption into raw task samples; validation data uses another function",
     ),
-    Row(
+    Hook(
         id="webdataset",
         target="open_clip_train.data:wds",
         versions=CREATE_LOSS,
@@ -108,7 +108,7 @@ ROWS = (
         when="ordering task data",
         why="--arf-deterministic: task samples are shuffled by seed and epoch, not by process id and clock",
     ),
-    Row(
+    Hook(
         id="webdataset-of-task",
         target="open_clip_train.data:wds",
         versions=CREATE_TASK,
@@ -116,7 +116,7 @@ ROWS = (
         when="ordering task data",
         why="the same where samples with an empty text are dropped",
     ),
-    Row(
+    Hook(
         id="latest-checkpoint",
         target="open_clip_train.main:get_latest_checkpoint",
         versions=BOTH,
@@ -124,7 +124,7 @@ ROWS = (
         when="resumable run",
         why="--resume latest passes over a checkpoint that a kill left half written",
     ),
-    Row(
+    Hook(
         id="load-checkpoint",
         target="open_clip_train.main:pt_load",
         origin="open_clip_train.file_utils:pt_load",
@@ -133,7 +133,7 @@ ROWS = (
         when="resumable run",
         why="sees whether the run goes on from a step checkpoint, and where; reads learning rates of numpy's types",
     ),
-    Row(
+    Hook(
         id="load-checkpoint-of-task",
         target="open_clip_train.file_utils:pt_load",
         versions=CREATE_TASK,
@@ -141,7 +141,7 @@ ROWS = (
         when="resumable run",
         why="the same where weights have one name for any number of processes",
     ),
-    Row(
+    Hook(
         id="count-batches",
         target="open_clip_train.train:enumerate",
         origin="builtins:enumerate",
@@ -153,16 +153,16 @@ ROWS = (
 )
 
 
-def rows(when: str, version: str) -> tuple[Row, ...]:
-    """The rows of one phase that were written for a release.
+def hooks(when: str, version: str) -> tuple[Hook, ...]:
+    """The hooks of one phase that were written for a release.
 
     Raises:
         IncompatibleUpstreamError: There is none: the phase is for other releases alone, or is misspelt.
     """
-    phase = [row for row in ROWS if row.when == when]
-    fitting = tuple(row for row in phase if row.covers(version))
+    phase = [hook for hook in HOOKS if hook.when == when]
+    fitting = tuple(hook for hook in phase if hook.covers(version))
     if not fitting:
-        there = " or ".join(sorted({row.versions for row in phase}))
+        there = " or ".join(sorted({hook.versions for hook in phase}))
         raise IncompatibleUpstreamError(
             f"no hook of the phase '{when}' was written for {PACKAGE} {version}.\n"
             f"  expected: {PACKAGE}{there}\n"

@@ -87,19 +87,19 @@ SERIES = {
                 Edit(
                     "main.py",
                     " = create_model_and_transforms(",
-                    ' = arf.row("create-model", create_model_and_transforms)(',
+                    ' = arf.hook("create-model", create_model_and_transforms)(',
                     2,
                 ),
-                Edit("main.py", "    data = get_data(", '    data = arf.row("get-data", get_data)('),
+                Edit("main.py", "    data = get_data(", '    data = arf.hook("get-data", get_data)('),
                 Edit(
                     "main.py",
                     "    loss = create_loss(args)",
-                    '    loss = arf.row("create-loss", create_loss)(args)',
+                    '    loss = arf.hook("create-loss", create_loss)(args)',
                 ),
                 Edit(
                     "main.py",
                     "        train_one_epoch(model,",
-                    '        arf.row("train-one-epoch", train_one_epoch)(model,',
+                    '        arf.hook("train-one-epoch", train_one_epoch)(model,',
                 ),
             ),
         ),
@@ -110,17 +110,17 @@ SERIES = {
                 Edit(
                     "data.py",
                     "            tarfile_to_samples_nothrow,  #",
-                    '            arf.row("task-samples", tarfile_to_samples_nothrow),  #',
+                    '            arf.hook("task-samples", tarfile_to_samples_nothrow),  #',
                 ),
                 Edit(
                     "data.py",
                     "            wds.shuffle(\n                bufsize=_SAMPLE",
-                    '            arf.row("webdataset", wds).shuffle(\n                bufsize=_SAMPLE',
+                    '            arf.hook("webdataset", wds).shuffle(\n                bufsize=_SAMPLE',
                 ),
                 Edit(
                     "data.py",
                     " = wds.DataPipeline(*pipeline)",
-                    ' = arf.row("webdataset", wds).DataPipeline(*pipeline)',
+                    ' = arf.hook("webdataset", wds).DataPipeline(*pipeline)',
                 ),
                 Edit("data.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
             ),
@@ -132,15 +132,15 @@ SERIES = {
                 Edit(
                     "main.py",
                     "resume_from = get_latest_checkpoint(",
-                    'resume_from = arf.row("latest-checkpoint", get_latest_checkpoint)(',
+                    'resume_from = arf.hook("latest-checkpoint", get_latest_checkpoint)(',
                 ),
                 Edit(
-                    "main.py", " = pt_load(args.resume", ' = arf.row("load-checkpoint", pt_load)(args.resume'
+                    "main.py", " = pt_load(args.resume", ' = arf.hook("load-checkpoint", pt_load)(args.resume'
                 ),
                 Edit(
                     "train.py",
                     "    for i, batch in enumerate(dataloader):\n        i_accum",
-                    '    for i, batch in arf.row("count-batches", enumerate)(dataloader):\n        i_accum',
+                    '    for i, batch in arf.hook("count-batches", enumerate)(dataloader):\n        i_accum',
                 ),
                 Edit("train.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
             ),

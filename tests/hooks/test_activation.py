@@ -170,14 +170,14 @@ def test_hooks_can_be_undone_and_applied_again():
     code = """
 import open_clip_train.main as main, open_clip_train.data as data
 from arf_plugin.hooks.activation import ENGINE
-from arf_plugin.hooks.table import rows
+from arf_plugin.hooks.table import hooks
 from arf_plugin.hooks.versions import upstream_version
-names = [row.target.split(":")[1] for row in rows("run", upstream_version())]
+names = [hook.target.split(":")[1] for hook in hooks("run", upstream_version())]
 before = [getattr(main, name) for name in names]
 for _ in range(2):
     args = main.parse_args(["--train-data", "x.tar", "--arf-freeze-bn"])
     assert args.arf_freeze_bn and args.arf_caption_weight == 1.0
-    assert ENGINE.applied == [row.id for row in rows("run", upstream_version())] and len(names) == 4
+    assert ENGINE.applied == [hook.id for hook in hooks("run", upstream_version())] and len(names) == 4
     assert not any(getattr(main, name) is old for name, old in zip(names, before))
     args = main.parse_args(["--train-data", "x.tar"])
     assert not hasattr(args, "arf_freeze_bn")
@@ -189,14 +189,14 @@ print("restored")
     assert done.stdout.strip() == "restored", done.stderr
 
 
-def test_doctor_reports_every_row(run_arf):
-    from arf_plugin.hooks.table import ROWS
+def test_doctor_reports_every_hook(run_arf):
+    from arf_plugin.hooks.table import HOOKS
     from arf_plugin.hooks.versions import upstream_version
 
     found = json.loads(run_arf("doctor", "--json").stdout)
     assert found["ok"] and found["startup"]["active"]
     assert [hook["id"] for hook in found["hooks"]] == [
-        row.id for row in ROWS if row.covers(upstream_version())
+        hook.id for hook in HOOKS if hook.covers(upstream_version())
     ]
     assert all(hook["applies"] for hook in found["hooks"])
     assert {"torch", "open_clip_torch", "webdataset"} <= found["versions"].keys()

@@ -1,4 +1,4 @@
-"""The engine applies all rows or none, and undoes exactly what it applied."""
+"""The engine applies all hooks or none, and undoes exactly what it applied."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import types
 import pytest
 
 from arf_plugin.errors import IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Engine, Row
+from arf_plugin.hooks.engine import Engine, Hook
 
 
 def shout(original, context):
-    """A wrapper, as rows name them."""
+    """A wrapper, as hooks name them."""
     return lambda: original().upper() + context
 
 
@@ -27,8 +27,8 @@ def upstream(monkeypatch):
     return defining, importing
 
 
-def row(target, versions=">=1,<2", origin=None):
-    return Row("a-row", target, versions, f"{__name__}:shout", "run", "says it loudly", origin)
+def hook(target, versions=">=1,<2", origin=None):
+    return Hook("a-hook", target, versions, f"{__name__}:shout", "run", "says it loudly", origin)
 
 
 def test_apply_wraps_and_undo_restores_identity(upstream):
@@ -36,12 +36,12 @@ def test_apply_wraps_and_undo_restores_identity(upstream):
     before = importing.greet, defining.leave
     engine = Engine("upstream")
     engine.apply(
-        [row("upstream_importing:greet", origin="upstream_defining:greet"), row("upstream_defining:leave")],
+        [hook("upstream_importing:greet", origin="upstream_defining:greet"), hook("upstream_defining:leave")],
         "1.5",
         "!",
     )
     assert (importing.greet(), defining.leave()) == ("HELLO!", "BYE!")
-    assert engine.applied == ["a-row", "a-row"]
+    assert engine.applied == ["a-hook", "a-hook"]
     engine.undo()
     assert importing.greet is before[0] and defining.leave is before[1]
     assert engine.applied == []
@@ -50,7 +50,9 @@ def test_apply_wraps_and_undo_restores_identity(upstream):
 def test_a_built_in_is_shadowed_in_one_module_alone(upstream):
     defining, importing = upstream
     engine = Engine("upstream")
-    shadow = Row("a-row", "upstream_defining:input", ">=1", f"{__name__}:shout", "run", "", "builtins:input")
+    shadow = Hook(
+        "a-hook", "upstream_defining:input", ">=1", f"{__name__}:shout", "run", "", "builtins:input"
+    )
     engine.apply([shadow], "1.5", "!")
     assert "input" in vars(defining) and "input" not in vars(importing)
     assert "upstream's own builtins:input" in engine.check(shadow, "1.5")  # somebody else has shadowed it
@@ -61,8 +63,8 @@ def test_a_built_in_is_shadowed_in_one_module_alone(upstream):
 def test_undo_keeps_what_was_applied_before(upstream):
     defining, importing = upstream
     engine = Engine("upstream")
-    engine.apply([row("upstream_importing:greet")], "1.5", "!")
-    engine.apply([row("upstream_defining:leave")], "1.5", "?")
+    engine.apply([hook("upstream_importing:greet")], "1.5", "!")
+    engine.apply([hook("upstream_defining:leave")], "1.5", "?")
     engine.undo(keep=1)
     assert (importing.greet(), defining.leave()) == ("HELLO!", "bye")
 
@@ -70,22 +72,22 @@ def test_undo_keeps_what_was_applied_before(upstream):
 @pytest.mark.parametrize(
     ("bad", "version", "found"),
     [
-        (row("upstream_defining:leave", versions=">=2"), "1.5", "upstream 1.5 is installed"),
-        (row("upstream_defining:missing"), "1.5", "module upstream_defining has no 'missing'"),
-        (row("upstream_nowhere:leave"), "1.5", "module upstream_nowhere cannot be imported"),
+        (hook("upstream_defining:leave", versions=">=2"), "1.5", "upstream 1.5 is installed"),
+        (hook("upstream_defining:missing"), "1.5", "module upstream_defining has no 'missing'"),
+        (hook("upstream_nowhere:leave"), "1.5", "module upstream_nowhere cannot be imported"),
         (
-            row("upstream_importing:greet", origin="upstream_defining:leave"),
+            hook("upstream_importing:greet", origin="upstream_defining:leave"),
             "1.5",
             "upstream's own upstream_defining:leave",
         ),
     ],
 )
-def test_a_row_that_does_not_fit_undoes_the_others_and_says_why(upstream, bad, version, found):
+def test_a_hook_that_does_not_fit_undoes_the_others_and_says_why(upstream, bad, version, found):
     _, importing = upstream
     before = importing.greet
     engine = Engine("upstream")
     with pytest.raises(IncompatibleUpstreamError) as caught:
-        engine.apply([row("upstream_importing:greet"), bad], version, "!")
+        engine.apply([hook("upstream_importing:greet"), bad], version, "!")
     assert found in str(caught.value) and "arf doctor" in str(caught.value)
     assert importing.greet is before and engine.applied == []
     assert found in engine.check(bad, version)
@@ -95,5 +97,5 @@ def test_modules_can_be_given_in_place_of_imported_ones(upstream):
     main = types.ModuleType("__main__")
     main.greet = upstream[0].greet
     engine = Engine("upstream")
-    engine.apply([row("upstream_importing:greet")], "1.5", "!", {"upstream_importing": main})
+    engine.apply([hook("upstream_importing:greet")], "1.5", "!", {"upstream_importing": main})
     assert main.greet() == "HELLO!" and upstream[1].greet() == "hello"

@@ -1,4 +1,4 @@
-"""Every row of the table against the installed open_clip, generated from the table itself."""
+"""Every hook of the table against the installed open_clip, generated from the table itself."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from packaging.specifiers import SpecifierSet
 
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import IncompatibleUpstreamError
-from arf_plugin.hooks.activation import rows_of_run
+from arf_plugin.hooks.activation import hooks_of_run
 from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, REQUIREMENT, SUPPORTED
-from arf_plugin.hooks.table import ROWS, rows
+from arf_plugin.hooks.table import HOOKS, hooks
 from arf_plugin.hooks.versions import unsupported, upstream_version
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_row_fits_the_installed_release_or_refuses_it(row):
-    problem = Engine(PACKAGE).check(row, upstream_version())
-    assert (problem is None) == row.covers(upstream_version()), problem
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.id)
+def test_hook_fits_the_installed_release_or_refuses_it(hook):
+    problem = Engine(PACKAGE).check(hook, upstream_version())
+    assert (problem is None) == hook.covers(upstream_version()), problem
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-def test_every_release_has_one_row_for_each_name(release):
+def test_every_release_has_one_hook_for_each_name(release):
     """Nothing that is hooked in one release is forgotten in another; the loss has two homes."""
     phases = ("start-up", "parsing", "run", "building task data")
-    chosen = [row for phase in phases for row in rows(phase, release.version)]
-    homes = [row.target.replace("create_task", "create_loss") for row in chosen]
+    chosen = [hook for phase in phases for hook in hooks(phase, release.version)]
+    homes = [hook.target.replace("create_task", "create_loss") for hook in chosen]
     everywhere = {
-        row.target.replace("create_task", "create_loss") for row in ROWS if row.when in phases
+        hook.target.replace("create_task", "create_loss") for hook in HOOKS if hook.when in phases
     }  # the other phases are of flags that some releases refuse
     assert sorted(homes) == sorted(everywhere)
 
@@ -76,38 +76,38 @@ def test_no_second_list_of_releases(name):
     )
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
-def test_wrapper_exists_and_takes_the_original(row):
-    module, name = row.wrapper.split(":")
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.id)
+def test_wrapper_exists_and_takes_the_original(hook):
+    module, name = hook.wrapper.split(":")
     wrapper = getattr(importlib.import_module(module), name)
-    assert len(inspect.signature(wrapper).parameters) == (1 if row.when == "start-up" else 2)
+    assert len(inspect.signature(wrapper).parameters) == (1 if hook.when == "start-up" else 2)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.id)
 @pytest.mark.parametrize("version", ["2.24.0", "2.26.0", "3.4.0", "4.0.0", "4.2.0"])
-def test_row_refuses_other_releases(row, version):
-    problem = Engine(PACKAGE).check(row, version)
-    assert problem is not None and f"{PACKAGE} {version} is installed" in problem and row.versions in problem
+def test_hook_refuses_other_releases(hook, version):
+    problem = Engine(PACKAGE).check(hook, version)
+    assert problem is not None and f"{PACKAGE} {version} is installed" in problem and hook.versions in problem
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
 @pytest.mark.parametrize("resumes", [False, True])
-def test_every_release_has_its_rows_of_a_run(release, resumes):
+def test_every_release_has_its_hooks_of_a_run(release, resumes):
     """Step checkpoints are known to runs that make them and to runs that resume, which may be from one."""
-    chosen = {row.when for row in rows_of_run(ArfConfig(), resumes, release.version)}
+    chosen = {hook.when for hook in hooks_of_run(ArfConfig(), resumes, release.version)}
     assert chosen == ({"run", "resumable run"} if resumes else {"run"})
-    chosen = {row.when for row in rows_of_run(ArfConfig(deterministic=True), resumes, release.version)}
+    chosen = {hook.when for hook in hooks_of_run(ArfConfig(deterministic=True), resumes, release.version)}
     assert chosen == {"run", "resumable run"}
 
 
-def test_a_phase_without_a_row_for_the_release_is_refused():
+def test_a_phase_without_a_hook_for_the_release_is_refused():
     with pytest.raises(
         IncompatibleUpstreamError, match=r"phase 'run' was written for open_clip_torch 3\.4\.0"
     ):
-        rows("run", "3.4.0")
+        hooks("run", "3.4.0")
     with pytest.raises(IncompatibleUpstreamError, match="no hook of the phase 'runn'"):
-        rows("runn", "3.3.0")
+        hooks("runn", "3.3.0")
 
 
 def test_ids_are_unique():
-    assert len({row.id for row in ROWS}) == len(ROWS)
+    assert len({hook.id for hook in HOOKS}) == len(HOOKS)

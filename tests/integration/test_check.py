@@ -13,8 +13,8 @@ import pytest
 from support.building import drawing, write_task
 from support.tars import write_tar
 
-from arf_plugin.anchors.check import check_anchor_set
 from arf_plugin.checks.inputs import Inputs
+from arf_plugin.checks.report import check_anchor_set
 
 
 def write_captions(anchors: Path, rows: dict[str, object], name: str = "part-00000.parquet") -> Path:

@@ -16,7 +16,7 @@ from support.environments import make_environment
 from support.trainer import SHIM
 
 from arf_plugin.hooks.source_patches import Series, releases
-from arf_plugin.hooks.table import ROWS
+from arf_plugin.hooks.table import HOOKS
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = importlib.metadata.version("open_clip_torch")
@@ -214,13 +214,13 @@ def test_odd_sources_are_refused_in_one_sentence(run_arf, sources, problem):
     assert len(done.stderr.splitlines()) <= 2
 
 
-def test_every_row_is_in_the_patches():
-    """A row of the hook table that no patch knows would leave forks without it."""
+def test_every_hook_is_in_the_patches():
+    """A hook of the table that no patch knows would leave forks without it."""
     for release in releases():
         text = "".join(path.read_text() for path in Series("arf", release).paths)
-        for row in ROWS:
-            if row.covers(release) and row.when not in ("start-up", "parsing"):
-                assert f'arf.row("{row.id}"' in text, (release, row.id)
+        for hook in HOOKS:
+            if hook.covers(release) and hook.when not in ("start-up", "parsing"):
+                assert f'arf.hook("{hook.id}"' in text, (release, hook.id)
         assert f'release="{release}"' in text and "arf.add_flags(parser)" in text
 
 

@@ -18,8 +18,8 @@ import pytest
 from support.building import drawing
 from support.tars import write_tar
 
-from arf_plugin.anchors.check import check_anchor_set
 from arf_plugin.checks.inputs import Inputs, Run
+from arf_plugin.checks.report import check_anchor_set
 from arf_plugin.checks.rules import RULES, findings
 from arf_plugin.data.dealing import dealt_shards
 from arf_plugin.data.startup import check_inputs

@@ -13,9 +13,8 @@ from typing import Any
 from arf_plugin.anchors.manifest import read_manifest
 from arf_plugin.anchors.scan import ShardScan
 from arf_plugin.anchors.tars import is_remote
-from arf_plugin.checks.finding import NAMED
 from arf_plugin.checks.inputs import Inputs, Unknown
-from arf_plugin.checks.rules import findings
+from arf_plugin.checks.rules import NAMED, findings
 from arf_plugin.errors import ArfError
 
 SHOWN = 20  # errors in the report for people; the JSON report has them all
@@ -44,30 +43,17 @@ class Report:
     def lines(self) -> list[str]:
         """The report for people."""
         lines = [f"anchor set   {self.anchors}"]
-        if self.captions:
-            lines.append(
-                "captions     {rows:,} for {samples:,} samples, {mean_length:.0f} characters".format(
-                    **self.captions
-                )
-            )
-        else:
-            lines.append("captions     none: the caption term is off")
-        if self.pairs:
-            megabytes = self.pairs["image_bytes"] / 1e6
-            lines.append(
-                "pairs        {count:,} in {shards:,} shards".format(**self.pairs)
-                + f", {megabytes:.1f} MB of images"
-            )
-        else:
-            lines.append("pairs        none: the pair term is off")
-        if self.task:
-            lines.append("task data    {samples:,} samples".format(**self.task))
-        if self.coverage:
-            lines.append(
-                "coverage     {covered:,} of {samples:,} samples have a caption ({percent:.1f}%)".format(
-                    **self.coverage
-                )
-            )
+        for name, found, text in (
+            ("captions", self.captions, "{rows:,} for {samples:,} samples, {mean_length:.0f} characters"),
+            ("pairs", self.pairs, "{count:,} in {shards:,} shards, {image_megabytes:.1f} MB of images"),
+            ("task data", self.task, "{samples:,} samples"),
+            ("coverage", self.coverage, "{covered:,} of {samples:,} samples have a caption ({percent:.1f}%)"),
+        ):
+            if found:
+                megabytes = found.get("image_bytes", 0) / 1e6
+                lines.append(f"{name:<13}" + text.format(**found, image_megabytes=megabytes))
+            elif name in ("captions", "pairs"):
+                lines.append(f"{name:<13}none: the {name.removesuffix('s')} term is off")
         if self.task and self.pairs and self.pairs["count"]:
             times = self.task["samples"] / self.pairs["count"]
             lines.append(
@@ -94,21 +80,13 @@ def check_anchor_set(inputs: Inputs) -> Report:
     if not is_remote(inputs.anchors):
         with contextlib.suppress(ArfError):  # it is among the findings
             report.manifest = read_manifest(Path(inputs.anchors))
-    for name, count in (
-        ("captions", count_captions),
-        ("pairs", count_pairs),
-        ("task", _count_task),
-        ("coverage", _count_coverage),
-    ):
-        try:
+    for name, count in _COUNTS.items():
+        with contextlib.suppress(ArfError, Unknown):
             setattr(report, name, count(inputs))
-        except (ArfError, Unknown):
-            continue
     return report
 
 
-def count_captions(inputs: Inputs) -> dict[str, Any] | None:
-    """Counts of the captions; None without any."""
+def _count_captions(inputs: Inputs) -> dict[str, Any] | None:
     if not inputs.caption_files:
         return None
     captions = inputs.captions
@@ -120,14 +98,14 @@ def count_captions(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
-def count_pairs(inputs: Inputs) -> dict[str, Any] | None:
-    """Counts of the pairs; None without any. Repeated images are known if they were read."""
+def _count_pairs(inputs: Inputs) -> dict[str, Any] | None:
+    """Repeated images are known if they were read."""
     if not inputs.pair_shards:
         return None
     scans = [scan for _, scan in inputs.pairs if isinstance(scan, ShardScan)]
-    count, digests = sum(len(scan.keys) for scan in scans), [d for scan in scans for d in scan.digests]
+    digests = [digest for scan in scans for digest in scan.digests]
     return {
-        "count": count,
+        "count": sum(len(scan.keys) for scan in scans),
         "shards": len(inputs.pair_shards),
         "image_bytes": sum(scan.image_bytes for scan in scans),
         "repeated": len(digests) - len(set(digests)) if inputs.full else None,
@@ -151,18 +129,21 @@ def _count_task(inputs: Inputs) -> dict[str, Any] | None:
 def _count_coverage(inputs: Inputs) -> dict[str, Any] | None:
     if inputs.train_data is None or not inputs.caption_files:
         return None
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    ids = pa.array(inputs.task.ids, pa.large_string())
-    found = pc.is_in(ids, value_set=inputs.captions.ids)
-    missing = ids.filter(pc.invert(found))
-    covered = len(ids) - len(missing)
+    samples, missing = len(inputs.task.ids), inputs.without_caption
+    covered = samples - len(missing)
     return {
-        "samples": len(ids),
+        "samples": samples,
         "covered": covered,
-        "percent": 100 * covered / len(ids),
+        "percent": 100 * covered / samples,
         "missing": len(missing),
-        "missing_examples": missing[:NAMED].to_pylist(),
+        "missing_examples": missing[:NAMED],
         "unused": len(inputs.captions.ids) - covered,
     }
+
+
+_COUNTS = {
+    "captions": _count_captions,
+    "pairs": _count_pairs,
+    "task": _count_task,
+    "coverage": _count_coverage,
+}
