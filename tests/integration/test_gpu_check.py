@@ -94,11 +94,12 @@ def test_what_evaluates_is_left_out_without_clip_benchmark(trainers, monkeypatch
 
 @pytest.mark.slow
 def test_all_checks(tmp_path):
-    done, content, markdown = check(tmp_path, "--budget", 1500)
+    done, content, markdown = check(tmp_path, "--budget", 2400)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = {name: row["status"] for name, row in content["checks"].items()}
     skipped = {"compile", "step-ViT-B-16-bf16", "step-ViT-B-16-fp32"}
     assert {name for name, verdict in verdicts.items() if verdict == "skipped"} == skipped
     assert all(verdict == "passed" for name, verdict in verdicts.items() if name not in skipped)
-    assert all(row["bars"] for name, row in content["checks"].items() if "fp64" in str(row.get("bars")))
+    without = skipped | {"machine", "step-ViT-B-32-bf16", "step-ViT-B-32-fp32", "loaders", "waiting"}
+    assert all(row["bars"] for name, row in content["checks"].items() if name not in without)
     assert "| ARF, A = B, trimmed |" in markdown
