@@ -234,5 +234,5 @@ def build_pair_loader(
         shuffle=False,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),  # not run here: no GPU
+        pin_memory=torch.cuda.is_available(),
     )
