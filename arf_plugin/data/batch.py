@@ -27,13 +27,15 @@ from arf_plugin.data.trim import TextTrimmer
 
 Sample = dict[str, Any]
 Batch = dict[str, torch.Tensor]
+Preprocess = Callable[[Any], torch.Tensor]
+Tokenize = Callable[[list[str]], torch.Tensor]
 
 # What the two towers take, in this order; the features that come out are split by it again.
 IMAGES = ("image", "pair_image")
 TEXTS = ("text", "label", "caption_text", "pair_text")
 
 
-def collate(samples: list[Sample], tokenize: Callable[[list[str]], torch.Tensor]) -> Batch:
+def collate(samples: list[Sample], tokenize: Tokenize) -> Batch:
     """Makes a batch of samples: tensors and numbers are stacked, texts tokenized all at once."""
     batch: dict[str, Any] = default_collate(samples)
     return {name: tokenize(part) if isinstance(part, list) else part for name, part in batch.items()}

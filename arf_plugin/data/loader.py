@@ -25,11 +25,11 @@ from open_clip_train.data import SharedEpoch
 
 from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
-from arf_plugin.data.batch import Batch, BatchLayout, OptimizerStep, as_tuple
+from arf_plugin.data.batch import Batch, BatchLayout, OptimizerStep, Preprocess, as_tuple
 from arf_plugin.data.captions import CaptionStore
 from arf_plugin.data.pairs import pair_loader
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts
-from arf_plugin.data.task import Preprocess, TaskLoader, task_loader
+from arf_plugin.data.task import TaskLoader, task_loader
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import AnchorSetError, ArfError

@@ -12,20 +12,21 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import webdataset as wds
-from open_clip_train.data import SharedEpoch
 from torch.utils.data import default_collate, get_worker_info
 
 from arf_plugin.anchors.files import list_files_of
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import scan_samples
-from arf_plugin.data.batch import Batch, Sample
-from arf_plugin.data.task import Pipeline, Preprocess
+from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.order import Pipeline, SampleOrder
+
+if TYPE_CHECKING:
+    from open_clip_train.data import SharedEpoch
 
 SHUFFLE_BUFFER = 2000
 NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted

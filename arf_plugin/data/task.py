@@ -26,14 +26,11 @@ from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.task import is_csv
 from arf_plugin.anchors.task_csv import CLASS_COLUMN, read_csv
-from arf_plugin.data.batch import Batch, Sample, collate
+from arf_plugin.data.batch import Batch, Preprocess, Sample, Tokenize, collate
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.errors import FlagError, TaskDataError
-from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.order import Pipeline, SampleOrder
 from arf_plugin.resume.rng import seed_loading
-
-Preprocess = Callable[[Any], torch.Tensor]
-Tokenize = Callable[[list[str]], torch.Tensor]
 
 
 class TaskLoader(NamedTuple):
@@ -146,20 +143,6 @@ def shuffle_sizes() -> tuple[int, int, int, int]:
     names = ("SHARD_SHUFFLE_SIZE", "SHARD_SHUFFLE_INITIAL", "SAMPLE_SHUFFLE_SIZE", "SAMPLE_SHUFFLE_INITIAL")
     first, second, third, fourth = (int(getattr(open_clip_data, f"_{name}")) for name in names)
     return first, second, third, fourth
-
-
-class Pipeline(wds.DataPipeline):
-    """webdataset's pipeline, which tells an order of samples when an epoch begins."""
-
-    def __init__(self, *stages: Any, order: SampleOrder | None = None) -> None:
-        super().__init__(*stages)
-        self.order = order
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.order is not None:
-            self.order.begin()
-        iterator: Iterator[Any] = super().__iter__()
-        return iterator
 
 
 def task_loader(

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from arf_plugin.resume.rng import derive_seed, seed_loading
@@ -74,3 +75,17 @@ class SampleOrder:
         """Number of the loader worker that this is called in; 0 in the main process."""
         worker = get_worker_info()
         return worker.id if worker else 0
+
+
+class Pipeline(wds.DataPipeline):
+    """webdataset's pipeline, which tells an order of samples when an epoch begins."""
+
+    def __init__(self, *stages: Any, order: SampleOrder | None = None) -> None:
+        super().__init__(*stages)
+        self.order = order
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.order is not None:
+            self.order.begin()
+        iterator: Iterator[Any] = super().__iter__()
+        return iterator

@@ -122,12 +122,12 @@ def test_the_cache_follows_changes_and_survives_damage(tmp_path):
 
 
 def test_prompts_and_captions_are_tokenized_apart(tmp_path):
-    data.write_captions(tmp_path, {"a/1": "a grey cat on a mat", "a/2": "another\0text"})
+    data.write_captions(tmp_path, {"a/1": "a grey cat on a mat", "a/2": "another text"})
     texts = TaskTexts(ClassPrompts(["cat"], ["a photo of a {c}."]), open_captions(str(tmp_path)))
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     batch = collate([texts("a/1", b"0", None), texts("a/2", b"0", None)], tokenizer)
     assert torch.equal(batch["text"], tokenizer(["a photo of a cat."] * 2))
-    assert torch.equal(batch["caption_text"], tokenizer(["a grey cat on a mat", "another\0text"]))
+    assert torch.equal(batch["caption_text"], tokenizer(["a grey cat on a mat", "another text"]))
 
 
 def test_a_missing_caption_is_an_error_or_the_prompt(tmp_path):
