@@ -142,10 +142,11 @@ class AnchorSet:
         Raises:
             AnchorSetError: There are no pairs, or fewer shards than workers.
         """
-        from arf_plugin.data.epoch import SharedEpoch
-        from arf_plugin.data.pairs import build_pair_loader
+        from open_clip_train.data import SharedEpoch
 
-        loader: Iterable[tuple[torch.Tensor, torch.Tensor]] = build_pair_loader(
+        from arf_plugin.data.pairs import pair_loader
+
+        loader = pair_loader(
             self.pair_shards,
             preprocess=preprocess,
             tokenize=tokenizer,
@@ -155,7 +156,7 @@ class AnchorSet:
             seed=seed,
             epoch=SharedEpoch(),
         )
-        return loader
+        return ((batch["pair_image"], batch["pair_text"]) for batch in loader)
 
 
 def build_anchors(

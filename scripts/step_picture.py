@@ -31,18 +31,18 @@ CAPTIONS = (
 )
 TASK = (
     Hop("task/*.tar", ""),
-    Hop("shards dealt out, samples read", "open_clip_train.data.get_wds_dataset"),
-    Hop("class prompt and caption", "data/texts.py:JoinedSamples"),
-    Hop("decode, crop, tokenize, batch", "data/texts.py:JointTokenizer"),
+    Hop("shards dealt out, samples shuffled", "data/task.py:task_loader"),
+    Hop("decode, crop; class prompt and caption", "data/task.py:TaskSamples"),
+    Hop("stack, tokenize: one batch", "data/batch.py:collate"),
 )
 PAIRS = (
     Hop("ANCHORS/pairs/*.tar", ""),
     Hop("each pair once per pass, shuffled", "data/pairs.py:PairShards"),
-    Hop("read and decode", "data/pairs.py:PairDecoder"),
-    Hop("batch of A pairs", "data/pairs.py:build_pair_loader"),
+    Hop("read and decode", "data/pairs.py:PairSamples"),
+    Hop("batch of A pairs", "data/pairs.py:pair_loader"),
 )
 SHARED = (
-    Hop("one batch of both: image, text, caption, pair image, pair text", "data/loader.py:AnchoredLoader"),
+    Hop("one batch of both: image, text, caption, pair image, pair text", "data/loader.py:TrainingLoader"),
     Hop("texts cut to the longest; concatenated on the device", "data/batch.py:DeviceConcat"),
     Hop("one forward pass of each tower: [x; x_a] and [t_cls; t_cap; t_a]", "open_clip.CLIP.forward"),
     Hop("features split by known sizes; open_clip's loss three times", "losses/anchored.py:AnchoredLoss"),

@@ -117,8 +117,7 @@ def _validated(table: pa.Table, short: str, first: int) -> pa.Table:
     columns = []
     for name in COLUMNS:
         column = _as_text(table[name], short, name, first)
-        # NUL separates a prompt from its caption on the way to the tokenizer; tokenizers drop it at best. A byte-order
-        # mark by itself is as good as nothing.
+        # Tokenizers drop NUL at best. A byte-order mark by itself is as good as nothing.
         bare = pc.utf8_trim_whitespace(pc.utf8_trim(column, "\ufeff"))
         unusable = pc.fill_null(pc.or_(pc.equal(bare, ""), pc.match_substring(column, "\0")), True)
         row = pc.index(unusable, True).as_py()

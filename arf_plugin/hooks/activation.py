@@ -110,7 +110,7 @@ def hooks_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Ho
 def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
-    session = Session(arf, ENGINE, version)
+    session = Session(arf, version)
     ENGINE.apply(hooks_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
     _make_logs_printable()
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)

@@ -34,8 +34,7 @@ class Hook:
         versions: Upstream releases that the hook was written for: version specifiers, with " or " between ranges.
         wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
             the original's place.
-        when: How long the hook holds: ``start-up``, ``parsing``, ``run``, ``resumable run``, ``building task data`` or
-            ``ordering task data``.
+        when: How long the hook holds: ``start-up``, ``parsing``, ``run`` or ``resumable run``.
         why: What it is for, in one line.
         origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The hook applies
             only if both are the same object, so nobody else's patch is overwritten. ``builtins:name`` is a built-in

@@ -104,28 +104,6 @@ SERIES = {
             ),
         ),
         Patch(
-            "task-data",
-            "Class prompts and captions are joined to raw task samples, which --arf-deterministic shuffles by seed.",
-            (
-                Edit(
-                    "data.py",
-                    "            tarfile_to_samples_nothrow,  #",
-                    '            arf.hook("task-samples", tarfile_to_samples_nothrow),  #',
-                ),
-                Edit(
-                    "data.py",
-                    "            wds.shuffle(\n                bufsize=_SAMPLE",
-                    '            arf.hook("webdataset", wds).shuffle(\n                bufsize=_SAMPLE',
-                ),
-                Edit(
-                    "data.py",
-                    " = wds.DataPipeline(*pipeline)",
-                    ' = arf.hook("webdataset", wds).DataPipeline(*pipeline)',
-                ),
-                Edit("data.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
-            ),
-        ),
-        Patch(
             "step-checkpoints",
             "--resume goes on from a step checkpoint, in the middle of an epoch.",
             (
