@@ -32,7 +32,7 @@ CAPTIONS = (
 TASK = (
     Hop("task/*.tar", ""),
     Hop("shards dealt out, samples shuffled", "data/task.py:task_loader"),
-    Hop("decode, crop; class prompt and caption", "data/task.py:TaskSamples"),
+    Hop("decode, crop; prompt and caption", "data/task.py:TaskSamples"),
     Hop("stack, tokenize: one batch", "data/batch.py:collate"),
 )
 PAIRS = (
@@ -66,7 +66,7 @@ def svg() -> str:
     height = 2 * MARGIN + (joint + len(SHARED)) * (HEIGHT + GAP) - GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" font-family="sans-serif">',
+        f'width="{WIDTH}" height="{height}" font-family="Roboto, Open Sans, DejaVu Sans, sans-serif">',
         "<title>One training step, from disk to loss</title>",
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
         'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="#444"/></marker></defs>',
