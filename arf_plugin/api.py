@@ -274,8 +274,8 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
     Raises:
         EvaluationError: Checkpoints of different architectures, a file that is none, or an alpha outside [0, 1].
     """
+    from arf_plugin.evaluation.candidates import find_original
     from arf_plugin.evaluation.interpolation import interpolate_files
-    from arf_plugin.evaluation.originals import find_original
 
     interpolate_files(find_original(str(original)), Path(tuned), alpha, Path(out))
     return Path(out)

@@ -139,10 +139,6 @@ class Suite(SuiteFile):
 
     name: str
 
-    def metric(self, name: str) -> str:
-        """The metric that heads the table for a set."""
-        return self.sets[name].metric if name in self.sets else "top1"
-
 
 def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
     """Computes a suite's averages.
