@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+from arf_plugin.console import progress
 from arf_plugin.untrusted import printable
 
 if TYPE_CHECKING:
@@ -64,13 +64,11 @@ def register(subparsers: options.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks and reports."""
-    from tqdm import tqdm
-
     from arf_plugin.checks.inputs import Inputs
     from arf_plugin.checks.report import check_anchor_set
     from arf_plugin.data.prompts import load_classnames
 
-    with tqdm(desc="check", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress("check", "shards") as bar:
         inputs = Inputs(
             anchors=args.anchors,
             missing_caption=args.arf_missing_caption,
@@ -82,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
             texts_known=args.arf_classnames is not None,
             full=args.full,
-            advance=lambda url: bar.update(1),
+            advance=lambda url: bar.update(),
         )
         if args.batch_size and args.task_data:
             inputs.run = _shape(args, len(inputs.pair_shards))
