@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def execute(ablation: Ablation, args: argparse.Namespace) -> int:
     """Does what is left and prints the table."""
     from arf_plugin.ablation.launch import stop_all
-    from arf_plugin.ablation.schedule import places
+    from arf_plugin.ablation.runs import places
     from arf_plugin.ablation.table import as_text
 
     def end(*_: object) -> None:
@@ -119,7 +119,9 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, end)
     on_cpu = all(
-        arm.flags.get("device") == ("cpu",) for arm in ablation.grid.arms if arm.is_trained and not arm.probe
+        arm.flags.get("device") == ("cpu",)
+        for arm in ablation.grid.arms
+        if arm.is_trained and not arm.is_probe
     )
     result = ablation.run(places(args.jobs, ablation.processes, on_cpu))
     if args.json:
@@ -144,7 +146,7 @@ def check_flags(runs: Sequence[Run]) -> None:
     Raises:
         GridError: with the arm's place in the file.
     """
-    from arf_plugin.ablation.flags import counts
+    from arf_plugin.ablation.config import COUNTS
     from arf_plugin.errors import ArfError, FlagError, GridError
     from arf_plugin.hooks.activation import check_args
 
@@ -155,12 +157,12 @@ def check_flags(runs: Sequence[Run]) -> None:
             continue
         checked.add(run.arm.name)
         try:
-            if run.arm.probe:
+            if run.arm.is_probe:
                 _check_own(command[command.index("probe") :])
             else:
                 args = check_args(command[command.index("open_clip_train.main") + 1 :])
-                for name, count in counts(run.arm.flags).items():  # argparse takes beginnings of names, too
-                    if getattr(args, name.replace("-", "_")) != count:
+                for name in COUNTS:  # argparse takes beginnings of names, too
+                    if getattr(args, name.replace("-", "_")) != run.count(name):
                         raise FlagError(f"one of its flags is short for --{name}; write '{name}'.")
         except ArfError as error:
             raise GridError(f"{run.arm.where}: arm '{run.arm.name}' cannot run: {error}") from error
