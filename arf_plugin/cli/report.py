@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from tqdm import tqdm
 
-    from arf_plugin.report.records import as_json
-    from arf_plugin.report.report import Options, make_report
+    from arf_plugin.report.output import as_json, make_report
+    from arf_plugin.report.report import Options
 
     chosen = Options(
         anchors=args.anchors,
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             chosen,
             on_pair=lambda: pairs.update(1),
-            on_figure=lambda: drawn.update(1),
+            on_plot=lambda: drawn.update(1),
         )
     if args.json:
         print(json.dumps(as_json(report), indent=2, ensure_ascii=False))

@@ -17,9 +17,8 @@ from arf_plugin.anchors.captions import caption_batches
 from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.tars import Sample, scan_samples
 from arf_plugin.errors import AnchorSetError, ReportError
-from arf_plugin.report.images import Place, TaskImages, read_image
-from arf_plugin.report.numbers import finite
-from arf_plugin.report.thumbnails import Thumbnail, thumbnail
+from arf_plugin.report.images import Place, TaskImages, Thumbnail, read_image, thumbnail
+from arf_plugin.report.sources import finite
 from arf_plugin.untrusted import parse_json
 
 CANDIDATES = 6  # queries followed per card that is shown

@@ -1,10 +1,10 @@
-"""Colours and marks of the report: one per arm, the same in every figure and table.
+"""Colours and marks of the report: one per arm, the same in every plot and table.
 
 Colours come in two sets, for a light and a dark page. No reader has to tell twelve hues apart: each arm also has a mark
-of its own, figures name their lines, and where many arms meet, all but two of them are grey. The first six trained
+of its own, plots name their lines, and where many arms meet, all but two of them are grey. The first six trained
 arms differ in lightness as well as hue (after Okabe and Ito, "Color Universal Design", 2008).
 
-A figure is drawn once with place holders in place of colours. On the page they become CSS variables, so the figure
+A plot is drawn once with place holders in place of colours. On the page they become CSS variables, so the plot
 follows the reader's light or dark mode; in the files beside it they become the light set.
 """
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import MissingDependencyError
-from arf_plugin.report.panels import NORMAL, WIDTH, Panel
-from arf_plugin.report.style import Style, Theme
+from arf_plugin.report.plots import NORMAL, WIDTH, Group, Panel
+from arf_plugin.report.style import Style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,21 +34,6 @@ _FAMILY = re.compile(r"font-family: [^;\"]*;? ?")
 # The style, `*{stroke-linejoin: round; ...}`, would reach all of a page; the metadata name vocabularies by address.
 _LEFT_OUT = re.compile(r"<(style|metadata)\b.*?</\1>", re.DOTALL)
 FAMILY = "font-family: system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Panels that belong together: one section of the page, one file beside it.
-
-    Attributes:
-        name: of the files.
-        title: heads the file.
-        panels: at least one.
-    """
-
-    name: str
-    title: str
-    panels: Sequence[Panel]
 
 
 def for_page(panel: Panel, style: Style, prefix: str) -> str:
@@ -92,14 +75,13 @@ def save(group: Group, folder: Path, style: Style) -> list[str]:
                 panel.draw(axes, theme)
                 axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
             with replacing(folder / f"{group.name}.{kind}") as temporary:
+                figure.patch.set_alpha(1)
+                figure.patch.set_facecolor(theme.paper)
                 if kind == "png":
-                    _paint(figure, theme)
                     figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
                 else:
-                    _paint(figure, theme)
-                    temporary.write_text(
-                        style.for_file(_FAMILY.sub(f"{FAMILY}; ", _svg(figure))), encoding="utf-8"
-                    )
+                    svg = style.for_file(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)))
+                    temporary.write_text(svg, encoding="utf-8")
     return [f"{group.name}.svg", f"{group.name}.png"]
 
 
@@ -119,11 +101,6 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout=layout)
     figure.patch.set_alpha(0)
     return figure
-
-
-def _paint(figure: Figure, theme: Theme) -> None:
-    figure.patch.set_alpha(1)
-    figure.patch.set_facecolor(theme.paper)
 
 
 def _svg(figure: Figure) -> str:
