@@ -47,7 +47,7 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
     with _context():
         figure = _figure(WIDTH, panel.height)
         axes = figure.add_subplot()
-        panel.draw(axes, style.theme())
+        panel.draw(axes, style.theme)
         svg = _svg(figure)
     svg = svg[svg.index("<svg") :]
     svg = _FAMILY.sub("", _LEFT_OUT.sub("", svg))
@@ -65,23 +65,20 @@ def save(group: Group, folder: Path, style: Style) -> list[str]:
         max(panel.height for panel in group.panels[row * columns : (row + 1) * columns]) + 26
         for row in range(rows)
     ]
-    for theme, kind in ((style.theme(), "svg"), (style.light(), "png")):
-        with _context():
-            figure = _figure(WIDTH * columns, sum(heights) + 34)
-            figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
-            grid = figure.add_gridspec(rows, columns, height_ratios=heights)
-            for index, panel in enumerate(group.panels):
-                axes = figure.add_subplot(grid[divmod(index, columns)])
-                panel.draw(axes, theme)
-                axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
-            with replacing(folder / f"{group.name}.{kind}") as temporary:
-                figure.patch.set_alpha(1)
-                figure.patch.set_facecolor(theme.paper)
-                if kind == "png":
-                    figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
-                else:
-                    svg = style.for_file(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)))
-                    temporary.write_text(svg, encoding="utf-8")
+    theme = style.theme
+    with _context():
+        figure = _figure(WIDTH * columns, sum(heights) + 34)
+        figure.patch.set(alpha=1, facecolor=theme.paper)
+        figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
+        grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+        for index, panel in enumerate(group.panels):
+            axes = figure.add_subplot(grid[divmod(index, columns)])
+            panel.draw(axes, theme)
+            axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
+        with replacing(folder / f"{group.name}.svg") as temporary:
+            temporary.write_text(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)), encoding="utf-8")
+        with replacing(folder / f"{group.name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return [f"{group.name}.svg", f"{group.name}.png"]
 
 
