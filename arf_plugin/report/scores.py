@@ -173,16 +173,21 @@ class Averages:
     """
 
     def __init__(self, suites: Sequence[str], sets: Sequence[str]) -> None:
-        by_set = Suite("", "", {}, {name: Average(name, "", (name,)) for name in sets})
+        each = {name: Average.model_construct(kind="", of=(name,)) for name in sets}  # of no kind
+        by_set = Suite.model_construct(name="", description="", sets={}, averages=each)
         self.suites = [load_suite(name) for name in suites] or [by_set]
         repeated = [name for suite in self.suites for name in suite.averages]
         self.known: dict[str, Average] = {}
         self._names: dict[tuple[str, str], str] = {}
+        self._sets: dict[str, tuple[str, ...]] = {}
         for suite in self.suites:
             for name, entry in suite.averages.items():
                 shown = name if repeated.count(name) == 1 else f"{suite.name}: {name}"
-                self.known[shown] = entry
-                self._names[suite.name, name] = shown
+                parts = (
+                    [entry] if entry.harmonic is None else [suite.averages[part] for part in entry.harmonic]
+                )
+                self.known[shown], self._names[suite.name, name] = entry, shown
+                self._sets[shown] = tuple(dict.fromkeys(member for part in parts for member in part.of))
 
     @property
     def main(self) -> list[str]:
@@ -213,11 +218,7 @@ class Averages:
 
     def sets(self, name: str) -> tuple[str, ...]:
         """The sets of an average, those of a harmonic mean's parts included."""
-        entry = self.known[name]
-        if entry.harmonic is None:
-            return entry.of
-        parts = [other for other in self.known.values() if other.name in entry.harmonic]
-        return tuple(dict.fromkeys(member for part in parts for member in part.of))
+        return self._sets[name]
 
 
 class Results:
