@@ -15,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,44 +32,38 @@ if TYPE_CHECKING:
     from arf_plugin.evaluation.sets import EvaluationSet
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What of a grid is to be done.
-
-    Attributes:
-        arms: Names of the arms; None for all. Probes that they start from come along.
-        seeds: Seeds; None for all.
-        restart: Names of the arms whose earlier work is thrown away.
-        processes: torchrun's --nproc_per_node; None for the grid's.
-    """
-
-    arms: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
-    restart: Sequence[str] = ()
-    processes: int | None = None
-
-
 class Ablation:
     """A grid in its folder.
 
     Args:
         grid: The grid.
         folder: GRID.
-        selection: What of it is to be done.
+        arms: Names of the arms that are to be done; None for all. Probes that they start from come along.
+        seeds: Seeds; None for all.
+        restart: Names of the arms whose earlier work is thrown away.
+        processes: torchrun's --nproc_per_node; None for the grid's.
 
     Raises:
         GridError: An arm or a seed that is not in the grid.
     """
 
-    def __init__(self, grid: Grid, folder: Path, selection: Selection) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        folder: Path,
+        arms: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        restart: Sequence[str] = (),
+        processes: int | None = None,
+    ) -> None:
         self.grid, self.folder = grid, folder
         names = [arm.name for arm in grid.arms]
-        wanted = set(_known(selection.arms, names, "--arms"))
+        wanted = set(_known(arms, names, "--arms"))
         wanted |= {arm.head for arm in grid.arms if arm.name in wanted and arm.head is not None}
         self.names = [name for name in names if name in wanted]
-        self.seeds = _known(selection.seeds, grid.seeds, "--seeds")
-        self.restart = [grid.arm(name) for name in _known(selection.restart, names, "--restart", none=True)]
-        self.processes = selection.processes or grid.processes
+        self.seeds = _known(seeds, grid.seeds, "--seeds")
+        self.restart = [grid.arm(name) for name in _known(restart, names, "--restart", none=True)]
+        self.processes = processes or grid.processes
         self.choices = Choices(folder)
         self._check_averages()
         self.failures: dict[str, str] = {}
