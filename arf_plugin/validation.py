@@ -150,7 +150,9 @@ def _message(found: ErrorDetails, location: Location, model: type[BaseModel]) ->
         return str(context["error"])
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        number = f"{context['actual_length']} of them" if "actual_length" in context else shown(value)
+        number = (
+            f"{context['actual_length']} of them" if "actual_length" in context else shown(value).strip("'")
+        )
         return f"found {number}, expected {words} {context[bound]}."
     expected = _EXPECTED.get(kind) or _EXPECTED.get(kind.partition("_")[0])
     if expected is None:

@@ -15,16 +15,13 @@ from arf_plugin.errors import GridError
 from arf_plugin.untrusted import read_json
 
 
-def build(
-    grid: Grid, chosen: AnchorSet, say: Callable[[str], object], environment: Mapping[str, str]
-) -> None:
+def build(grid: Grid, chosen: AnchorSet, say: Callable[[str], object]) -> None:
     """Makes an anchor set, unless it is there; the stages of `arf` resume by themselves.
 
     Args:
         grid: the grid.
         chosen: the set.
         say: takes a line for the user.
-        environment: variables beside those of this process.
 
     Raises:
         GridError: a command failed, with the end of its log; or the set was built by other commands.
@@ -43,7 +40,7 @@ def build(
     for words in chosen.build:
         say(f"anchors {chosen.name}: arf {shlex.join(words)}")
         log = chosen.path / "build.log"
-        if run_logged([*ARF, *words], log, environment=environment):
+        if run_logged([*ARF, *words], log, environment={"OMP_WAIT_POLICY": "passive"}):
             raise GridError(
                 f"The anchor set '{chosen.name}' could not be built; the end of {log}:\n{last_lines(log)}"
             )

@@ -1,4 +1,4 @@
-"""Hyper-parameters chosen on validation sets, and the figures behind each choice, in GRID/choices.json.
+"""Hyper-parameters chosen on validation sets, and the scores behind each choice, in GRID/choices.json.
 
 Every candidate of every arm is trained with the grid's first seed and judged by the same average over the validation
 sets; ties go to the candidate that is listed first. The winner's run becomes the arm's run of that seed. The test sets
@@ -12,13 +12,38 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from arf_plugin.ablation.config import Arm, Grid
-from arf_plugin.ablation.plan import Run
 from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import GridError
-from arf_plugin.untrusted import read_json, require_fields
+from arf_plugin.untrusted import read_json
+from arf_plugin.validation import Listed, Strict, validated
 
 _ADVICE = "Remove it, and what was chosen is chosen again from what has been measured."
+
+
+class _Candidate(Strict):
+    flags: dict[str, str]
+    validation: dict[str, float]
+
+
+class _Chosen(Strict):
+    by: str
+    seed: int
+    candidates: Listed[_Candidate]
+    chosen: int
+
+
+class _ChosenAlpha(Strict):
+    by: str
+    validation: dict[str, float]
+    chosen: float
+
+
+class _File(Strict):
+    arms: dict[str, _Chosen] = Field(default_factory=dict)
+    wise: dict[str, _ChosenAlpha] = Field(default_factory=dict)
 
 
 class Choices:
@@ -30,107 +55,84 @@ class Choices:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "choices.json"
-        self.content: dict[str, Any] = {"arms": {}, "wise": {}}
-        if self.path.exists():
-            self.content |= read_json(self.path, GridError, advice=_ADVICE)
-            require_fields(self.content, {"arms": dict, "wise": dict}, str(self.path), GridError, _ADVICE)
+        found = read_json(self.path, GridError, advice=_ADVICE) if self.path.exists() else {}
+        self.content = validated(_File, found, str(self.path), GridError, _ADVICE).model_dump(mode="json")
 
     def chosen(self, arm: Arm) -> int | None:
         """Number of the chosen candidate; None if the choice has not been made.
 
         Raises:
-            GridError: it was made among other candidates.
+            GridError: It was made among other candidates.
         """
-        if arm.choice is None or arm.name not in self.content["arms"]:
+        entry = self.content["arms"].get(arm.name)
+        if arm.choice is None or entry is None:
             return None
-        entry = self.content["arms"][arm.name]
-        where = f"{self.path}, arm '{arm.name}'"
-        again = f"Choose again with: --restart {arm.name}"
-        require_fields({"entry": entry}, {"entry": dict}, where, GridError, again)
-        require_fields(entry, {"candidates": list, "by": str, "chosen": int}, where, GridError, again)
-        now = _candidates(arm)
-        before = [found.get("flags") if isinstance(found, dict) else found for found in entry["candidates"]]
-        if before != now or entry["by"] != arm.choice.by:
+        now, before = _candidates(arm), [found["flags"] for found in entry["candidates"]]
+        if before != now or entry["by"] != arm.choice.by or not 0 <= entry["chosen"] < len(now):
             raise GridError(
-                f"Arm '{arm.name}' was chosen among {json.dumps(before)} by {entry['by']}; the grid now has "
-                f"{json.dumps(now)} by {arm.choice.by}.\nChoose again with: --restart {arm.name}"
+                f"Arm '{arm.name}' was chosen among {json.dumps(before)[:300]} by {entry['by'][:80]} (number "
+                f"{entry['chosen']}); the grid now has {json.dumps(now)[:300]} by {arm.choice.by}.\n"
+                f"Choose again with: --restart {arm.name}"
             )
-        if not 0 <= entry["chosen"] < len(now):
-            raise GridError(f"{where}: candidate {entry['chosen']} is none of {len(now)}. {again}")
         return int(entry["chosen"])
 
     def decide(self, arm: Arm, seed: int, averages: Sequence[Mapping[str, float]]) -> int:
         """Chooses an arm's candidate and writes the choice down.
 
         Args:
-            arm: the arm.
-            seed: the candidates' seed.
-            averages: each candidate's averages over the validation sets, percent.
+            arm: The arm.
+            seed: The candidates' seed.
+            averages: Each candidate's averages over the validation sets, percent.
 
         Returns:
             The winner's number.
 
         Raises:
-            GridError: the average that decides is none of them.
+            GridError: The average that decides is none of them.
         """
         assert arm.choice is not None
+        by = arm.choice.by
         for found in averages:
-            if arm.choice.by not in found:
+            if by not in found:
                 raise GridError(
-                    f"{arm.where}: the choice is by '{arm.choice.by}', which is no average of the validation sets. "
+                    f"{arm.where}: the choice is by '{by}', which is no average of the validation sets. "
                     f"Expected one of: {', '.join(found)}."
                 )
-        values = [found[arm.choice.by] for found in averages]
-        best = values.index(max(values))
-        self.content["arms"][arm.name] = {
-            "by": arm.choice.by,
-            "seed": seed,
-            "candidates": [
-                {"flags": flags, "validation": {name: round(value, 4) for name, value in found.items()}}
-                for flags, found in zip(_candidates(arm), averages, strict=True)
-            ],
-            "chosen": best,
-        }
-        write_json(self.path, self.content)
+        best = max(range(len(averages)), key=lambda number: averages[number][by])
+        listed = [
+            {"flags": flags, "validation": {name: round(value, 4) for name, value in found.items()}}
+            for flags, found in zip(_candidates(arm), averages, strict=True)
+        ]
+        self._write("arms", arm, {"by": by, "seed": seed, "candidates": listed, "chosen": best})
         return best
 
     def decide_alpha(self, arm: Arm, by: str, values: Mapping[float, float]) -> float:
         """Chooses an arm's WiSE-FT alpha by its mean over the seeds; ties go to the smaller one."""
         best = max(sorted(values), key=lambda alpha: values[alpha])
-        entry = {
-            "by": by,
-            "validation": {f"{alpha:g}": round(value, 4) for alpha, value in sorted(values.items())},
-            "chosen": best,
-        }
-        if self.content["wise"].get(arm.name) != entry:
-            self.content["wise"][arm.name] = entry
-            write_json(self.path, self.content)
+        validation = {f"{alpha:g}": round(value, 4) for alpha, value in sorted(values.items())}
+        self._write("wise", arm, {"by": by, "validation": validation, "chosen": best})
         return best
 
     def forget(self, arm: Arm) -> None:
         """Takes an arm's choices back."""
         for kind in ("arms", "wise"):
+            self._write(kind, arm, None)
+
+    def settled(self, grid: Grid) -> dict[str, Arm]:
+        """The arms whose flags are complete, with the chosen ones, by name."""
+        found: dict[str, Arm] = {}
+        for arm in grid.arms:
+            if arm.choice is None:
+                found[arm.name] = arm
+            elif (best := self.chosen(arm)) is not None:
+                found[arm.name] = arm.with_candidate(best)
+        return found
+
+    def _write(self, kind: str, arm: Arm, entry: dict[str, Any] | None) -> None:
+        if self.content[kind].get(arm.name) != entry:
             self.content[kind].pop(arm.name, None)
-        if self.path.is_file():
+            self.content[kind] |= {} if entry is None else {arm.name: entry}
             write_json(self.path, self.content)
-
-
-def settled(grid: Grid, choices: Choices) -> dict[str, Arm]:
-    """The arms whose flags are complete, with the chosen ones, by name."""
-    found: dict[str, Arm] = {}
-    for arm in grid.arms:
-        if arm.choice is None:
-            found[arm.name] = arm
-        elif (best := choices.chosen(arm)) is not None:
-            found[arm.name] = arm.with_candidate(best)
-    return found
-
-
-def promote(candidate: Run, final: Run) -> None:
-    """Makes the winner's run the arm's run of its seed."""
-    if candidate.path.is_dir() and not final.path.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        candidate.path.rename(final.path)
 
 
 def _candidates(arm: Arm) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@
       - {name: before, kind: before}                    not trained
       - {name: flyp, label: FLYP, kind: baseline, what: one sentence, flags: {...}}
       - {name: arf, label: ARF, kind: arf, anchors: retrieved, flags: {arf-caption-weight: 0.5}}
-      - {name: mixed, kind: baseline, anchors: retrieved, mix: 0.5}      pairs are half of the task data
+      - {name: mixed, kind: baseline, anchors: retrieved, mix: 0.5}      half of the task data are pairs
       - {name: probe, kind: baseline, probe: {l2: 1e-3}}                 `arf probe` in the trainer's place
       - {name: lp-ft, kind: baseline, head: probe}                       --arf-head of that arm's checkpoint
       - flyp                        in a grid that extends another: that grid's arm
@@ -34,49 +34,163 @@ Paths are relative to the folder the command runs in, as with the trainer's flag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import re
+import shlex
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from arf_plugin.ablation.flags import Flags
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
+
+from arf_plugin.validation import Strict
+
+BUILDERS = ("caption", "embed", "index", "retrieve", "pack", "anchors")
+COUNTS = {"epochs": 32, "batch-size": 64, "workers": 4, "accum-freq": 1}  # open_clip's defaults
+RESERVED = {  # flags that the grid sets itself, and where it takes them from
+    "model": "the entry 'model'",
+    "pretrained": "the entry 'pretrained'",
+    "train-data": "'task'",
+    "train-num-samples": "'task', as 'samples'",
+    "train-data-upsampling-factors": "the arm's entry 'mix'",
+    "dataset-type": "'task'",
+    "logs": "--out",
+    "name": "the arm's name and seed",
+    "resume": "the grid, which resumes by itself",
+    "save-frequency": "the grid, which keeps the last checkpoint",
+    "delete-previous-checkpoint": "the grid, which keeps the last checkpoint",
+    "seed": "'seeds'",
+    "arf-anchors": "the arm's entry 'anchors'",
+    "arf-classnames": "'task', as 'classnames'",
+    "arf-templates": "'task', as 'templates'",
+    "arf-head": "the arm's entry 'head'",
+}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*(?:-[A-Za-z0-9._+]+)*")
+T = TypeVar("T")
+
+# What follows reads a file's scalars, which are texts as they were written, but for true, false and nothing.
 
 
-@dataclass(frozen=True)
-class Task:
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("found an empty text, expected one with something in it.")
+    return text
+
+
+def _folder_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise ValueError(f"found '{text[:80]}', expected a name for folders: letters, digits and . _ - +.")
+    return text
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 19 else value
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _several(value: Any) -> Any:
+    """A single value stands for a list of one, and nothing for an empty one."""
+    return value if isinstance(value, (list, tuple, dict)) else [] if value is None else [value]
+
+
+def _flag_name(name: str) -> str:
+    if name.startswith("-") or "_" in name or name != name.lower():
+        spelled = name.lstrip("-").replace("_", "-").lower()
+        raise ValueError(f"found the flag '{name}', expected it without dashes in front: '{spelled}'.")
+    if name in RESERVED:
+        raise ValueError(f"--{name} is set by the grid: it comes from {RESERVED[name]}.")
+    return name
+
+
+def _flag_words(value: Any) -> Any:
+    """``true`` is a bare switch, ``false`` or nothing switches a flag off, a list gives several words."""
+    if value is None or isinstance(value, bool):
+        return () if value else None
+    return value if isinstance(value, dict) else tuple(_several(value))
+
+
+def _arf_command(value: Any) -> Any:
+    words = shlex.split(value) if isinstance(value, str) else value
+    return tuple(words[1:] if words[:1] == ["arf"] else words) if isinstance(words, list) else words
+
+
+def _builds_anchors(words: tuple[str, ...]) -> tuple[str, ...]:
+    if not words or words[0] not in BUILDERS:
+        expected = f"expected a command of arf that builds anchors: {', '.join(BUILDERS)}"
+        raise ValueError(f"found '{' '.join(words[:1])[:80]}', {expected}.")
+    return words
+
+
+def _candidates(over: tuple[Flags, ...]) -> tuple[Flags, ...]:
+    if len(over) < 2:
+        raise ValueError("a choice needs at least two candidates; put a single one into 'flags'.")
+    return over
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"found {list(seeds)}, expected one seed or more, each once.")
+    return seeds
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Name = Annotated[str, AfterValidator(_folder_name)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Several = Annotated[tuple[T, ...], BeforeValidator(_several), Field(strict=False)]
+Alpha = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
+# name without dashes -> its words; () for a switch, None for one that is switched off
+Flags = dict[
+    Annotated[str, AfterValidator(_flag_name)],
+    Annotated[tuple[Text, ...] | None, BeforeValidator(_flag_words)],
+]
+Command = Annotated[tuple[Text, ...], BeforeValidator(_arf_command), AfterValidator(_builds_anchors)]
+
+
+class Task(Strict):
     """Task data: shards, how many samples (None: counted), and files of class names and templates."""
 
-    data: str
-    samples: int | None = None
-    classnames: str | None = None
-    templates: str | None = None
+    data: Text
+    samples: Positive | None = None
+    classnames: Text | None = None
+    templates: Text | None = None
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Strict):
     """Suite (name or path), and the data roots of its test and validation sets; no validation is fine."""
 
-    suite: str
-    test: str
-    validation: str | None = None
-    validation_split: str = "validation"
-    batch_size: int = 256
+    suite: Text
+    test: Text
+    validation: Text | None = None
+    validation_split: Text = Field(default="validation", alias="validation-split")
+    batch_size: Positive = Field(default=256, alias="batch-size")
 
 
-@dataclass(frozen=True)
-class AnchorSet:
+class Wise(Strict):
+    """WiSE-FT: alphas, and the average of the validation sets that chooses among them."""
+
+    alphas: Annotated[Several[Alpha], AfterValidator(lambda alphas: tuple(sorted(set(alphas))))] = ()
+    by: Text | None = None
+
+
+class AnchorSet(Strict):
     """An anchor set.
 
     Attributes:
-        name: what arms call it.
-        path: its folder.
-        captions: name of the set whose captions it takes.
+        name: What arms call it.
+        path: Its folder.
+        captions: Name of the set whose captions it takes.
         build: `arf` commands that make it, in order; empty if it is there already.
     """
 
-    name: str
-    path: Path
-    captions: str | None = None
-    build: tuple[tuple[str, ...], ...] = ()
+    name: Name
+    path: Path = Field(strict=False)
+    captions: Text | None = None
+    build: Several[Command] = ()
 
     @property
     def is_built(self) -> bool:
@@ -84,71 +198,84 @@ class AnchorSet:
         return bool(self.build or self.captions)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Strict):
     """Hyper-parameters chosen on validation: candidates, and the average that decides."""
 
-    over: tuple[Flags, ...]
-    by: str
+    over: Annotated[Several[Flags], AfterValidator(_candidates)]
+    by: Text
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(Strict):
     """One arm of the grid.
 
     Attributes:
-        name: of its runs' folders.
-        label: in tables.
-        what: one sentence on what it does.
-        kind: ``before``, ``baseline``, ``control`` or ``arf``.
-        flags: of the trainer, the common ones included; of `arf probe` for a probe.
-        anchors: name of its anchor set.
-        choice: how its open hyper-parameters are chosen.
-        mix: share of anchor pairs in the task data (plain mixing); None for anchors as anchors.
-        probe: whether `arf probe` makes it.
-        head: name of the probe arm whose head it starts from.
-        where: its place in the file.
+        name: Of its runs' folders.
+        label: In tables; by default its name.
+        what: One sentence on what it does.
+        kind: `before` is the model before fine-tuning.
+        flags: Of the trainer, the common ones included; of `arf probe` for a probe.
+        anchors: Name of its anchor set.
+        choice: How its open hyper-parameters are chosen.
+        mix: Share of anchor pairs in the task data (plain mixing); None for anchors as anchors.
+        probe: The options of `arf probe`, if that makes it.
+        head: Name of the probe arm whose head it starts from.
     """
 
-    name: str
-    label: str
-    what: str
-    kind: str
-    flags: Flags = field(default_factory=dict)
-    anchors: str | None = None
-    choice: Choice | None = None
-    mix: float | None = None
-    probe: bool = False
-    head: str | None = None
-    where: str = ""
+    name: Name
+    label: str = ""
+    what: str = ""
+    kind: Literal["before", "baseline", "control", "arf"]
+    anchors: Text | None = None
+    flags: Flags = Field(default_factory=dict)
+    choice: Choice | None = Field(default=None, alias="choose")
+    mix: Annotated[float, BeforeValidator(_number), Field(ge=0.001, le=0.999)] | None = None
+    probe: Annotated[Flags, BeforeValidator(lambda value: {} if value in (None, True) else value)] | None = (
+        None
+    )
+    head: Text | None = None
+    _where: str = PrivateAttr("")
+
+    @property
+    def where(self) -> str:
+        """Its place in the file."""
+        return self._where
 
     @property
     def is_trained(self) -> bool:
         """Whether there is anything to run for it."""
         return self.kind != "before"
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether `arf probe` makes it."""
+        return self.probe is not None
+
     def with_candidate(self, index: int) -> Arm:
         """The arm with a candidate's flags."""
         assert self.choice is not None
-        return replace(self, flags=merge(self.flags, self.choice.over[index]), choice=None)
+        return self.model_copy(update={"flags": merge(self.flags, self.choice.over[index]), "choice": None})
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(Strict):
     """A whole grid; see the module's docstring for the entries."""
 
-    name: str
-    model: str
-    pretrained: str | None
+    name: Text
+    extends: Text | None = None
+    variables: dict[str, Any] = Field(default_factory=dict)
+    model: Text
+    pretrained: Text | None = None
     task: Task
-    processes: int
-    seeds: tuple[int, ...]
+    trainer: Flags
+    processes: Positive = 1
+    seeds: Annotated[Several[Whole], AfterValidator(_each_once)]
     evaluation: Evaluation
-    wise: tuple[float, ...]
-    wise_by: str | None
-    reference: str | None
-    anchors: Mapping[str, AnchorSet]
-    arms: tuple[Arm, ...]
+    wise: Annotated[
+        Wise, BeforeValidator(lambda value: value if isinstance(value, dict) else {"alphas": value})
+    ] = Wise()
+    reference: Text | None = None
+    choose: Choice | None = None
+    anchors: dict[str, AnchorSet] = Field(default_factory=dict)
+    arms: Several[Arm]
 
     def arm(self, name: str) -> Arm:
         """An arm by its name."""
@@ -163,3 +290,14 @@ class Grid:
 def merge(common: Flags, own: Flags) -> Flags:
     """Flags of all arms with those of one over them; what is switched off (None) is left out."""
     return {name: words for name, words in {**common, **own}.items() if words is not None}
+
+
+def command_words(flags: Flags) -> list[str]:
+    """The flags as a command line."""
+    return [word for name, values in flags.items() if values is not None for word in (f"--{name}", *values)]
+
+
+def number(flags: Flags, name: str) -> int:
+    """A whole number of a flag that says how long a run is; open_clip's default without it."""
+    values = flags.get(name)
+    return int(values[0]) if values else COUNTS.get(name, 1)

@@ -10,70 +10,60 @@ results.jsonl (see :mod:`arf_plugin.evaluation.records`), results.json and table
 
 from __future__ import annotations
 
-import fcntl
 import re
+import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.ablation import table
 from arf_plugin.ablation.anchors import build, needed
-from arf_plugin.ablation.choose import Choices, promote, settled
+from arf_plugin.ablation.choose import Choices
 from arf_plugin.ablation.config import AnchorSet, Arm, Grid
-from arf_plugin.ablation.evaluate import measure, open_sets
-from arf_plugin.ablation.plan import Run, before, candidate_runs, final_runs, known, missing_inputs
-from arf_plugin.ablation.runs import changes, discard, is_finished, save_before, versions
-from arf_plugin.ablation.schedule import Places, run_all
+from arf_plugin.ablation.launch import take
+from arf_plugin.ablation.plan import Run, before, candidate_runs, final_runs, missing_inputs
+from arf_plugin.ablation.runs import changes, is_finished, run_all, save_before, versions
 from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import GridError
 
-
-@dataclass(frozen=True)
-class Selection:
-    """What of a grid is to be done.
-
-    Attributes:
-        arms: names of the arms; None for all. Probes that they start from come along.
-        seeds: seeds; None for all.
-        restart: names of the arms whose earlier work is thrown away.
-        processes: torchrun's --nproc_per_node; None for the grid's.
-    """
-
-    arms: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
-    restart: Sequence[str] = ()
-    processes: int | None = None
+if TYPE_CHECKING:
+    from arf_plugin.evaluation.sets import EvaluationSet
 
 
 class Ablation:
     """A grid in its folder.
 
     Args:
-        grid: the grid.
+        grid: The grid.
         folder: GRID.
-        selection: what of it is to be done.
+        arms: Names of the arms that are to be done; None for all. Probes that they start from come along.
+        seeds: Seeds; None for all.
+        restart: Names of the arms whose earlier work is thrown away.
+        processes: torchrun's --nproc_per_node; None for the grid's.
 
     Raises:
-        GridError: an arm or a seed that is not in the grid.
+        GridError: An arm or a seed that is not in the grid.
     """
 
-    def __init__(self, grid: Grid, folder: Path, selection: Selection) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        folder: Path,
+        arms: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        restart: Sequence[str] = (),
+        processes: int | None = None,
+    ) -> None:
         self.grid, self.folder = grid, folder
         names = [arm.name for arm in grid.arms]
-        wanted = set(known(selection.arms, names, "--arms"))
+        wanted = set(_known(arms, names, "--arms"))
         wanted |= {arm.head for arm in grid.arms if arm.name in wanted and arm.head is not None}
         self.names = [name for name in names if name in wanted]
-        seeds = known([str(s) for s in selection.seeds or ()], [str(s) for s in grid.seeds], "--seeds")
-        self.seeds = [int(seed) for seed in seeds]
-        self.restart = (
-            [grid.arm(name) for name in known(selection.restart, names, "--restart")]
-            if selection.restart
-            else []
-        )
-        self.processes = selection.processes or grid.processes
+        self.seeds = _known(seeds, grid.seeds, "--seeds")
+        self.restart = [grid.arm(name) for name in _known(restart, names, "--restart", none=True)]
+        self.processes = processes or grid.processes
         self.choices = Choices(folder)
         self._check_averages()
         self.failures: dict[str, str] = {}
@@ -84,17 +74,22 @@ class Ablation:
 
     def planned(self) -> list[Run]:
         """The runs there would be: the winners among the candidates take the place of their arms' first runs."""
-        undecided = set(self.names) - set(settled(self.grid, self.choices))
+        undecided = self.undecided()
         candidates = self.candidates(undecided) if undecided else []
-        finals = self.finals()
+        first = self.grid.seeds[0]
         return [
             *candidates,
-            *(run for run in finals if run.arm.name not in undecided or run.seed != self.grid.seeds[0]),
+            *(run for run in self.finals() if run.arm.name not in undecided or run.seed != first),
         ]
+
+    def undecided(self) -> list[str]:
+        """The wanted arms whose choice has not been made yet."""
+        settled = self.choices.settled(self.grid)
+        return [name for name in self.names if name not in settled]
 
     def finals(self) -> list[Run]:
         """The wanted runs of the grid; arms whose choice has not been made yet have their common flags alone."""
-        arms = settled(self.grid, self.choices)
+        arms = self.choices.settled(self.grid)
         return [
             Run(self.grid, self.folder, arms.get(run.arm.name, run.arm), run.seed, None, self.processes)
             for run in final_runs(self.grid, self.folder, self.names, self.seeds, self.processes)
@@ -109,7 +104,7 @@ class Ablation:
         """Refuses what cannot run, before anything does.
 
         Raises:
-            GridError: inputs are missing, or runs in the folder were started with other settings.
+            GridError: Inputs are missing, or runs in the folder were started with other settings.
         """
         everything = [before(self.grid, self.folder), *self.candidates(), *self.finals()]
         missing = missing_inputs(everything)
@@ -119,17 +114,14 @@ class Ablation:
                 f"The grid '{self.grid.name}' needs files that are not there: {', '.join(missing[:5])}{more}.\n"
                 "Make them first, or give the right place with --set NAME=VALUE (see the file's 'variables')."
             )
-        open_sets(self.grid, "test")
-        if self.grid.evaluation.validation is not None:
-            open_sets(self.grid, "validation")
-        restarted = {arm.name for arm in self.restart}
-        open_choices = {arm.name for arm in self.grid.arms if arm.choice is not None} - set(
-            settled(self.grid, self.choices)
-        )
+        for split in self._records():
+            open_sets(self.grid, split)
+        left_out = {arm.name for arm in self.restart}
+        open_choices = {arm.name for arm in self.grid.arms} - set(self.choices.settled(self.grid))
         found = {
             run.name: (run.arm.name, different)
             for run in everything
-            if run.arm.name not in restarted
+            if run.arm.name not in left_out
             and not (run.candidate is None and run.arm.name in open_choices)
             and (different := changes(run))
         }
@@ -141,80 +133,84 @@ class Ablation:
                 f"Change it back, give another --out, or throw these runs away with: --restart {arms}"
             )
 
-    def run(self, where: Places) -> dict[str, Any]:
+    def run(self, where: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """Does everything that is left.
 
         Args:
-            where: where runs may be.
+            where: The environments of the runs that may be under way at a time.
 
         Returns:
             The content of results.json.
 
         Raises:
-            GridError: something cannot run at all. Single runs that fail are in `failures` instead.
+            GridError: Something cannot run at all. Single runs that fail are in `failures` instead.
         """
         with self._only_one():
             self._forget_restarted()
             self.check()
             write_json(self.folder / "grid.json", self.resolved())
             save_before(before(self.grid, self.folder))
-            environment = {"OMP_WAIT_POLICY": "passive"}
             for chosen in self.anchor_sets():
-                build(self.grid, chosen, _say, environment)
+                build(self.grid, chosen, _say)
             self._choose(where)
-            arms_by_name = settled(self.grid, self.choices)
-            runs = [run for run in self.finals() if run.arm.name in arms_by_name]
+            undecided = self.undecided()
+            runs = [run for run in self.finals() if run.arm.name not in undecided]
             self.failures |= run_all(runs, where, self.grid.name)
             write_json(self.folder / "grid.json", self.resolved())
-            return self.results(evaluate=True)
+            return self._results()
 
-    def results(self, evaluate: bool) -> dict[str, Any]:
-        """Evaluates what is finished and writes table and results; without `evaluate`, from the rows that are there."""
+    def _results(self) -> dict[str, Any]:
+        """Evaluates what is finished, of all arms and seeds, and writes table and results."""
         grid, folder = self.grid, self.folder
-        arms = settled(grid, self.choices)
-        runs = [
-            run for run in table.all_runs(grid, folder, arms, grid.seeds, self.processes) if is_finished(run)
-        ]
-        halves = {"validation": "validation.jsonl"} if grid.evaluation.validation is not None else {}
-        for split, rows in {**halves, "test": "results.jsonl"}.items() if evaluate else ():
-            measure(grid, folder, runs, open_sets(grid, split), folder / rows, grid.wise)
-        mixed = [arm for arm in arms.values() if arm.is_trained and not arm.probe]
-        validation = table.figures(grid, folder, runs, folder / "validation.jsonl")
-        test = table.figures(grid, folder, runs, folder / "results.jsonl")
-        alphas = table.choose_alphas(grid, self.choices, mixed, validation)
-        result = table.summarize(grid, folder, arms, runs, test, alphas)
+        arms = self.choices.settled(grid)
+        trained = [arm for arm in arms.values() if arm.is_trained]
+        runs = [Run(grid, folder, arm, seed, None, self.processes) for arm in trained for seed in grid.seeds]
+        runs = [run for run in (before(grid, folder), *runs) if is_finished(run)]
+        scores = {}
+        for split, records in self._records().items():
+            measure(grid, folder, runs, open_sets(grid, split), folder / records, grid.wise.alphas)
+            scores[split] = table.scores(grid, folder, runs, folder / records)
+        mixed = [arm for arm in trained if not arm.is_probe]
+        alphas = (
+            table.choose_alphas(grid, self.choices, mixed, scores["validation"])
+            if "validation" in scores
+            else {}
+        )
+        result = table.summarize(grid, runs, scores["test"], alphas)
         table.write(folder, result)
         return result
+
+    def _records(self) -> dict[str, str]:
+        """Files of records by split."""
+        validation = {"validation": "validation.jsonl"} if self.grid.evaluation.validation is not None else {}
+        return {**validation, "test": "results.jsonl"}
 
     def resolved(self) -> dict[str, Any]:
         """The content of grid.json."""
         grid = self.grid
-        arms = settled(grid, self.choices)
+        arms = self.choices.settled(grid)
 
         def described(arm: Arm) -> dict[str, Any]:
             complete = arms.get(arm.name, arm)
             flags = {name: " ".join(words or ()) for name, words in complete.flags.items()}
             entry = {"name": arm.name, "label": arm.label, "what": arm.what, "kind": arm.kind, "flags": flags}
-            anchors = grid.anchors[arm.anchors].path if arm.anchors is not None else None
-            return entry | {"anchors": str(anchors) if anchors else None, "mix": arm.mix, "head": arm.head}
+            anchors = str(grid.anchors[arm.anchors].path) if arm.anchors is not None else None
+            return entry | {"anchors": anchors, "mix": arm.mix, "head": arm.head}
 
         used = [arm.anchors for arm in grid.arms if arm.anchors is not None and arm.kind == "arf"]
+        evaluation = grid.evaluation
         return {
             "name": grid.name,
             "arms": [described(arm) for arm in grid.arms],
             "seeds": list(grid.seeds),
             "model": grid.model,
             "pretrained": grid.pretrained,
-            "suite": grid.evaluation.suite,
-            "data": {
-                "task": grid.task.data,
-                "test": grid.evaluation.test,
-                "validation": grid.evaluation.validation,
-            },
+            "suite": evaluation.suite,
+            "data": {"task": grid.task.data, "test": evaluation.test, "validation": evaluation.validation},
             "anchors": str(grid.anchors[used[0]].path) if used else None,
             "reference": grid.reference,
-            "wise": list(grid.wise),
-            "wise_by": grid.wise_by,
+            "wise": list(grid.wise.alphas),
+            "wise_by": grid.wise.by,
             "versions": versions(),
         }
 
@@ -222,71 +218,143 @@ class Ablation:
         """Refuses choices by averages that the suite does not have."""
         from arf_plugin.evaluation.suites import load_suite
 
-        known_averages = load_suite(self.grid.evaluation.suite).averages
+        known = load_suite(self.grid.evaluation.suite).averages
         deciding = {
             arm.choice.by: f"{arm.where}: 'choose'" for arm in self.grid.arms if arm.choice is not None
         }
-        if self.grid.wise_by is not None:
-            deciding[self.grid.wise_by] = "'wise'"
+        if self.grid.wise.by is not None:
+            deciding[self.grid.wise.by] = "'wise'"
         for name, place in deciding.items():
-            if name not in known_averages:
+            if name not in known:
                 raise GridError(
                     f"{place} is by '{name}', which is no average of the suite '{self.grid.evaluation.suite}'. "
-                    f"Expected one of: {', '.join(known_averages)}."
+                    f"Expected one of: {', '.join(known)}."
                 )
 
-    def _choose(self, where: Places) -> None:
+    def _choose(self, where: Sequence[Mapping[str, str]]) -> None:
         """Trains the candidates of arms that have no choice yet, judges them on validation, and writes the choices."""
-        arms = settled(self.grid, self.choices)
-        undecided = [name for name in self.names if name not in arms]
+        undecided = self.undecided()
         if not undecided:
             return
         runs = self.candidates(undecided)
         heads = {run.head.name: run.head for run in runs if run.head is not None}
         self.failures |= run_all([*heads.values(), *runs], where, "candidates")
-        rows = self.folder / "candidates" / "validation.jsonl"
+        records = self.folder / "candidates" / "validation.jsonl"
         finished = [run for run in runs if is_finished(run)]
-        measure(self.grid, self.folder, finished, open_sets(self.grid, "validation"), rows, ())
+        measure(self.grid, self.folder, finished, open_sets(self.grid, "validation"), records, ())
         for name in undecided:
             own = [run for run in runs if run.arm.name == name]
-            if not all(is_finished(run) for run in own):
+            if not all(map(is_finished, own)):
                 _say(
                     f"{name}: not all of its candidates could be trained, so nothing was chosen and it is left out"
                 )
                 continue
-            arm, seed = self.grid.arm(name), self.grid.seeds[0]
-            averages = [
-                table.figures(self.grid, self.folder, [run], rows).get((name, seed), {}).get(None, {})
-                for run in own
-            ]
-            best = self.choices.decide(arm, seed, averages)
-            promote(own[best], Run(self.grid, self.folder, own[best].arm, seed, None, self.processes))
+            scores = [table.scores(self.grid, self.folder, [run], records) for run in own]
+            averages = [{} if found.empty else found.iloc[0].to_dict() for found in scores]
+            best = own[self.choices.decide(self.grid.arm(name), self.grid.seeds[0], averages)]
+            final = Run(self.grid, self.folder, best.arm, best.seed, None, self.processes)
+            if best.path.is_dir() and not final.path.exists():  # the winner's run becomes the arm's
+                final.parent.mkdir(parents=True, exist_ok=True)
+                best.path.rename(final.path)
 
     def _forget_restarted(self) -> None:
         for arm in self.restart:
-            for run in self.candidates([arm.name]):
-                discard(run)
-            for seed in self.grid.seeds:
-                discard(Run(self.grid, self.folder, arm, seed))
+            runs = [Run(self.grid, self.folder, arm, seed) for seed in self.grid.seeds]
+            for run in [*self.candidates([arm.name]), *runs]:
+                shutil.rmtree(run.path, ignore_errors=True)
             self.choices.forget(arm)
         if self.restart:
             names = "|".join(re.escape(arm.name) for arm in self.restart)
             gone = re.compile(rf"(runs|candidates)/({names})(\.\d+)?-\d+/")
-            for rows in ("results.jsonl", "validation.jsonl", "candidates/validation.jsonl"):
-                table.drop_rows(self.folder / rows, gone)
+            for records in ("results.jsonl", "validation.jsonl", "candidates/validation.jsonl"):
+                table.drop_records(self.folder / records, gone)
 
     @contextmanager
     def _only_one(self) -> Iterator[None]:
         """Lets one `arf ablate` at a time work in the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not take(lock.fileno()):
                 raise GridError(
                     f"Another `arf ablate` is at work in {self.folder}. Wait for it, or give another --out."
-                ) from None
+                )
             yield
+
+
+def open_sets(grid: Grid, split: str) -> list[EvaluationSet]:
+    """Opens the sets of the grid's suite for a split, "test" or "validation".
+
+    Returns:
+        What is there; test sets that are not are named on standard error.
+
+    Raises:
+        GridError: Not one is there.
+        EvaluationError: A set that is malformed.
+    """
+    from arf_plugin.evaluation.sources import find_suite, missing_text
+    from arf_plugin.evaluation.suites import load_suite
+
+    suite, evaluation = load_suite(grid.evaluation.suite), grid.evaluation
+    if split == "test":
+        found = find_suite(suite, Path(evaluation.test), "test")
+    else:
+        found = find_suite(suite, Path(evaluation.validation or ""), evaluation.validation_split)
+    if not found.sets:
+        raise GridError(f"The {split} sets of the grid '{grid.name}': {missing_text(suite, found)}")
+    if found.missing and split == "test":
+        _say(f"{missing_text(suite, found)}\nThe grid goes on without them.")
+    return found.sets
+
+
+def measure(
+    grid: Grid,
+    folder: Path,
+    runs: Sequence[Run],
+    sets: Sequence[EvaluationSet],
+    records: Path,
+    alphas: Sequence[float],
+) -> None:
+    """Measures what the records do not hold yet; images are decoded once for all checkpoints.
+
+    Args:
+        grid: The grid.
+        folder: GRID, which the records' paths are relative to.
+        runs: Finished runs.
+        sets: Opened sets.
+        records: The file that records are appended to.
+        alphas: WiSE-FT: each run is also mixed with the weights it started from; 0 and 1 are these and the run itself.
+    """
+    from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.run import evaluate
+
+    candidates = []
+    for run in runs:
+        name = str(run.weights.relative_to(folder))
+        candidates.append(Candidate(run.weights, name=name))
+        if (
+            run.arm.is_trained and not run.arm.is_probe
+        ):  # a probe differs from the model before by its head alone
+            original = str(run.original.relative_to(folder))
+            candidates += [Candidate(run.weights, run.original, alpha, name, original) for alpha in alphas]
+    if candidates:
+        evaluate(
+            candidates,
+            grid.model,
+            sets,
+            suite=grid.evaluation.suite,
+            pretrained=grid.pretrained,
+            out=records,
+            batch_size=grid.evaluation.batch_size,
+        )
+
+
+def _known(names: Sequence[Any] | None, known: Sequence[Any], option: str, none: bool = False) -> list[Any]:
+    """A subset of names that an option gives; without it all of them, or none."""
+    for name in names or ():
+        if name not in known:
+            expected = ", ".join(map(str, known))
+            raise GridError(f"{option} {name}: not in this grid. Expected some of: {expected}.")
+    return list(names or (() if none else known))
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,16 +38,38 @@ class Step:
     """A progress line of the trainer.
 
     Attributes:
-        epoch: from 0.
-        images: images of this epoch so far, anchors included.
-        epoch_images: images of a whole epoch.
-        loss: of the last step.
+        epoch: From 0.
+        images: Images of this epoch so far, anchors included.
+        epoch_images: Images of a whole epoch.
+        loss: Of the last step.
     """
 
     epoch: int
     images: int
     epoch_images: int
     loss: float
+
+
+class RunProgress:
+    """Progress of a run of so many epochs, in images as the trainer counts them."""
+
+    def __init__(self, name: str, epochs: int) -> None:
+        self.name, self.epochs = name, epochs
+        self.started = time.monotonic()
+        self.images, self.first, self.total, self.loss = 0, 0, 0, float("nan")
+
+    def advance(self, step: Step) -> None:
+        """Takes in a progress line of the trainer."""
+        if not self.images and step.epoch:  # a run that goes on; its rate is that of this start
+            self.first = step.epoch * step.epoch_images
+        self.images = step.epoch * step.epoch_images + min(step.images, step.epoch_images)
+        self.total, self.loss = step.epoch_images * self.epochs, step.loss
+
+    def text(self) -> str:
+        """One line, such as ``arf-0: 1200 of 13440 images, 98.1 images/s, loss 2.310``."""
+        total = f" of {self.total}" if self.total else ""
+        rate = (self.images - self.first) / max(time.monotonic() - self.started, 1e-9)
+        return f"{self.name}: {self.images}{total} images, {rate:.1f} images/s, loss {self.loss:.3f}"
 
 
 def trainer(processes: int = 1) -> list[str]:
@@ -86,19 +108,19 @@ def run_logged(
     If a process that an earlier start left behind is still at it, that one is followed to its end first.
 
     Args:
-        command: the command; begins with a program's path.
-        log: the file; what an earlier start left in it is kept as LOG.1.
-        on_line: called with each line.
-        environment: variables beside those of this process.
-        left: whether there is anything to do; called when no other process is at it.
+        command: The command; begins with a program's path.
+        log: The file; what an earlier start left in it is kept as LOG.1.
+        on_line: Called with each line.
+        environment: Variables beside those of this process.
+        left: Whether there is anything to do; called when no other process is at it.
 
     Returns:
         The exit status; 0 if there was nothing left to do.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with (log.parent / ".lock").open("a") as lock:
-        if not _take(lock.fileno()):
-            _follow(log, on_line, lambda: not _take(lock.fileno()))
+        if not take(lock.fileno()):
+            _follow(log, on_line, lambda: not take(lock.fileno()))
         if not left():
             return 0
         if log.is_file():
@@ -112,17 +134,17 @@ def run_logged(
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
-                # The lock lasts as long as the process, whatever becomes of this one.
-                pass_fds=(lock.fileno(),),
+                pass_fds=(
+                    lock.fileno(),
+                ),  # the lock lasts as long as the process, whatever becomes of this one
             )
             _running.add(process)
         try:
             _follow(log, on_line, lambda: process.poll() is None)
             return process.wait()
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.terminate()  # nothing, where it has ended
+            process.wait()
             _running.discard(process)
 
 
@@ -139,6 +161,15 @@ def is_stopping() -> bool:
     return _stopping.is_set()
 
 
+def take(descriptor: int) -> bool:
+    """Locks an open file for this process; False if another one has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def last_lines(log: Path, count: int = 15) -> str:
     """The end of a log, without what torchrun and torch's compiler say after the trainer's own last words."""
     if not log.is_file():
@@ -151,7 +182,7 @@ def last_lines(log: Path, count: int = 15) -> str:
     return b"\n".join((own or lines)[-count:]).decode(errors="replace")
 
 
-def remove_torn_checkpoints(folder: Path) -> int | None:
+def remove_truncated_checkpoints(folder: Path) -> int | None:
     """Removes checkpoints that a killed trainer was writing; returns the epoch of the last whole one."""
     epochs = []
     for path in folder.glob("epoch_*.pt"):
@@ -163,32 +194,19 @@ def remove_torn_checkpoints(folder: Path) -> int | None:
     return max(epochs, default=None)
 
 
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _follow(log: Path, on_line: Callable[[bytes], object], goes_on: Callable[[], bool]) -> None:
     """Hands on a log's lines until what writes it has ended."""
     with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
-        for line in _lines(stream.readline, goes_on):
-            on_line(line)
-
-
-def _lines(readline: Callable[[], bytes], goes_on: Callable[[], bool]) -> Iterator[bytes]:
-    part = b""
-    while True:
-        alive = goes_on()  # asked before reading: what was written before the end is read, too
-        while piece := readline():
-            part += piece
-            if part.endswith(b"\n"):
-                yield part
-                part = b""
-        if not alive:
-            if part:
-                yield part
-            return
-        time.sleep(_POLL_SECONDS)
+        part = b""
+        while True:
+            alive = goes_on()  # asked before reading: what was written before the end is read, too
+            while piece := stream.readline():
+                part += piece
+                if part.endswith(b"\n"):
+                    on_line(part)
+                    part = b""
+            if not alive:
+                if part:
+                    on_line(part)
+                return
+            time.sleep(_POLL_SECONDS)

@@ -8,12 +8,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arf_plugin.ablation import flags as flag_words
-from arf_plugin.ablation.config import Arm, Grid
+from arf_plugin.ablation.config import Arm, Grid, command_words, number
 from arf_plugin.ablation.launch import trainer
 from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.task import expand_urls
-from arf_plugin.errors import GridError, TaskDataError
+from arf_plugin.errors import TaskDataError
 from arf_plugin.untrusted import read_json
 
 ARF = [sys.executable, "-m", "arf_plugin.cli.main"]
@@ -78,36 +77,24 @@ class Run:
         """What WiSE-FT mixes it with: the model before, with the probe's head where it has one."""
         return self.head.weights if self.head is not None else before(self.grid, self.folder).weights
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Epochs, batch size, workers, accumulation."""
-        return flag_words.counts(self.arm.flags)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the trainer."""
-        return self.counts["epochs"]
+    def count(self, flag: str) -> int:
+        """A whole number of a flag, such as ``epochs``; open_clip's default without it."""
+        return number(self.arm.flags, flag)
 
     @property
     def last_checkpoint(self) -> Path:
         """What the trainer leaves."""
-        return self.path / "checkpoints" / f"epoch_{self.epochs}.pt"
+        return self.path / "checkpoints" / f"epoch_{self.count('epochs')}.pt"
 
     def command(self) -> list[str]:
         """The command line, to be typed as it is."""
         grid, task = self.grid, self.grid.task
         model = ["--model", grid.model, *(("--pretrained", grid.pretrained) if grid.pretrained else ())]
-        texts = [*(("--classnames", task.classnames) if task.classnames else ())]
-        if self.arm.probe:
-            probe = [*ARF, "probe", *model, "--task-data", task.data, *texts]
-            return [
-                *probe,
-                "--seed",
-                str(self.seed),
-                "--out",
-                str(self.weights),
-                *flag_words.words(self.arm.flags),
-            ]
+        if self.arm.is_probe:
+            words = [*ARF, "probe", *model, "--task-data", task.data]
+            words += ["--classnames", task.classnames] if task.classnames else []
+            words += ["--seed", str(self.seed), "--out", str(self.weights)]
+            return words + command_words(self.arm.flags)
         data, samples = self._train_data()
         words = [*trainer(self.processes), *model, "--train-data", data, "--dataset-type", "webdataset"]
         words += ["--train-num-samples", str(samples)] if samples else []
@@ -115,34 +102,34 @@ class Run:
             words += ["--dataset-resampled", "--train-data-upsampling-factors", self._upsampling()]
         words += ["--logs", str(self.parent), "--name", self.name, "--resume", "latest"]
         words += ["--save-frequency", "1", "--delete-previous-checkpoint", "--seed", str(self.seed)]
-        words += [f"--arf-{word.removeprefix('--')}" if word == "--classnames" else word for word in texts]
+        words += ["--arf-classnames", task.classnames] if task.classnames else []
         words += ["--arf-templates", task.templates] if task.templates and self.head is None else []
         if self.arm.mix is None and self.anchors is not None:
             words += ["--arf-anchors", str(self.anchors)]
         if self.head is not None:
             words += ["--arf-head", str(self.head.weights)]
-        return words + flag_words.words(self.arm.flags)
+        return words + command_words(self.arm.flags)
 
     def steps(self) -> int | None:
         """Optimizer steps, counted as open_clip does; 0 for a probe, None where the samples are not known."""
-        if self.arm.probe or not self.arm.is_trained:
+        if self.arm.is_probe or not self.arm.is_trained:
             return 0
         samples = self._train_data()[1]
         if samples is None:
             return None
-        batches = math.ceil(samples / (self.counts["batch-size"] * self.processes))
+        batches = math.ceil(samples / (self.count("batch-size") * self.processes))
         workers = max(1, self._task_workers())
         micro_batches = math.ceil(batches / workers) * workers
-        return micro_batches // self.counts["accum-freq"] * self.epochs
+        return micro_batches // self.count("accum-freq") * self.count("epochs")
 
     def images(self) -> int | None:
         """Images that the run forwards through the trained model, pair anchors included."""
         steps = self.steps()
         if steps is None:
             return None
-        anchored = math.ceil(steps / flag_words.number(self.arm.flags, "arf-every", 1))
-        images = steps * self.counts["batch-size"] + anchored * self._pairs()
-        return images * self.counts["accum-freq"] * self.processes
+        anchored = math.ceil(steps / self.count("arf-every"))
+        images = steps * self.count("batch-size") + anchored * self._pairs()
+        return images * self.count("accum-freq") * self.processes
 
     def _pairs(self) -> int:
         """Pair anchors in a batch."""
@@ -152,11 +139,11 @@ class Run:
         folder = self.anchors
         if folder is not None and folder.is_dir() and not _shards(folder):
             return 0
-        return flag_words.number(self.arm.flags, "arf-pair-batch-size", self.counts["batch-size"])
+        return self.count("arf-pair-batch-size" if "arf-pair-batch-size" in self.arm.flags else "batch-size")
 
     def _task_workers(self) -> int:
         """Loader workers of the task data, which open_clip rounds the number of batches up to."""
-        workers, batch, pairs = self.counts["workers"], self.counts["batch-size"], self._pairs()
+        workers, batch, pairs = self.count("workers"), self.count("batch-size"), self._pairs()
         if not pairs:
             return workers
         wanted = self.arm.flags.get("arf-workers")
@@ -202,7 +189,7 @@ def final_runs(
 ) -> Iterator[Run]:
     """The runs of the grid, seed by seed, probes first as others may need them; arms as the file has them."""
     for seed in seeds:
-        for arm in sorted(grid.arms, key=lambda arm: not arm.probe):
+        for arm in sorted(grid.arms, key=lambda arm: not arm.is_probe):
             if arm.is_trained and arm.name in arms:
                 yield Run(grid, folder, arm, seed, processes=processes)
 
@@ -264,15 +251,3 @@ def missing_inputs(runs: Sequence[Run]) -> list[str]:
         if run.arm.anchors is not None and not run.grid.anchors[run.arm.anchors].is_built:
             wanted[str(run.anchors)] = None
     return [path for path in wanted if not Path(path).exists()]
-
-
-def known(names: Sequence[str] | None, all_names: Sequence[str], option: str) -> list[str]:
-    """A subset of names that an option gives; all of them without it.
-
-    Raises:
-        GridError: a name that is none of them.
-    """
-    for name in names or ():
-        if name not in all_names:
-            raise GridError(f"{option} {name}: not in this grid. Expected some of: {', '.join(all_names)}.")
-    return list(names or all_names)

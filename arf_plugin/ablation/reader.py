@@ -1,27 +1,26 @@
-"""Reads a grid's file, and those that it extends, and checks it before anything runs."""
+"""Reads a grid's file, and those that it extends, and checks it before anything runs.
+
+Files are read to plain values (:mod:`arf_plugin.plain_yaml`: no Python objects), each of which knows its file and line,
+so that every complaint names them. Beyond YAML, ``${name}`` in a text is replaced by a variable, and a key that occurs
+twice is an error rather than the last one winning.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from arf_plugin.ablation.config import AnchorSet, Arm, Choice, Evaluation, Grid, Task, merge
-from arf_plugin.ablation.document import Value, parse
-from arf_plugin.ablation.flags import Flags, read_flags
+from arf_plugin.ablation.config import Arm, Grid, merge
 from arf_plugin.errors import GridError
+from arf_plugin.plain_yaml import compose
+from arf_plugin.untrusted import printable
+from arf_plugin.validation import LONGEST_MESSAGE, Location, dotted_path, shown, validated
 
 CONFIGS = Path(__file__).parent / "configs"
-KINDS = ("before", "baseline", "control", "arf")
-BUILDERS = ("caption", "embed", "index", "retrieve", "pack", "anchors")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*(?:-[A-Za-z0-9._+]+)*")
-
-_TOP = (
-    *("name", "extends", "variables", "model", "pretrained", "task", "trainer", "processes", "seeds"),
-    *("evaluation", "wise", "reference", "choose", "anchors", "arms"),
-)
-_ARM = ("name", "label", "what", "kind", "anchors", "flags", "choose", "mix", "probe", "head")
+LARGEST_TEXT = 1 << 20  # characters, variables filled in
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _MERGED = (
     "variables",
     "task",
@@ -40,249 +39,265 @@ def load_grid(name_or_path: str, out: Path, settings: Mapping[str, str] | None =
     """Reads a grid.
 
     Args:
-        name_or_path: a ready grid's name, or a YAML file.
-        out: the folder of the grid's results; ``${grid}`` in the file.
-        settings: values of variables that replace the file's.
+        name_or_path: A ready grid's name, or a YAML file.
+        out: The folder of the grid's results; ``${grid}`` in the file.
+        settings: Values of variables that replace the file's.
 
     Raises:
-        GridError: with file, line and key of what cannot be.
+        GridError: With file, line and key of what cannot be.
     """
-    return _Reader(name_or_path, out, settings or {}).grid()
+    files = [_File(name_or_path)]
+    while (base := files[-1].values.get("extends")) is not None:
+        if len(files) > 8:
+            raise files[-1].error(("extends",), "more than eight files extend each other; is there a circle?")
+        files.append(_File(str(base)))
+    return _Reader(files, out, settings or {}).grid()
 
 
-class _Reader:
-    """Reads one file, and those that it extends."""
+class _File:
+    """One file: plain values, and the line of each."""
 
-    def __init__(self, name_or_path: str, out: Path, settings: Mapping[str, str]) -> None:
-        self.out = out
-        self.variables: dict[str, str | None] = {}
-        files = [self._open(name_or_path)]
-        while (base := files[-1].mapping(_TOP).get("extends")) is not None:
-            if len(files) > 8:
-                raise base.error("more than eight files extend each other; is there a circle?")
-            files.append(self._open(base.text()))
-        self.file = files[0]
-        self.top: dict[str, Value] = {}
-        self.sections: dict[str, dict[str, Value]] = {name: {} for name in _MERGED}
-        self.known_arms: dict[str, Value] = {}
-        for file in reversed(files):
-            entries = file.mapping(_TOP)
-            for name in _MERGED:
-                if name in entries:
-                    self.sections[name].update(entries[name].mapping())
-            if "arms" in entries:
-                for arm in entries["arms"].items():
-                    if arm.is_mapping:
-                        self.known_arms[arm.mapping(_ARM, ("name",))["name"].text()] = arm
-            self.top.update(entries)
-        self._set_variables(settings)
-
-    def _open(self, name_or_path: str) -> Value:
+    def __init__(self, name_or_path: str) -> None:
         known = ready()
         path = known.get(name_or_path, Path(name_or_path))
         if not path.is_file():
             raise GridError(
-                f"There is no grid '{name_or_path}'. Expected a YAML file, or one of: {', '.join(known)}."
+                f"There is no grid '{name_or_path[:200]}'. Expected a YAML file, or one of: {', '.join(known)}."
             )
-        name = path.name if name_or_path in known else name_or_path
-        return Value(parse(path, name), name, "", self.variables)
+        self.name = path.name if name_or_path in known else name_or_path
+        self.lines: dict[Location, int] = {}
+        node = compose(path, self.name, "a grid", GridError)
+        if node is None:
+            raise GridError(f"{self.name} is empty. Expected a grid; `arf ablate --list` names ready ones.")
+        self.values = self._plain(node, ())
+        if not isinstance(self.values, dict):
+            raise self.error((), f"found {shown(self.values)}, expected a mapping (key: value).")
 
-    def _set_variables(self, settings: Mapping[str, str]) -> None:
-        self.variables["grid"] = str(self.out)
-        for name, value in self.sections["variables"].items():
-            if value.is_mapping or value.is_list:
-                raise value.error("a variable stands for a text, expected one.")
-            self.variables[name] = settings.get(name, None if value.is_null else str(value.node.value))
-        for name in settings:
-            if name not in self.sections["variables"]:
-                raise GridError(
-                    f"--set {name}=...: {self.file.file} has no such variable "
-                    f"(known: {', '.join(self.sections['variables']) or 'none'})."
-                )
+    def place(self, location: Location) -> str:
+        """File and line of a value, or of the nearest one around it."""
+        while location not in self.lines:
+            location = location[:-1]
+        return f"{self.name}, line {self.lines[location]}"
+
+    def error(self, location: Location, message: str) -> GridError:
+        """An error about a value, to be raised."""
+        return _error(self.place(location), location, message)
+
+    def _plain(self, node: Any, location: Location) -> Any:
+        """What a node stands for: mappings, lists, true, false and nothing; else the text as it was written."""
+        self.lines[location] = node.start_mark.line + 1
+        if node.id == "sequence":
+            return [self._plain(child, (*location, index)) for index, child in enumerate(node.value)]
+        if node.id == "mapping":
+            found: dict[str, Any] = {}
+            for key, value in node.value:
+                name, line, inner = key.value, key.start_mark.line + 1, (*location, key.value)
+                if name in found:
+                    text = f"this key stands on line {self.lines[inner]}, too. Keep one of them."
+                    raise _error(f"{self.name}, line {line}", inner, text)
+                found[name] = self._plain(value, inner)
+                self.lines[inner] = line
+            return found
+        if node.tag.endswith(":null"):
+            return None
+        return node.value.lower() in ("true", "yes", "on") if node.tag.endswith(":bool") else node.value
+
+
+class _Reader:
+    """Brings a file, and those that it extends, to one grid."""
+
+    def __init__(self, files: list[_File], out: Path, settings: Mapping[str, str]) -> None:
+        self.files, self.out = files, out
+        self.top: dict[str, Any] = {}
+        self.sources: dict[
+            Location, tuple[_File, Location]
+        ] = {}  # where what was taken from other files stands
+        known_arms: dict[str, tuple[Any, _File, int]] = {}
+        for file in reversed(files):
+            for name, value in file.values.items():
+                if name in _MERGED and isinstance(value, dict) and isinstance(self.top.get(name, {}), dict):
+                    self.sources |= {(name, key): (file, (name, key)) for key in value}
+                    value = {**self.top.get(name, {}), **value}
+                self.top[name] = value
+                self.sources[(name,)] = (file, (name,))
+            listed = file.values.get("arms")
+            for index, arm in enumerate(listed if isinstance(listed, list) else ()):
+                if isinstance(arm, dict) and isinstance(arm.get("name"), str):
+                    known_arms[arm["name"]] = (arm, file, index)
+        self.variables: dict[str, str | None] = {"grid": str(out)}
+        self._set_variables(settings)
+        self._fill(known_arms)
+
+    def locate(self, location: Location) -> str:
+        """File and line of a value of the whole grid."""
+        for size in (2, 1):
+            if location[:size] in self.sources:
+                file, moved = self.sources[location[:size]]
+                return file.place((*moved, *location[size:]))
+        return self.files[0].place(())
+
+    def error(self, location: Location, message: str) -> GridError:
+        """An error about a value, to be raised."""
+        return _error(self.locate(location), location, message)
 
     def grid(self) -> Grid:
-        """The whole file as a grid."""
-        for name in ("name", "model", "task", "trainer", "seeds", "evaluation", "arms"):
-            if name not in self.top:
-                raise self.file.error(f"'{name}' is missing (found: {', '.join(self.top)}).")
-        anchors = self._anchors()
-        common = read_flags(self.sections["trainer"])
-        choice = self._choice(self.top.get("choose"))
-        arms = [self._arm(value, common, anchors, choice) for value in self.top["arms"].items()]
-        self._check_arms(arms)
-        pretrained, reference = self.top.get("pretrained"), self.top.get("reference")
-        wise, wise_by = self._wise()
-        if reference is not None:
-            reference.one_of([arm.name for arm in arms])
-        return Grid(
-            name=self.top["name"].text(),
-            model=self.top["model"].text(),
-            pretrained=None if pretrained is None or pretrained.is_null else pretrained.text(),
-            task=self._task(),
-            processes=self.top["processes"].whole(1) if "processes" in self.top else 1,
-            seeds=self._seeds(),
-            evaluation=self._evaluation(),
-            wise=wise,
-            wise_by=wise_by,
-            reference=reference.text() if reference is not None else None,
-            anchors=anchors,
-            arms=tuple(arms),
-        )
+        """The whole grid, checked; every arm with its complete flags."""
+        grid = validated(Grid, self.top, self.files[0].name, GridError, locate=self.locate)
+        self._check(grid)
+        arms, seen = [], dict[str, int]()
+        probes = {arm.name: None for arm in grid.arms if arm.is_probe}
+        for index, arm in enumerate(grid.arms):
+            if (other := seen.setdefault(arm.name, index)) != index:
+                place = self.locate(("arms", other))
+                raise self.error(("arms", index), f"another arm is called '{arm.name}' ({place}).")
+            self._check_arm(grid, index, arm, probes)
+            flags = arm.probe if arm.probe is not None else {**grid.trainer, **arm.flags}
+            change: dict[str, Any] = {"flags": merge({}, flags) if arm.is_trained else {}}
+            change["label"] = arm.label or arm.name
+            if "choice" not in arm.model_fields_set and arm.is_trained and not arm.is_probe:
+                change["choice"] = grid.choose
+            arms.append(arm.model_copy(update=change))
+            arms[-1]._where = f"{self.locate(('arms', index))}, arms[{index}]"
+        return grid.model_copy(update={"arms": tuple(arms)})
 
-    def _task(self) -> Task:
-        self.top["task"].mapping(("data", "samples", "classnames", "templates"))
-        found = {name: value for name, value in self.sections["task"].items() if not value.is_null}
-        if "data" not in found:
-            raise self.top["task"].error("'data' is missing: the task's shards.")
-        if "templates" in found and "classnames" not in found:
-            raise found["templates"].error("templates need class names to fill in: give 'classnames', too.")
-        return Task(
-            data=found["data"].text(),
-            samples=found["samples"].whole(1) if "samples" in found else None,
-            classnames=found["classnames"].text() if "classnames" in found else None,
-            templates=found["templates"].text() if "templates" in found else None,
-        )
-
-    def _evaluation(self) -> Evaluation:
-        self.top["evaluation"].mapping(("suite", "test", "validation", "validation-split", "batch-size"))
-        found = {name: value for name, value in self.sections["evaluation"].items() if not value.is_null}
-        for name in ("suite", "test"):
-            if name not in found:
-                raise self.top["evaluation"].error(f"'{name}' is missing.")
-        validation = found.get("validation")
-        return Evaluation(
-            suite=found["suite"].text(),
-            test=found["test"].text(),
-            validation=validation.text() if validation is not None else None,
-            validation_split=found["validation-split"].text()
-            if "validation-split" in found
-            else "validation",
-            batch_size=found["batch-size"].whole(1) if "batch-size" in found else 256,
-        )
-
-    def _wise(self) -> tuple[tuple[float, ...], str | None]:
-        """Alphas, and the average of the validation sets that chooses among them."""
-        value = self.top.get("wise")
-        if value is None or value.is_null:
-            return (), None
-        found = value.mapping(("alphas", "by"), needed=("alphas",)) if value.is_mapping else {"alphas": value}
-        if "by" in found and "validation" not in self.sections["evaluation"]:
-            raise found["by"].error("alphas are chosen on validation sets, but 'evaluation' names none.")
-        alphas = sorted({entry.number(0, 1) for entry in found["alphas"].items()})
-        return tuple(alphas), found["by"].text() if "by" in found else None
-
-    def _seeds(self) -> tuple[int, ...]:
-        seeds = [value.whole() for value in self.top["seeds"].items()]
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise self.top["seeds"].error(f"found {seeds}, expected one seed or more, each once.")
-        return tuple(seeds)
-
-    def _anchors(self) -> dict[str, AnchorSet]:
-        sets: dict[str, AnchorSet] = {}
-        for name, value in self.sections["anchors"].items():
-            if not _NAME.fullmatch(name):
-                raise value.error(f"'{name}' is no name of a folder: expected letters, digits and . _ - +.")
-            if not value.is_mapping:
-                sets[name] = AnchorSet(name, Path(value.text()))
-                continue
-            folder = self.out / "anchors" / name
-            inner = Value(value.node, value.file, value.key, {**self.variables, "out": str(folder)})
-            found = inner.mapping(("captions", "build"))
-            commands = [self._command(entry) for entry in found["build"].items()] if "build" in found else []
-            captions = found["captions"].one_of(list(sets)) if "captions" in found else None
-            sets[name] = AnchorSet(name, folder, captions, tuple(commands))
-            if not sets[name].is_built:
-                raise value.error("found neither 'build' nor 'captions', expected one of them, or a path.")
-        return sets
-
-    def _command(self, value: Value) -> tuple[str, ...]:
-        if value.is_list:
-            words = [word.text() for word in value.items()]
-        else:
-            try:
-                words = shlex.split(value.text())
-            except ValueError as cause:
-                raise value.error(f"{cause} in: {value.text()}") from None
-        if words and words[0] == "arf":
-            words = words[1:]
-        if not words or words[0] not in BUILDERS:
-            raise value.error(
-                f"found '{' '.join(words[:1])}', expected a command of arf that builds anchors: {', '.join(BUILDERS)}."
-            )
-        return tuple(words)
-
-    def _choice(self, value: Value | None) -> Choice | None:
-        if value is None or value.is_null:
-            return None
-        found = value.mapping(("over", "by"), needed=("over", "by"))
-        over = tuple(read_flags(entry.mapping()) for entry in found["over"].items())
-        if len(over) < 2:
-            raise found["over"].error(
-                "a choice needs at least two candidates; put a single one into 'flags'."
-            )
-        if "validation" not in self.sections["evaluation"]:
-            raise value.error("a choice is made on validation sets, but 'evaluation' names none.")
-        return Choice(over, found["by"].text())
-
-    def _arm(
-        self, value: Value, common: Flags, anchors: Mapping[str, AnchorSet], choice: Choice | None
-    ) -> Arm:
-        if not value.is_mapping:
-            value = self.known_arms[value.one_of(list(self.known_arms))]
-        found = value.mapping(_ARM, needed=("name", "kind"))
-        name = found["name"].text()
-        if not _NAME.fullmatch(name):
-            raise found["name"].error(
-                f"found '{name}', expected a name for folders: letters, digits and . _ - +."
-            )
-        kind = found["kind"].one_of(KINDS)
-        given = [key for key in ("anchors", "flags", "choose", "mix", "probe", "head") if key in found]
-        if kind == "before" and given:
-            raise found[given[0]].error(
-                f"the arm of kind 'before' is not trained, so it takes no '{given[0]}'."
-            )
-        probe = found.get("probe")
-        own = read_flags(found["flags"].mapping()) if "flags" in found else {}
-        if probe is not None:
-            if "flags" in found:
-                raise found["flags"].error("a probe takes its options under 'probe', not under 'flags'.")
-            flags = merge({}, read_flags(probe.mapping())) if probe.is_mapping else {}
-        else:
-            flags = merge(common, own) if kind != "before" else {}
-        if "mix" in found and "anchors" not in found:
-            raise found["mix"].error("mixing needs pairs: name an anchor set with 'anchors'.")
-        own_choice = self._choice(found["choose"]) if "choose" in found else None
-        if "choose" not in found and kind != "before" and probe is None:
-            own_choice = choice
-        return Arm(
-            name=name,
-            label=found["label"].text() if "label" in found else name,
-            what=found["what"].text() if "what" in found else "",
-            kind=kind,
-            flags=flags,
-            anchors=found["anchors"].one_of(list(anchors)) if "anchors" in found else None,
-            choice=own_choice,
-            mix=found["mix"].number(0.001, 0.999) if "mix" in found else None,
-            probe=probe is not None,
-            head=found["head"].text() if "head" in found else None,
-            where=value.where,
-        )
-
-    def _check_arms(self, arms: Sequence[Arm]) -> None:
-        seen: dict[str, Arm] = {}
-        for arm in arms:
-            if arm.name in seen:
-                raise GridError(f"{arm.where}: another arm is called '{arm.name}' ({seen[arm.name].where}).")
-            seen[arm.name] = arm
-        before = [arm for arm in arms if not arm.is_trained]
-        if len(before) != 1:
-            raise self.top["arms"].error(
-                f"found {len(before)} arms of kind 'before', expected exactly one: the model before fine-tuning, which "
-                "the others are compared with and WiSE-FT mixes them with."
-            )
-        for arm in arms:
-            if arm.head is not None and not (arm.head in seen and seen[arm.head].probe):
-                probes = ", ".join(other.name for other in arms if other.probe) or "none"
+    def _set_variables(self, settings: Mapping[str, str]) -> None:
+        declared = self.top.get("variables", {})
+        for name, value in declared.items() if isinstance(declared, dict) else ():
+            if isinstance(value, (dict, list)):
+                raise self.error(("variables", name), "a variable stands for a text, expected one.")
+            value = str(value).lower() if isinstance(value, bool) else value
+            self.variables[name] = settings.get(name, value)
+        for name in settings:
+            if name not in self.variables or name == "grid":
+                known = ", ".join([*self.variables][1:]) or "none"
                 raise GridError(
-                    f"{arm.where}: head '{arm.head}' is no probe arm of this grid (probes: {probes})."
+                    f"--set {name}=...: {self.files[0].name} has no such variable (known: {known})."
                 )
+
+    def _fill(self, known_arms: Mapping[str, tuple[Any, _File, int]]) -> None:
+        """Fills variables in, and brings what has a short form to its long one."""
+        for name in ("task", "evaluation"):
+            if isinstance(self.top.get(name), dict):
+                self.top[name] = {key: value for key, value in self.top[name].items() if value is not None}
+        for name in self.top.keys() - {"variables", "extends", "anchors", "arms"}:
+            self.top[name] = self._filled(self.top[name], (name,), self.variables)
+        if isinstance(self.top.get("anchors"), dict):
+            self.top["anchors"] = {
+                name: self._anchors(name, value) for name, value in self.top["anchors"].items()
+            }
+        if "arms" in self.top:
+            listed = self.top["arms"] if isinstance(self.top["arms"], list) else [self.top["arms"]]
+            self.top["arms"] = [self._arm(index, value, known_arms) for index, value in enumerate(listed)]
+
+    def _anchors(self, name: str, value: Any) -> Any:
+        folder, location = self.out / "anchors" / name, ("anchors", name)
+        filled = self._filled(value, location, {**self.variables, "out": str(folder)})
+        if isinstance(filled, str):
+            return {"name": name, "path": filled}
+        if not isinstance(filled, dict):
+            raise self.error(location, f"found {shown(filled)}, expected a path, or how the set is built.")
+        for key in filled:
+            if key not in ("captions", "build"):
+                raise self.error((*location, key), "unknown key. Expected one of: captions, build.")
+        if not filled:
+            raise self.error(
+                location, "found neither 'build' nor 'captions', expected one of them, or a path."
+            )
+        return {**filled, "name": name, "path": folder}
+
+    def _arm(self, index: int, value: Any, known_arms: Mapping[str, tuple[Any, _File, int]]) -> Any:
+        location = ("arms", index)
+        if isinstance(value, str):
+            name = self._filled(value, location, self.variables)
+            self._require(name, known_arms, location)
+            value, file, place = known_arms[name]
+            self.sources[location] = (file, ("arms", place))
+        return self._filled(value, location, self.variables)
+
+    def _filled(self, value: Any, location: Location, variables: Mapping[str, str | None]) -> Any:
+        if isinstance(value, dict):
+            return {key: self._filled(item, (*location, key), variables) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._filled(item, (*location, index), variables) for index, item in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        names = _VARIABLE.findall(value)
+        for name in names:
+            if name not in variables:
+                known = ", ".join(variables)
+                raise self.error(location, f"${{{name}}} is not a variable (known: {known}). "
+                                 "Declare it under 'variables', or correct the name.")  # fmt: skip
+            if variables[name] is None:
+                raise self.error(location, f"${{{name}}} has no value. Give one with: --set {name}=VALUE")
+        if sum(len(variables[name] or "") for name in names) > LARGEST_TEXT:
+            raise self.error(
+                location, f"with its variables filled in this has more than {LARGEST_TEXT} characters."
+            )
+        return _VARIABLE.sub(lambda match: variables[match[1]] or "", value)
+
+    def _require(self, name: str, known: Collection[str], location: Location) -> None:
+        if name not in known:
+            raise self.error(location, f"found '{name[:80]}', expected one of: {', '.join(known) or 'none'}.")
+
+    def _check(self, grid: Grid) -> None:
+        """What entries of the file must be to one another."""
+        validation = grid.evaluation.validation is not None
+        if grid.task.templates is not None and grid.task.classnames is None:
+            raise self.error(
+                ("task", "templates"), "templates need class names to fill in: give 'classnames', too."
+            )
+        if grid.wise.by is not None and not validation:
+            raise self.error(
+                ("wise", "by"), "alphas are chosen on validation sets, but 'evaluation' names none."
+            )
+        if grid.choose is not None and not validation:
+            raise self.error(("choose",), "a choice is made on validation sets, but 'evaluation' names none.")
+        if grid.reference is not None:
+            self._require(grid.reference, [arm.name for arm in grid.arms], ("reference",))
+        earlier: dict[str, None] = {}
+        for name, chosen in grid.anchors.items():
+            if chosen.captions is not None:
+                self._require(chosen.captions, earlier, ("anchors", name, "captions"))
+            earlier[name] = None
+        before = [arm for arm in grid.arms if not arm.is_trained]
+        if len(before) != 1:
+            raise self.error(
+                ("arms",),
+                f"found {len(before)} arms of kind 'before', expected exactly one: the model before fine-tuning, which "
+                "the others are compared with and WiSE-FT mixes them with.",
+            )
+
+    def _check_arm(self, grid: Grid, index: int, arm: Arm, probes: Collection[str]) -> None:
+        location: Location = ("arms", index)
+        given = [
+            name
+            for name in ("anchors", "flags", "choice", "mix", "probe", "head")
+            if name in arm.model_fields_set
+        ]
+        if not arm.is_trained and given:
+            key = given[0].replace("choice", "choose")
+            raise self.error(
+                (*location, key), f"the arm of kind 'before' is not trained, so it takes no '{key}'."
+            )
+        if arm.is_probe and "flags" in given:
+            raise self.error(
+                (*location, "flags"), "a probe takes its options under 'probe', not under 'flags'."
+            )
+        if arm.anchors is not None:
+            self._require(arm.anchors, grid.anchors, (*location, "anchors"))
+        elif arm.mix is not None:
+            raise self.error((*location, "mix"), "mixing needs pairs: name an anchor set with 'anchors'.")
+        if arm.choice is not None and grid.evaluation.validation is None:
+            raise self.error(
+                (*location, "choose"), "a choice is made on validation sets, but 'evaluation' names none."
+            )
+        if arm.head is not None and arm.head not in probes:
+            listed = ", ".join(probes) or "none"
+            raise self.error(location, f"head '{arm.head}' is no probe arm of this grid (probes: {listed}).")
+
+
+def _error(place: str, location: Location, message: str) -> GridError:
+    path = dotted_path(location)
+    return GridError(
+        printable(f"{place}{f', {path}' if path else ''}"[:300] + f": {message}"[:LONGEST_MESSAGE])
+    )

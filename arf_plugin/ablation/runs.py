@@ -1,4 +1,4 @@
-"""One run of a grid, from its settings to its finished folder.
+"""Runs of a grid: one from its settings to its finished folder, and several side by side.
 
 ::
 
@@ -11,22 +11,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.ablation.launch import Step, last_lines, parse_step, remove_torn_checkpoints, run_logged
+from arf_plugin.ablation.launch import (
+    RunProgress,
+    Step,
+    cpu_threads,
+    is_stopping,
+    last_lines,
+    parse_step,
+    remove_truncated_checkpoints,
+    run_logged,
+    stop_all,
+)
 from arf_plugin.ablation.plan import Run
 from arf_plugin.anchors.files import content_digest, digest, list_files, write_json
 from arf_plugin.anchors.task import expand_urls
-from arf_plugin.errors import GridError
+from arf_plugin.console import progress
+from arf_plugin.errors import ArfError, GridError
 from arf_plugin.pipeline.embedder import model_identity
 from arf_plugin.untrusted import read_json
 
 PACKAGES = ("arf-plugin", "open_clip_torch", "torch", "webdataset", "timm", "numpy")
+INTERVAL = 60  # seconds between two lines on a run where nobody watches a bar
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -45,14 +63,10 @@ def settings(run: Run) -> dict[str, Any]:
     }
     if run.arm.anchors is not None:
         chosen = grid.anchors[run.arm.anchors]
-        own = [
-            str(path)
-            for half, suffix in (("captions", ".parquet"), ("pairs", ".tar"))
-            for path in list_files(chosen.path / half, suffix)
-        ]
+        own = [*list_files(chosen.path / "captions", ".parquet"), *list_files(chosen.path / "pairs", ".tar")]
         found["anchors"] = {
             "name": chosen.name,
-            "content": None if chosen.is_built else _listing(own),
+            "content": None if chosen.is_built else _listing(list(map(str, own))),
             "captions": chosen.captions,
             "build": [[word.replace(str(run.folder), "GRID") for word in words] for words in chosen.build],
         }
@@ -66,10 +80,8 @@ def changes(run: Run) -> list[str]:
     file = run.path / "settings.json"
     if not file.exists():
         return []
-    before, now = (
-        read_json(file, GridError, advice=f"Do the run again with: --restart {run.arm.name}"),
-        settings(run),
-    )
+    before = read_json(file, GridError, advice=f"Do the run again with: --restart {run.arm.name}")
+    now = settings(run)
     return [
         f"{key}: was {_short(before.get(key))}, is {_short(now.get(key))}"
         for key in dict.fromkeys([*before, *now])
@@ -82,55 +94,46 @@ def is_finished(run: Run) -> bool:
     return (run.path / "run.json").is_file() and run.weights.is_file()
 
 
-def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[str, str]) -> dict[str, Any]:
+def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[str, str]) -> None:
     """Does a run, from where an earlier start has left it.
 
     Args:
-        run: the run; its anchors and its head are there.
-        on_step: called with the trainer's progress.
-        environment: variables beside those of this process.
-
-    Returns:
-        The content of its run.json.
+        run: The run; its anchors and its head are there.
+        on_step: Called with the trainer's progress.
+        environment: Variables beside those of this process.
 
     Raises:
-        GridError: the run failed; with the end of its log.
+        GridError: The run failed; with the end of its log.
     """
     started = time.monotonic()
-    path = run.path
+    path, log = run.path, run.path / "console.log"
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "settings.json").is_file():
         write_json(path / "settings.json", settings(run))
-    last: list[Step] = []
-    resumed_at: list[int | None] = []
+    result = run.weights if run.arm.is_probe else run.last_checkpoint
+    loss: float | None = None
+    resumed_at: int | None = None
 
     def follow(line: bytes) -> None:
+        nonlocal loss
         step = parse_step(line)
         if step is not None:
-            last[:] = [step]
+            loss = step.loss
             on_step(step)
 
-    log = path / "console.log"
-    result = run.weights if run.arm.probe else run.last_checkpoint
-
     def left() -> bool:
-        resumed_at.append(remove_torn_checkpoints(path / "checkpoints"))
+        nonlocal resumed_at
+        resumed_at = remove_truncated_checkpoints(path / "checkpoints")
         return not result.is_file()
 
     status = run_logged(run.command(), log, follow, environment, left)
     if status or not result.is_file():
         what = f"ended with status {status}" if status else f"left no {result.relative_to(path)}"
         raise GridError(f"{run.name} {what}; the end of {log}:\n{last_lines(log)}")
-    if not run.arm.probe:
+    if not run.arm.is_probe:
         strip(run.last_checkpoint, run.weights, run.name)
-    record = describe(run) | {
-        "seconds": round(time.monotonic() - started, 1),
-        "resumed_at_epoch": resumed_at[0] if resumed_at else None,
-        "loss": last[0].loss if last else None,
-    }
-    write_json(path / "run.json", record)
+    _finish(run, round(time.monotonic() - started, 1), resumed_at, loss)
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    return record
 
 
 def save_before(run: Run) -> None:
@@ -145,14 +148,12 @@ def save_before(run: Run) -> None:
     write_json(run.path / "settings.json", settings(run))
     model, _, _ = load_model(run.grid.model, run.grid.pretrained, torch.device("cpu"), torch.float32)
     write_weights(run.weights, model.state_dict(), run.name)
-    write_json(
-        run.path / "run.json", describe(run) | {"seconds": 0.0, "resumed_at_epoch": None, "loss": None}
-    )
+    _finish(run, 0.0)
 
 
-def describe(run: Run) -> dict[str, Any]:
-    """What run.json says of a run apart from how it went."""
-    return {
+def _finish(run: Run, seconds: float, resumed_at: int | None = None, loss: float | None = None) -> None:
+    """Writes run.json, which says that the run is finished, and how."""
+    record = {
         "arm": run.arm.name,
         "label": run.arm.label,
         "kind": run.arm.kind,
@@ -164,17 +165,19 @@ def describe(run: Run) -> dict[str, Any]:
         "images": run.images(),
         "anchors": str(run.anchors) if run.anchors is not None else None,
         "versions": versions(),
+        "seconds": seconds,
+        "resumed_at_epoch": resumed_at,
+        "loss": loss,
     }
+    write_json(run.path / "run.json", record)
 
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -185,9 +188,114 @@ def strip(checkpoint: Path, out: Path, name: str) -> None:
     write_weights(out, read_weights(checkpoint), name)
 
 
-def discard(run: Run) -> None:
-    """Throws a run away."""
-    shutil.rmtree(run.path, ignore_errors=True)
+def places(jobs: int | None, processes: int, on_cpu: bool) -> list[Mapping[str, str]]:
+    """Divides the machine: the environments of the runs that may be under way at a time.
+
+    On CPUs, as many single-threaded runs as cores: small runs side by side finish sooner than one after the other. On
+    GPUs each place has `processes` GPUs of its own through CUDA_VISIBLE_DEVICES. (Written for GPUs with care, and not
+    run on any: none was at hand.)
+
+    Args:
+        jobs: Runs side by side; None for as many as fit.
+        processes: Processes of a run.
+        on_cpu: Whether the trainer has been told to stay on the CPU.
+
+    Raises:
+        GridError: There are fewer GPUs than one run, or the wanted runs, need.
+    """
+    if not on_cpu:
+        import torch
+
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = devices.split(",") if devices else [str(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available() and names:
+            wanted = jobs if jobs is not None else max(1, len(names) // processes)
+            if wanted * processes > len(names):
+                raise GridError(
+                    f"{wanted} runs side by side with {processes} processes each need {wanted * processes} GPUs; "
+                    f"there are {len(names)} ({','.join(names)}). Lower --jobs or --nproc-per-node."
+                )
+            parts = [names[i * processes : (i + 1) * processes] for i in range(wanted)]
+            return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    cores = len(os.sched_getaffinity(0))
+    count = jobs if jobs is not None else max(1, cores // processes)
+    return [cpu_threads(max(1, cores // (count * processes)))] * count
+
+
+def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str) -> dict[str, str]:
+    """Does runs, several at a time; a failed one lets the others finish.
+
+    Args:
+        runs: Runs in their order; a run that starts from another's head comes after it. Finished ones are skipped.
+        where: The environments of those that may be under way at a time.
+        title: Of the bar.
+
+    Returns:
+        The failed runs' names, each with what went wrong.
+    """
+    from tqdm import tqdm
+
+    todo = [run for run in runs if not is_finished(run)]
+    if not todo:
+        return {}
+    failures: dict[str, str] = {}
+    finished = {run.name: threading.Event() for run in todo}
+    free: queue.Queue[Mapping[str, str]] = queue.Queue()
+    for environment in where:
+        free.put(environment)
+    bar = progress(title, "runs", len(todo))
+
+    def say(text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def work(run: Run) -> None:
+        environment = free.get()
+        told = RunProgress(run.name, run.count("epochs"))
+        said = told.started
+
+        def advance(step: Step) -> None:
+            nonlocal said
+            told.advance(step)
+            bar.set_postfix_str(told.text())
+            if bar.disable and time.monotonic() - said >= INTERVAL:
+                said = time.monotonic()
+                say(told.text())
+
+        try:
+            _wait_for_head(run, finished)
+            execute(run, advance, environment)
+            seconds = round(time.monotonic() - told.started)
+            loss = "" if told.loss != told.loss else f", loss {told.loss:.3f}"
+            say(f"{run.name}: done in {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{loss}")
+        except ArfError as error:
+            failures[run.name] = str(error)
+            say(f"{run.name}: stopped" if is_stopping() else f"{run.name}: failed\n{error}")
+        finally:
+            free.put(environment)
+            finished[run.name].set()
+            bar.update(1)
+
+    with bar, ThreadPoolExecutor(len(where)) as pool:
+        if len(todo) < len(runs):
+            say(f"{title}: {len(runs) - len(todo)} of {len(runs)} runs are finished and skipped")
+        try:
+            for future in [pool.submit(work, run) for run in todo]:
+                future.result()
+        except BaseException:  # Ctrl-C, a signal, or a mistake of ours: end what runs
+            stop_all()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
+
+
+def _wait_for_head(run: Run, finished: Mapping[str, threading.Event]) -> None:
+    head = run.head
+    if head is None:
+        return
+    if head.name in finished:  # it was submitted before, so it is at work or done
+        finished[head.name].wait()
+    if not is_finished(head):
+        raise GridError(f"{run.name} starts from the head of {head.name}, which is not there.")
 
 
 def _digest_of(name: str | None) -> str | None:

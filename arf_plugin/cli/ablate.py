@@ -24,11 +24,11 @@ EXAMPLES = """\
   arf ablate emojinet --out runs/ablation --arms flyp arf --seeds 0 --jobs 2
   arf ablate my-grid.yaml --set data=/data/mine --out runs/mine
   arf ablate my-grid.yaml --out runs/mine --restart arf after a change of that arm's settings
-  arf report runs/ablation --out runs/ablation/report   the page with tables and figures
+  arf report runs/ablation --out runs/ablation/report   the page with tables and plots
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf ablate``."""
     parser = options.add_parser(
         subparsers,
@@ -39,48 +39,30 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "(WiSE-FT), and writes a table. What is finished is skipped; a failed run lets the others finish.",
         EXAMPLES,
     )
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a name from --list")
-    parser.add_argument("--out", type=Path, metavar="GRID", help="folder of runs and results")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="settings",
-        help="value of one of the file's variables; may be given several times",
-    )
-    parser.add_argument("--list", action="store_true", help="list the grids that come with the package")
-    group = parser.add_argument_group("what to do")
-    group.add_argument("--arms", nargs="+", metavar="ARM", help="these arms alone (default: all)")
-    group.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these of the grid's seeds alone")
-    group.add_argument(
-        "--restart",
-        nargs="+",
-        default=[],
-        metavar="ARM",
-        help="throw these arms' runs and choices away first",
-    )
-    group.add_argument("--dry-run", action="store_true", help="print commands, steps and cost, and stop")
-    group = parser.add_argument_group("where to run")
-    group.add_argument(
-        "--jobs",
-        type=options.positive,
-        metavar="N",
-        help="runs side by side (default: as many as cores or GPUs allow)",
-    )
-    group.add_argument(
-        "--nproc-per-node",
-        type=options.positive,
-        metavar="N",
-        help="processes, that is GPUs, of one run (default: 'processes' of the file)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the plan, or the results, as JSON")
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG", help="a YAML file, or a name from --list")
+    add("--out", type=Path, metavar="GRID", help="folder of runs and results")
+    text = "value of one of the file's variables; may be given several times"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help=text)
+    add("--list", action="store_true", help="list the grids that come with the package")
+    add("--json", action="store_true", help="print the plan, or the results, as JSON")
+    add = parser.add_argument_group("what to do").add_argument
+    add("--arms", nargs="+", metavar="ARM", help="these arms alone (default: all)")
+    add("--seeds", nargs="+", type=int, metavar="N", help="these of the grid's seeds alone")
+    text = "throw these arms' runs and choices away first"
+    add("--restart", nargs="+", default=[], metavar="ARM", help=text)
+    add("--dry-run", action="store_true", help="print commands, steps and cost, and stop")
+    add = parser.add_argument_group("where to run").add_argument
+    text = "runs side by side (default: as many as cores or GPUs allow)"
+    add("--jobs", type=options.positive, metavar="N", help=text)
+    text = "processes, that is GPUs, of one run (default: 'processes' of the file)"
+    add("--nproc-per-node", type=options.positive, metavar="N", help=text)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; 1 if a run has failed."""
-    from arf_plugin.ablation.grid import Ablation, Selection
+    from arf_plugin.ablation.grid import Ablation
     from arf_plugin.ablation.reader import load_grid, ready
     from arf_plugin.errors import FlagError
 
@@ -97,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise FlagError(f"--set {entry}: expected NAME=VALUE.")
         settings[name] = value
     grid = load_grid(args.config, args.out, settings)
-    selection = Selection(args.arms, args.seeds, args.restart, args.nproc_per_node)
-    ablation = Ablation(grid, args.out, selection)
+    ablation = Ablation(grid, args.out, args.arms, args.seeds, args.restart, args.nproc_per_node)
     runs = [*ablation.candidates(), *ablation.finals()]
     check_flags(runs)
     if args.dry_run:
@@ -110,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 def execute(ablation: Ablation, args: argparse.Namespace) -> int:
     """Does what is left and prints the table."""
     from arf_plugin.ablation.launch import stop_all
-    from arf_plugin.ablation.schedule import places
+    from arf_plugin.ablation.runs import places
     from arf_plugin.ablation.table import as_text
 
     def end(*_: object) -> None:
@@ -119,7 +100,9 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, end)
     on_cpu = all(
-        arm.flags.get("device") == ("cpu",) for arm in ablation.grid.arms if arm.is_trained and not arm.probe
+        arm.flags.get("device") == ("cpu",)
+        for arm in ablation.grid.arms
+        if arm.is_trained and not arm.is_probe
     )
     result = ablation.run(places(args.jobs, ablation.processes, on_cpu))
     if args.json:
@@ -132,7 +115,7 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
         print("The same command tries what failed again, and nothing else.", file=sys.stderr)
     else:
         print(
-            f"Figures: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report",
+            f"Scores: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report",
             file=sys.stderr,
         )
     return 1 if ablation.failures else 0
@@ -144,8 +127,10 @@ def check_flags(runs: Sequence[Run]) -> None:
     Raises:
         GridError: with the arm's place in the file.
     """
-    from arf_plugin.ablation.flags import counts
+    from arf_plugin.ablation.config import COUNTS
+    from arf_plugin.cli.main import build_parser
     from arf_plugin.errors import ArfError, FlagError, GridError
+    from arf_plugin.flags import parsing_errors
     from arf_plugin.hooks.activation import check_args
 
     checked = set()
@@ -155,23 +140,16 @@ def check_flags(runs: Sequence[Run]) -> None:
             continue
         checked.add(run.arm.name)
         try:
-            if run.arm.probe:
-                _check_own(command[command.index("probe") :])
+            if run.arm.is_probe:
+                with parsing_errors():
+                    build_parser().parse_args(command[command.index("probe") :])
             else:
                 args = check_args(command[command.index("open_clip_train.main") + 1 :])
-                for name, count in counts(run.arm.flags).items():  # argparse takes beginnings of names, too
-                    if getattr(args, name.replace("-", "_")) != count:
+                for name in COUNTS:  # argparse takes beginnings of names, too
+                    if getattr(args, name.replace("-", "_")) != run.count(name):
                         raise FlagError(f"one of its flags is short for --{name}; write '{name}'.")
         except ArfError as error:
             raise GridError(f"{run.arm.where}: arm '{run.arm.name}' cannot run: {error}") from error
-
-
-def _check_own(argv: list[str]) -> None:
-    from arf_plugin.cli.main import build_parser
-    from arf_plugin.flags import parsing_errors
-
-    with parsing_errors():
-        build_parser().parse_args(argv)
 
 
 def plan(ablation: Ablation, as_json: bool) -> None:
@@ -181,22 +159,20 @@ def plan(ablation: Ablation, as_json: bool) -> None:
 
     runs = ablation.planned()
     reference = next((run.images() for run in runs if run.arm.name == ablation.grid.reference), None)
-    entries: list[dict[str, Any]] = []
-    for run in runs:
-        images = run.images()
-        entries.append(
-            {
-                "run": run.name,
-                "arm": run.arm.name,
-                "seed": run.seed,
-                "candidate": run.candidate,
-                "finished": is_finished(run),
-                "steps": run.steps(),
-                "images": images,
-                "relative": round(images / reference, 2) if images is not None and reference else None,
-                "command": run.command(),
-            }
-        )
+    entries: list[dict[str, Any]] = [
+        {
+            "run": run.name,
+            "arm": run.arm.name,
+            "seed": run.seed,
+            "candidate": run.candidate,
+            "finished": is_finished(run),
+            "steps": run.steps(),
+            "images": (images := run.images()),
+            "relative": round(images / reference, 2) if images is not None and reference else None,
+            "command": run.command(),
+        }
+        for run in runs
+    ]
     anchors: list[dict[str, Any]] = [
         {"name": chosen.name, "out": str(chosen.path), "captions": chosen.captions, "build": chosen.build}
         for chosen in ablation.anchor_sets()

@@ -1,8 +1,10 @@
-"""Reports: from runs and their measurements to one page, figures, and figures for machines.
+"""Reports: from runs and their measurements to one page, plots, and scores for machines.
 
 ::
 
-    sources ──► results ──► tables, comparison ──► page.html, report.json, table.md
-       │           └──────► drawing ──► panels ──► figures ──► figures/*.svg, *.png
-       └─► logs, gallery, provenance ──────────────► page
+    sources ──► scores ──► tables ──► output: index.html, report.json, table.md
+       │           └─────────┴──► plots (style) ──► render: figures/*.svg, *.png
+       └─► logs, gallery (images), provenance ────► output
+
+report.py gathers all of it.
 """

@@ -8,18 +8,18 @@ only, however large the anchor set is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+import heapq
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from arf_plugin.anchors.captions import caption_batches
 from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.tars import Sample, scan_samples
 from arf_plugin.errors import AnchorSetError, ReportError
-from arf_plugin.report.images import Place, TaskImages, read_image
-from arf_plugin.report.numbers import finite
-from arf_plugin.report.thumbnails import Thumbnail, thumbnail
+from arf_plugin.report.images import Place, TaskImages, Thumbnail, read_image, thumbnail
+from arf_plugin.report.sources import entries, finite
 from arf_plugin.untrusted import parse_json
 
 CANDIDATES = 6  # queries followed per card that is shown
@@ -28,14 +28,13 @@ LONGEST_TEXT = 240  # characters
 Advance = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class FoundPair:
+class FoundPair(NamedTuple):
     """A pair as its record describes it."""
 
     key: str
     text: str
     place: Place
-    similarity: float | None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def build_gallery(
         TaskDataError: for damaged task data.
         ReportError: if `anchors` is no anchor set.
     """
-    tars, tables = pair_shards(anchors), caption_files(anchors)
+    tars, tables = list_files(anchors / "pairs", ".tar"), list_files(anchors / "captions", ".parquet")
     if not anchors.is_dir():
         raise ReportError(
             f"{anchors} does not exist. Expected an anchor set; name its folder with --anchors."
@@ -119,37 +118,25 @@ def build_gallery(
         )
     queries, loose, random = _follow(tars, CANDIDATES * count, advance)
     task = TaskImages(task_data, csv[0], csv[1], dataset_type) if task_data else None
-    ids = list(queries) or _smallest(_caption_ids(tables), CANDIDATES * count)
-    captions = _captions(tables, set(ids))
+    size = CANDIDATES * count
+    ids = list(queries) or heapq.nsmallest(size, {i for i, _ in _captions(tables)}, key=place_in_hash_order)
+    captions: dict[str, list[str]] = {identity: [] for identity in ids}
+    for identity, caption in _captions(tables):
+        if identity in captions:
+            captions[identity].append(_short(caption))
     images, classes = task.read(ids) if task else ({}, {})
     chosen = _spread([i for i in ids if i in images] or ids, classes, count)
     gallery = Gallery(random=random)
     for identity in chosen:
         found = sorted(queries.get(identity, []), key=lambda pair: (-(pair.similarity or 0.0), pair.key))
+        image = thumbnail(images.get(identity)) if task else None
+        label = _label(classes.get(identity), classnames)
         gallery.cards.append(
-            Card(
-                identity,
-                _label(classes.get(identity), classnames),
-                thumbnail(images[identity])
-                if identity in images
-                else (Thumbnail(None, problem="not found") if task else None),
-                tuple(map(_short, captions.get(identity, []))),
-                tuple(_shown(found[:PAIRS_SHOWN])),
-            )
+            Card(identity, label, image, tuple(captions[identity]), _shown(found[:PAIRS_SHOWN]))
         )
     if not queries:
         gallery.loose = list(_shown(loose[: 2 * PAIRS_SHOWN]))
     return gallery
-
-
-def pair_shards(anchors: Path) -> list[Path]:
-    """The set's tars of pairs."""
-    return list_files(anchors / "pairs", ".tar")
-
-
-def caption_files(anchors: Path) -> list[Path]:
-    """The set's tables of captions."""
-    return list_files(anchors / "captions", ".parquet")
 
 
 def place_in_hash_order(identity: str) -> bytes:
@@ -172,26 +159,21 @@ def _follow(
             if sample.image is None:
                 continue
             total += 1
-            record, text = _record(sample), _text(sample)
-            named = record.get("queries")
-            pairs = (
-                list(zip(named, _similarities(record, len(named)), strict=True))
-                if isinstance(named, list)
-                else []
-            )
-            place = Place(str(tar), sample.image)
-            if not pairs:
+            record, place = _record(sample), Place(str(tar), sample.image)
+            member = sample.members.get("txt")
+            text = _short((member.data or b"").decode("utf-8", "replace")) if member is not None else ""
+            named = entries(record.get("queries"))
+            similarities = entries(record.get("query_similarities"))
+            if len(similarities) != len(named):
+                similarities = [None] * len(named)
+            if not named:
                 without += "queries" in record
-                loose.append(
-                    (
-                        place_in_hash_order(f"{tar.name}/{sample.key}"),
-                        FoundPair(sample.key, text, place, None),
-                    )
-                )
+                rank = place_in_hash_order(f"{tar.name}/{sample.key}")
+                loose.append((rank, FoundPair(sample.key, text, place)))
                 if len(loose) > 512:
                     loose = sorted(loose, key=lambda item: item[0])[:64]
                 continue
-            for query, similarity in pairs:
+            for query, similarity in zip(named, similarities, strict=True):
                 # A query that was pushed out stays out, as the limit only falls: those left have all their pairs.
                 if not isinstance(query, str):
                     continue
@@ -204,7 +186,7 @@ def _follow(
                         del queries[last], order[last]
                     queries[query], order[query] = [], rank
                     highest = max(order.values()) if len(queries) >= size else None
-                queries[query].append(FoundPair(sample.key, text, place, similarity))
+                queries[query].append(FoundPair(sample.key, text, place, finite(similarity)))
     ordered = {query: queries[query] for query in sorted(queries, key=order.__getitem__)}
     rest = [pair for _, pair in sorted(loose, key=lambda item: item[0])]
     return ordered, rest, total > 0 and without == total
@@ -222,56 +204,26 @@ def _record(sample: Sample) -> dict[str, Any]:
     return record
 
 
-def _similarities(record: dict[str, Any], count: int) -> list[float | None]:
-    found = record.get("query_similarities")
-    values = found if isinstance(found, list) and len(found) == count else [None] * count
-    return [finite(value) for value in values]
-
-
-def _text(sample: Sample) -> str:
-    member = sample.members.get("txt")
-    return _short((member.data or b"").decode("utf-8", "replace")) if member is not None else ""
-
-
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"
 
 
-def _smallest(ids: Iterable[str], count: int) -> list[str]:
-    import heapq
-
-    return heapq.nsmallest(count, set(ids), key=place_in_hash_order)
-
-
-def _tables(files: list[Path]) -> Iterator[Any]:
-    """Yields tables with the columns id and caption, some ten thousand rows at a time."""
+def _captions(files: list[Path]) -> Iterator[tuple[str, str]]:
+    """Ids and captions of a set's tables, read some ten thousand rows at a time."""
     import fsspec
 
     local = fsspec.filesystem("file")
     for path in files:
-        yield from caption_batches(local, str(path.absolute()))
+        for batch in caption_batches(local, str(path.absolute())):
+            yield from zip(batch.column("id").to_pylist(), batch.column("caption").to_pylist(), strict=True)
 
 
-def _caption_ids(files: list[Path]) -> Iterator[str]:
-    for batch in _tables(files):
-        yield from batch.column("id").to_pylist()
-
-
-def _captions(files: list[Path], wanted: Collection[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for batch in _tables(files):
-        for identity, caption in zip(
-            batch.column("id").to_pylist(), batch.column("caption").to_pylist(), strict=True
-        ):
-            if identity in wanted:
-                found.setdefault(identity, []).append(caption)
-    return found
-
-
-def _shown(pairs: Iterable[FoundPair]) -> Iterator[ShownPair]:
-    for pair in pairs:
-        yield ShownPair(thumbnail(read_image(pair.place, AnchorSetError)), pair.text, pair.similarity)
+def _shown(pairs: Iterable[FoundPair]) -> tuple[ShownPair, ...]:
+    return tuple(
+        ShownPair(thumbnail(read_image(pair.place, AnchorSetError)), pair.text, pair.similarity)
+        for pair in pairs
+    )
 
 
 def _spread(ids: list[str], classes: dict[str, int], count: int) -> list[str]:

@@ -5,11 +5,12 @@ Each step that is logged is one line (open_clip_train/train.py, ``train_one_epoc
     ... | INFO | Train Epoch: 3 [ 256/830 (31%)] Data (t): ... LR: 0.000500 Logit Scale: 15.9 Contrastive_loss: 0.81689
     (1.0698) Caption_anchor_loss: 2.1 (2.2) Pair_anchor_loss: 1.9 (2.0) Loss: 4.8 (5.2)
 
-One figure per term of the loss, weighted as it enters the sum, and ``Loss``, which is the sum.
+One number per term of the loss, weighted as it enters the sum, and ``Loss``, which is the sum.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable
@@ -65,17 +66,12 @@ def parse_curves(lines: Iterable[str]) -> Curves:
     """Reads the curves from a log's lines; lines of other kinds are passed over."""
     steps: dict[tuple[int, int, int], dict[str, float]] = {}
     for line in lines:
-        match = _STEP.search(line)
-        if match is None:
-            continue
-        place = (int(match[1]), int(match[2]), int(match[3]))
-        values = {
-            name.lower(): number
-            for name, text in _TERM.findall(match[4])
-            if (number := _number(text)) is not None
-        }
-        steps.pop(place, None)
-        steps[place] = values
+        if (match := _STEP.search(line)) is not None:
+            place = (int(match[1]), int(match[2]), int(match[3]))
+            steps[place] = {}
+            for name, text in _TERM.findall(match[4]):
+                with contextlib.suppress(ValueError):
+                    steps[place][name.lower()] = float(text)
     curves = Curves()
     for (epoch, seen, size), values in sorted(steps.items()):
         at = epoch + (seen / size if size else 0.0)
@@ -88,12 +84,5 @@ def parse_curves(lines: Iterable[str]) -> Curves:
 
 
 def term_name(term: str) -> str:
-    """What a term is called in figures."""
+    """What a term is called in plots."""
     return NAMES.get(term) or term.removesuffix("_loss").replace("_", " ")
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -16,8 +16,7 @@ from typing import Any
 
 from arf_plugin.anchors.manifest import read_manifest
 from arf_plugin.errors import ArfError, ReportError
-from arf_plugin.report.numbers import finite, is_below, is_local
-from arf_plugin.report.sources import Collected, Run
+from arf_plugin.report.sources import Collected, entries, finite, is_below, is_local
 from arf_plugin.untrusted import require_regular, split_lines
 
 LONGEST = 160  # characters of a value
@@ -86,55 +85,45 @@ def flag(command: Sequence[str], name: str) -> str | None:
     return None
 
 
-def manifest_sentences(manifest: Mapping[str, Any]) -> list[str]:
-    """What a manifest says, in plain sentences."""
-    sentences = []
-    captions, pairs = manifest.get("captions"), manifest.get("pairs")
-    if isinstance(captions, dict):
-        text = f"{_count(captions.get('count'))} captions"
-        if captions.get("captioner"):
-            text += f", written by the captioner “{captions['captioner']}”"
-        sentences.append(text + ".")
-    if isinstance(pairs, dict):
-        sentences.append(_pairs_sentence(pairs))
-    return sentences
-
-
-def _pairs_sentence(pairs: Mapping[str, Any]) -> str:
-    retrieved = pairs.get("retrieve") if isinstance(pairs.get("retrieve"), dict) else {}
-    assert isinstance(retrieved, dict)
-    selection = retrieved.get("selection") if isinstance(retrieved.get("selection"), dict) else {}
-    similarity = retrieved.get("similarity")
-    text = f"{_count(pairs.get('count'))} pairs"
-    if selection and selection.get("random"):
-        text += f", drawn at random from a pool of {_count(retrieved.get('pool_rows'))} (a control)"
-    elif retrieved:
-        text += f", retrieved from a pool of {_count(retrieved.get('pool_rows'))}"
-        if selection and selection.get("k") is not None:
-            text += f" as the {selection['k']} nearest of {_count(retrieved.get('queries'))} queries"
-        model = retrieved.get("model")
-        if isinstance(model, dict) and model.get("name"):
-            text += f" in the embedding of {model['name']}"
-    if isinstance(similarity, dict) and all(
-        finite(similarity.get(key)) is not None for key in ("min", "mean", "max")
-    ):
-        text += "; cosine {min:.2f} to {max:.2f}, mean {mean:.2f}".format(**similarity)
-    return text + "."
-
-
 def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
-    """Sentences and rows (path of the key, value) of an anchor set's manifest, by half."""
+    """Sentences and rows (path of the key, value) of an anchor set's manifest, by kind of anchor."""
     manifest = read_manifest(folder)
     if manifest is None:
         return [], {}
-    halves = {
-        # The list of a half's files is as long as the half.
-        half: flatten({key: value for key, value in manifest[half].items() if key != "written"})
-        for half in ("captions", "pairs")
-        if isinstance(manifest.get(half), dict)
+    kinds = {kind: manifest[kind] for kind in ("captions", "pairs") if isinstance(manifest.get(kind), dict)}
+    sentences = []
+    if "captions" in kinds:
+        writer = kinds["captions"].get("captioner")
+        written = f", written by the captioner “{writer}”" if writer else ""
+        sentences.append(f"{_count(kinds['captions'].get('count'))} captions{written}.")
+    if "pairs" in kinds:
+        sentences.append(_pairs_sentence(kinds["pairs"]))
+    # The list of a kind's files is as long as the set.
+    rows = {
+        kind: flatten({name: item for name, item in value.items() if name != "written"})
+        for kind, value in kinds.items()
     }
-    rest = flatten({key: value for key, value in manifest.items() if key not in halves})
-    return manifest_sentences(manifest), {**halves, "set": rest}
+    return sentences, {
+        **rows,
+        "set": flatten({key: item for key, item in manifest.items() if key not in kinds}),
+    }
+
+
+def _pairs_sentence(pairs: Mapping[str, Any]) -> str:
+    retrieved = _mapping(pairs.get("retrieve"))
+    selection, similarity = _mapping(retrieved.get("selection")), _mapping(retrieved.get("similarity"))
+    pool, model = _count(retrieved.get("pool_rows")), _mapping(retrieved.get("model")).get("name")
+    text = f"{_count(pairs.get('count'))} pairs"
+    if selection.get("random"):
+        text += f", drawn at random from a pool of {pool} (a control)"
+    elif retrieved:
+        text += f", retrieved from a pool of {pool}"
+        if selection.get("k") is not None:
+            text += f" as the {selection['k']} nearest of {_count(retrieved.get('queries'))} queries"
+        text += f" in the embedding of {model}" if model else ""
+    if all(finite(similarity.get(key)) is not None for key in ("min", "mean", "max")):
+        text += "; cosine {min:.2f} to {max:.2f}, mean {mean:.2f}".format(**similarity)
+    return text + "."
 
 
 def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -156,22 +145,21 @@ def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
 
 def run_rows(found: Collected) -> list[dict[str, Any]]:
     """One row per run: whose it is, what it took, what it was made with."""
-    digests: dict[tuple[str, int | None], str] = {}
-    for item in found.test:
-        if item.alpha is None and isinstance(item.row.get("digest"), str):
-            digests[item.arm, item.seed] = item.row["digest"]
+    digests = {(one.arm, one.seed): one.record.get("digest") for one in found.test if one.alpha is None}
+    order = list(found.arms)
     rows = []
-    for run in sorted(found.runs, key=lambda run: (list(found.arms).index(run.arm), run.seed or 0)):
+    for run in sorted(found.runs, key=lambda run: (order.index(run.arm), run.seed or 0)):
+        steps, seconds = run.info.get("steps"), finite(run.info.get("seconds"))
         rows.append(
             {
                 "arm": run.arm,
                 "seed": run.seed,
-                "steps": _number(run.info.get("steps")),
-                "minutes": _minutes(run.info.get("seconds")),
+                "steps": f"{steps:,}" if type(steps) is int else "",
+                "minutes": f"{seconds / 60:,.1f}" if seconds is not None else "",
                 "anchors": str(run.info.get("anchors") or flag(run.command, "--arf-anchors") or ""),
-                "digest": digests.get((run.arm, run.seed), "")[:12],
-                "versions": _versions(run.info.get("versions")),
-                "command": _command(run),
+                "digest": (digests.get((run.arm, run.seed)) or "")[:12],
+                "versions": _versions(run.info),
+                "command": shlex.join(run.command),
             }
         )
     return rows
@@ -179,67 +167,48 @@ def run_rows(found: Collected) -> list[dict[str, Any]]:
 
 def evaluation_rows(found: Collected) -> list[tuple[str, str]]:
     """What the measurements have in common, and where they differ."""
-    rows = []
-    for label, key in (
-        *(("model", "model"), ("suite", "suite"), ("split", "split"), ("device", "device")),
-        *(("precision", "precision"), ("classifier", "classifier"), ("batch size", "batch_size")),
-    ):
-        values = dict.fromkeys(str(item.row[key]) for item in found.test if item.row.get(key) is not None)
-        if values:
-            rows.append((label, ", ".join(values)))
-    versions = dict.fromkeys(_versions(item.row.get("versions")) for item in found.test)
-    rows.append(("versions", "; ".join(text for text in versions if text)))
-    times = sorted(str(item.row["time"]) for item in found.test if item.row.get("time"))
-    if times:
-        rows.append(("measured", times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"))
-    return [(label, text) for label, text in rows if text]
+    records = [one.record for one in found.test]
+    rows = {}
+    for key in ("model", "suite", "split", "device", "precision", "classifier", "batch_size"):
+        values = dict.fromkeys(str(record[key]) for record in records if record.get(key) is not None)
+        rows[key.replace("_", " ")] = ", ".join(values)
+    rows["versions"] = "; ".join(dict.fromkeys(filter(None, map(_versions, records))))
+    times = sorted(str(record["time"]) for record in records if record.get("time"))
+    rows["measured"] = " to ".join(dict.fromkeys([*times[:1], *times[-1:]]))
+    return [(label, text) for label, text in rows.items() if text]
 
 
 def choice_rows(found: Collected) -> list[dict[str, Any]]:
-    """How hyper-parameters were chosen: arm, average that decided, and each candidate's figure on validation."""
+    """How hyper-parameters were chosen: arm, average that decided, and each candidate's score on validation."""
     rows = []
     for content in found.choices:
-        entries = content.get("arms")
-        for arm, entry in (entries if isinstance(entries, dict) else {}).items():
-            candidates = entry.get("candidates") if isinstance(entry, dict) else None
-            if not isinstance(candidates, list):
-                continue
-            by = str(entry.get("by"))
-            listed = []
-            for place, candidate in enumerate(candidates):
-                flags = candidate.get("flags") if isinstance(candidate, dict) else None
-                values = candidate.get("validation") if isinstance(candidate, dict) else None
-                figure = values.get(by) if isinstance(values, dict) else None
+        for arm, entry in _mapping(content.get("arms")).items():
+            by, listed = str(_mapping(entry).get("by")), []
+            for place, candidate in enumerate(entries(_mapping(entry).get("candidates"))):
+                flags, values = (
+                    _mapping(candidate).get("flags"),
+                    _mapping(_mapping(candidate).get("validation")),
+                )
+                score = finite(values.get(by))
                 listed.append(
                     {
-                        "flags": ", ".join(f"{k} {v}" for k, v in flags.items())
-                        if isinstance(flags, dict)
-                        else "",
-                        "figure": f"{number:.1f}" if (number := finite(figure)) is not None else "",
+                        "flags": ", ".join(f"{k} {v}" for k, v in _mapping(flags).items()),
+                        "score": "" if score is None else f"{score:.1f}",
                         "chosen": place == entry.get("chosen"),
                     }
                 )
-            rows.append(
-                {"arm": found.arms[arm].label if arm in found.arms else arm, "by": by, "candidates": listed}
-            )
+            if listed:
+                label = found.arms[arm].label if arm in found.arms else arm
+                rows.append({"arm": label, "by": by, "candidates": listed})
     return rows
 
 
-def _command(run: Run) -> str:
-    return shlex.join(run.command)
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _versions(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else ""
-
-
-def _number(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else ""
-
-
-def _minutes(value: Any) -> str:
-    seconds = finite(value)
-    return f"{seconds / 60:,.1f}" if seconds is not None else ""
+def _versions(record: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in _mapping(record.get("versions")).items())
 
 
 def _count(value: Any) -> str:
@@ -247,9 +216,7 @@ def _count(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    if value is None:
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _cut(text: str) -> str:

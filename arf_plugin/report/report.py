@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arf_plugin.anchors.files import replacing, write_json
 from arf_plugin.errors import ReportError
-from arf_plugin.report import drawing, figures, provenance, tables
-from arf_plugin.report.comparison import sentence
-from arf_plugin.report.figures import Group
+from arf_plugin.report import plots, provenance, tables
 from arf_plugin.report.gallery import Advance, Gallery, build_gallery
 from arf_plugin.report.logs import Curves, read_curves
-from arf_plugin.report.numbers import entries, is_local
-from arf_plugin.report.results import Averages, Results, suites_of
-from arf_plugin.report.sources import Collected, collect
+from arf_plugin.report.plots import Group
+from arf_plugin.report.scores import Averages, Results, sentence, suites_of
+from arf_plugin.report.sources import Collected, collect, entries, is_local
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
 
@@ -55,8 +52,8 @@ class Report:
 
     Attributes:
         missing: by section, the line that says what would make it appear.
-        groups: figures by section.
-        notes: what a reader must know before believing the figures.
+        groups: Plots by section.
+        notes: What a reader must know before believing the scores.
     """
 
     title: str
@@ -79,66 +76,19 @@ class Report:
 
     def comparisons(self) -> list[tuple[str, list[str]]]:
         """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
-        said = []
-        labels = {name: arm.label for name, arm in self.found.arms.items()}
-        main = set(tables.main_averages(self.averages))
-        reference = self.found.reference
+        found, said = self.found, []
+        labels = {name: arm.label for name, arm in found.arms.items()}
         for one in self.slices:
-            if self.found.subject in one.differences:
-                subjects = [self.found.subject]
-            else:
-                subjects = [arm for arm in one.differences if arm != self.found.before][:3]
+            others = [arm for arm in one.differences if arm != found.before][:3]
+            subjects = [found.subject] if found.subject in one.differences else others
             texts = []
-            pairs = {(arm, reference): one.differences[arm] for arm in subjects if arm and reference}
-            for (arm, other), differences in {**pairs, **one.comparisons}.items():
-                kept = {name: item for name, item in differences.items() if name in main}
-                texts.append(sentence(labels[arm], labels[other or ""], kept))
+            for (arm, other), by_average in one.pairs(found.reference):
+                if other != found.reference or arm in subjects:
+                    kept = {name: item for name, item in by_average.items() if name in self.averages.main}
+                    texts.append(sentence(labels[arm], labels[other or ""], kept))
             if any(texts):
                 said.append((one.title, [text for text in texts if text]))
         return said
-
-
-def make_report(
-    sources: Sequence[Path],
-    out: Path,
-    options: Options,
-    *,
-    on_pair: Advance = lambda: None,
-    on_figure: Advance = lambda: None,
-) -> Report:
-    """Makes a report and writes it.
-
-    Args:
-        sources: grid folders, run folders, files of rows.
-        out: folder for ``index.html``, ``report.json``, ``table.md`` and ``figures/``.
-        options: see :class:`Options`.
-        on_pair: called when the gallery has looked at a pair.
-        on_figure: called when a figure has been drawn.
-
-    Raises:
-        ArfError: for sources, suites, anchor sets or task data that are not what they should be.
-    """
-    from arf_plugin.report.page import render
-    from arf_plugin.report.records import as_json
-
-    report = gather(sources, options, on_pair)
-    page = render(report, on_figure)
-    written = set()
-    for group in report.groups.values():
-        written.update(figures.save(group, out / "figures", report.style))
-        on_figure()
-    for stale in (out / "figures").glob(
-        "*"
-    ):  # of an earlier report in this folder, and no longer on the page
-        if stale.suffix in (".svg", ".png") and stale.name not in written:
-            stale.unlink()
-    write_json(out / "report.json", as_json(report))
-    _write(
-        out / "table.md",
-        tables.markdown(report.found, report.slices, report.averages, report.results.unit),
-    )
-    _write(out / "index.html", page)
-    return report
 
 
 def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
@@ -148,13 +98,10 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
         for arm in pair:
             if arm not in found.arms:
                 raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
-    of_grids = [
-        grid["suite"]
-        for grid in found.grids
-        if isinstance(grid.get("suite"), str) and is_local(grid["suite"])
-    ]
+    suites = (grid.get("suite") for grid in found.grids)
+    of_grids = [name for name in suites if isinstance(name, str) and is_local(name)]
     names = suites_of(found.test, options.suites, of_grids)
-    averages = Averages(names, sorted({item.row["set"] for item in found.test}))
+    averages = Averages(names, sorted({item.record["set"] for item in found.test}))
     results = Results(found.test, averages)
     comparisons = list(dict.fromkeys([*(found.comparisons or _with_controls(found)), *options.compare]))
     slices = tables.build_slices(found, results, averages, comparisons) if found.test else []
@@ -187,10 +134,10 @@ def _add_results(report: Report) -> None:
         report.missing["results"] = f"No checkpoint has been measured. Run: {measure}."
         return
     drawn = {
-        "results": drawing.results_group(found, report.slices[0], averages, results.unit),
-        "curves": drawing.curves_group(found, averages, results),
-        "domains": drawing.domains_group(found, averages, results),
-        "calibration": drawing.calibration_group(found, averages, results),
+        "results": plots.results_group(found, report.slices[0], averages, results.unit),
+        "curves": plots.curves_group(found, averages, results),
+        "domains": plots.domains_group(found, averages, results),
+        "calibration": plots.calibration_group(found, averages, results),
     }
     report.groups |= {name: group for name, group in drawn.items() if group is not None}
     if not results.alphas():
@@ -228,7 +175,7 @@ def _add_training(report: Report) -> None:
                         f"{report.found.arms[arm].label}{seed}: the loss was not a finite number in {len(read.faults)} "
                         f"logged steps, first after {read.faults[0]:.2f} passes over the data."
                     )
-    group = drawing.training_group(report.found, curves) if curves else None
+    group = plots.training_group(report.found, curves) if curves else None
     if group is not None:
         report.groups["training"] = group
     else:
@@ -266,28 +213,16 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
 
 def _add_notes(report: Report) -> None:
     report.notes += report.results.truncated()
-    wanted = sorted(
-        {seed for grid in report.found.grids for seed in entries(grid.get("seeds")) if type(seed) is int}
-    )
-    for one in report.slices[:1]:
-        for arm, by_average in one.figures.items():
-            if arm == report.found.before or not by_average:
-                continue
-            seeds = set.intersection(*(set(figure.seeds) for figure in by_average.values()))
-            if lacking := [str(seed) for seed in wanted if seed not in seeds]:
-                report.notes.append(
-                    f"{report.found.arms[arm].label}: seed {', '.join(lacking)} has not been measured on every average."
-                )
-    counts = {
-        len(figure.seeds) for one in report.slices for by in one.figures.values() for figure in by.values()
-    }
-    if counts == {1}:
+    seeds = (seed for grid in report.found.grids for seed in entries(grid.get("seeds")))
+    wanted = sorted({seed for seed in seeds if type(seed) is int})
+    for arm, by_average in report.slices[0].scores.items() if report.slices else ():
+        measured = set.intersection(*(set(score.seeds) for score in by_average.values()))
+        lacking = [str(seed) for seed in wanted if seed not in measured]
+        if lacking and arm != report.found.before:
+            label = report.found.arms[arm].label
+            report.notes.append(f"{label}: seed {', '.join(lacking)} has not been measured on every average.")
+    scores = (score for one in report.slices for by in one.scores.values() for score in by.values())
+    if {len(score.seeds) for score in scores} == {1}:
         report.notes.append(
             "One seed per arm: nothing here says how much of a difference is chance of training."
         )
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        # Names in tars and JSON may hold lone surrogates, which are no text.
-        temporary.write_bytes(text.encode("utf-8", "replace"))

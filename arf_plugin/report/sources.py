@@ -1,34 +1,61 @@
-"""Finds what there is to report: grid folders, run folders and files of result rows, brought to one form.
+"""Finds what there is to report: grid folders, run folders and files of records, brought to one form.
 
 ========================  =======================================================================================
 a grid folder             ``grid.json``, ``runs/ARM-SEED/``, ``results.jsonl``, ``validation.jsonl`` (``arf ablate``)
 a run folder              ``run.json`` or open_clip's ``out.log``; its name, such as ``arf-0``, says arm and seed
-a file of rows            ``*.jsonl`` by ``arf evaluate --out``; the checkpoints' folders say arm and seed
+a file of records         ``*.jsonl`` by ``arf evaluate --out``; the checkpoints' folders say arm and seed
 ========================  =======================================================================================
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from arf_plugin import untrusted
 from arf_plugin.anchors.files import list_files
 from arf_plugin.errors import EvaluationError, ReportError
-from arf_plugin.report.numbers import entries, finite
+from arf_plugin.validation import validated
 
 _ARM_AND_SEED = re.compile(r"(?P<arm>.+?)[-_](?:seed[-_]?|s)?(?P<seed>\d+)")
-_AGAIN = "Measure it again."
-_ROW: dict[str, Any] = {"set": str, "headline": str, "checkpoint": str}
-_OPTIONAL: dict[str, Any] = dict.fromkeys(("digest", "original_digest", "suite", "split"), (str, type(None)))
-_OPTIONAL |= {"images": (int, type(None)), "alpha": (int, float, type(None))}
-_UNKNOWN = dict.fromkeys(_OPTIONAL)
-_LABELS = {"before": "before", "flyp": "FLYP", "arf": "ARF"}
+_KNOWN_ARMS = {
+    "before": ("before", "before"),
+    "flyp": ("FLYP", "baseline"),
+    "arf": ("ARF", "arf"),
+}  # label, kind
 
 EXPECTED = "a grid folder of `arf ablate`, a run folder (run.json or out.log) or a file of rows of `arf evaluate --out`"
+
+
+class _Record(BaseModel):
+    """What a report needs of a record; its other fields are looked at where they are shown."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    set: str
+    headline: str
+    checkpoint: str
+    metrics: dict[str, Any]
+    digest: str | None = None
+    original_digest: str | None = None
+    suite: str | None = None
+    split: str | None = None
+    images: int | None = None
+    alpha: float | None = None
+
+    @model_validator(mode="after")
+    def _can_be_used(self) -> _Record:
+        if finite(self.metrics.get(self.headline)) is None:
+            raise ValueError(f"metrics has no number {self.headline!r}.")
+        if "\0" in self.checkpoint:
+            raise ValueError(f"'checkpoint' is {self.checkpoint!r}, expected a path.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,12 +97,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A result row, and whose it is. `alpha` is None for the fine-tuned model itself."""
+    """A record, and whose it is. `alpha` is None for the fine-tuned model itself."""
 
     arm: str
     seed: int | None
     alpha: float | None
-    row: dict[str, Any]
+    record: dict[str, Any]
 
 
 @dataclass
@@ -120,61 +147,62 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
     """Reads all sources.
 
     Args:
-        sources: see the module's docstring.
-        reference: the arm to compare with, in place of the grid's; ``flyp`` if there is one.
+        sources: See the module's docstring.
+        reference: The arm to compare with, in place of the grid's; ``flyp`` if there is one.
 
     Raises:
-        ReportError: for a source that is none, damaged or empty, and for two checkpoints of one arm and seed.
+        ReportError: For a source that is none, damaged or empty, and for two checkpoints of one arm and seed.
     """
     found = Collected(roots=[*(source.resolve().parent for source in sources), Path.cwd().resolve()])
-    loose: list[tuple[Path, list[dict[str, Any]]]] = []
+    files: list[tuple[Path, Path]] = []  # of records, with the folder that their paths are relative to
     for source in sources:
         if not source.exists():
             raise ReportError(f"{source} does not exist. Expected {EXPECTED}.")
         if source.is_file():
-            loose.append((source.parent, _rows(source)))
+            files.append((source, source.parent))
         elif (source / "grid.json").is_file():
-            loose += _read_grid(source, found)
+            files += _read_grid(source, found)
         elif (source / "run.json").is_file() or _logs(source):
-            found.runs.append(_read_run(source))
-            other = ("validation", "arf_watch")
-            loose += [
-                (source, _rows(path)) for path in list_files(source, ".jsonl") if path.stem not in other
-            ]
+            found.runs.append(_read_run(source, found))
+            own = (
+                path for path in list_files(source, ".jsonl") if path.stem not in ("validation", "arf_watch")
+            )
+            files += [(path, source) for path in own]
         elif (source / "results.jsonl").is_file():
-            loose.append((source, _rows(source / "results.jsonl")))
+            files.append((source / "results.jsonl", source))
         else:
             names = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
             raise ReportError(f"{source} is no run: found {names}. Expected {EXPECTED}.")
-    attribution = _Attribution(found, [row for _, rows in loose for row in rows])
-    for folder, rows in loose:
-        for row in rows:
-            measured = attribution.of(row, folder)
-            if row.get("split") == "validation":  # rejected candidates among them, which are arms of no table
-                found.validation.append(measured)
-            else:
-                _add_arm(found, measured.arm)
-                found.test.append(measured)
+    records = [(record, folder) for path, folder in files for record in _records(path)]
+    originals = {record.get("original_digest") for record, _ in records} - {None}
+    folders = {run.folder.resolve(): run for run in found.runs}
+    for record, folder in records:
+        measured = _measurement(found, record, folder, originals, folders)
+        if record.get("split") == "validation":  # rejected candidates among them, which are arms of no table
+            found.validation.append(measured)
+        else:
+            _add_arm(found, measured.arm)
+            found.test.append(measured)
     for run in found.runs:
         _add_arm(found, run.arm)
     _check_one_checkpoint_each(found)
     if not found.test and not found.runs:
         raise ReportError(f"{', '.join(map(str, sources))}: no rows and no runs. Expected {EXPECTED}.")
-    found.reference = _reference(found, reference)
+    if reference is not None and reference not in found.arms:
+        raise ReportError(f"There is no arm '{reference}' to compare with (found: {', '.join(found.arms)}).")
+    wanted = (reference, found.reference, "flyp")
+    found.reference = next((name for name in wanted if name in found.arms), None)
     return found
 
 
-def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, list[dict[str, Any]]]]:
+def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, Path]]:
     grid = read_json(folder / "grid.json")
     found.grids.append(grid)
     for entry in entries(grid.get("arms")):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise ReportError(f"{folder / 'grid.json'}: an arm is {entry!r}, expected an object with a name.")
-        name = entry["name"]
-        words = (
-            str(entry.get(key) or default) for key, default in (("label", name), ("what", ""), ("kind", ""))
-        )
-        found.arms.setdefault(name, Arm(name, *words))
+        label, what, kind = (str(entry.get(key) or "") for key in ("label", "what", "kind"))
+        found.arms.setdefault(entry["name"], Arm(entry["name"], label or entry["name"], what, kind))
     if (folder / "choices.json").is_file():
         found.choices.append(read_json(folder / "choices.json"))
     for pair in entries(grid.get("comparisons")):
@@ -185,61 +213,46 @@ def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, list[dict[str
     runs = sorted(
         path for path in (folder / "runs").glob("*") if (path / "run.json").is_file() or _logs(path)
     )
-    found.runs += [_of_no_seed(_read_run(path), found) for path in runs]
-    rows = [
-        (folder, _rows(path))
-        for name in ("results", "validation")
-        if (path := folder / f"{name}.jsonl").is_file()
-    ]
-    if not runs and not rows:
+    found.runs += [_read_run(path, found) for path in runs]
+    files = [path for name in ("results", "validation") if (path := folder / f"{name}.jsonl").is_file()]
+    if not runs and not files:
         raise ReportError(f"{folder} is a grid without runs and without rows yet. Run it with: arf ablate")
-    return rows
+    return [(path, folder) for path in files]
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: Path, found: Collected) -> Run:
     info = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     arm, seed = arm_and_seed(folder.resolve().name)
     arm = info["arm"] if isinstance(info.get("arm"), str) else arm
     seed = info["seed"] if type(info.get("seed")) is int else seed
-    return Run(folder, arm, seed, info, _logs(folder))
-
-
-def _of_no_seed(run: Run, found: Collected) -> Run:
-    """The model before fine-tuning has a folder as the others have, and no seed."""
-    return replace(run, seed=None) if run.arm == found.before else run
+    # The model before fine-tuning has a folder as the others of a grid have, and no seed.
+    return Run(folder, arm, None if found.grids and arm == found.before else seed, info, _logs(folder))
 
 
 def _logs(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted([*folder.glob("out.log"), *folder.glob("*/out.log"), *folder.glob("*/*/out.log")]))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     from arf_plugin.evaluation.records import read_records
 
     try:
-        rows = read_records(path, whole=False)  # what a report needs of them is checked below
+        records = read_records(path, whole=False)  # what a report needs of them is checked here
     except EvaluationError as cause:
         raise ReportError(str(cause)) from cause
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        untrusted.require_fields(row, _ROW, where, ReportError, _AGAIN)
-        untrusted.require_fields({**_UNKNOWN, **row}, _OPTIONAL, where, ReportError, _AGAIN)
-        metrics = row["metrics"]
-        if not isinstance(metrics, dict) or finite(metrics.get(row["headline"])) is None:
-            raise ReportError(f"{where}: metrics has no number {row['headline']!r}. {_AGAIN}")
-        if row.get("alpha") is not None and finite(row["alpha"]) is None:
-            raise ReportError(f"{where}: 'alpha' is not finite. {_AGAIN}")
-        if "\0" in row["checkpoint"]:
-            raise ReportError(f"{where}: 'checkpoint' is {row['checkpoint']!r}, expected a path. {_AGAIN}")
-        row["metrics"] = {name: value for name, value in metrics.items() if finite(value) is not None}
-    return rows
+    for number, record in enumerate(records, 1):
+        validated(_Record, record, f"{path}, row {number}", ReportError, "Measure it again.")
+        record["metrics"] = {
+            name: value for name, value in record["metrics"].items() if finite(value) is not None
+        }
+    return records
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        ReportError: if it is none.
+        ReportError: If it is none.
     """
     found: dict[str, Any] = untrusted.read_json(
         path, ReportError, advice="Make it again, or leave the folder out."
@@ -257,48 +270,35 @@ def arm_and_seed(name: str) -> tuple[str, int | None]:
     return (match["arm"], int(match["seed"])) if match else (name, None)
 
 
-class _Attribution:
-    """Says whose a row is: by its run's folder, as the original of mixtures, else by the checkpoint's folder."""
-
-    def __init__(self, found: Collected, rows: list[dict[str, Any]]) -> None:
-        self.found = found
-        self.runs = {run.folder.resolve(): run for run in found.runs}
-        self.named = {run.folder.resolve().name: run for run in found.runs}
-        self.originals = {row.get("original_digest") for row in rows} - {None}
-
-    def of(self, row: dict[str, Any], folder: Path) -> Measurement:
-        alpha = row.get("alpha")
-        alpha = finite(alpha)
-        path = Path(str(row["checkpoint"]))
-        run = self._run(path, folder)
-        if run is not None:
-            arm, seed = run.arm, run.seed
-        elif alpha is None and row.get("digest") in self.originals:
-            arm, seed = self.found.before or "before", None  # what others were mixed with
-        else:
-            arm, seed = arm_and_seed(_run_name(path))
-            if self.found.grids and self.found.before and arm not in self.found.arms and alpha is None:
-                arm, seed = self.found.before, None  # in a grid, everything else lies below its runs
-        return Measurement(arm, seed, alpha, row)
-
-    def _run(self, path: Path, folder: Path) -> Run | None:
-        for place in (folder / path, path):
-            for parent in place.resolve().parents:
-                if parent in self.runs:
-                    return self.runs[parent]
-        return self.named.get(_run_name(path))
-
-
-def _run_name(checkpoint: Path) -> str:
-    """The folder that a checkpoint's run is named after; the file's own name if it lies in none."""
-    folders = [part for part in checkpoint.parts[:-1] if part not in ("checkpoints", ".", "..", "/")]
-    return folders[-1] if folders else checkpoint.stem
+def _measurement(
+    found: Collected,
+    record: dict[str, Any],
+    folder: Path,
+    originals: Collection[str | None],
+    folders: Mapping[Path, Run],
+) -> Measurement:
+    """Says whose a record is: by its run's folder, as the original of mixtures, else by the checkpoint's folder."""
+    alpha, path = finite(record.get("alpha")), Path(record["checkpoint"])
+    parts = [part for part in path.parts[:-1] if part not in ("checkpoints", ".", "..", "/")]
+    name = parts[-1] if parts else path.stem  # the folder that the run is named after
+    above = [parent for place in (folder / path, path) for parent in place.resolve().parents]
+    run = next((folders[parent] for parent in above if parent in folders), None)
+    run = run or {place.name: run for place, run in folders.items()}.get(name)
+    if run is not None:
+        arm, seed = run.arm, run.seed
+    elif alpha is None and record.get("digest") in originals:
+        arm, seed = found.before or "before", None  # what others were mixed with
+    else:
+        arm, seed = arm_and_seed(name)
+        if found.grids and found.before and arm not in found.arms and alpha is None:
+            arm, seed = found.before, None  # in a grid, everything else lies below its runs
+    return Measurement(arm, seed, alpha, record)
 
 
 def _add_arm(found: Collected, name: str) -> None:
     if name not in found.arms:
-        kind = {"before": "before", "flyp": "baseline", "arf": "arf"}.get(name, "")
-        found.arms[name] = Arm(name, _LABELS.get(name, name), "", kind)
+        label, kind = _KNOWN_ARMS.get(name, (name, ""))
+        found.arms[name] = Arm(name, label, "", kind)
         if kind == "before":  # heads the table
             found.arms = {name: found.arms.pop(name), **found.arms}
 
@@ -306,21 +306,48 @@ def _add_arm(found: Collected, name: str) -> None:
 def _check_one_checkpoint_each(found: Collected) -> None:
     seen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for measured in found.test:
-        row = measured.row
-        other = seen.setdefault((measured.arm, measured.seed, measured.alpha, row["set"]), row)
-        if other.get("digest") != row.get("digest"):
+        record = measured.record
+        other = seen.setdefault((measured.arm, measured.seed, measured.alpha, record["set"]), record)
+        if other.get("digest") != record.get("digest"):
             raise ReportError(
-                f"{measured.arm}, seed {measured.seed}: two checkpoints were measured on '{row['set']}': "
-                f"{other['checkpoint']} and {row['checkpoint']}. A report takes one checkpoint per arm and seed; leave "
-                "the rows of one out, or give the runs' folders names of their own (ARM-SEED)."
+                f"{measured.arm}, seed {measured.seed}: two checkpoints were measured on '{record['set']}': "
+                f"{other['checkpoint']} and {record['checkpoint']}. A report takes one checkpoint per arm and seed; "
+                "leave the rows of one out, or give the runs' folders names of their own (ARM-SEED)."
             )
 
 
-def _reference(found: Collected, wanted: str | None) -> str | None:
-    if wanted is not None and wanted not in found.arms:
-        raise ReportError(f"There is no arm '{wanted}' to compare with (found: {', '.join(found.arms)}).")
-    if wanted is not None:
-        return wanted
-    if found.reference in found.arms:
-        return found.reference
-    return "flyp" if "flyp" in found.arms else None
+def finite(value: Any) -> float | None:
+    """A finite number as a float; None for everything else, truth values among it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+
+
+def entries(value: Any) -> list[Any]:
+    """A list as it is; an empty one for everything else."""
+    return value if isinstance(value, list) else []
+
+
+def is_local(name: str) -> bool:
+    """Whether a place that stands in data is one of this machine, and nothing that is fetched or run."""
+    return bool(name) and not ("://" in name or "::" in name or name.startswith("pipe:") or "\0" in name)
+
+
+def is_below(name: str, roots: Sequence[Path]) -> bool:
+    """Whether a place that stands in data is one of this machine below folders that the user has named.
+
+    No address, no link that leads out, nothing hidden.
+    """
+    if not is_local(name):
+        return False
+    try:
+        place = Path(name).resolve()
+    except (OSError, ValueError, RuntimeError):  # zero bytes, links in a circle
+        return False
+    for root in roots:
+        if place.is_relative_to(root):
+            return not any(part.startswith(".") for part in place.relative_to(root).parts)
+    return False

@@ -10,12 +10,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from arf_plugin.report.comparison import Difference, difference
-from arf_plugin.report.numbers import finite
-from arf_plugin.report.results import Averages, Figure, Key, Results
-from arf_plugin.report.sources import Collected
-
-TUNED = "as fine-tuned"
+from arf_plugin.console import markdown_table
+from arf_plugin.report.scores import Averages, Difference, Key, Results, Score, differences
+from arf_plugin.report.sources import Collected, finite
 
 
 @dataclass
@@ -24,25 +21,32 @@ class Slice:
 
     Attributes:
         key: ``tuned``, ``wise`` or ``chosen``.
-        title: heads it.
-        figures: by arm and average.
-        differences: to the reference, by arm and average.
-        comparisons: further pairs of arms -> differences by average.
-        alphas: alpha by arm, for ``chosen``.
+        title: Heads it.
+        scores: By arm and average.
+        differences: To the reference, by arm and average.
+        comparisons: Further pairs of arms -> differences by average.
+        alphas: Alpha by arm, for ``chosen``.
     """
 
     key: str
     title: str
-    figures: dict[str, dict[str, Figure]]
+    scores: dict[str, dict[str, Score]]
     differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
 
+    def names(self, averages: Averages) -> list[str]:
+        """The averages that it has, in the suites' order."""
+        return [name for name in averages.known if any(name in by for by in self.scores.values())]
+
+    def pairs(self, reference: str | None) -> list[tuple[tuple[str, str | None], dict[str, Difference]]]:
+        """Pairs of arms with their differences: to the reference first."""
+        of_reference = [((arm, reference), by_average) for arm, by_average in self.differences.items()]
+        return [*of_reference, *self.comparisons.items()]
+
     def best(self, average: str) -> set[str]:
         """The arms with the highest mean, to the decimal that is shown."""
-        means = {
-            arm: round(found[average].mean, 1) for arm, found in self.figures.items() if average in found
-        }
+        means = {arm: round(found[average].mean, 1) for arm, found in self.scores.items() if average in found}
         return {arm for arm, mean in means.items() if mean == max(means.values())}
 
 
@@ -51,35 +55,41 @@ def build_slices(
 ) -> list[Slice]:
     """Builds the tables that the measurements allow."""
     by_key = results.by_average()
-    slices = [
-        Slice("tuned", TUNED, _ordered(found, {arm: by_key.get((arm, None), {}) for arm in found.arms}))
-    ]
-    wise = _middle([alpha for alpha in results.alphas() if 0.0 < alpha < 1.0])
+
+    def scores(alphas: Mapping[str, float | None]) -> dict[str, dict[str, Score]]:
+        """Scores of arms at alphas; the model before fine-tuning has none, and alpha 1 is the fine-tuned one."""
+        chosen = {arm: by_key.get(_measured(by_key, arm, alpha), {}) for arm, alpha in alphas.items()}
+        return {arm: chosen[arm] for arm in found.arms if chosen.get(arm)}
+
+    before: dict[str, float | None] = {found.before: None} if found.before else {}
+    slices = [Slice("tuned", "as fine-tuned", scores(dict.fromkeys(found.arms)))]
+    inner = [alpha for alpha in results.alphas() if 0.0 < alpha < 1.0]
+    wise = 0.5 if 0.5 in inner else statistics.median_low(inner) if inner else None
     if wise is not None:
-        slices.append(Slice("wise", f"WiSE-FT at α = {wise:g}", _ordered(found, _at(found, by_key, wise))))
+        slices.append(
+            Slice("wise", f"WiSE-FT at α = {wise:g}", scores({**dict.fromkeys(found.arms, wise), **before}))
+        )
     chosen = chosen_alphas(found, averages)
-    figures = {arm: by_key.get((arm, _measured(by_key, arm, alpha)), {}) for arm, alpha in chosen.items()}
     if wise is not None and set(chosen.values()) == {wise}:  # a table of its own would say the same twice
         if len(results.alphas()) > 1:
             slices[-1].title += ", which validation chose for every arm"
-    elif any(figures.values()):
-        before = {found.before: by_key.get((found.before, None), {})} if found.before else {}
-        slices.append(
-            Slice(
-                "chosen",
-                "WiSE-FT, α chosen on validation",
-                _ordered(found, {**before, **figures}),
-                alphas=chosen,
-            )
-        )
+    elif scores(chosen):
+        title = "WiSE-FT, α chosen on validation"
+        slices.append(Slice("chosen", title, scores({**before, **chosen}), alphas=chosen))
     for one in slices:
-        _compare(one, found, comparisons)
+        reference = one.scores.get(found.reference or "", {})
+        for arm, by_average in one.scores.items():
+            if arm != found.reference and reference:
+                one.differences[arm] = differences(by_average, reference)
+        for arm, other in comparisons:
+            if arm in one.scores and other in one.scores and other != found.reference:
+                one.comparisons[arm, other] = differences(one.scores[arm], one.scores[other])
     return slices
 
 
 def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
-    """Alpha by arm as validation chose it: by the grid, else here by the validation rows' first ID average."""
-    chosen: dict[str, float] = {}
+    """The alpha that validation has chosen for each arm: as a grid has written it down, else by validation records."""
+    chosen = {}
     for content in found.choices:
         entries = content.get("wise")
         for arm, entry in (entries if isinstance(entries, dict) else {}).items():
@@ -92,81 +102,37 @@ def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
     by_key = Results(found.validation, averages).by_average()
     for arm in found.arms:
         candidates = {
-            1.0 if alpha is None else alpha: figures[judge].mean
-            for (name, alpha), figures in by_key.items()
-            if name == arm and judge in figures
+            1.0 if alpha is None else alpha: scores[judge].mean
+            for (name, alpha), scores in by_key.items()
+            if name == arm and judge in scores
         }
         if len(candidates) > 1:  # the smaller of equals, as it is nearer to the original
             chosen[arm] = max(sorted(candidates), key=lambda alpha: candidates[alpha])
     return chosen
 
 
-def main_averages(averages: Averages) -> list[str]:
-    """Those to talk about and to draw; class splits mix the same figures anew, and stand in the table alone."""
-    names = [name for name in averages.known if averages.kind(name) != "class-split"]
-    return names or list(averages.known)
-
-
 def markdown(found: Collected, slices: Sequence[Slice], averages: Averages, unit: str) -> str:
     """All tables as Markdown: mean ± standard deviation over seeds, the best of a column in bold."""
-    parts = []
+    tables = []
     for one in slices:
-        names = [name for name in averages.known if any(name in figures for figures in one.figures.values())]
-        alpha = ["α"] if one.alphas else []
-        lines = [[f"{unit}, {one.title}", *alpha, *names]]
-        lines.append(["---"] * len(lines[0]))
-        for arm, figures in one.figures.items():
+        names = one.names(averages)
+        lines = []
+        for arm, scores in one.scores.items():
             cells = [f"{one.alphas[arm]:g}" if arm in one.alphas else ""] if one.alphas else []
             for name in names:
-                text = shown(figures[name]) if name in figures else ""
+                text = str(scores.get(name, ""))
                 cells.append(f"**{text}**" if text and arm in one.best(name) else text)
             lines.append([_escaped(found.arms[arm].label), *cells])
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def shown(figure: Figure) -> str:
-    """A figure as text: ``43.6 ± 0.9``, without a deviation where there is one seed."""
-    return f"{figure.mean:.1f}" + ("" if figure.deviation is None else f" ± {figure.deviation:.1f}")
+        tables.append(markdown_table([f"{unit}, {one.title}", *(["α"] if one.alphas else []), *names], lines))
+    return "\n\n".join(tables) + "\n"
 
 
 def _escaped(text: str) -> str:
-    for mark in "\\|`*_<>[]":
+    for mark in "\\`*_<>[]":  # a bar is escaped by the table
         text = text.replace(mark, "\\" + mark)
     return " ".join(text.split())
 
 
-def _middle(alphas: Sequence[float]) -> float | None:
-    if not alphas:
-        return None
-    return 0.5 if 0.5 in alphas else statistics.median_low(sorted(alphas))
-
-
-def _measured(by_key: Mapping[Key, object], arm: str, alpha: float) -> float | None:
-    """The key under which an alpha was measured: alpha 1 is the fine-tuned model itself."""
-    return None if alpha == 1.0 and (arm, 1.0) not in by_key else alpha
-
-
-def _at(
-    found: Collected, by_key: Mapping[Key, dict[str, Figure]], alpha: float
-) -> dict[str, dict[str, Figure]]:
-    return {arm: by_key.get((arm, None if arm == found.before else alpha), {}) for arm in found.arms}
-
-
-def _ordered(found: Collected, figures: Mapping[str, dict[str, Figure]]) -> dict[str, dict[str, Figure]]:
-    return {arm: figures[arm] for arm in found.arms if figures.get(arm)}
-
-
-def _compare(one: Slice, found: Collected, comparisons: Sequence[tuple[str, str]]) -> None:
-    reference = one.figures.get(found.reference or "", {})
-    for arm, figures in one.figures.items():
-        if arm != found.reference and reference:
-            one.differences[arm] = _differences(figures, reference)
-    for pair in comparisons:
-        if all(arm in one.figures for arm in pair) and pair[1] != found.reference:
-            one.comparisons[pair] = _differences(one.figures[pair[0]], one.figures[pair[1]])
-
-
-def _differences(one: Mapping[str, Figure], other: Mapping[str, Figure]) -> dict[str, Difference]:
-    found = {name: difference(figure, other[name]) for name, figure in one.items() if name in other}
-    return {name: item for name, item in found.items() if item is not None}
+def _measured(by_key: Mapping[Key, object], arm: str, alpha: float | None) -> Key:
+    """Where an arm's scores at an alpha are: alpha 1 is the fine-tuned model itself."""
+    return (arm, None) if alpha == 1.0 and (arm, 1.0) not in by_key else (arm, alpha)

@@ -100,7 +100,7 @@ def train(run: Run, title: str, threads: int = THREADS, position: int = 0) -> Pa
                 shown.update(step.epoch * step.epoch_images + step.images - shown.n)
 
         def left() -> bool:
-            launch.remove_torn_checkpoints(run.checkpoint.parent)
+            launch.remove_truncated_checkpoints(run.checkpoint.parent)
             return not run.checkpoint.is_file()
 
         status = launch.run_logged(run.command(), log, follow, launch.cpu_threads(threads), left)

@@ -50,7 +50,7 @@ def load(tmp_path, text: str = CONFIG, **settings: str):
 def test_a_file_becomes_a_grid(tmp_path):
     grid = load(tmp_path, data="there")
     assert grid.task.data == "there/{000..003}.tar"
-    assert (grid.seeds, grid.wise, grid.wise_by, grid.processes) == ((0, 1), (0.25, 0.5), None, 1)
+    assert (grid.seeds, grid.wise.alphas, grid.wise.by, grid.processes) == ((0, 1), (0.25, 0.5), None, 1)
     assert grid.arm("flyp").flags == {
         "epochs": ("15",),
         "batch-size": ("64",),
@@ -96,11 +96,11 @@ def test_a_grid_that_extends_another_takes_its_arms_by_name(tmp_path):
         ("name: flyp", "name: ../flyp", "arms[1].name: found '../flyp', expected a name for folders"),
         ("kind: baseline", "kind: baseline\n    head: arf", "head 'arf' is no probe arm of this grid"),
         ("kind: baseline", "kind: baseline\n    mix: 0.5", "arms[1].mix: mixing needs pairs"),
-        ("kind: baseline", "kind: baseline\n    mix: 2\n    anchors: own", "found 2, expected a number, from"),
+        ("kind: baseline", "kind: baseline\n    mix: 2\n    anchors: own", "mix: found 2, expected a number, at most"),
         ("samples: 415", "samples: many", "task.samples: found 'many', expected a whole number"),
         ("samples: 415", "samples: '${size}'", "${size} is not a variable (known: grid, data, teacher)"),
         ("samples: 415", "samples: '${teacher}'", "${teacher} has no value. Give one with: --set teacher=VALUE"),
-        ("wise: [0.5, 0.25]", "wise: [1.5]", "wise[0]: found 1.5, expected a number, from 0 to 1"),
+        ("wise: [0.5, 0.25]", "wise: [1.5]", "wise.alphas[0]: found 1.5, expected a number, at most 1"),
         ("retrieve --random", "evaluate --random", "anchors.random.build[0]: found 'evaluate', expected a command"),
         (", validation: sets}", "}\nchoose: {over: [{lr: 1}, {lr: 2}], by: ID}", "line 9, choose: a choice is made on"),
         ("wise:", "choose: {over: [{lr: 1}], by: ID}\nwise:", "choose.over: a choice needs at least two candidates"),

@@ -14,11 +14,17 @@ import pytest
 
 from arf_plugin.ablation import table
 from arf_plugin.ablation.choose import Choices
-from arf_plugin.ablation.launch import Step, last_lines, parse_step, remove_torn_checkpoints, run_logged
+from arf_plugin.ablation.launch import (
+    RunProgress,
+    Step,
+    last_lines,
+    parse_step,
+    remove_truncated_checkpoints,
+    run_logged,
+)
 from arf_plugin.ablation.plan import Run, final_runs
-from arf_plugin.ablation.progress import Board
 from arf_plugin.ablation.reader import load_grid
-from arf_plugin.ablation.schedule import places
+from arf_plugin.ablation.runs import places
 from arf_plugin.errors import GridError
 
 GRID = """\
@@ -72,11 +78,11 @@ def test_a_loss_that_is_no_number_is_shown_as_such():
 
 def test_progress_ends_at_all_images_as_the_trainer_counts_them():
     """Of steps without anchors it counts more than pass the model."""
-    with Board("train", 1, 1) as board, board.begin("every2-0", 3) as progress:
-        progress.advance(Step(1, 400, 560, 2.5))
-        assert progress.text().startswith("every2-0: 960 of 1680 images, ")
-        progress.advance(Step(2, 560, 560, 2.0))
-        assert progress.text().startswith("every2-0: 1680 of 1680 images, ")
+    progress = RunProgress("every2-0", 3)
+    progress.advance(Step(1, 400, 560, 2.5))
+    assert progress.text().startswith("every2-0: 960 of 1680 images, ")
+    progress.advance(Step(2, 560, 560, 2.0))
+    assert progress.text().startswith("every2-0: 1680 of 1680 images, ")
 
 
 def python(code: str) -> list[str]:
@@ -128,23 +134,23 @@ def test_a_checkpoint_that_was_being_written_is_removed(tmp_path):
             whole.writestr("archive/data.pkl", b"x" * 1000)
     content = (tmp_path / "epoch_2.pt").read_bytes()
     (tmp_path / "epoch_3.pt").write_bytes(content[: len(content) // 2])
-    assert remove_torn_checkpoints(tmp_path) == 2
+    assert remove_truncated_checkpoints(tmp_path) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_1.pt", "epoch_2.pt"]
-    assert remove_torn_checkpoints(tmp_path / "nothing") is None
+    assert remove_truncated_checkpoints(tmp_path / "nothing") is None
 
 
 def test_cores_are_divided_among_runs(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert places(None, 1, True).jobs == 8
-    assert [e["OMP_NUM_THREADS"] for e in places(2, 2, True).environments] == ["2", "2"]
+    assert len(places(None, 1, True)) == 8
+    assert [e["OMP_NUM_THREADS"] for e in places(2, 2, True)] == ["2", "2"]
 
 
 def test_gpus_are_divided_among_runs(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    devices = [e["CUDA_VISIBLE_DEVICES"] for e in places(None, 2, False).environments]
+    devices = [e["CUDA_VISIBLE_DEVICES"] for e in places(None, 2, False)]
     assert devices == ["4,5", "6,7"]
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in places(1, 3, False).environments] == ["4,5,6"]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in places(1, 3, False)] == ["4,5,6"]
     with pytest.raises(
         GridError, match=r"3 runs side by side with 2 processes each need 6 GPUs; there are 4"
     ):
@@ -179,18 +185,18 @@ def test_a_choice_by_an_unknown_average_names_those_there_are(grid, tmp_path):
 
 
 def test_results_are_means_with_sample_deviation_and_differences_paired_by_seed(grid, tmp_path):
-    test = {
-        ("before", 0): {None: {"ID": 30.0}},
-        ("flyp", 0): {None: {"ID": 40.0}, 0.25: {"ID": 44.0}},
-        ("flyp", 1): {None: {"ID": 42.0}, 0.25: {"ID": 45.0}},
-        ("tuned", 0): {None: {"ID": 43.0}},
-        ("tuned", 1): {None: {"ID": 41.0}},
-    }
-    arms = {arm.name: arm for arm in grid.arms}
+    measured = [
+        ("before", 0, None, {"ID": 30.0}),
+        ("flyp", 0, None, {"ID": 40.0}),
+        ("flyp", 0, 0.25, {"ID": 44.0}),
+        ("flyp", 1, None, {"ID": 42.0}),
+        ("flyp", 1, 0.25, {"ID": 45.0}),
+        ("tuned", 0, None, {"ID": 43.0}),
+        ("tuned", 1, None, {"ID": 41.0}),
+    ]
     runs = list(final_runs(grid, tmp_path, ["flyp", "tuned"], [0, 1], 1))
-    result = table.summarize(
-        grid, tmp_path, arms, [*runs, Run(grid, tmp_path, grid.before, 0)], test, {"flyp": 0.25}
-    )
+    test = table.scores_table(measured, ["ID", "shift"])
+    result = table.summarize(grid, [*runs, Run(grid, tmp_path, grid.before, 0)], test, {"flyp": 0.25})
     rows = {(row["arm"], row["alpha"]): row for row in result["rows"]}
     assert rows["flyp", None]["mean"] == {"ID": 41.0}
     assert rows["flyp", None]["std"]["ID"] == pytest.approx(math.sqrt(2), abs=1e-3)
@@ -209,10 +215,12 @@ def test_results_are_means_with_sample_deviation_and_differences_paired_by_seed(
 
 
 def test_alphas_are_chosen_by_the_mean_over_seeds_of_validation(grid, tmp_path):
-    validation = {
-        ("flyp", 0): {None: {"ID": 9.0}, 0.25: {"ID": 5.0}, 0.75: {"ID": 8.0}},
-        ("flyp", 1): {None: {"ID": 9.0}, 0.25: {"ID": 6.0}, 0.75: {"ID": 1.0}},
-    }
+    measured = [
+        *(("flyp", seed, None, {"ID": 9.0}) for seed in (0, 1)),
+        *(("flyp", 0, alpha, {"ID": score}) for alpha, score in ((0.25, 5.0), (0.75, 8.0))),
+        *(("flyp", 1, alpha, {"ID": score}) for alpha, score in ((0.25, 6.0), (0.75, 1.0))),
+    ]
+    validation = table.scores_table(measured, ["ID"])
     chosen = table.choose_alphas(grid, Choices(tmp_path), [grid.arm("flyp")], validation)
     assert chosen == {"flyp": 0.25}
     found = json.loads((tmp_path / "choices.json").read_text())["wise"]["flyp"]
@@ -228,6 +236,6 @@ def test_rows_of_restarted_arms_are_dropped_and_no_others(tmp_path):
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table.drop_rows(path, re.compile(r"(runs|candidates)/(arf)(\.\d+)?-\d+/"))
+    table.drop_records(path, re.compile(r"(runs|candidates)/(arf)(\.\d+)?-\d+/"))
     kept = [Path(json.loads(line)["checkpoint"]).parent.name for line in path.read_text().splitlines()]
     assert kept == ["arf-random-0"]

@@ -15,7 +15,7 @@ from support.tars import write_tar
 
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.report.gallery import build_gallery, place_in_hash_order
-from arf_plugin.report.thumbnails import thumbnail
+from arf_plugin.report.images import thumbnail
 
 
 def pairs_of(ids: list[str], count: int = 60, seed: int = 0) -> list[dict]:

@@ -15,11 +15,10 @@ from arf_plugin.ablation.anchors import build
 from arf_plugin.ablation.config import AnchorSet
 from arf_plugin.ablation.plan import count_samples
 from arf_plugin.errors import GridError, ReportError, TaskDataError
-from arf_plugin.report.numbers import finite, is_below
+from arf_plugin.report.images import thumbnail
 from arf_plugin.report.provenance import anchors_folder, class_names, task_data
 from arf_plugin.report.report import Options, gather
-from arf_plugin.report.sources import collect
-from arf_plugin.report.thumbnails import thumbnail
+from arf_plugin.report.sources import collect, finite, is_below
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_records_of_a_grid_that_are_no_json(tmp_path, content):
 
     marker = place("own/built.json")
     with pytest.raises(GridError, match=r"built\.json"):
-        build(None, AnchorSet("own", marker.parent, None, (("caption",),)), print, {})
+        build(None, AnchorSet(name="own", path=marker.parent, build=(("caption",),)), print)
     place("sizes.json")
     if content is not None:  # a pipe is no file, so the tars are counted
         with pytest.raises(TaskDataError, match=r"sizes\.json"):

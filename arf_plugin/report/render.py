@@ -9,15 +9,13 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import MissingDependencyError
-from arf_plugin.report.panels import NORMAL, WIDTH, Panel
-from arf_plugin.report.style import Style, Theme
+from arf_plugin.report.plots import NORMAL, WIDTH, Group, Panel
+from arf_plugin.report.style import Style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,21 +36,6 @@ _LEFT_OUT = re.compile(r"<(style|metadata)\b.*?</\1>", re.DOTALL)
 FAMILY = "font-family: system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Panels that belong together: one section of the page, one file beside it.
-
-    Attributes:
-        name: of the files.
-        title: heads the file.
-        panels: at least one.
-    """
-
-    name: str
-    title: str
-    panels: Sequence[Panel]
-
-
 def for_page(panel: Panel, style: Style, prefix: str) -> str:
     """Draws a panel as an SVG element for the page.
 
@@ -64,7 +47,7 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
     with _context():
         figure = _figure(WIDTH, panel.height)
         axes = figure.add_subplot()
-        panel.draw(axes, style.theme())
+        panel.draw(axes, style.theme)
         svg = _svg(figure)
     svg = svg[svg.index("<svg") :]
     svg = _FAMILY.sub("", _LEFT_OUT.sub("", svg))
@@ -82,24 +65,20 @@ def save(group: Group, folder: Path, style: Style) -> list[str]:
         max(panel.height for panel in group.panels[row * columns : (row + 1) * columns]) + 26
         for row in range(rows)
     ]
-    for theme, kind in ((style.theme(), "svg"), (style.light(), "png")):
-        with _context():
-            figure = _figure(WIDTH * columns, sum(heights) + 34)
-            figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
-            grid = figure.add_gridspec(rows, columns, height_ratios=heights)
-            for index, panel in enumerate(group.panels):
-                axes = figure.add_subplot(grid[divmod(index, columns)])
-                panel.draw(axes, theme)
-                axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
-            with replacing(folder / f"{group.name}.{kind}") as temporary:
-                if kind == "png":
-                    _paint(figure, theme)
-                    figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
-                else:
-                    _paint(figure, theme)
-                    temporary.write_text(
-                        style.for_file(_FAMILY.sub(f"{FAMILY}; ", _svg(figure))), encoding="utf-8"
-                    )
+    theme = style.theme
+    with _context():
+        figure = _figure(WIDTH * columns, sum(heights) + 34)
+        figure.patch.set(alpha=1, facecolor=theme.paper)
+        figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
+        grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+        for index, panel in enumerate(group.panels):
+            axes = figure.add_subplot(grid[divmod(index, columns)])
+            panel.draw(axes, theme)
+            axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
+        with replacing(folder / f"{group.name}.svg") as temporary:
+            temporary.write_text(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)), encoding="utf-8")
+        with replacing(folder / f"{group.name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return [f"{group.name}.svg", f"{group.name}.png"]
 
 
@@ -119,11 +98,6 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout=layout)
     figure.patch.set_alpha(0)
     return figure
-
-
-def _paint(figure: Figure, theme: Theme) -> None:
-    figure.patch.set_alpha(1)
-    figure.patch.set_facecolor(theme.paper)
 
 
 def _svg(figure: Figure) -> str:
