@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.pipeline.source import map_ordered
+from arf_plugin.images import map_ordered
 
 if TYPE_CHECKING:
     import torch

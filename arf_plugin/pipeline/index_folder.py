@@ -1,8 +1,7 @@
-"""Index folders (``image.index`` and ``metadata/*.parquet``) as pools, faiss, and the way from a key to its row."""
+"""Index folders (``image.index`` and ``metadata/*.parquet``) as pools, and faiss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from arf_plugin.anchors.files import content_digest, list_files
-from arf_plugin.errors import MissingDependencyError, PoolError, ServiceError
+from arf_plugin.errors import MissingDependencyError, PoolError
 from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings
 from arf_plugin.pipeline.index_check import check_row_ids, reconstruct
 from arf_plugin.pipeline.tables import count_rows
@@ -98,11 +97,6 @@ def open_pool(folder: Path, *, index_suffices: bool = False) -> Embeddings:
     return pool if index_suffices and pool.path.exists() and not has_vectors else Embeddings(folder)
 
 
-def index_file(path: Path, modality: str = "image") -> Path:
-    """The index that a path names: a file, or that of a modality in an index folder."""
-    return path / f"{modality}.index" if path.is_dir() else path
-
-
 def open_index(path: Path) -> Any:
     """Maps a faiss index into memory.
 
@@ -129,61 +123,3 @@ def open_index(path: Path) -> Any:
             "with: arf index, or clip-retrieval index"
         )
     return index
-
-
-class KeyRows:
-    """Finds the pool row of a key.
-
-    Args:
-        pool: its metadata need the column ``image_path``.
-
-    Raises:
-        PoolError: for a key that occurs twice: which of the two rows is meant could not be told.
-    """
-
-    def __init__(self, pool: Embeddings) -> None:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        self._pool = pool
-        columns = [pool.columns(file, ["image_path"])["image_path"] for file in pool.files]
-        # One Arrow array takes a few bytes per key beyond its characters; a dict takes a hundred.
-        self._keys = pa.chunked_array([c.cast(pa.large_string()) for c in columns]).combine_chunks()
-        if self._keys.null_count:
-            row = int(pc.index(self._keys.is_null(), True).as_py())
-            raise PoolError(
-                f"{self._where(row)} has no 'image_path' (the sample's key), so a hit cannot be found in the pool. "
-                "Embed the pool again, with: arf embed, or clip-retrieval inference"
-            )
-        if pc.count_distinct(self._keys).as_py() < len(self._keys):
-            counts = pc.value_counts(self._keys)
-            key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
-            one, two = pc.indices_nonzero(pc.equal(self._keys, key)).to_pylist()[:2]
-            raise PoolError(
-                f"The key {key.as_py()!r} occurs twice in the pool ({self._where(one)} and {self._where(two)}), and "
-                "the service names pairs by their key alone. Search without the service (--backend exact or faiss), "
-                "which goes by row, or give the pool's samples unique keys."
-            )
-
-    def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns the rows of keys.
-
-        Raises:
-            ServiceError: for a key that the pool does not have.
-        """
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self._keys)
-        if found.null_count:
-            key = keys[int(pc.index(found.is_null(), True).as_py())]
-            raise ServiceError(
-                f"The service names the pair {key!r}, which is not among the {len(self._keys)} keys of "
-                f"{self._pool.folder} (the first being {self._keys[0].as_py()!r}). Give the folder that its index was "
-                "built from with --pool, or choose another index with --service-index."
-            )
-        return found.to_numpy().astype(np.int64)
-
-    def _where(self, row: int) -> str:
-        file = next(file for file in self._pool.files if row < file.first + file.rows)
-        return f"{file.metadata}, row {row - file.first}"

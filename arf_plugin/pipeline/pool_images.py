@@ -21,6 +21,7 @@ from arf_plugin.anchors.ids import shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.anchors.tars import Sample, is_remote, local_path, open_shard, scan_samples
 from arf_plugin.errors import ArfError, PoolError
+from arf_plugin.pipeline.source import text_of
 from arf_plugin.untrusted import utf8
 
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f])")  # what utf8 makes of a byte that is no UTF-8
@@ -247,11 +248,9 @@ def _is_same(pair: Pair, sample: Sample) -> bool:
 def _reading(pair: Pair, url: str, sample: Sample) -> Reading:
     assert sample.image is not None
     text, problem = pair.caption, sample.image.problem
-    if text is None and "txt" in sample.members:
-        try:
-            text = (sample.members["txt"].data or b"").decode("utf-8")
-        except UnicodeDecodeError as cause:
-            problem = problem or f"its txt is not UTF-8 ({cause})"
+    if text is None:
+        text, text_problem = text_of(sample)
+        problem = problem or text_problem
     return Reading(pair, url, sample.image.ext, sample.image.data, text, problem)
 
 

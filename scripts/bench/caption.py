@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arf_plugin.pipeline.generation import Generation
 from common import Bar, interleave, paired_ratio, parser, report
 from PIL import Image
 
 from arf_plugin.errors import TaskDataError
 from arf_plugin.pipeline.caption import CaptionStage
 from arf_plugin.pipeline.captioner import Captioner
-from arf_plugin.pipeline.generation import Generation
 from arf_plugin.pipeline.source import TarSource
 
 

@@ -19,9 +19,9 @@ def embed(context: Context) -> Outcome:
     """`arf embed`'s own loop over decoded images, against encode_image on batches that are on the device."""
     import open_clip
     import torch
+    from arf_plugin.pipeline.device import pick_dtype
     from support import data
 
-    from arf_plugin.pipeline.device import pick_dtype
     from arf_plugin.pipeline.embed import EmbedStage
     from arf_plugin.pipeline.source import RawSample
     from arf_plugin.pipeline.stage import Shard
