@@ -25,16 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIGIN = "model.json"  # written by arf embed beside the vectors
-METADATA = {
-    "image_path": TEXT,
-    "id": TEXT,
-    "tar": TEXT,
-    "ext": TEXT,
-    "offset": WHOLE,
-    "size": WHOLE,
-    "caption": TEXT,
-    "sha256": TEXT,
-}
+METADATA = {name: TEXT for name in ("image_path", "id", "tar", "ext")} | {"offset": WHOLE, "size": WHOLE}
+METADATA |= {"caption": TEXT, "sha256": TEXT}
 _CHECKED_AT_ONCE = 65536
 _NUMBER = re.compile(r"([0-9]+)\.[a-z]+$")
 
@@ -62,16 +54,18 @@ class EmbeddingFile:
         """
         mapped = self.load()
         stop = self.rows if stop is None else stop
-        if not (isinstance(mapped, np.memmap) and mapped.flags.c_contiguous):
-            for first in range(start, stop, size):
-                yield self.first + first, mapped[first : min(first + size, stop)]
-            return
+        readable = isinstance(mapped, np.memmap) and mapped.flags.c_contiguous
         with self.vectors.open("rb") as file:
-            file.seek(mapped.offset + start * mapped.strides[0])
+            file.seek(mapped.offset + start * mapped.strides[0] if isinstance(mapped, np.memmap) else 0)
             for first in range(start, stop, size):
                 shape = (min(size, stop - first), mapped.shape[1])
-                vectors = np.fromfile(file, mapped.dtype, shape[0] * shape[1])
-                yield self.first + first, vectors.reshape(shape)
+                if readable:
+                    yield (
+                        self.first + first,
+                        np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape),
+                    )
+                else:
+                    yield self.first + first, mapped[first : first + shape[0]]
 
     def check_unit(self) -> None:
         """Checks all vectors; see :func:`check_unit`."""

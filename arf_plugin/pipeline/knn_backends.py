@@ -20,8 +20,8 @@ from arf_plugin.anchors.files import content_digest
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool
 from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
-from arf_plugin.pipeline.index_folder import IndexFolder, open_index, open_pool
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 
 if TYPE_CHECKING:
