@@ -110,10 +110,8 @@ class PackStage(Stage):
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Notes the pairs in the anchor set's manifest."""
-        count = 0
-        for shard in shards:
-            marker = read_json(self.work / "done" / f"{shard.name}.json", PoolError)
-            count += marker["kept"]
+        markers = [read_json(self.work / "done" / f"{shard.name}.json", PoolError) for shard in shards]
+        count = sum(marker["kept"] for marker in markers)
         info = self.retrieved / "retrieve.json"
         retrieved = read_json(info, PoolError) if info.exists() else {}
         tars = {row["tar"] for row in self._rows if row["tar"]}
@@ -139,15 +137,10 @@ class PackStage(Stage):
         required = [name for name in COLUMNS if name != "sha256"]  # older versions had none
         rows = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
         for number, row in enumerate(rows):
-            if not row["tar"]:
-                row |= {
-                    "tar": None,
-                    "sha256": None,
-                }  # that of others may be of the image before it was resized
-            cosines = [
-                *(row["query_similarities"] or []),
-                *([] if row["similarity"] is None else [row["similarity"]]),
-            ]
+            if not row["tar"]:  # a digest of others may be of the image before it was resized
+                row |= {"tar": None, "sha256": None}
+            cosines = list(row["query_similarities"] or [])
+            cosines += [] if row["similarity"] is None else [row["similarity"]]
             if row["image_path"] is None:
                 problem = "has no image_path, the key of the pair"
             elif not all(cosine is not None and math.isfinite(cosine) for cosine in cosines):
@@ -167,37 +160,26 @@ class PackStage(Stage):
     @cached_property
     def _pairs(self) -> list[Pair]:
         """The chosen pairs in the order of the pool; says what cannot be verified of them."""
-        known = [row | {"located": False} for row in self._rows if row["tar"] is not None]
+        known = [row for row in self._rows if row["tar"] is not None]
         located = self._locate([row for row in self._rows if row["tar"] is None])
-        pool = PoolTars(self.pool or [], self._list)
-        candidates = {row["tar"]: pool.candidates(row["tar"]) for row in known}
-        pairs = []
-        for number, row in enumerate([*known, *located]):
-            provenance = {
-                "pool_shard": name_of(utf8(row["tar"])),
-                "pool_key": row["image_path"],
-                "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
-                "queries": row["queries"] or [],
-                "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
-                "query_count": row["query_count"],
-            }
-            if row["sha256"]:
-                provenance["sha256"] = row["sha256"]
-            pairs.append(
-                Pair(
-                    number,
-                    row["tar"],
-                    ((row["tar"], 0),) if row["located"] else candidates[row["tar"]],
-                    row["image_path"],
-                    row["ext"] or "",
-                    -1 if row["offset"] is None else row["offset"],
-                    row["size"] or 0,
-                    row["caption"],
-                    row["sha256"],
-                    not row["located"],
-                    provenance,
-                )
+        tars = PoolTars(self.pool or [], self._list)
+        candidates = {row["tar"]: tars.candidates(row["tar"]) for row in known}
+        pairs = [
+            Pair(
+                number,
+                row["tar"],
+                candidates[row["tar"]] if number < len(known) else ((row["tar"], 0),),
+                row["image_path"],
+                row["ext"] or "",
+                -1 if row["offset"] is None else row["offset"],
+                row["size"] or 0,
+                row["caption"],
+                row["sha256"],
+                number < len(known),
+                _provenance(row),
             )
+            for number, row in enumerate([*known, *located])
+        ]
         if self._unverified:
             print(
                 f"pack: {self._unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
@@ -250,13 +232,7 @@ class PackStage(Stage):
             if text is not None and row["caption"] is not None:
                 agree += text == said
                 differ += [] if text == said else [f"{key!r} in {url}"]
-            place = {
-                "tar": url,
-                "offset": image.offset,
-                "size": image.size,
-                "ext": image.ext,
-                "located": True,
-            }
+            place = {"tar": url, "offset": image.offset, "size": image.size, "ext": image.ext}
             found.append((position, image.offset, key, row | place))
         if agree > len(differ) > 0:
             raise PoolError(
@@ -270,6 +246,19 @@ class PackStage(Stage):
                 file=sys.stderr,
             )
         return [row for *_, row in sorted(found, key=lambda place: place[:3])]
+
+
+def _provenance(row: dict[str, Any]) -> dict[str, Any]:
+    """What is written beside a pair."""
+    known = {
+        "pool_shard": name_of(utf8(row["tar"])),
+        "pool_key": row["image_path"],
+        "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
+        "queries": row["queries"] or [],
+        "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
+        "query_count": row["query_count"],
+    }
+    return known | ({"sha256": row["sha256"]} if row["sha256"] else {})
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,8 +97,10 @@ class PoolTars:
         """
         if recorded in self._exact:
             return ((self._exact[recorded], 0),)
-        alike = [(url, _common_end(recorded, utf8(url))) for url in self._by_name.get(name_of(recorded), [])]
-        alike.sort(key=lambda candidate: -candidate[1])
+        named = self._by_name.get(name_of(recorded), [])
+        alike = sorted(
+            ((url, _common_end(recorded, utf8(url))) for url in named), key=lambda found: -found[1]
+        )
         if not is_remote(recorded) and (found := _local_file(recorded)) is not None:
             alike.append((found, 0))
         if alike:
@@ -265,10 +268,5 @@ def _local_file(recorded: str) -> str | None:
 
 def _common_end(one: str, other: str) -> int:
     """Number of folders, from the last on, that two locations of tars of one name have in common, and the name."""
-    folders = [re.split(r"[/\\]+", url)[-2::-1] for url in (one, other)]
-    same = 1
-    for here, there in zip(*folders, strict=False):
-        if here != there:
-            break
-        same += 1
-    return same
+    folders = zip(*(re.split(r"[/\\]+", url)[-2::-1] for url in (one, other)), strict=False)
+    return 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], folders))

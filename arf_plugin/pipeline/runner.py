@@ -6,6 +6,7 @@ Completion markers are written after the artifacts; rejected samples are listed,
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.stage import Shard, Stage
 from arf_plugin.untrusted import printable_json
+
+_LOG_EVERY = 60  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
 def run_stage(stage: Stage, execution: Execution | None = None) -> dict[str, Any]:
@@ -112,8 +115,9 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
     total, weight = _count(mine), sum(shard.weight for shard in mine)
     seen, seen_weight, bad = 0, 0.0, 0
     failed: list[str] = []
+    started = said = time.monotonic()
     with progress(stage.name, stage.unit, total, quiet=execution.quiet) as bar:
-        for shard in mine:
+        for number, shard in enumerate(mine, 1):
             inputs = book.input_digest(
                 shard
             )  # before it is read: what changes meanwhile is noticed next time
@@ -127,6 +131,15 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
             bad += len(outcome.rejects)
             if total is None and seen_weight > 0:
                 bar.total = round(seen * weight / seen_weight)
+            now = time.monotonic()
+            if bar.disable and not execution.quiet and (number == len(mine) or now - said >= _LOG_EVERY):
+                said, rate = now, seen / max(now - started, 1e-9)
+                shards = f"{number} of {len(mine)} shards"
+                print(
+                    f"{stage.name}: {shards}, {seen} {stage.unit}, {rate:.1f} {stage.unit}/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             if seen >= 1000:
                 _check_rejects(stage, bad, seen, outcome.rejects, execution)
     if failed:
