@@ -1,4 +1,4 @@
-"""Decodes images in threads: in order, a bounded number ahead, in batches."""
+"""A stream of images, decoded in threads: in order, a bounded number ahead, in batches."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+_Sample = TypeVar("_Sample")
+_Loaded = TypeVar("_Loaded")
 
 
 def map_ordered(
-    function: Callable[[_In], _Out], items: Iterable[_In], workers: int, ahead: int = 64
-) -> Iterator[tuple[_In, _Out | Exception]]:
+    function: Callable[[_Sample], _Loaded], items: Iterable[_Sample], workers: int, ahead: int = 64
+) -> Iterator[tuple[_Sample, _Loaded | Exception]]:
     """Applies a function in threads and yields (item, result or its exception) in the order of the items.
 
     PIL and torch release the interpreter's lock while they decode and resize, so threads suffice.
@@ -26,7 +26,7 @@ def map_ordered(
         ahead: bound on the items in flight, which bounds memory.
     """
 
-    def guarded(item: _In) -> _Out | Exception:
+    def guarded(item: _Sample) -> _Loaded | Exception:
         try:
             return function(item)
         except Exception as cause:
@@ -36,7 +36,7 @@ def map_ordered(
         for item in items:
             yield item, guarded(item)
         return
-    pending: deque[tuple[_In, Future[_Out | Exception]]] = deque()
+    pending: deque[tuple[_Sample, Future[_Loaded | Exception]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
@@ -52,32 +52,30 @@ def map_ordered(
                 future.cancel()
 
 
-def decoded_batches(
-    samples: Iterable[_In],
-    decode: Callable[[_In], _Out],
+def load_batches(
+    samples: Iterable[_Sample],
+    load: Callable[[_Sample], _Loaded],
     batch_size: int,
     workers: int,
-    reject: Callable[[_In, str], object],
-) -> Iterator[tuple[list[_In], list[_Out]]]:
-    """Yields full batches of samples and what ``decode`` makes of them, in order; the last may be smaller.
+    reject: Callable[[_Sample, Exception], object],
+) -> Iterator[list[tuple[_Sample, _Loaded]]]:
+    """Loads a stream of samples in threads and yields them in batches, in order.
 
     Args:
-        samples: what to decode.
-        decode: runs in threads; raises an exception with the reason to leave a sample out.
-        batch_size: samples per batch.
-        workers: threads; see :func:`map_ordered`.
-        reject: called with each sample that is left out, and the reason.
+        samples: such as images as they are stored.
+        load: decodes one.
+        batch_size: samples in a batch; the last one has what is left.
+        workers: threads; 0 loads in the calling thread.
+        reject: told of a sample that cannot be loaded, and why; it is in no batch.
     """
-    kept: list[_In] = []
-    found: list[_Out] = []
-    for sample, result in map_ordered(decode, samples, workers, ahead=2 * batch_size):
-        if isinstance(result, Exception):
-            reject(sample, str(result))
+    batch: list[tuple[_Sample, _Loaded]] = []
+    for sample, loaded in map_ordered(load, samples, workers, ahead=2 * batch_size):
+        if isinstance(loaded, Exception):
+            reject(sample, loaded)
             continue
-        kept.append(sample)
-        found.append(result)
-        if len(kept) == batch_size:
-            yield kept, found
-            kept, found = [], []
-    if kept:
-        yield kept, found
+        batch.append((sample, loaded))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_half, update_manifest
-from arf_plugin.images import decoded_batches, map_ordered
+from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.caption_score import Scoring, scores
 from arf_plugin.pipeline.captioner import Generation, captioner_identity, load_captioner
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 _Row = tuple[str, str, "float | None"]  # id, caption, score
+_Batch = list[tuple[RawSample, "PIL.Image.Image"]]
 
 
 @dataclass
@@ -92,24 +93,22 @@ class CaptionStage(Stage):
 
         clip = self._clip
 
-        def inputs(
-            batch: tuple[list[RawSample], list[PIL.Image.Image]],
-        ) -> tuple[dict[str, Any], list[torch.Tensor]]:
-            images = batch[1]
+        def inputs(batch: _Batch) -> tuple[dict[str, Any], list[torch.Tensor]]:
+            images = [image for _, image in batch]
             return self._speaker.inputs(images), [clip.preprocess(image) for image in images] if clip else []
 
         torch.manual_seed(self.generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
         outcome = Outcome()
         rows: list[_Row] = []
-        batches = decoded_batches(
+        batches = load_batches(
             self.task.read(shard),
             _decode,
             execution.batch_size,
             execution.workers,
-            lambda sample, reason: outcome.reject(sample.id, reason),
+            reject=lambda sample, reason: outcome.reject(sample.id, str(reason)),
         )
         # One thread prepares the next batches while the model generates.
-        for (samples, _), prepared in map_ordered(inputs, batches, workers=1, ahead=3):
+        for batch, prepared in map_ordered(inputs, batches, workers=1, ahead=3):
             if isinstance(prepared, Exception):
                 raise prepared
             said = self._speaker.captions(prepared[0])
@@ -117,7 +116,7 @@ class CaptionStage(Stage):
             scored = (
                 scores(clip, prepared[1], cleaned) if clip else [[None] * len(group) for group in cleaned]
             )
-            for i, sample in enumerate(samples):
+            for i, (sample, _) in enumerate(batch):
                 pairs: list[tuple[str, float | None]] = list(zip(cleaned[i], scored[i], strict=True))
                 good = [pair for pair in pairs if self._passes(pair[1])]
                 rows += [(sample.id, *pair) for pair in good]
@@ -125,7 +124,7 @@ class CaptionStage(Stage):
                     outcome.kept += 1
                 else:
                     outcome.reject(sample.id, self._reason(said[i], pairs))
-            advance(len(samples))
+            advance(len(batch))
         outcome.samples = outcome.kept + len(outcome.rejects)
         rows.sort(key=lambda row: row[:2])
         columns = {"id": pa.array([row[0] for row in rows], pa.string())}

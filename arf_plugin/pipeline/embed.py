@@ -23,7 +23,7 @@ import numpy as np
 
 from arf_plugin.anchors.files import digest, replacing, write_json
 from arf_plugin.anchors.images import decode_image
-from arf_plugin.images import decoded_batches
+from arf_plugin.images import load_batches
 from arf_plugin.pipeline.embedder import ClipModel, as_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.execution import Execution
@@ -133,19 +133,19 @@ class EmbedStage(_EmbeddingStage):
         outcome = Outcome()
         rows: list[dict[str, Any]] = []
         found: dict[str, list[np.ndarray]] = {modality: [] for modality in self.modalities()}
-        for samples, decoded in decoded_batches(
+        for batch in load_batches(
             self.source.read(shard),
             self._decode,
             execution.batch_size,
             execution.workers,
-            lambda sample, reason: outcome.reject(sample.id, reason),
+            reject=lambda sample, reason: outcome.reject(sample.id, str(reason)),
         ):
             if "image" in found:
-                found["image"].append(as_fp16(self.clip.images([pixels for _, pixels in decoded])))
+                found["image"].append(as_fp16(self.clip.images([pixels for _, (_, pixels) in batch])))
             if "text" in found:
-                found["text"].append(as_fp16(self.clip.texts([sample.text or "" for sample in samples])))
-            rows += [_described(sample, sha256) for sample, (sha256, _) in zip(samples, decoded, strict=True)]
-            advance(len(samples))
+                found["text"].append(as_fp16(self.clip.texts([sample.text or "" for sample, _ in batch])))
+            rows += [_described(sample, sha256) for sample, (sha256, _) in batch]
+            advance(len(batch))
         outcome.samples = len(rows) + len(outcome.rejects)
         vectors = [np.concatenate(parts or [np.zeros((0, 0), np.float16)]) for parts in found.values()]
         keep = np.logical_and.reduce([np.isfinite(array).all(axis=1) for array in vectors])
