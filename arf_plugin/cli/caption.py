@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from arf_plugin.cli import options
 
 if TYPE_CHECKING:
+    from arf_plugin.pipeline.caption import Scoring
     from arf_plugin.pipeline.caption_cleaning import Cleaning
-    from arf_plugin.pipeline.caption_score import Scoring
     from arf_plugin.pipeline.captioner import Generation
 
 EXAMPLES = """\
@@ -90,7 +90,7 @@ def cleaning(args: argparse.Namespace) -> Cleaning:
 def scoring(args: argparse.Namespace) -> Scoring | None:
     """Score settings from the command line."""
     from arf_plugin.errors import FlagError
-    from arf_plugin.pipeline.caption_score import Scoring
+    from arf_plugin.pipeline.caption import Scoring
     from arf_plugin.pipeline.embedder import ClipModel
 
     if args.score_model:

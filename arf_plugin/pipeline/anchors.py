@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import PoolError, StageError
-from arf_plugin.pipeline.caption import CaptionStage
+from arf_plugin.pipeline.caption import CaptionStage, Scoring
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.caption_score import Scoring
 from arf_plugin.pipeline.captioner import Generation
 from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
 from arf_plugin.pipeline.embedder import ClipModel

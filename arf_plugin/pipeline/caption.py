@@ -6,17 +6,18 @@ the image features near where pretraining put them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_half, update_manifest
+from arf_plugin.errors import FlagError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.caption_score import Scoring, scores
 from arf_plugin.pipeline.captioner import Generation, captioner_identity, load_captioner
+from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
 from arf_plugin.pipeline.execution import Execution, pick_dtype
 from arf_plugin.pipeline.source import RawSample, Source
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
@@ -24,9 +25,33 @@ from arf_plugin.pipeline.tables import write_table
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
 _Row = tuple[str, str, "float | None"]  # id, caption, score
 _Batch = list[tuple[RawSample, "PIL.Image.Image"]]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """CLIP-score: the cosine between image and caption, by an open_clip model; and what it lets through.
+
+    Source: Hessel et al., "CLIPScore", EMNLP 2021, without its factor of 2.5 and its cut at zero.
+
+    Attributes:
+        model: the open_clip model.
+        min_score: captions below are left out; None keeps all.
+    """
+
+    model: ClipModel
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and not -1 <= self.min_score <= 1:
+            raise FlagError(f"--min-score {self.min_score}: a cosine lies between -1 and 1.")
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        return {"model": self.model.identity(), "min_score": self.min_score}
 
 
 @dataclass
@@ -114,7 +139,7 @@ class CaptionStage(Stage):
             said = self._speaker.captions(prepared[0])
             cleaned = [list(dict.fromkeys(filter(None, map(self.cleaning, group)))) for group in said]
             scored = (
-                scores(clip, prepared[1], cleaned) if clip else [[None] * len(group) for group in cleaned]
+                _scores(clip, prepared[1], cleaned) if clip else [[None] * len(group) for group in cleaned]
             )
             for i, (sample, _) in enumerate(batch):
                 pairs: list[tuple[str, float | None]] = list(zip(cleaned[i], scored[i], strict=True))
@@ -169,3 +194,13 @@ def _decode(sample: RawSample) -> PIL.Image.Image:
     if sample.image is None:
         raise ValueError(sample.problem or "has no image")
     return decode_image(sample.image)
+
+
+def _scores(clip: LoadedClip, pixels: Sequence[torch.Tensor], captions: list[list[str]]) -> list[list[float]]:
+    """Scores the captions of each of the images [3, H, W]."""
+    texts = [caption for group in captions for caption in group]
+    if not texts:
+        return [[] for _ in captions]
+    image = [i for i, group in enumerate(captions) for _ in group]
+    cosines = iter((clip.images(pixels)[image] * clip.texts(texts)).sum(dim=1).tolist())
+    return [[next(cosines) for _ in group] for group in captions]
