@@ -78,7 +78,8 @@ def as_fp16(vectors: torch.Tensor) -> np.ndarray:
     """Vectors [n, d] as clip-retrieval stores them."""
     import torch
 
-    return vectors.to(torch.float16).cpu().numpy()
+    stored: np.ndarray = vectors.to(torch.float16).cpu().numpy()
+    return stored
 
 
 def load_model(

@@ -212,7 +212,7 @@ def read_vectors(path: Path) -> np.ndarray:
                 raise ValueError("it does not begin as a .npy file does")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that an old Python has written
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            vectors: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as cause:  # numpy's parser of headers raises many kinds
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise PoolError(f"{path} cannot be read as vectors: {reason}. Embed or copy it again.") from cause

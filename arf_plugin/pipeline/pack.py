@@ -135,7 +135,7 @@ class PackStage(Stage):
             PoolError: for what no search has written.
         """
         required = [name for name in COLUMNS if name != "sha256"]  # older versions had none
-        rows = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
+        rows: list[dict[str, Any]] = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
         for number, row in enumerate(rows):
             if not row["tar"]:  # a digest of others may be of the image before it was resized
                 row |= {"tar": None, "sha256": None}
