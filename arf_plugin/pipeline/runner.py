@@ -131,14 +131,15 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
             bad += len(outcome.rejects)
             if total is None and seen_weight > 0:
                 bar.total = round(seen * weight / seen_weight)
-            now = time.monotonic()
-            if bar.disable and not execution.quiet and (number == len(mine) or now - said >= _LOG_EVERY):
-                said, rate = now, seen / max(now - started, 1e-9)
-                shards = f"{number} of {len(mine)} shards"
+            now, is_last = time.monotonic(), number == len(mine)
+            if bar.disable and not execution.quiet and (is_last or now - said >= _LOG_EVERY):
+                said, expected, rate = now, bar.total or seen, seen / max(now - started, 1e-9)
+                left = (
+                    "" if is_last or not rate else f", {bar.format_interval((expected - seen) / rate)} left"
+                )
                 print(
-                    f"{stage.name}: {shards}, {seen} {stage.unit}, {rate:.1f} {stage.unit}/s",
+                    f"{stage.name}: {seen} of {expected} {stage.unit}, {rate:.1f} {stage.unit}/s{left}",
                     file=sys.stderr,
-                    flush=True,
                 )
             if seen >= 1000:
                 _check_rejects(stage, bad, seen, outcome.rejects, execution)
