@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnchorSet",
     "AnchoredLoss",
-    "BatchLayout",
+    "OptimizerStep",
     "build_anchors",
     "evaluate",
     "interpolate",
@@ -19,12 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module itself would cost every process a millisecond
     from arf_plugin.anchors.ids import sample_id
     from arf_plugin.api import AnchorSet, build_anchors, evaluate, interpolate
-    from arf_plugin.data.batch import BatchLayout
+    from arf_plugin.data.batch import OptimizerStep
     from arf_plugin.losses.anchored import AnchoredLoss
 
 _HOMES = {
     "AnchoredLoss": "arf_plugin.losses.anchored",
-    "BatchLayout": "arf_plugin.data.batch",
+    "OptimizerStep": "arf_plugin.data.batch",
     "sample_id": "arf_plugin.anchors.ids",
 }
 

@@ -142,10 +142,11 @@ class AnchorSet:
         Raises:
             AnchorSetError: There are no pairs, or fewer shards than workers.
         """
-        from arf_plugin.data.epoch import SharedEpoch
-        from arf_plugin.data.pairs import build_pair_loader
+        from open_clip_train.data import SharedEpoch
 
-        loader: Iterable[tuple[torch.Tensor, torch.Tensor]] = build_pair_loader(
+        from arf_plugin.data.pairs import pair_loader
+
+        loader = pair_loader(
             self.pair_shards,
             preprocess=preprocess,
             tokenize=tokenizer,
@@ -155,7 +156,7 @@ class AnchorSet:
             seed=seed,
             epoch=SharedEpoch(),
         )
-        return loader
+        return ((batch["pair_image"], batch["pair_text"]) for batch in loader)
 
 
 def build_anchors(
@@ -274,8 +275,8 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
     Raises:
         EvaluationError: Checkpoints of different architectures, a file that is none, or an alpha outside [0, 1].
     """
+    from arf_plugin.evaluation.candidates import find_original
     from arf_plugin.evaluation.interpolation import interpolate_files
-    from arf_plugin.evaluation.originals import find_original
 
     interpolate_files(find_original(str(original)), Path(tuned), alpha, Path(out))
     return Path(out)
@@ -284,7 +285,7 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
 def _parsed(command: str, flags: dict[str, Any]) -> argparse.Namespace:
     """Arguments of a command of ``arf``, from keywords."""
     from arf_plugin.cli.main import build_parser
-    from arf_plugin.hooks.activation import parsing_errors
+    from arf_plugin.flags import parsing_errors
 
     argv = [command]
     for name, value in flags.items():

@@ -63,15 +63,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     task = task.rename(image="jpg;jpeg;png;webp")
     task = task.map(with_texts).batched(args.batch_size, partial=False)
 
-    # One loss per term, each the one that you would train with anyway; the layout says how a batch is put together.
-    layout = arf_plugin.BatchLayout(task=args.batch_size, captions=True, pairs=args.batch_size)
-    loss = arf_plugin.AnchoredLoss(open_clip.ClipLoss, layout, caption_weight=1.0, pair_weight=1.0)
+    # One loss per term, each the one that you would train with anyway; the step tells it what is in a batch.
+    step = arf_plugin.OptimizerStep()
+    loss = arf_plugin.AnchoredLoss(open_clip.ClipLoss, step, caption_weight=1.0, pair_weight=1.0)
 
     history = []
     model.train()
     for epoch in range(args.epochs):
         for images, prompts, captions in task:
             pair_images, pair_texts = next(pairs)
+            batch = {"image": images, "text": prompts, "caption_text": captions}
+            step.note(0, {**batch, "pair_image": pair_images, "pair_text": pair_texts})
             # One forward pass for everything: images [x; x_a], texts [t_cls; t_cap; t_a].
             image_features, text_features, logit_scale = model(
                 torch.cat([images, pair_images]).to(device),

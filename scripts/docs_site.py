@@ -100,5 +100,5 @@ def _escaped(text: str) -> str:
 
 def flags_as_code(text: str) -> str:
     """Sets flags in a line of Markdown as code, but for those that are code already."""
-    flag = r"`[^`]*`|(?<![\w-])--[a-z][\w-]*"
+    flag = r"`[^`]*`|(?<![\w-])--[a-z][\w-]*\*?"
     return re.sub(flag, lambda match: match[0] if match[0].startswith("`") else f"`{match[0]}`", text)

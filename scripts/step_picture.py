@@ -31,18 +31,18 @@ CAPTIONS = (
 )
 TASK = (
     Hop("task/*.tar", ""),
-    Hop("shards dealt out, samples read", "open_clip_train.data.get_wds_dataset"),
-    Hop("class prompt and caption", "data/texts.py:JoinedSamples"),
-    Hop("decode, crop, tokenize, batch", "data/texts.py:JointTokenizer"),
+    Hop("shards dealt out, samples shuffled", "data/task.py:task_loader"),
+    Hop("decode, crop; prompt and caption", "data/task.py:TaskSamples"),
+    Hop("stack, tokenize: one batch", "data/batch.py:collate"),
 )
 PAIRS = (
     Hop("ANCHORS/pairs/*.tar", ""),
     Hop("each pair once per pass, shuffled", "data/pairs.py:PairShards"),
-    Hop("read and decode", "data/pairs.py:PairDecoder"),
-    Hop("batch of A pairs", "data/pairs.py:build_pair_loader"),
+    Hop("read and decode", "data/pairs.py:PairSamples"),
+    Hop("batch of A pairs", "data/pairs.py:pair_loader"),
 )
 SHARED = (
-    Hop("one batch of both: image, text, caption, pair image, pair text", "data/loader.py:AnchoredLoader"),
+    Hop("one batch of both: image, text, caption, pair image, pair text", "data/loader.py:TrainingLoader"),
     Hop("texts cut to the longest; concatenated on the device", "data/batch.py:DeviceConcat"),
     Hop("one forward pass of each tower: [x; x_a] and [t_cls; t_cap; t_a]", "open_clip.CLIP.forward"),
     Hop("features split by known sizes; open_clip's loss three times", "losses/anchored.py:AnchoredLoss"),
@@ -66,7 +66,7 @@ def svg() -> str:
     height = 2 * MARGIN + (joint + len(SHARED)) * (HEIGHT + GAP) - GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" font-family="sans-serif">',
+        f'width="{WIDTH}" height="{height}" font-family="Roboto, Open Sans, DejaVu Sans, sans-serif">',
         "<title>One training step, from disk to loss</title>",
         '<defs><marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" '
         'orient="auto-start-reverse"><path d="M0 0L10 5L0 10z" fill="#444"/></marker></defs>',

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from arf_plugin.anchors.files import list_files_of
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import list_files_of
 from arf_plugin.untrusted import printable, require_regular
 
 REBUILD = "rebuild the captions with: arf caption ..."
@@ -117,8 +117,7 @@ def _validated(table: pa.Table, short: str, first: int) -> pa.Table:
     columns = []
     for name in COLUMNS:
         column = _as_text(table[name], short, name, first)
-        # NUL separates a prompt from its caption on the way to the tokenizer; tokenizers drop it at best. A byte-order
-        # mark by itself is as good as nothing.
+        # Tokenizers drop NUL at best. A byte-order mark by itself is as good as nothing.
         bare = pc.utf8_trim_whitespace(pc.utf8_trim(column, "\ufeff"))
         unusable = pc.fill_null(pc.or_(pc.equal(bare, ""), pc.match_substring(column, "\0")), True)
         row = pc.index(unusable, True).as_py()
@@ -163,13 +162,9 @@ def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.C
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+    fixed: bool = pa.types.is_fixed_size_binary(kind)
+    return fixed or kind in (pa.binary(), pa.large_binary(), pa.binary_view())

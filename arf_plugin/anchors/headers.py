@@ -91,7 +91,8 @@ class _Bounded:
                 f"a header with {size} bytes of names and records, more than the {self._left} that are read"
             )
         self._left -= size
-        return self._file.read(size)
+        data: bytes = self._file.read(size)
+        return data
 
 
 class SeekableTar:
@@ -211,11 +212,6 @@ def _skip(stream: Any, offset: int) -> None:
     while stream.tell() < offset:
         if not stream.read(min(1 << 20, offset - stream.tell())):
             raise tarfile.ReadError("unexpected end of data")
-
-
-def walk_headers(file: IO[bytes]) -> Iterator[Header]:
-    """Yields the headers of an uncompressed tar that can be read at any offset; see :class:`SeekableTar`."""
-    return iter(SeekableTar(file))
 
 
 def _plain(block: bytes, offset: int) -> Header | None:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+from arf_plugin.console import progress
 from arf_plugin.untrusted import printable
-
-if TYPE_CHECKING:
-    from arf_plugin.checks.inputs import Run
 
 EXAMPLES = """\
   arf check ANCHORS
@@ -22,7 +18,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf check``."""
     parser = options.add_parser(
         subparsers,
@@ -33,7 +29,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         EXAMPLES,
     )
     parser.add_argument("anchors", metavar="ANCHORS", help="folder or fsspec URL")
-    options.add_task_options(parser, "--train-data", required=False)
+    options.add_task_options(parser, required=False)
     parser.add_argument(
         "--arf-missing-caption",
         choices=("error", "prompt"),
@@ -64,50 +60,26 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks and reports."""
-    from tqdm import tqdm
-
-    from arf_plugin.checks.inputs import Inputs
     from arf_plugin.checks.report import check_anchor_set
     from arf_plugin.data.prompts import load_classnames
+    from arf_plugin.data.startup import inputs_of, shape_of_run
 
-    with tqdm(desc="check", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
-        inputs = Inputs(
+    with progress("check", "shards") as bar:
+        args.train_data = args.task_data
+        inputs = inputs_of(
+            args,
             anchors=args.anchors,
             missing_caption=args.arf_missing_caption,
-            train_data=args.task_data,
-            dataset_type=args.dataset_type,
-            csv_img_key=args.csv_img_key,
-            csv_caption_key=args.csv_caption_key,
-            csv_separator=args.csv_separator,
             classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
             texts_known=args.arf_classnames is not None,
             full=args.full,
-            advance=lambda url: bar.update(1),
+            advance=lambda url: bar.update(),
         )
         if args.batch_size and args.task_data:
-            inputs.run = _shape(args, len(inputs.pair_shards))
+            inputs.run = shape_of_run(args, len(inputs.pair_shards), args.nproc_per_node)
         report = check_anchor_set(inputs)
     if args.json:
         print(json.dumps(dataclasses.asdict(report), indent=2, ensure_ascii=False))
     else:
         print(printable("\n".join(report.lines())))
     return 1 if report.errors else 0
-
-
-def _shape(args: argparse.Namespace, pair_shards: int) -> Run:
-    """The shape of a run with the trainer's defaults for what was not given."""
-    from arf_plugin.checks.inputs import Run
-    from arf_plugin.data.batch import BatchLayout
-    from arf_plugin.data.loader import split_workers
-
-    layout = BatchLayout(args.batch_size, pairs=args.batch_size if pair_shards else 0)
-    task_workers, pair_workers = split_workers(args.workers, layout, None, pair_shards, args.nproc_per_node)
-    return Run(
-        batch_size=args.batch_size,
-        accum_freq=args.accum_freq,
-        world_size=args.nproc_per_node,
-        workers=args.workers,
-        task_workers=task_workers,
-        pair_workers=pair_workers,
-        pair_batch=layout.pairs,
-    )

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Collection
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from arf_plugin.flags import number_type
 from arf_plugin.untrusted import printable, printable_json
@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from arf_plugin.pipeline.stage import Stage
 
 _T = TypeVar("_T")
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
 
 
 def add_parser(
-    subparsers: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    examples: str,
 ) -> argparse.ArgumentParser:
     """Adds a sub-command with a description and examples."""
     return subparsers.add_parser(
@@ -34,17 +40,16 @@ def add_parser(
     )
 
 
-def add_task_options(
-    parser: argparse.ArgumentParser, flag: str = "--task-data", required: bool = True
-) -> None:
-    """Adds the flags that name task data, called as open_clip calls them."""
+def add_task_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the flags that name task data, called as open_clip calls them; ``--task-data`` is an older spelling."""
     group = parser.add_argument_group("task data")
     group.add_argument(
-        *dict.fromkeys(("--train-data", flag)),
+        "--train-data",
+        "--task-data",
         dest="task_data",
         required=required,
         metavar="DATA",
-        help="WebDataset tars with braces and ::, or a CSV/TSV file; as open_clip's --train-data",
+        help="WebDataset tars with braces and ::, or a CSV/TSV file; as for open_clip",
     )
     group.add_argument("--dataset-type", choices=("auto", "webdataset", "csv"), default="auto")
     group.add_argument("--csv-img-key", default="filepath", metavar="COLUMN", help="column of image paths")
@@ -143,7 +148,7 @@ def task_source(args: argparse.Namespace) -> Source:
     if is_csv(args.task_data, args.dataset_type):
         return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
     with progress("task data", "shards") as bar:
-        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update(1))
+        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update())
     return TarSource(expand_urls(args.task_data), TaskDataError)
 
 

@@ -22,11 +22,12 @@ def dealt_shards(shards: int, seed: int, epoch: int, world_size: int, workers: i
         Numbers of shards by consumer: all workers of the first process, then those of the second. None for a negative
         seed, with which each worker shuffles for itself.
     """
-    from webdataset.filters import _shuffle
+    import webdataset as wds
 
     if seed < 0:
         return None
-    order = list(_shuffle(iter(range(shards)), BUFFER, INITIAL, random.Random(seed + epoch)))
+    shuffle = wds.shuffle(bufsize=BUFFER, initial=INITIAL, rng=random.Random(seed + epoch))
+    order = list(shuffle(iter(range(shards))))
     workers = max(1, workers)
     return [
         order[rank::world_size][worker::workers] for rank in range(world_size) for worker in range(workers)

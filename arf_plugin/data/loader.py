@@ -1,130 +1,280 @@
-"""The task loader and the pair loader, zipped: what the trainer iterates over."""
+"""What the trainer iterates over, and how it is put together: the data of a training step from top to bottom.
+
+The way of a caption anchor from disk to loss:
+
+    1. ``captions/*.parquet``        sorted once per machine into one memory-mapped table: `data.captions.CaptionStore`
+    2. ``sample["caption_text"]``    found by the sample's id in a loader worker: `data.texts.TaskTexts`, called by
+                                     `data.task.TaskSamples` beside the image that has just been decoded
+    3. ``batch["caption_text"]``     ``[B, L]``, tokenized with the others of its batch: `data.batch.collate`
+    4. `TrainingLoader`              adds the pair loader's parts, tells `data.batch.OptimizerStep` what is in the batch
+    5. `data.batch.DeviceConcat`     joins ``[t_cls; t_cap; t_a]`` where the trainer moves texts to its device
+    6. one forward of the model      open_clip's own: ``text_features [2B + A, D]``
+    7. `losses.anchored.AnchoredLoss`   splits them again and applies open_clip's own loss to ``x`` and ``t_cap``
+
+Task images and prompts start at step 2, from ``KEY.jpg`` and ``KEY.cls`` of a tar (`data.task`); pairs come from a
+loader of their own (`data.pairs`) and join at step 4.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from arf_plugin.data.anchor_steps import AnchorSteps
-from arf_plugin.data.batch import BatchLayout, DeviceConcat
-from arf_plugin.data.epoch import SharedEpoch
-from arf_plugin.data.resume import ResumableLoader
+from open_clip_train.data import SharedEpoch
+
+from arf_plugin.checks.inputs import Run
+from arf_plugin.config import ArfConfig
+from arf_plugin.data.batch import Batch, BatchLayout, OptimizerStep, Preprocess, as_tuple
+from arf_plugin.data.captions import CaptionStore
+from arf_plugin.data.pairs import pair_loader
+from arf_plugin.data.prompts import ClassIndices, ClassPrompts
+from arf_plugin.data.task import TaskLoader, task_loader
+from arf_plugin.data.texts import TaskTexts
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import AnchorSetError, ArfError
+from arf_plugin.resume.checkpoint import ResumePoint
+from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.rng import restore_rng, rng_state, seed_everything
+from arf_plugin.resume.streams import RowStream, ShardStream, Stream
+
+Adapt = Callable[[Batch, "TextTrimmer | None"], Any]
 
 
-def split_workers(
-    workers: int, layout: BatchLayout, wanted: int | None, pair_shards: int, world_size: int
-) -> tuple[int, int]:
-    """Divides ``--workers`` between the two loaders instead of doubling it.
+class AnchorSteps:
+    """Which optimizer steps of a run have anchors: all of them, or every n-th.
+
+    With ``--arf-every N`` a step has anchors if its number, counted from 0 over the whole run, is a multiple of N.
+    Their terms then weigh N times as much, so the expected gradient is that of anchors on every step; the other steps
+    are FLYP's, and cost as much. Ours, not the paper's.
 
     Args:
-        workers: Loader workers per process.
-        layout: Sizes of a batch; the default share goes by images loaded.
-        wanted: ``--arf-workers``; None for the default.
-        pair_shards: Pair shards there are; the default never asks for more workers than can be fed.
-        world_size: Number of processes.
-
-    Returns:
-        Workers of the task loader and of the pair loader. With a single worker each loader gets one.
+        every: N; 1 for anchors on every step.
+        accum_freq: Micro-batches in an optimizer step, which is with anchors or without as a whole.
+        num_batches: Micro-batches of an epoch. The trainer drops those at its end that fill no step.
     """
-    if not layout.pairs:
-        return workers, 0
-    if wanted is not None:
-        return max(workers - wanted, min(workers, 1)), wanted
-    share = round(workers * layout.pairs / layout.images)
-    share = min(max(share, 1), max(workers - 1, 1), max(pair_shards // world_size, 1)) if workers else 0
-    return max(workers - share, min(workers, 1)), share
+
+    def __init__(self, every: int = 1, accum_freq: int = 1, num_batches: int = 0) -> None:
+        self.every = every
+        self.accum_freq = accum_freq
+        self.steps_per_epoch = num_batches // accum_freq
+
+    def has_anchors(self, epoch: int, batch: int) -> bool:
+        """Whether a micro-batch of an epoch, counted from 0, has anchors."""
+        return (self.steps_per_epoch * epoch + batch // self.accum_freq) % self.every == 0
+
+    def count(self, epoch: int, batches: int) -> int:
+        """How many of an epoch's first micro-batches have anchors."""
+        if self.every == 1:
+            return batches
+        return sum(self.has_anchors(epoch, batch) for batch in range(batches))
 
 
-class AnchoredLoader:
-    """Yields batches in the trainer's form, with anchors in them.
+class TrainingLoader:
+    """The task loader and the pair loader, zipped: what open_clip calls ``data["train"]``, and its ``dataloader``.
 
     Args:
-        task: open_clip's loader: ``(images [B, 3, H, W], texts [B, L] or [B, 2, L])``.
+        task: The loader of task data, and its counts.
         pairs: The loader of pair anchors, or None.
-        layout: Sizes of a batch.
-        trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
+        layout: What a batch with anchors is made of.
+        step: What is told of each micro-batch, for the loss.
         steps: Which steps have anchors; None for all.
+        epoch: The epoch that loader workers see.
+        trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
+        adapt: Gives a batch the trainer's form.
+        seed: The run's seed where random numbers are to be the same in every run; None leaves them alone.
+        rank: This process among all.
 
     Attributes:
-        num_batches: Micro-batches per epoch, as the task loader has them.
+        num_batches: Micro-batches per epoch.
         num_samples: Images per epoch, anchors included, so that the trainer's progress counts add up: it
             multiplies batches by the images it sees in one. Of a step without anchors it counts fewer.
+        epoch: The current epoch.
+        first_batch: The number that the trainer is to count the first batch of this epoch with; not 0 where a run
+            goes on in its middle.
+        resume: Where the run goes on, or None.
+        after_batch: Called with the number of batches of this epoch that have been trained on.
     """
 
     def __init__(
         self,
-        task: Any,
-        pairs: Any | None,
+        task: TaskLoader,
+        pairs: Iterable[Batch] | None,
         layout: BatchLayout,
-        trimmer: TextTrimmer | None = None,
+        *,
+        step: OptimizerStep | None = None,
         steps: AnchorSteps | None = None,
+        epoch: SharedEpoch | None = None,
+        trimmer: TextTrimmer | None = None,
+        adapt: Adapt = as_tuple,
+        seed: int | None = None,
+        rank: int = 0,
     ) -> None:
         self.task = task
         self.pairs = pairs
         self.layout = layout
-        self.trimmer = trimmer
+        self.step = step or OptimizerStep()
         self.steps = steps or AnchorSteps()
-        self.num_batches: int = task.num_batches
-        self.num_samples: int = task.num_samples * layout.images // layout.task
+        self.trimmer = trimmer
+        self.adapt = adapt
+        self.seed = seed
+        self.rank = rank
+        self.num_batches = task.num_batches
+        self.num_samples = task.num_samples * layout.images // layout.task
+        self.epoch = self.first_batch = 0
+        self.resume: ResumePoint | None = None
+        self.after_batch: Callable[[int], None] = lambda batches: None
+        self._shared_epoch = epoch or SharedEpoch()
+
+    @property
+    def dataloader(self) -> TrainingLoader:
+        """The loader itself, where open_clip has two objects."""
+        return self
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """The loaders that know their position: those of a deterministic run."""
+        named = {"task": self.task.batches, "pairs": self.pairs}
+        return {name: each for name, each in named.items() if isinstance(each, ShardStream | RowStream)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, at its first batch or where the run was stopped."""
+        self.epoch = epoch
+        self._shared_epoch.set_value(epoch)
+        if self.task.sampler is not None:
+            self.task.sampler.set_epoch(epoch)
+        if self.seed is not None:
+            seed_everything("epoch", self.seed, epoch, self.rank)
+        for stream in self.streams.values():
+            stream.set_epoch(epoch)
+        point = self.resume if self.resume is not None and self.resume.epoch == epoch else None
+        self.first_batch = point.batches if point is not None else 0
+        if point is not None and point.process is not None:
+            self.load_state_dict(point.process)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this process, between two steps."""
+        return {
+            "rng": rng_state(),
+            "streams": {name: stream.state_dict() for name, stream in self.streams.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on in the current epoch after `first_batch` batches, with the state as it was then."""
+        restore_rng(state["rng"])
+        for name, stream in self.streams.items():
+            stream.load_state_dict(list(state["streams"][name]), self.epoch, self.first_batch)
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[tuple[DeviceConcat, DeviceConcat]]:
+    def __iter__(self) -> Iterator[Any]:
         try:
             pairs = iter(self.pairs) if self.pairs is not None else None
-            for number, (images, texts) in enumerate(self.task, self.steps.first_batch):
-                image_parts, text_parts = [images], list(texts.unbind(1)) if self.layout.captions else [texts]
-                anchored = self.steps.has_anchors(number)
-                if not anchored:
-                    del text_parts[1:]  # the captions that came along with the task data
-                if anchored and pairs is not None:
-                    pair = next(pairs, None)
-                    if pair is None:
-                        raise AnchorSetError(
-                            "The pair anchors ended before the epoch did; check the set with: arf check"
-                        )
-                    image_parts.append(pair[0])
-                    text_parts.append(pair[1])
-                columns = self.trimmer.length(*text_parts) if self.trimmer else None
-                yield DeviceConcat(*image_parts), DeviceConcat(*text_parts, columns=columns)
+            remaining = itertools.islice(self.task.batches, self.num_batches - self.first_batch)
+            for number, batch in enumerate(remaining, self.first_batch):
+                if not self.steps.has_anchors(self.epoch, number):
+                    batch.pop("caption_text", None)  # which came along with the task data
+                elif pairs is not None:
+                    batch |= self._next(pairs)
+                self.step.note(number, batch)
+                yield self.adapt(batch, self.trimmer)
+                # The trainer asks for the next batch when it is done with this one.
+                self.after_batch(number + 1)
         except ArfError as error:
             raise _from_worker(error) from None
 
-
-class AnchoredData:
-    """What the trainer calls ``data["train"]``: a loader, and a way to begin an epoch.
-
-    Args:
-        task: open_clip's ``DataInfo`` of the task data.
-        dataloader: Its loader, the anchored one, or a resumable one around either.
-        epoch: The epoch shared with our loader workers.
-        steps: Which steps have anchors; None for all.
-    """
-
-    def __init__(
-        self, task: Any, dataloader: Any, epoch: SharedEpoch, steps: AnchorSteps | None = None
-    ) -> None:
-        self.task = task
-        self.dataloader = dataloader
-        self.epoch = epoch
-        self._resumable = dataloader if isinstance(dataloader, ResumableLoader) else None
-        self.steps = steps or AnchorSteps()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begins an epoch in both loaders."""
-        self.task.set_epoch(epoch)
-        self.epoch.set(epoch)
-        first_batch = 0
-        if self._resumable is not None:
-            self._resumable.begin_epoch(epoch)
-            first_batch = self._resumable.first_batch
-        self.steps.begin(epoch, first_batch)
+    def _next(self, pairs: Iterator[Batch]) -> Batch:
+        pair = next(pairs, None)
+        if pair is None:
+            raise AnchorSetError("The pair anchors ended before the epoch did; check the set with: arf check")
+        return pair
 
 
 def _from_worker(error: ArfError) -> ArfError:
     """Undoes the wrapping of an error that came from a loader worker, whose message holds a whole traceback."""
     marker = f"{type(error).__module__}.{type(error).__qualname__}: "
     return type(error)(str(error).rpartition(marker)[2].strip())
+
+
+def training_loader(
+    args: Any,
+    config: ArfConfig,
+    shape: Run,
+    *,
+    preprocess: Preprocess,
+    tokenizer: Any,
+    epoch: int,
+    classes: ClassPrompts | ClassIndices | None,
+    captions: CaptionStore | None,
+    pair_shards: list[str],
+    trimmer: TextTrimmer | None,
+    adapt: Adapt = as_tuple,
+) -> TrainingLoader:
+    """Puts the loader of a run together.
+
+    Args:
+        args: The trainer's arguments.
+        config: The ARF flags.
+        shape: Which data this process gets.
+        preprocess: The trainer's image transform for training.
+        tokenizer: The trainer's tokenizer.
+        epoch: The first epoch.
+        classes: Class prompts, or class indices for a head.
+        captions: Caption anchors; None if that term is off.
+        pair_shards: URLs of the pair tars; empty if that term is off.
+        trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
+        adapt: Gives a batch the trainer's form.
+
+    Raises:
+        ArfError: The data cannot be shared among as many loader workers.
+    """
+    shared = SharedEpoch(epoch)
+    orders = {
+        name: SampleOrder(name, args.seed, shared.get_value, args.rank) if config.deterministic else None
+        for name in ("task", "pairs")
+    }
+    task = task_loader(
+        args,
+        TaskTexts(classes, captions, config.missing_caption, args.seed, shared.get_value),
+        preprocess=preprocess,
+        tokenize=tokenizer,
+        workers=shape.task_workers,
+        epoch=shared,
+        order=orders["task"],
+    )
+    steps = AnchorSteps(config.every, args.accum_freq, task.num_batches)
+    pairs: Iterable[Batch] | None = None
+    if pair_shards:
+        pairs = pair_loader(
+            pair_shards,
+            preprocess=preprocess,
+            tokenize=tokenizer,
+            batch_size=shape.pair_batch,
+            num_batches=task.num_batches,
+            workers=shape.pair_workers,
+            seed=args.seed,
+            epoch=shared,
+            rank=args.rank,
+            world_size=args.world_size,
+            order=orders["pairs"],
+        )
+    if orders["task"] is not None:
+        stream: Stream = ShardStream(task.batches, shape.task_workers, orders["task"])
+        if task.sampler is not None:
+            stream = RowStream(task.batches, task.sampler, args.seed)
+        task = task._replace(batches=stream)
+    if pairs is not None and orders["pairs"] is not None:
+        pairs = ShardStream(pairs, shape.pair_workers, orders["pairs"], steps.count)
+    return TrainingLoader(
+        task,
+        pairs,
+        BatchLayout(args.batch_size, captions is not None, shape.pair_batch if pair_shards else 0),
+        step=OptimizerStep(args.accum_freq),
+        steps=steps,
+        epoch=shared,
+        trimmer=trimmer,
+        adapt=adapt,
+        seed=args.seed if config.deterministic else None,
+        rank=args.rank,
+    )

@@ -11,19 +11,22 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import webdataset as wds
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 
 from arf_plugin.anchors.files import list_files_of
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import scan_samples
-from arf_plugin.data.epoch import SharedEpoch
-from arf_plugin.data.order import SampleOrder
+from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.resume.order import Pipeline, SampleOrder
+
+if TYPE_CHECKING:
+    from open_clip_train.data import SharedEpoch
 
 SHUFFLE_BUFFER = 2000
 NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted
@@ -70,50 +73,67 @@ class PairShards(torch.utils.data.IterableDataset):
         workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         consumer, consumers = self.rank * workers + worker_id, self.world_size * workers
         for number in itertools.count():
-            order = list(self.shards)
-            random.Random(f"{self.seed}/{self.epoch.get()}/{number}").shuffle(order)
+            epoch, order = self.epoch.get_value(), list(self.shards)
+            random.Random(f"{self.seed}/{epoch}/{number}").shuffle(order)
+            shuffle = f"{self.seed}/{epoch}/{self.rank}/{worker_id}/{number}"  # of a pass's pairs
             for url in order[consumer::consumers]:
-                yield {"url": url, "pass": number}
+                yield {"url": url, "shuffle": shuffle}
 
 
-class PairDecoder:
-    """Reads and decodes pairs, and sees to it that a pass that yields none is the last one.
+class PairSamples:
+    """A stage of the pipeline: shards -> samples; a pass that yields none is the last one.
 
     Pairs that cannot be decoded are passed over, as open_clip does with its samples, and named once.
 
     Args:
         preprocess: The trainer's image transform for training: PIL image -> ``[3, H, W]``.
         tokenize: open_clip's tokenizer: text -> ``[1, L]``.
+        order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
     """
 
-    def __init__(self, preprocess: Callable[[Any], torch.Tensor], tokenize: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        tokenize: Callable[[str], Any],
+        order: SampleOrder | None = None,
+    ) -> None:
         self.preprocess = preprocess
         self.tokenize = tokenize
+        self.order = order
         self._named: set[tuple[str, str]] = set()
         self._tried = self._bad = 0  # in this pass
         self._reason = ""
 
-    def read(self, shards: Iterator[dict[str, Any]], shuffle_seed: Callable[[], str]) -> Iterator[RawPair]:
+    def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+        """Pass after pass over this consumer's shards."""
+        raw = self._read(shards)
+        if self.order is None:
+            yield from filter(None, map(self.sample, raw))
+            return
+        for number, pair in self.order.number(raw):
+            if (sample := self.sample(pair)) is not None:
+                yield {**sample, "index": number}
+
+    def _read(self, shards: Iterator[dict[str, Any]]) -> Iterator[RawPair]:
         """Pairs of the shards, shuffled within a pass so that none meets its own copy from the next one.
 
         Raises:
             AnchorSetError: A whole pass over these shards has given no pair, or none that can be decoded.
         """
-        for number, group in itertools.groupby(shards, key=lambda shard: shard["pass"]):
-            urls = [shard["url"] for shard in group]
-            rng = random.Random(f"{shuffle_seed()}/{number}")
+        for shuffle, group in itertools.groupby(shards, key=lambda shard: shard["shuffle"]):
+            urls, rng = [shard["url"] for shard in group], random.Random(shuffle)
             self._tried = self._bad = read = 0
             for pair in _shuffled(itertools.chain.from_iterable(map(_read_shard, urls)), rng):
                 read += 1
                 yield pair
             self._end_pass(urls, read)
 
-    def decode(self, pair: RawPair) -> tuple[Any, Any] | None:
-        """Returns image and text of a pair as the trainer takes them; None, with a warning, if it cannot."""
+    def sample(self, pair: RawPair) -> Sample | None:
+        """Decodes one pair; None, with a warning, where that cannot be done."""
         self._tried += 1
         try:
             image, text = decode_image(pair.image), pair.text.decode("utf-8")
-            return self.preprocess(image), self.tokenize(text)[0]
+            return {"pair_image": self.preprocess(image), "pair_text": self.tokenize(text)[0]}
         except Exception as error:  # as open_clip: whatever a transform or a tokenizer raises
             self._bad += 1
             self._reason = f"{pair.url}, pair {pair.key}: {str(error) or repr(error)}"
@@ -159,10 +179,10 @@ def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]
     yield from buffer
 
 
-def build_pair_loader(
+def pair_loader(
     shards: list[str],
     *,
-    preprocess: Callable[[Any], torch.Tensor],
+    preprocess: Preprocess,
     tokenize: Callable[[str], Any],
     batch_size: int,
     num_batches: int,
@@ -172,7 +192,7 @@ def build_pair_loader(
     rank: int = 0,
     world_size: int = 1,
     order: SampleOrder | None = None,
-) -> wds.WebLoader:
+) -> Iterable[Batch]:
     """Builds the loader of pair anchors.
 
     Args:
@@ -183,14 +203,14 @@ def build_pair_loader(
         num_batches: Batches needed in an epoch.
         workers: Loader workers; 0 loads in the main process.
         seed: The run's seed.
-        epoch: The current epoch.
+        epoch: The current epoch, shared with loader workers.
         rank: This process among all.
         world_size: Number of processes.
         order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
 
     Returns:
-        A loader of ``(images [A, 3, H, W], texts [A, L])``, at least ``num_batches`` of them in each iteration. With
-        `order` there is a third part, the numbers of the raw samples, ``[A]``.
+        A loader of batches with ``pair_image`` and ``pair_text``, at least ``num_batches`` of them in each iteration.
+        With `order` they have the numbers of their raw samples as ``index``.
 
     Raises:
         AnchorSetError: Fewer shards than consumers. While it is iterated over: a shard that cannot be read, and a whole
@@ -205,34 +225,18 @@ def build_pair_loader(
             f"{' and fewer processes' if len(shards) < world_size else ''}, "
             "or write smaller shards with: arf pack --shard-size ..."
         )
-
-    def shuffle_seed() -> str:
-        worker = get_worker_info()
-        return f"{seed}/{epoch.get()}/{rank}/{worker.id if worker else 0}"
-
-    decoder = PairDecoder(preprocess, tokenize)
-
-    def pairs(source: Iterator[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
-        raw = decoder.read(source, shuffle_seed)
-        if order is None:
-            yield from (decoded for decoded in map(decoder.decode, raw) if decoded is not None)
-            return
-        order.begin()  # passes never end, so this is called once in an iteration
-        for number, pair in order.number(raw):
-            decoded = decoder.decode(pair)
-            if decoded is not None:
-                yield (*decoded, number)
-
-    dataset = wds.DataPipeline(
+    pipeline = Pipeline(
         PairShards(shards, seed, epoch, rank, world_size),
-        pairs,
-        wds.batched(batch_size, partial=False),
+        PairSamples(preprocess, tokenize, order),
+        wds.batched(batch_size, partial=False, collation_fn=default_collate),
+        order=order,
     ).with_epoch(math.ceil(num_batches / max(1, workers)))
-    return wds.WebLoader(
-        dataset,
+    loader: Iterable[Batch] = wds.WebLoader(
+        pipeline,
         batch_size=None,
         shuffle=False,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),  # not run here: no GPU
+        pin_memory=torch.cuda.is_available(),
     )
+    return loader

@@ -58,7 +58,7 @@ class ClassPrompts:
 
 
 class ClassIndices:
-    """Stands in for `ClassPrompts` where a head classifies: the class index itself, as text.
+    """Takes the place of `ClassPrompts` where a head classifies: the class index itself.
 
     Args:
         classes: Number of classes.
@@ -67,9 +67,9 @@ class ClassIndices:
     def __init__(self, classes: int) -> None:
         self.classes = classes
 
-    def __call__(self, cls: object, sample_id: str, seed: int, epoch: int) -> str:
-        """The index in decimal; see `class_index` for errors. Seed and epoch are there for the common interface."""
-        return str(class_index(cls, sample_id, self.classes))
+    def __call__(self, cls: object, sample_id: str) -> int:
+        """The index of one sample; see `class_index` for errors."""
+        return class_index(cls, sample_id, self.classes)
 
 
 def class_index(cls: object, sample_id: str, classes: int) -> int:

@@ -1,31 +1,41 @@
-"""The trainer's side of what is checked before the first step: the first error stops the run, the rest is logged.
+"""What is known of a run before its first step: its shape, its inputs, and whether they are sound.
 
-Only headers are read, and scans are cached, so a million samples cost seconds. Remote shards would have to be
-downloaded for it and are left to ``arf check``. The rules are those of :mod:`arf_plugin.checks.rules`.
+The first error stops the run, the rest is logged. Only headers are read, and scans are cached, so a million samples
+cost seconds. Remote shards would have to be downloaded for it and are left to ``arf check``. The rules are those of
+:mod:`arf_plugin.checks.rules`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from arf_plugin.anchors.task import is_csv
 from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.checks.rules import findings
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.captions import open_captions
 
 
-def inputs_of_run(
-    args: Any, config: ArfConfig, classes: Sequence[str] | None, run: Callable[[Inputs], Run]
-) -> Inputs:
-    """What a run's flags say of its inputs.
+def inputs_of(args: Any, **more: Any) -> Inputs:
+    """Inputs with what open_clip's flags say of the task data.
+
+    Args:
+        args: Parsed arguments: the trainer's, or those of a command that has the same flags.
+        **more: Everything else that is known.
+    """
+    flags = ("train_data", "dataset_type", "csv_img_key", "csv_caption_key", "csv_separator")
+    return Inputs(**{name: getattr(args, name) for name in flags}, **more)
+
+
+def inputs_of_run(args: Any, config: ArfConfig, classes: Sequence[str] | None) -> Inputs:
+    """What a run's flags say of its inputs, its shape included.
 
     Args:
         args: The trainer's arguments.
         config: The ARF flags.
         classes: Class names, if class prompts or a head need them.
-        run: Finds the shape of the run, which depends on how many shards of pairs there are.
     """
 
     def caption_ids() -> Any:
@@ -33,24 +43,92 @@ def inputs_of_run(
         assert store is not None, "there are files of captions"
         return store.ids
 
-    inputs = Inputs(
+    inputs = inputs_of(
+        args,
         anchors=config.anchors,
         caption_weight=config.caption_weight,
         pair_weight=config.pair_weight,
         missing_caption=config.missing_caption,
-        train_data=args.train_data,
-        dataset_type=args.dataset_type,
-        csv_img_key=args.csv_img_key,
-        csv_caption_key=args.csv_caption_key,
-        csv_separator=args.csv_separator,
         classes=classes,
         head=bool(config.head),
         texts_known=True,
         training=True,
         caption_ids=caption_ids,
     )
-    inputs.run = run(inputs)
+    shards = len(inputs.pair_shards) if config.pair_weight else 0
+    inputs.run = shape_of_run(args, shards, args.world_size, config.pair_batch_size, config.workers)
     return inputs
+
+
+def shape_of_run(
+    args: Any,
+    pair_shards: int,
+    world_size: int,
+    pair_batch_size: int | None = None,
+    pair_workers: int | None = None,
+) -> Run:
+    """Which data a process gets.
+
+    Args:
+        args: Parsed arguments; what a command has no flag for counts as open_clip's default.
+        pair_shards: Pair shards that are used.
+        world_size: Processes.
+        pair_batch_size: ``--arf-pair-batch-size``; None for ``--batch-size``.
+        pair_workers: ``--arf-workers``; None for a share of ``--workers``.
+    """
+    pairs = (pair_batch_size or args.batch_size) if pair_shards else 0
+    shares = split_workers(args.workers, args.batch_size, pairs, pair_workers, pair_shards, world_size)
+    pretrained = getattr(args, "pretrained", None) or ":" in getattr(args, "model", "")
+    return Run(
+        batch_size=args.batch_size,
+        accum_freq=args.accum_freq,
+        world_size=world_size,
+        workers=args.workers,
+        task_workers=shares[0],
+        pair_workers=shares[1],
+        pair_batch=pairs,
+        epochs=getattr(args, "epochs", 1),
+        samples=getattr(args, "train_num_samples", None),
+        resampled=bool(getattr(args, "dataset_resampled", False)),
+        seed=getattr(args, "seed", 0),
+        lr=getattr(args, "lr", None),
+        warmup=getattr(args, "warmup", 0),
+        pretrained=bool(pretrained),
+    )
+
+
+def split_workers(
+    workers: int, task: int, pairs: int, wanted: int | None, pair_shards: int, world_size: int
+) -> tuple[int, int]:
+    """Divides ``--workers`` between the two loaders instead of doubling it.
+
+    Args:
+        workers: Loader workers per process.
+        task: B; the default share goes by images loaded.
+        pairs: A; 0 without pairs.
+        wanted: ``--arf-workers``; None for the default.
+        pair_shards: Pair shards there are; the default never asks for more workers than can be fed.
+        world_size: Number of processes.
+
+    Returns:
+        Workers of the task loader and of the pair loader. With a single worker each loader gets one.
+    """
+    if not pairs:
+        return workers, 0
+    if wanted is not None:
+        return max(workers - wanted, min(workers, 1)), wanted
+    share = round(workers * pairs / (task + pairs))
+    share = min(max(share, 1), max(workers - 1, 1), max(pair_shards // world_size, 1)) if workers else 0
+    return max(workers - share, min(workers, 1)), share
+
+
+def needs_count(args: Any) -> bool:
+    """Whether open_clip would ask for ``--train-num-samples``."""
+    from open_clip_train.data import get_dataset_size
+
+    if is_csv(args.train_data, args.dataset_type) or args.train_num_samples is not None:
+        return False
+    return not get_dataset_size(args.train_data)[0]
 
 
 def check_inputs(inputs: Inputs) -> int | None:

@@ -40,6 +40,7 @@ _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NO_PICTURES = (".pdf", ".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr")  # known to PIL, too
 _NUMBERED = re.compile(r"[0-9]+\.tar")
 _MOST_REPEATED = 10_000  # folders that links lead to once more
+_Waiting = tuple[str, tuple[tuple[int, int], ...]]  # a folder, and the places of itself and those above it
 _CAMERAS = (".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".arw")  # unknown to PIL alone
 
 
@@ -371,9 +372,8 @@ def _folders(folder: Path) -> Iterator[_Seen]:
     A link to a folder above itself adds nothing; one to another place is another name for what is there.
     """
     start = place_of(str(folder))
-    # Folders, and the places of each and of those above it.
-    waiting: deque[tuple[str, tuple[tuple[int, int], ...]]] = deque([(str(folder), (start,))])
-    links: deque[tuple[str, tuple[tuple[int, int], ...]]] = deque()
+    waiting: deque[_Waiting] = deque([(str(folder), (start,))])
+    links: deque[_Waiting] = deque()
     known, repeated = {start}, 0
     while waiting or links:
         path, above = (waiting or links).popleft()

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import itertools
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ def evaluate(
         todo = [task for task in tasks if not results.has(task.record)]
         # The model's own weights come first: loading the others overwrites them.
         left = sorted({task.candidate: 0 for task in todo}, key=lambda c: c.checkpoint is not None)
+        expected, started = 0, time.monotonic()
         with progress("evaluate", "images", quiet=not processes.first) as bar:
-            expected = 0
             for way in dict.fromkeys(ways[candidate] for candidate in left):
                 mine = [candidate for candidate in left if ways[candidate] == way]
                 loaded = own if mine[0].checkpoint is None else None
@@ -121,6 +122,9 @@ def evaluate(
                         scores = measure(found, len(task.dataset.classnames))
                         told = {"metrics": scores, "classifier": classifier, "time": _now()}
                         results.add({**task.record, **told})
+        if expected and processes.first:
+            rate = expected / (time.monotonic() - started)
+            print(f"evaluate: {expected} images, {rate:.1f} images/s", file=sys.stderr)
         return [results.take(task.record) for task in tasks]
 
 

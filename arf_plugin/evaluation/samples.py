@@ -39,15 +39,11 @@ _READERS, _READ_AHEAD = 8, 1024  # threads, and what is handed to them at a time
 
 
 class Samples(Protocol):
-    """Images with class numbers.
-
-    Attributes:
-        digest: SHA-256 over what tells one state of the data from another: contents, names and classes of the images.
-    """
+    """Images with class numbers."""
 
     @property
     def digest(self) -> str:
-        """See the attributes."""
+        """SHA-256 over what tells one state of the data from another: contents, names and classes of the images."""
         ...
 
     def __len__(self) -> int:

@@ -29,7 +29,6 @@ from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, 
 from arf_plugin.evaluation.samples import Samples, StoredSamples, file_samples, tar_samples
 from arf_plugin.untrusted import decode_text, read_json, require_regular, split_lines, utf8
 
-IMAGENET = "imagenet1k"
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 LAYOUT = f"Expected CLIP_benchmark's layout: {CLASSNAMES}, {TEMPLATES}, test/nshards.txt"
 
@@ -203,8 +202,8 @@ def open_list(path: Path, name: str, split: str = "test") -> EvaluationSet:
     return _own_texts(path.parent, name, ordered, file_samples(path.parent, files), split, str(path))
 
 
-def default_templates(name: str) -> list[str]:
-    """CLIP_benchmark's English templates for a data set; those of ImageNet if it has none for it.
+def imagenet_templates() -> list[str]:
+    """CLIP_benchmark's English templates of ImageNet.
 
     Raises:
         MissingDependencyError: without CLIP_benchmark.
@@ -216,10 +215,10 @@ def default_templates(name: str) -> list[str]:
     # The file and not the module: importing its data sets takes seconds.
     path = Path(found.origin).parent / "datasets" / "en_zeroshot_classification_templates.json"
     known = read_json(path, EvaluationError, advice="Install clip-benchmark again.")
-    found_here = known.get(name, known.get(IMAGENET))
-    if not isinstance(found_here, list) or not all(isinstance(each, str) for each in found_here):
-        raise EvaluationError(f"{path} has no list of templates of {IMAGENET}. Install clip-benchmark again.")
-    return found_here
+    templates = known.get("imagenet1k")
+    if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
+        raise EvaluationError(f"{path} has no list of templates of imagenet1k. Install clip-benchmark again.")
+    return templates
 
 
 def read_lines(path: Path, *, names: bool = False) -> list[str]:
@@ -310,7 +309,7 @@ def _own_texts(
                 )
     warn_of_repeated(names, root / CLASSNAMES if os.path.lexists(root / CLASSNAMES) else place or root)
     own = os.path.lexists(root / TEMPLATES)
-    templates = read_lines(root / TEMPLATES) if own else default_templates(IMAGENET)
+    templates = read_lines(root / TEMPLATES) if own else imagenet_templates()
     return EvaluationSet(name, tuple(names), tuple(templates), samples, split, place=utf8(place or str(root)))
 
 

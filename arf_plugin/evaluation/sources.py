@@ -162,7 +162,7 @@ def _build(name: str, builder: str, root: Path, split: str) -> EvaluationSet:
         _whole_v2(root)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # that splits are ignored: rows say it
+            warnings.simplefilter("ignore")  # that splits are ignored: records say it
             dataset: Any = build_dataset(builder, root=str(root), transform=None, split=split, download=False)
     except Exception as cause:  # torchvision raises many kinds
         raise EvaluationError(

@@ -122,24 +122,22 @@ class Average(Strict):
         return self
 
 
-class Suite(Strict):
-    """A suite.
+class SuiteFile(Strict):
+    """What a suite's file holds; see the module's docstring."""
 
-    Attributes:
-        name: the file's name without extension.
-        description: one line.
-        sets: entries by name, in the file's order.
-        averages: averages by name, in the table's order.
-    """
-
-    name: str
-    description: str
+    description: str | None = None
     sets: Annotated[dict[str, SetEntry], Field(min_length=1)]
     averages: dict[str, Average] = Field(default_factory=dict)
 
-    def metric(self, name: str) -> str:
-        """The metric that heads the table for a set."""
-        return self.sets[name].metric if name in self.sets else "top1"
+
+class Suite(SuiteFile):
+    """A suite: entries by name in the file's order, averages by name in the table's order, patterns expanded.
+
+    Attributes:
+        name: the file's name without extension.
+    """
+
+    name: str
 
 
 def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
@@ -199,18 +197,13 @@ def read_suite(path: Path) -> Suite:
         raise EvaluationError(
             f"{path}, line 1: the file is {shown(content)}, expected a mapping (key: value)."
         )
-    if "name" in content:
-        raise EvaluationError(
-            f"{path}, line {lines['name',]}: unknown key 'name'; a suite is called as its file."
-        )
 
     def place(location: Location) -> str:
         while location not in lines:
             location = location[:-1]
         return f"{path}, line {lines[location]}"
 
-    content = {"name": path.stem, "description": path.stem, **content}
-    suite = validated(Suite, content, str(path), EvaluationError, locate=place)
+    suite = validated(SuiteFile, content, str(path), EvaluationError, locate=place)
     averages: dict[str, Average] = {}
     for name, entry in suite.averages.items():
         parts = entry.harmonic
@@ -229,7 +222,8 @@ def read_suite(path: Path) -> Suite:
                 raise EvaluationError(f"{where}: {shown(pattern)} matches no set of the suite.{meant}")
             members |= dict.fromkeys(found)
         averages[name] = entry.model_copy(update={"of": tuple(members)})
-    return suite.model_copy(update={"averages": averages})
+    described = suite.description or path.stem
+    return Suite(name=path.stem, description=described, sets=suite.sets, averages=averages)
 
 
 def _plain(node: Any, path: Path, lines: dict[Location, int], location: Location = ()) -> Any:

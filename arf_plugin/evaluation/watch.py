@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from arf_plugin.data.rng import restore_rng, rng_state
 from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import Predictions, accuracies, joined
 from arf_plugin.evaluation.sets import EvaluationSet, find_sets
 from arf_plugin.evaluation.zeroshot import Classifier
+from arf_plugin.resume.rng import restore_rng, rng_state
 
 Features = dict[str, torch.Tensor]
 

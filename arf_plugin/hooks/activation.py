@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from arf_plugin import config
-from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
-from arf_plugin.flags import wants_arf
+from arf_plugin.errors import ArfError, IncompatibleUpstreamError
+from arf_plugin.flags import parsing_errors, wants_arf
 from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import hooks
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
+from arf_plugin.trainer_args import TrainerArgs
 from arf_plugin.untrusted import printable
 
 MAIN = "open_clip_train.main"
@@ -37,14 +36,9 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     Returns:
         The trainer's namespace with ``arf_*`` attributes.
     """
-    deactivate()
     sys.excepthook = print_arf_errors
     version = upstream_version()
-    ENGINE.apply(hooks("parsing", version), version, None)
-    try:
-        args = original(argv)
-    finally:
-        deactivate()
+    args = _parse(original, argv, version)
     _activate(resolve(args, version), bool(getattr(args, "resume", None)), version, params)
     return args
 
@@ -65,26 +59,21 @@ def check_args(argv: Sequence[str]) -> Any:
 
     original = getattr(params.parse_args, "arf_original", params.parse_args)
     version = upstream_version()
-    ENGINE.apply(hooks("parsing", version), version, None)
-    try:
-        with parsing_errors():
-            args = original(list(argv))
-    finally:
-        deactivate()
+    with parsing_errors():
+        args = _parse(original, list(argv), version)
     if wants_arf(argv):
         resolve(args, version)
     return args
 
 
-@contextlib.contextmanager
-def parsing_errors() -> Iterator[None]:
-    """Turns what an argparse parser prints before it exits into an error."""
-    output = io.StringIO()
+def _parse(original: Callable[[Any], Any], argv: Sequence[str], version: str) -> Any:
+    """Has the trainer's own function parse a command line with ARF's flags in it."""
+    deactivate()
+    ENGINE.apply(hooks("parsing", version), version, None)
     try:
-        with contextlib.redirect_stderr(output):
-            yield
-    except SystemExit:
-        raise FlagError(output.getvalue().strip().rpartition("error: ")[2]) from None
+        return original(argv)
+    finally:
+        deactivate()
 
 
 def deactivate() -> None:
@@ -92,7 +81,7 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
-def resolve(args: Any, version: str) -> config.ArfConfig:
+def resolve(args: TrainerArgs, version: str) -> config.ArfConfig:
     """Checks the flags of a run, those that only this release has among them; see `arf_plugin.config.resolve`."""
     arf = config.resolve(args)
     if trains_tasks(version):
@@ -110,7 +99,7 @@ def hooks_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Ho
 def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
     from arf_plugin.hooks.session import Session
 
-    session = Session(arf, ENGINE, version)
+    session = Session(arf, version)
     ENGINE.apply(hooks_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
     _make_logs_printable()
     logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)

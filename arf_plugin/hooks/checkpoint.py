@@ -1,19 +1,32 @@
-"""Saves step checkpoints, with what the trainer holds while an epoch runs."""
+"""Runs that save step checkpoints, go on from one, or are deterministic: what open_clip's main is given for it."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from arf_plugin.data.resume import ResumableLoader
+from arf_plugin.checks.inputs import Run
+from arf_plugin.config import ArfConfig
+from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.hooks.session import Session
-from arf_plugin.step_checkpoint import KEY, describe, file_name, remove_finished, remove_others, write
+from arf_plugin.resume.checkpoint import (
+    KEY,
+    check_streams,
+    describe,
+    file_name,
+    remove_finished,
+    remove_others,
+    resume_point,
+    write,
+)
+from arf_plugin.resume.identity import content_of_data, data_identity
+from arf_plugin.resume.streams import ShardStream
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.epoch import Training
@@ -21,24 +34,91 @@ if TYPE_CHECKING:
 LATEST = "epoch_latest.pt"  # where open_clip's --save-most-recent saves, and --resume latest then looks
 
 
+def make_resumable(
+    loader: TrainingLoader,
+    session: Session,
+    args: Any,
+    shape: Run,
+    on_first_rank: Callable[[Callable[[], Any]], Any],
+) -> None:
+    """Lets a loader begin in the middle of an epoch, if the run goes on there, and save as the flags say.
+
+    Args:
+        loader: The loader of the run.
+        session: The run.
+        args: The trainer's arguments.
+        shape: Which data this process gets.
+        on_first_rank: Calls a function in the first process and hands its result to all.
+    """
+    config = session.config
+    contents = on_first_rank(lambda: content_of_data(args, config)) if config.deterministic else {}
+    identity = data_identity(args, config, shape, contents)
+    if session.resumed is not None:
+        point = loader.resume = resume_point(
+            session.resumed,
+            data=identity,
+            num_batches=loader.num_batches,
+            accum_freq=args.accum_freq,
+            rank=args.rank,
+            deterministic=config.deterministic,
+        )
+        if point.process is not None:
+            counts = {
+                name: stream.workers if isinstance(stream, ShardStream) else 0
+                for name, stream in loader.streams.items()
+            }
+            check_streams(point.process, counts)
+        if args.rank == 0:
+            order = "exactly where it stopped" if config.deterministic else "with the data in a fresh order"
+            logging.info(
+                f"ARF: epoch {point.epoch} goes on after {point.batches} of {loader.num_batches} batches, {order}."
+            )
+    if config.deterministic and args.distributed and not getattr(args, "fsdp", False):
+        session.listeners.append(FixedBuckets())
+    if config.saves_steps:
+        session.listeners.append(StepCheckpoints(config, args, loader, identity))
+
+
+class FixedBuckets:
+    """Fixes in which order processes sum their gradients; an `EpochListener`.
+
+    DistributedDataParallel arranges gradients in other buckets after the first step of a process, and where more than
+    two processes sum, the order decides the last bits: a resumed run's first step would differ. Arranged by parameters
+    before the first step, the buckets stay, at the price of less overlap between backward pass and communication.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def before_epoch(self, training: Training) -> None:
+        """Arranges the buckets, once in a process. torch has no public way to it."""
+        if not self._done:
+            getattr(training.model, "_orig_mod", training.model).reducer._push_all_rebuilt_params()
+            self._done = True
+
+    def after_epoch(self, training: Training) -> None:
+        """Nothing to do."""
+
+
 class StepCheckpoints:
     """Saves a checkpoint every so many optimizer steps of the run, or when the run is to stop; an `EpochListener`.
 
     Args:
-        session: Of the run.
+        config: The ARF flags.
         args: The trainer's arguments.
         loader: The trainer's loader; the moment after each of its batches is the moment to save.
         data: What determines the order of data, for the checkpoint.
     """
 
-    def __init__(self, session: Session, args: Any, loader: ResumableLoader, data: Mapping[str, Any]) -> None:
-        self.session = session
+    def __init__(self, config: ArfConfig, args: Any, loader: TrainingLoader, data: Mapping[str, Any]) -> None:
+        self.config = config
         self.args = args
         self.loader = loader
-        self.every = session.config.checkpoint_every
-        self.stop_file = Path(session.config.stop_file) if session.config.stop_file else None
+        self.every = config.checkpoint_every
+        self.stop_file = Path(config.stop_file) if config.stop_file else None
         self.data = data
         self.folder = Path(args.checkpoint_path)
+        self.training: Training | None = None
         # Agreeing on the processor spares a GPU the wait for its queue at every step.
         self.group = (
             torch.distributed.new_group(backend="gloo") if args.distributed and self.stop_file else None
@@ -47,6 +127,7 @@ class StepCheckpoints:
 
     def before_epoch(self, training: Training) -> None:
         """The last epoch's checkpoint, if there is one, makes the step checkpoints before it superfluous."""
+        self.training = training
         if self.args.rank == 0:
             remove_finished(self.folder, training.epoch)
 
@@ -87,9 +168,9 @@ class StepCheckpoints:
 
     def save(self, batches: int, step: int) -> None:
         """Saves on the first process, with the state of all; every process must call it after the same step."""
-        start, training = time.perf_counter(), self.session.training
+        start, training = time.perf_counter(), self.training
         assert training is not None, "the trainer runs an epoch"
-        processes = self._all_processes() if self.session.config.deterministic else None
+        processes = self._all_processes() if self.config.deterministic else None
         content = training.content() if training.gathers or not self.args.rank else {}
         if self.args.rank:
             return
@@ -111,7 +192,7 @@ class StepCheckpoints:
         logging.info(f"ARF: step checkpoint {path} ({size / 1e6:.1f} MB, {seconds:.2f} s)")
 
     def _all_processes(self) -> list[Any]:
-        own = self.loader.state()
+        own = self.loader.state_dict()
         if not self.args.distributed:
             return [own]
         gathered: list[Any] = [None] * self.args.world_size

@@ -85,7 +85,6 @@ def train_one_epoch(original: Callable[..., None], session: Session) -> Callable
 @contextlib.contextmanager
 def listening(session: Session, training: Training) -> Iterator[None]:
     """Tells the listeners before an epoch, and after it if it ends well."""
-    session.training = training
     for listener in session.listeners:
         listener.before_epoch(training)
     yield

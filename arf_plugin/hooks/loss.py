@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -34,13 +35,30 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
         session: The run.
         args: The trainer's arguments.
     """
-    loss = _loss(build_base, session, args)
-    if not (session.config.head or session.random_parts or getattr(args, "siglip", False)):
+    loss = _loss(build_base, session)
+    facts = session.model
+    random = facts is not None and bool(facts.random_parts)
+    if not (session.config.head or random or getattr(args, "siglip", False)):
         _warn_of_first_loss(getattr(loss, "task", loss), args)
-    if session.start is None or session.model is None:
+    if facts is None or facts.start is None:
         return loss
-    start, session.start = session.start, None  # the loss keeps what it needs of it
-    return L2SPLoss(loss, session.model, start, session.config.l2sp, args.accum_freq)
+    session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
+    return L2SPLoss(loss, facts.model, facts.start, session.config.l2sp, args.accum_freq)
+
+
+def _loss(build_base: Callable[[], Any], session: Session) -> Any:
+    config, plan = session.config, session.data
+    if config.head:
+        return HeadLoss()
+    if plan is None or not (plan.layout.captions or plan.layout.pairs):
+        return build_base()
+    return AnchoredLoss(
+        build_base,
+        plan.step,
+        caption_weight=config.caption_weight if plan.layout.captions else None,
+        pair_weight=config.pair_weight if plan.layout.pairs else None,
+        every=config.every,
+    )
 
 
 def _warn_of_first_loss(loss: Any, args: Any) -> None:
@@ -53,23 +71,13 @@ def _warn_of_first_loss(loss: Any, args: Any) -> None:
         if not isinstance(losses, dict) or "contrastive_loss" not in losses:
             return
         found = float(losses["contrastive_loss"])
-        rows = len(named["image_features"]) * args.world_size
-        chance = math.log(max(2, rows))
+        texts = len(named["image_features"]) * args.world_size
+        chance = math.log(max(2, texts))
         if found > WORSE_THAN_CHANCE * chance:
             logging.warning(
-                f"ARF: the first loss is {found:.2f}, worse than chance: picking one of {rows} texts blindly gives "
+                f"ARF: the first loss is {found:.2f}, worse than chance: picking one of {texts} texts blindly gives "
                 f"{chance:.2f}. Are the class names in the order of the labels, the texts those of the images, and "
                 "--model and --pretrained of one kind?"
             )
 
     handle = loss.register_forward_hook(look, with_kwargs=True)
-
-
-def _loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:
-    config, layout = session.config, session.need_layout(args)
-    if config.head:
-        return HeadLoss()
-    if not (layout.captions or layout.pairs):
-        return build_base()
-    weights = config.caption_weight, config.pair_weight
-    return AnchoredLoss(build_base, layout, *weights, every=config.every, micro_batches=args.accum_freq)

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from arf_plugin.data.prompts import load_classnames
-from arf_plugin.data.rng import make_deterministic
 from arf_plugin.errors import EvaluationError, FlagError
-from arf_plugin.hooks.session import Session
+from arf_plugin.hooks.session import ModelFacts, Session
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
+from arf_plugin.resume.rng import make_deterministic
 from arf_plugin.safe_loading import first_line, safe_loading
 from arf_plugin.weights import watching
 
@@ -47,17 +47,20 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
                 f"The model's weights cannot be loaded: {first_line(error)}\nExpected tensors only, as open_clip's "
                 "trainer saves them: see --pretrained and --model."
             ) from error
-        session.random_parts += [
-            name for name in loaded.random_parts(result[0]) if name.rpartition(".")[2] not in CONSTANTS
-        ]
-        _prepare_text(session, result[0])
+        model = result[0]
+        random = tuple(
+            name for name in loaded.random_parts(model) if name.rpartition(".")[2] not in CONSTANTS
+        )
+        found = trimmer(model)
+        if not isinstance(found, str) and session.config.trim_text != "off":
+            accept_trimmed(model)
         if session.model is not None:  # the trainer's second model is a distillation teacher: left as it is
+            session.model = session.model.with_teacher(random, found)
             return result
-        session.model = result[0]
-        names = [name for name, module in result[0].named_modules() if isinstance(module, _BatchNorm)]
+        names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
         if session.config.freeze_bn:
             logging.info(
-                f"ARF: {freeze_batch_norm(result[0])} BatchNorm layers keep their pretrained statistics."
+                f"ARF: {freeze_batch_norm(model)} BatchNorm layers keep their pretrained statistics."
             )
         elif names and session.config.anchors:
             logging.warning(
@@ -65,20 +68,12 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
                 "batch statistics, so the loss is not the sum of three separate ones. --arf-freeze-bn makes it exact."
             )
         if session.config.head:
-            _start_from_probe(result[0], session.config.head, session.config.classnames or "")
-        if session.config.l2sp:
-            session.start = starting_point(result[0])
+            _start_from_probe(model, session.config.head, session.config.classnames or "")
+        start = starting_point(model) if session.config.l2sp else None
+        session.model = ModelFacts(model, random, found, start)
         return result
 
     return wrapped
-
-
-def _prepare_text(session: Session, model: nn.Module) -> None:
-    """Notes whether the model can take shorter texts, and makes it take them."""
-    found = trimmer(model)
-    session.trimmers.append(found)
-    if not isinstance(found, str) and session.config.trim_text != "off":
-        accept_trimmed(model)
 
 
 def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:
@@ -101,7 +96,7 @@ def _start_from_probe(model: nn.Module, path: str, classnames: str) -> None:
         raise FlagError(f"--arf-head {error}") from error
     parts = {name.removeprefix(PREFIX): tensor for name, tensor in head.tensors().items()}
     attach_head(model, LinearHead(**parts).to(next(model.parameters()).device))
-    logging.info(f"ARF: LP-FT starts from the weights and the head of {path}; the text tower rests.")
+    logging.info(f"ARF: LP-FT starts from the weights and the head of {path}; the text tower is frozen.")
 
 
 def freeze_batch_norm(model: nn.Module) -> int:

@@ -86,7 +86,7 @@ def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, relea
             delattr(args, name)
         return args
     sys.excepthook = print_arf_errors
-    session = Session(resolve(args, release), _CALL_SITES, release)
+    session = Session(resolve(args, release), release)
     resumes = bool(getattr(args, "resume", None))
     _CALL_SITES.apply(hooks_of_run(session.config, resumes, release), release, session)
     return args

@@ -14,23 +14,25 @@ import torch
 from arf_plugin.errors import ArfError, CheckpointError
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.versions import trains_tasks
+from arf_plugin.resume.checkpoint import KEY, check_format, is_truncated, require_readable
 from arf_plugin.safe_loading import first_line, safe_loading
-from arf_plugin.step_checkpoint import KEY, check_format, is_torn, require_readable
 from arf_plugin.untrusted import printable
 
 
 def get_latest_checkpoint(original: Callable[..., str | None], session: Session) -> Callable[..., str | None]:
-    """Finds the newest checkpoint that is whole; a local torn one is put aside. Folders are open_clip's own affair."""
+    """Finds the newest checkpoint that is whole; puts a local truncated one aside. Folders are open_clip's affair."""
 
     @functools.wraps(original)
     def wrapped(path: str, remote: bool) -> str | None:
         while True:
             latest = original(path, remote) if remote else _latest(original, path)
-            if remote or latest is None or Path(latest).is_dir() or not is_torn(latest):
+            if remote or latest is None or Path(latest).is_dir() or not is_truncated(latest):
                 return latest
-            logging.warning(f"ARF: {latest} was not written to its end; it is put aside as {latest}.torn")
+            logging.warning(
+                f"ARF: {latest} was not written to its end; it is put aside as {latest}.truncated"
+            )
             try:
-                Path(latest).replace(f"{latest}.torn")
+                Path(latest).replace(f"{latest}.truncated")
             except OSError as error:
                 raise CheckpointError(
                     f"{latest} was not written to its end, and cannot be put aside: {error.strerror}. Remove it, then "
@@ -50,13 +52,7 @@ def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any
 
     Notes what a step checkpoint says beside its weights.
     """
-    return loading(original, session, _named_for_this_run)
-
-
-def loading(
-    original: Callable[..., Any], session: Session, named: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Callable[..., Any]:
-    """What `pt_load` does, with weights named as a form of the trainer expects them."""
+    tasks = trains_tasks(session.version)
 
     @functools.wraps(original)
     def wrapped(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -72,11 +68,11 @@ def loading(
                 "Expected a whole file that open_clip or a step checkpoint has written. Name another one, or remove "
                 "this one and use --resume latest."
             ) from error
-        _check_content(checkpoint, path, needs_optimizer=not trains_tasks(session.version))
-        if not trains_tasks(session.version):  # there the task has a say in names
-            _check_architecture(session.model, checkpoint.get("state_dict", checkpoint), path)
+        _check_content(checkpoint, path, needs_optimizer=not tasks)
+        if not tasks and session.model is not None:  # a task has a say in names
+            _check_architecture(session.model.model, checkpoint.get("state_dict", checkpoint), path)
         if "epoch" in checkpoint:
-            checkpoint["state_dict"] = named(checkpoint["state_dict"])
+            checkpoint["state_dict"] = _named_for_this_run(checkpoint["state_dict"], tasks)
             if KEY in checkpoint:
                 session.resumed = check_format(checkpoint[KEY], path)
                 if checkpoint["epoch"] != session.resumed["epoch"]:
@@ -120,14 +116,12 @@ def _check_content(checkpoint: Any, path: str, needs_optimizer: bool) -> None:
         refuse("has no state of an optimizer")
 
 
-def _check_architecture(model: torch.nn.Module | None, weights: dict[str, torch.Tensor], path: str) -> None:
+def _check_architecture(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str) -> None:
     """Refuses weights that the trainer could not load into its model, in a sentence.
 
     Raises:
         CheckpointError: They are of another architecture than the run.
     """
-    if model is None:
-        return
     from arf_plugin.evaluation.checkpoints import difference
 
     problems = difference(
@@ -149,15 +143,21 @@ def _are_weights(value: Any) -> bool:
     )
 
 
-def _named_for_this_run(weights: dict[str, Any]) -> dict[str, Any]:
-    """Names weights as several processes do, if they come from a single one; open_clip knows the other way alone."""
+def _named_for_this_run(weights: dict[str, Any], tasks: bool) -> dict[str, Any]:
+    """Names weights as this run's trainer expects them.
+
+    A trainer of tasks has one name for any number of processes. The other knows how to take the prefix of several
+    processes away where it runs in one, and not the other way round.
+    """
+    if tasks:
+        return {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     if not torch.distributed.is_initialized() or next(iter(weights)).startswith("module."):
         return weights
     return {f"module.{name}": tensor for name, tensor in weights.items()}
 
 
 def enumerate_batches(
-    original: type[enumerate], session: Session
+    original: type[enumerate[Any]], session: Session
 ) -> Callable[..., Iterator[tuple[int, Any]]]:
     """Counts the batches of a resumed epoch from where they go on; no other iterable has a `first_batch`."""
 

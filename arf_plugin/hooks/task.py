@@ -9,23 +9,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
-from arf_plugin.anchors.task import is_csv
-from arf_plugin.data.batch import DeviceConcat
-from arf_plugin.data.order import SampleOrder
+from arf_plugin.data.batch import DeviceConcat, as_dictionary
 from arf_plugin.errors import FlagError, IncompatibleUpstreamError
-from arf_plugin.hooks import data as tuples
+from arf_plugin.hooks import data
 from arf_plugin.hooks.epoch import Training, listening
 from arf_plugin.hooks.loss import build_loss
-from arf_plugin.hooks.order import ordered
-from arf_plugin.hooks.resume import loading
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.task_flags import VARIABLE_TEXT
-
-IMAGE, TEXT = "image", "text"
 
 # Their loss takes what the model returns, so the anchored loss can take its place.
 TASKS = ("CLIPTask", "SigLIPTask", "DistillCLIPTask")
@@ -50,7 +43,7 @@ def create_task(original: Callable[..., Any], session: Session) -> Callable[...,
 
 def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """Builds data as for the older releases, in batches of this one, and then the task's loss."""
-    build = tuples.get_data(_with_tuples(original), session)
+    build = data.get_data(original, session, as_dictionary)
 
     @functools.wraps(original)
     def wrapped(args: Any, preprocess_fns: Any, **named: Any) -> dict[str, Any]:
@@ -59,15 +52,10 @@ def get_data(original: Callable[..., Any], session: Session) -> Callable[..., An
         task = session.task
         if task is None:
             raise _unknown("data that is built before the task", "the task first")
-        data = build(args, preprocess_fns, **named)
-        train = data["train"]
-        if is_csv(args.train_data, args.dataset_type):
-            dataset = train.task.dataloader.dataset
-            dataset.captions = _ByPosition(dataset.captions)
-        train.dataloader = _Dictionaries(train.dataloader)
+        built = build(args, preprocess_fns, **named)
         own = task.loss
         task.loss = build_loss(lambda: copy.deepcopy(own), session, args)
-        return data
+        return built
 
     return wrapped
 
@@ -76,10 +64,10 @@ def train_one_epoch(original: Callable[..., None], session: Session) -> Callable
     """Calls the original with what it was called with, between the listeners' two moments."""
 
     @functools.wraps(original)
-    def wrapped(state: Any, data: Any, args: Any, *rest: Any, **named: Any) -> None:
+    def wrapped(state: Any, batches: Any, args: Any, *rest: Any, **named: Any) -> None:
         parts = (state.task.trainable_module, state.optimizer, state.scaler, state.epoch)
         with listening(session, TaskTraining(*parts, args, named.get("tb_writer"), state)):
-            original(state, data, args, *rest, **named)
+            original(state, batches, args, *rest, **named)
 
     return wrapped
 
@@ -117,20 +105,6 @@ class TaskTraining(Training):
         return content
 
 
-def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """Loads a checkpoint as for the older releases; here its weights have one name for any number of processes."""
-    return loading(
-        original,
-        session,
-        lambda weights: {name.removeprefix("module."): tensor for name, tensor in weights.items()},
-    )
-
-
-def webdataset(original: Any, order: SampleOrder) -> SimpleNamespace:
-    """As for the older releases; a sample with an empty text gets no number, which open_clip would take for one."""
-    return ordered(original, order, lambda sample: bool(sample.get("txt", b"").decode().strip()))
-
-
 def _prepare_batch(
     original: Callable[..., dict[str, Any]], batch: dict[str, Any], *args: Any, **named: Any
 ) -> Any:
@@ -141,66 +115,6 @@ def _prepare_batch(
         key: value.moved(lambda part, key=key: original({key: part}, *args, **named)[key])
         for key, value in batch.items()
     }
-
-
-def _with_tuples(original: Callable[..., Any]) -> Callable[..., Any]:
-    """open_clip's ``get_data`` as the older releases have it."""
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **named: Any) -> dict[str, Any]:
-        data = original(*args, **named)
-        if "train" in data:
-            data["train"].dataloader = _Tuples(data["train"].dataloader)
-        return data
-
-    return wrapped
-
-
-class _Loader:
-    """Another loader's batches in another form; its sizes and its data set are the other's."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # not yet set while unpickling
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-
-class _Tuples(_Loader):
-    """``{"image": images, "text": texts}`` as ``(images, texts)``."""
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return map(_as_tuple, self.loader)
-
-    def collate_fn(self, samples: list[Any]) -> tuple[Any, Any]:
-        """Makes a batch, for who loads the data set otherwise."""
-        return _as_tuple(self.loader.collate_fn(samples))
-
-
-def _as_tuple(batch: dict[str, Any]) -> tuple[Any, Any]:
-    if set(batch) != {IMAGE, TEXT}:
-        raise _unknown(f"a batch of {', '.join(sorted(batch))}", f"a batch of {IMAGE}, {TEXT}")
-    return batch[IMAGE], batch[TEXT]
-
-
-class _Dictionaries(_Loader):
-    """``(images, texts)`` as ``{"image": images, "text": texts}``."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for images, texts in self.loader:
-            yield {IMAGE: images, TEXT: texts}
-
-
-class _ByPosition:
-    """A list of texts, read as open_clip 4 reads a column of its CSV."""
-
-    def __init__(self, texts: Any) -> None:
-        self.iloc = texts
 
 
 def _unknown(found: str, expected: str) -> IncompatibleUpstreamError:

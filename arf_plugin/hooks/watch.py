@@ -248,7 +248,9 @@ def _fit(features: Any, dataset: EvaluationSet) -> bool:
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """The trainer's own; up to 2.28 it knows no devices."""
     known = inspect.signature(get_autocast).parameters
-    return get_autocast(precision, **({"device_type": device.type} if "device_type" in known else {}))
+    named = {"device_type": device.type} if "device_type" in known else {}
+    autocast: Callable[[], AbstractContextManager[Any]] = get_autocast(precision, **named)
+    return autocast
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

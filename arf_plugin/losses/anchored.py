@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from arf_plugin.data.batch import BatchLayout
+from arf_plugin.data.batch import BatchLayout, OptimizerStep
 
 
 class AnchoredLoss(nn.Module):
@@ -27,30 +27,33 @@ class AnchoredLoss(nn.Module):
     Args:
         build_base: Builds the loss that open_clip would have used for the same flags. It is called once per term,
             since open_clip's losses cache labels for one batch size.
-        layout: Sizes of the parts of a micro-batch.
-        caption_weight: w_cap.
-        pair_weight: w_pair.
+        step: What the current optimizer step's micro-batches are made of; who loads them keeps it up to date. A
+            layout alone stands for steps of one micro-batch that are all alike.
+        caption_weight: w_cap; None where no step has captions.
+        pair_weight: w_pair; None where no step has pairs.
         every: One optimizer step in so many has anchors.
-        micro_batches: Micro-batches in an optimizer step, whose features come together.
     """
 
     def __init__(
         self,
         build_base: Callable[[], nn.Module],
-        layout: BatchLayout,
-        caption_weight: float = 1.0,
-        pair_weight: float = 1.0,
+        step: OptimizerStep | BatchLayout,
+        caption_weight: float | None = 1.0,
+        pair_weight: float | None = 1.0,
         every: int = 1,
-        micro_batches: int = 1,
     ) -> None:
         super().__init__()
-        self.layout = layout
-        self.caption_weight = caption_weight * every
-        self.pair_weight = pair_weight * every
-        self.rows_without = layout.task * micro_batches if every > 1 else None
+        if isinstance(step, BatchLayout):
+            layout, step = step, OptimizerStep()
+            step.layouts.append(layout)
+            caption_weight = caption_weight if layout.captions else None
+            pair_weight = pair_weight if layout.pairs else None
+        self.step = step
+        self.caption_weight = (caption_weight or 0.0) * every
+        self.pair_weight = (pair_weight or 0.0) * every
         self.task = build_base()
-        self.caption_anchor = build_base() if layout.captions else None
-        self.pair_anchor = build_base() if layout.pairs else None
+        self.caption_anchor = None if caption_weight is None else build_base()
+        self.pair_anchor = None if pair_weight is None else build_base()
 
     def forward(
         self, output_dict: bool = False, **outputs: torch.Tensor
@@ -59,36 +62,36 @@ class AnchoredLoss(nn.Module):
 
         Args:
             output_dict: Return the terms by name; their sum otherwise, like open_clip's losses.
-            **outputs: What the model returned: ``image_features`` ``[n * (B + A), D]``, ``text_features``
-                ``[n * (2B + A), D]``, ``logit_scale`` and what else the base loss takes. Names that end in
-                ``image_features`` or ``text_features`` (also a distillation teacher's) are split, others passed on.
-                On a step without anchors there are ``n * B`` of either kind.
+            **outputs: What the model returned for the step's micro-batches, one after the other: ``image_features``
+                ``[n * (B + A), D]``, ``text_features`` ``[n * (2B + A), D]``, ``logit_scale`` and what else the base
+                loss takes. Names that end in ``image_features`` or ``text_features`` (also a distillation teacher's)
+                are split, others passed on. On a step without anchors there are ``n * B`` of either kind.
 
         Returns:
             Scalars: the base loss's own terms for the task, ``caption_anchor_loss`` and ``pair_anchor_loss``. They
             are weighted already, because the trainer sums every value it gets. On a step without anchors these two
             are 0: the trainer would go on to log the last value of a term that is gone.
         """
-        anchored = len(outputs["text_features"]) != self.rows_without
-        task, caption, pair = self._split(outputs) if anchored else (outputs, {}, {})
+        task, caption, pair = self._split(outputs)
         losses = dict(self.task(**task, output_dict=True))
-        nothing = outputs["logit_scale"].new_zeros(())
         for name, base, weight, part in (
             ("caption_anchor_loss", self.caption_anchor, self.caption_weight, caption),
             ("pair_anchor_loss", self.pair_anchor, self.pair_weight, pair),
         ):
             if base is not None:
-                losses[name] = weight * _total(base, part) if anchored else nothing
+                there = self.step.anchored
+                losses[name] = weight * _total(base, part) if there else outputs["logit_scale"].new_zeros(())
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _split(self, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+        """What the base loss takes for the task's own texts, for its captions and for pairs."""
         task, caption, pair = {}, {}, {}
         for name, value in outputs.items():
             if name.endswith("image_features"):
-                task[name], pair[name] = self.layout.split_images(value)
+                task[name], pair[name] = self.step.split_images(value)
                 caption[name] = task[name]
             elif name.endswith("text_features"):
-                task[name], caption[name], pair[name] = self.layout.split_texts(value)
+                task[name], caption[name], pair[name] = self.step.split_texts(value)
             else:
                 task[name] = caption[name] = pair[name] = value
         return task, caption, pair

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.images import decode_image
-from arf_plugin.anchors.manifest import begin_half, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.errors import FlagError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
@@ -109,7 +109,7 @@ class CaptionStage(Stage):
 
     def begin(self) -> None:
         """Notes in the anchor set that its captions are not whole."""
-        begin_half(self.out, "captions")
+        begin_kind(self.out, "captions")
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Captions a shard."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from arf_plugin.anchors.files import folder_digest
 from arf_plugin.errors import MissingDependencyError, StageError
 from arf_plugin.pipeline.embedder import load_model, model_identity
+from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
-from arf_plugin.weights import missing_weights, tensors_only
+from arf_plugin.weights import missing_weights
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -125,7 +126,7 @@ class Captioner:
             getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
         )
         try:
-            with tensors_only():
+            with safe_loading():
                 model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
                 self._model = model.to(device, dtype).eval()
                 self._processor = _load_processor(transformers, name)

@@ -13,8 +13,9 @@ import numpy as np
 from arf_plugin.anchors.files import digest, file_digest, folder_digest
 from arf_plugin.errors import FlagError, StageError
 from arf_plugin.pipeline.execution import Execution, pick_dtype
+from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
-from arf_plugin.weights import WEIGHT_SUFFIXES, has_weights, tensors_only, watching
+from arf_plugin.weights import WEIGHT_SUFFIXES, has_weights, watching
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ def load_model(
         if "load_weights" not in known:
             del arguments["load_weights"]
     try:
-        with watching() as loaded, tensors_only():
+        with watching() as loaded, safe_loading():
             built = open_clip.create_model_and_transforms(model, **arguments)
             if file is not None:
                 open_clip.factory.load_checkpoint(built[0], str(file))

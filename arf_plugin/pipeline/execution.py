@@ -46,14 +46,16 @@ class Execution:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Returns the device of a name; ``auto`` is this process's GPU if there is one, else the CPU.
 
+    ``cuda`` without a number is this process's GPU, too, and gets its number: `torch.cuda.set_device` wants one.
+
     Raises:
         FlagError: if the device does not exist here.
     """
     import torch
 
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
         device = torch.device(name)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.files import digest, file_digest, replacing
-from arf_plugin.anchors.manifest import begin_half, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.embeddings import METADATA
@@ -85,7 +85,7 @@ class PackStage(Stage):
 
     def begin(self) -> None:
         """Notes in the anchor set that its pairs are not whole."""
-        begin_half(self.out, "pairs")
+        begin_kind(self.out, "pairs")
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Packs one output tar."""

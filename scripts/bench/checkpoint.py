@@ -25,11 +25,13 @@ from common import Bar, interleave, paired_ratio, parser, report
 from variants import StepBench, Variant
 
 from arf_plugin.config import ArfConfig
-from arf_plugin.data.resume import ResumableLoader
+from arf_plugin.data.batch import BatchLayout
+from arf_plugin.data.loader import TrainingLoader
+from arf_plugin.data.task import TaskLoader
 from arf_plugin.hooks.checkpoint import StepCheckpoints
-from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.epoch import Training
-from arf_plugin.hooks.session import Session
+from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.streams import ShardStream
 
 EVERY = (100, 500, 1000)
 
@@ -112,11 +114,11 @@ def build_checkpoints(args: argparse.Namespace, folder: Path) -> tuple[StepCheck
         accum_freq=1,
         checkpoint_path=str(folder),
     )
-    session = Session(ArfConfig(deterministic=True, checkpoint_every=1), Engine("open_clip_torch"), "")
-    session.training = Training(model, optimizer, None, 0, trainer, None)
-    data = SimpleNamespace(num_batches=1000, num_samples=1000)
-    loader = ResumableLoader(data, {"task": Eight(), "pairs": Eight()}, 0, 0)
-    checkpoints = StepCheckpoints(session, trainer, loader, {"seed": 0})
+    config = ArfConfig(deterministic=True, checkpoint_every=1)
+    task, pairs = (ShardStream([], 8, SampleOrder(name, 0, lambda: 0, 0)) for name in ("task", "pairs"))
+    loader = TrainingLoader(TaskLoader(task, 1000, 1000), pairs, BatchLayout(1, pairs=1), seed=0)
+    checkpoints = StepCheckpoints(config, trainer, loader, {"seed": 0})
+    checkpoints.before_epoch(Training(model, optimizer, None, 0, trainer, None))
     content = {
         "epoch": 0,
         "name": "bench",
@@ -124,14 +126,6 @@ def build_checkpoints(args: argparse.Namespace, folder: Path) -> tuple[StepCheck
         "optimizer": optimizer.state_dict(),
     }
     return checkpoints, content
-
-
-class Eight:
-    """Where a stream of eight workers is."""
-
-    def consumed(self) -> list[int]:
-        """Says it."""
-        return list(range(8))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from PIL import Image
 
 from arf_plugin.config import ArfConfig
 from arf_plugin.hooks import data as hooked
-from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.versions import upstream_version
 
@@ -84,7 +83,7 @@ def main() -> int:
         "images per epoch": ", ".join(f"{name} {made[-1]}" for name, made in counts.items()),
         "images/s": ", ".join(f"{name} {statistics.median(made):.1f}" for name, made in rates.items()),
     }
-    bars = [Bar("images/s of ARF / open_clip", share, 0.95, at_most=False)]
+    bars = [Bar("images/s of ARF / open_clip", share, 0.98, at_most=False)]
     return report("loader: one epoch, workers running", seconds, bars, args.json, **facts)
 
 
@@ -96,7 +95,7 @@ def loader(urls: str, images: int, batch_size: int, workers: int, config: ArfCon
     args.distributed, args.rank, args.world_size = False, 0, 1
     build = get_data
     if config is not None:
-        session = Session(config, Engine("open_clip_torch"), upstream_version())
+        session = Session(config, upstream_version())
         build = hooked.get_data(get_data, session)
     transforms = image_transform(224, is_train=True), image_transform(224, is_train=False)
     made = build(args, transforms, epoch=0, tokenizer=open_clip.get_tokenizer("ViT-B-32"))["train"]

@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import torch
 from open_clip_train.precision import get_autocast
 from open_clip_train.train import train_one_epoch
 
-from arf_plugin.data.batch import BatchLayout, DeviceConcat
+from arf_plugin.data.batch import IMAGES, TEXTS, Batch, BatchLayout, OptimizerStep, as_tuple
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.anchored import AnchoredLoss
@@ -53,15 +54,29 @@ class Variant:
     bound: float | None = None
 
 
-class Batches(list):
-    """A loader of ready batches."""
+class Batches:
+    """A loader of ready batches, which tells the loss of each as the trainer's loader does.
 
-    @property
-    def num_batches(self) -> int:
-        """Micro-batches."""
-        return len(self)
+    Args:
+        batches: Their parts.
+        accum_freq: Micro-batches in an optimizer step.
+        trimmer: Finds the length that their texts are cut to; None leaves them whole.
+
+    Attributes:
+        step: What the loss reads.
+    """
 
     num_samples = 1
+
+    def __init__(self, batches: list[Batch], accum_freq: int, trimmer: TextTrimmer | None) -> None:
+        self.batches, self.trimmer = batches, trimmer
+        self.step = OptimizerStep(accum_freq)
+        self.num_batches = len(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches):
+            self.step.note(number, batch)
+            yield as_tuple(batch, self.trimmer)
 
 
 class StepBench:
@@ -118,12 +133,14 @@ class StepBench:
         layout = BatchLayout(size, captions=bool(pairs), pairs=pairs)
         options = self.arguments(accum_freq=variant.accum_freq)
         loss = open_clip.create_loss(options)
+        parts = [self._batch(BatchLayout(size))] * variant.accum_freq
         if pairs:
-            sizes = {"every": variant.every, "micro_batches": variant.accum_freq}
-            loss = AnchoredLoss(lambda: open_clip.create_loss(options), layout, **sizes)
-        anchored = [self._batch(layout, variant)] * variant.accum_freq
-        plain = [self._batch(BatchLayout(size), variant)] * variant.accum_freq
-        batches = Batches(anchored + plain * (variant.every - 1) if pairs else plain)
+            parts = [self._batch(layout)] * variant.accum_freq + parts * (variant.every - 1)
+        trimmer = self.trimmer if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
+        batches = Batches(parts, variant.accum_freq, trimmer)
+        if pairs:
+            build = functools.partial(open_clip.create_loss, options)
+            loss = AnchoredLoss(build, batches.step, every=variant.every)
         data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
 
         def run() -> None:
@@ -144,13 +161,11 @@ class StepBench:
         total.backward()
         self.optimizer.step()
 
-    def _batch(self, layout: BatchLayout, variant: Variant) -> tuple[DeviceConcat, DeviceConcat]:
-        images = [part[:size] for part, size in zip(self.images, layout.image_sizes, strict=True) if size]
-        texts = [part[:size] for part, size in zip(self.texts, layout.text_sizes, strict=True) if size]
-        columns = (
-            self.trimmer.length(*texts) if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
-        )
-        return DeviceConcat(*images), DeviceConcat(*texts, columns=columns)
+    def _batch(self, layout: BatchLayout) -> Batch:
+        images = zip(IMAGES, self.images, layout.image_sizes, strict=True)
+        names = [name for name in TEXTS if name != "label"]
+        texts = zip(names, self.texts, layout.text_sizes, strict=True)
+        return {name: part[:size] for name, part, size in (*images, *texts) if size}
 
     def move(self) -> None:
         """Moves the made images and texts to the device, for steps that wait for no copy."""

@@ -146,30 +146,32 @@ class _Step:
     def stock(self, term: int, precision: str) -> dict[str, Any]:
         """Gradients of one term, by stock open_clip alone: whole texts, one loss."""
         import open_clip
+        from variants import Batches
 
         args = self._arguments(precision)
-        return self._train(
-            self.plain, [parts[term] for parts in self.micro], open_clip.create_loss(args), args
-        )
+        batches = [dict(zip(("image", "text"), parts[term], strict=True)) for parts in self.micro]
+        loader = Batches(batches, self.case.accum_freq, None)
+        return self._train(self.plain, loader, open_clip.create_loss(args), args)
 
     def ours(self, precision: str) -> dict[str, Any]:
         """Gradients of all terms at once."""
         import open_clip
+        from variants import Batches
 
-        from arf_plugin.data.batch import BatchLayout, DeviceConcat
         from arf_plugin.losses.anchored import AnchoredLoss
 
         args = self._arguments(precision)
-        layout = BatchLayout(self.batch, captions=True, pairs=self.pairs)
-        loss = AnchoredLoss(lambda: open_clip.create_loss(args), layout, micro_batches=self.case.accum_freq)
-        batches = []
-        for parts in self.micro:
-            words = [text for _, text in parts]
-            columns = self.trimmer.length(*words) if self.case.trim else None
-            batches.append(
-                (DeviceConcat(parts[TASK][0], parts[PAIR][0]), DeviceConcat(*words, columns=columns))
-            )
-        return self._train(self.model, batches, loss, args)
+        names = ("text", "caption_text", "pair_text")
+        batches = [
+            {
+                **{"image": parts[TASK][0], "pair_image": parts[PAIR][0]},
+                **{name: text for name, (_, text) in zip(names, parts, strict=True)},
+            }
+            for parts in self.micro
+        ]
+        loader = Batches(batches, self.case.accum_freq, self.trimmer if self.case.trim else None)
+        loss = AnchoredLoss(lambda: open_clip.create_loss(args), loader.step)
+        return self._train(self.model, loader, loss, args)
 
     def _arguments(self, precision: str) -> Any:
         from support.arguments import training_arguments
@@ -183,13 +185,11 @@ class _Step:
             precision=flag,
         )
 
-    def _train(self, model: Any, batches: list[Any], loss: Any, args: Any) -> dict[str, Any]:
+    def _train(self, model: Any, loader: Any, loss: Any, args: Any) -> dict[str, Any]:
         import torch
         from open_clip_train.train import train_one_epoch
-        from support.reference import Batches, Capture
+        from support.reference import Capture
 
-        loader = Batches(batches)
-        loader.num_batches, loader.num_samples = len(batches), len(batches) * self.batch
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
         optimizer = Capture(model.parameters(), lr=0.0)
         # No gradient of these grows beyond fp16 with a scale like this, so that the scaler skips no step.
@@ -237,7 +237,7 @@ def same_bits(context: Context) -> Outcome:
     """Steps of a real size, twice from the same weights after `make_deterministic`; and the random numbers."""
     import torch
 
-    from arf_plugin.data import rng
+    from arf_plugin.resume import rng
 
     logging.disable(logging.INFO)
     found = Outcome()
@@ -282,7 +282,7 @@ def _random_numbers(context: Context, found: Outcome) -> None:
     """Seeding, noting and putting back the device's generator."""
     import torch
 
-    from arf_plugin.data import rng
+    from arf_plugin.resume import rng
 
     def draw() -> Any:
         return torch.rand(8, device=context.device)

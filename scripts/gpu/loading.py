@@ -57,7 +57,8 @@ def loaders(context: Context) -> Outcome:
     found = Outcome()
     folder = context.folder
     os.environ["ARF_CACHE_DIR"] = str(folder / "cache")
-    images, shards, batch, workers = (64, 4, 8, (2,)) if context.tiny else (1536, 16, 128, (16, 8, 4))
+    images, shards, batch, workers = (64, 4, 8, (2,)) if context.tiny else (4096, 16, 128, (16, 8, 4))
+    assert images // shards >= batch, "a worker whose shards hold less than a batch never ends"
     write(folder, images, shards)
     task, pairs = (f"{folder}/{part}/{{0000..{shards - 1:04d}}}.tar" for part in ("task", "anchors/pairs"))
     rates: dict[str, dict[int, float]] = {"open_clip": {}, "ARF": {}}
@@ -115,8 +116,8 @@ def waiting(context: Context) -> Outcome:
     """The real trainer on JPEGs: of each step, how long it waits for its data."""
     found = Outcome()
     model, batch, images, workers = (
-        ("tiny-long", 8, 64, (2,)) if context.tiny else ("ViT-B-32", 256, 3584, (16,))
-    )
+        ("tiny-long", 8, 64, (2,)) if context.tiny else ("ViT-B-32", 256, 8192, (16,))
+    )  # a shard holds two batches: a worker whose shards hold less than one never ends
     with Trainers(context) as trainers:
         folder = context.folder / "photographs"
         write(folder, images, 4 if context.tiny else 16)

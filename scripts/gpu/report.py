@@ -25,7 +25,8 @@ def markdown(content: dict[str, Any]) -> str:
                     row["status"],
                     f"{sum(bar['met'] for bar in row.get('bars', []))} of {len(row.get('bars', []))}",
                     f"{row.get('seconds', 0):.0f}",
-                    (row.get("summary") or row.get("error", "").strip().split("\n")[0]).replace("|", "/"),
+                    (row.get("summary") or row.get("error", "").strip().split("\n")[0]).replace("|", "/")
+                    + (f" (commit {row['commit']})" if "commit" in row else ""),
                 ]
                 for name, row in checks.items()
             ],

@@ -1,4 +1,4 @@
-"""Writes patches/: the hook table, and mends of upstream's bugs, as source patches for each release of open_clip.
+"""Writes patches/: the hook table, and fixes of upstream's bugs, as source patches for each release of open_clip.
 
 For maintainers, after the hook table or the list of releases changed. Sources are what pip installs:
 
@@ -101,28 +101,6 @@ SERIES = {
                     "        train_one_epoch(model,",
                     '        arf.hook("train-one-epoch", train_one_epoch)(model,',
                 ),
-            ),
-        ),
-        Patch(
-            "task-data",
-            "Class prompts and captions are joined to raw task samples, which --arf-deterministic shuffles by seed.",
-            (
-                Edit(
-                    "data.py",
-                    "            tarfile_to_samples_nothrow,  #",
-                    '            arf.hook("task-samples", tarfile_to_samples_nothrow),  #',
-                ),
-                Edit(
-                    "data.py",
-                    "            wds.shuffle(\n                bufsize=_SAMPLE",
-                    '            arf.hook("webdataset", wds).shuffle(\n                bufsize=_SAMPLE',
-                ),
-                Edit(
-                    "data.py",
-                    " = wds.DataPipeline(*pipeline)",
-                    ' = arf.hook("webdataset", wds).DataPipeline(*pipeline)',
-                ),
-                Edit("data.py", "\nimport numpy as np\n", f"\n{IMPORT}import numpy as np\n"),
             ),
         ),
         Patch(

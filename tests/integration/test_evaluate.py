@@ -77,11 +77,11 @@ def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_
     images = write_set(tmp_path / "shapes", images=210, shards=3)
     theirs = clip_benchmark.evaluate(tmp_path, clip, path, "wds/shapes", images, "--batch_size", 64, *flags)
     run_arf(
-        *("evaluate", path, "--model", clip, "--data", images, "--out", tmp_path / "rows.jsonl"),
+        *("evaluate", path, "--model", clip, "--data", images, "--out", tmp_path / "records.jsonl"),
         *("--batch-size", 64, "--precision", precision, "--workers", 2),
     )
-    [row] = read_records(tmp_path / "rows.jsonl")
-    agrees(row["metrics"], theirs)
+    [record] = read_records(tmp_path / "records.jsonl")
+    agrees(record["metrics"], theirs)
     assert 0.1 < theirs["acc1"] < 0.9  # neither all right nor all wrong
     assert theirs["acc1"] != theirs["acc5"] != 1
 
@@ -101,16 +101,16 @@ def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_ar
     theirs = clip_benchmark.evaluate(tmp_path, clip, path, "dtd", root, "--batch_size", 24, "--no_amp")
     run_arf(
         *("evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root),
-        *("--out", tmp_path / "rows.jsonl", "--batch-size", 24, "--workers", 2),
+        *("--out", tmp_path / "records.jsonl", "--batch-size", 24, "--workers", 2),
     )
-    [row] = read_records(tmp_path / "rows.jsonl")
-    agrees(row["metrics"], theirs)
-    assert row["images"] == 64
+    [record] = read_records(tmp_path / "records.jsonl")
+    agrees(record["metrics"], theirs)
+    assert record["images"] == 64
     assert len({theirs["acc1"], theirs["acc5"], 1 / 8}) == 3
 
 
 def test_a_suite(clip, path, root, tmp_path, run_arf):
-    out, summary = tmp_path / "rows.jsonl", tmp_path / "summary.json"
+    out, summary = tmp_path / "records.jsonl", tmp_path / "summary.json"
     common = ["evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root]
     missing = run_arf(*common, check=False)
     assert missing.returncode == 1
@@ -126,15 +126,15 @@ def test_a_suite(clip, path, root, tmp_path, run_arf):
     done = run_arf(*common, "--skip-missing", "--out", out, "--json", summary, "--workers", 1)
     assert "warning: the set 'seen'" in done.stderr
     assert "images/s" in done.stderr
-    rows = {row["set"]: row for row in read_records(out)}
-    assert {name: row["headline"] for name, row in rows.items()} == {
+    records = {record["set"]: record for record in read_records(out)}
+    assert {name: record["headline"] for name, record in records.items()} == {
         "seen": "top1",
         "unseen": "mean_per_class",
     }
-    assert {row["suite"] for row in rows.values()} == {"own"}
-    assert (rows["seen"]["images"], rows["seen"]["expected_images"]) == (58, 60)
+    assert {record["suite"] for record in records.values()} == {"own"}
+    assert (records["seen"]["images"], records["seen"]["expected_images"]) == (58, 60)
     written = json.loads(summary.read_text())
-    s, u = rows["seen"]["metrics"]["top1"], rows["unseen"]["metrics"]["mean_per_class"]
+    s, u = records["seen"]["metrics"]["top1"], records["unseen"]["metrics"]["mean_per_class"]
     assert written["averages"][str(path)] == pytest.approx({"S": s, "U": u, "H": 2 * s * u / (s + u)})
     assert written["samples"] == {"seen": 58, "unseen": 30}
     assert "unseen (per class)" in done.stdout
@@ -188,7 +188,7 @@ def test_two_processes_give_the_figures_of_one(clip, path, tmp_path, run_arf):
     two = torchrun(*common, "--out", tmp_path / "two.jsonl")
 
     def timeless(name: str) -> list[dict]:
-        return [{**row, "time": None} for row in read_records(tmp_path / name)]
+        return [{**record, "time": None} for record in read_records(tmp_path / name)]
 
     assert timeless("one.jsonl") == timeless("two.jsonl")
     assert len(timeless("two.jsonl")) == 6

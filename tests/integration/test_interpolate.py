@@ -1,4 +1,4 @@
-"""`arf interpolate` on real models and sets: the sweep's rows, the choice, the files, and what is refused."""
+"""`arf interpolate` on real models and sets: the sweep's records, the choice, the files, and what is refused."""
 
 from __future__ import annotations
 
@@ -66,35 +66,37 @@ def evaluated(capsys, *argv: object) -> dict:
     return json.loads(Path(argv[-1]).read_text())
 
 
-def test_a_sweep_writes_rows_whose_ends_are_the_ends(arf, tmp_path, capsys):
+def test_a_sweep_writes_records_whose_ends_are_the_ends(arf, tmp_path, capsys):
     results, out = tmp_path / "results.jsonl", tmp_path / "sweep.json"
     sweep = ("original.pt", "tuned.pt", "--alphas", 0, 0.3, 1, *ON_SUITE, "--results", results, "--json", out)
     status, said, _ = arf(*sweep)
     assert status == 0
-    rows = read_records(results)
-    assert [(row["alpha"], row["set"]) for row in rows if row["set"] == "plain"] == [
+    records = read_records(results)
+    assert [(record["alpha"], record["set"]) for record in records if record["set"] == "plain"] == [
         (0.0, "plain"), (0.3, "plain"), (1.0, "plain"),
     ]  # fmt: skip
-    assert {(row["checkpoint"], row["original"], row["suite"], row["split"]) for row in rows} == {
-        ("tuned.pt", "original.pt", "drawings", "test")
-    }
+    assert {
+        (record["checkpoint"], record["original"], record["suite"], record["split"]) for record in records
+    } == {("tuned.pt", "original.pt", "drawings", "test")}
     ends = evaluated(
         capsys, "original.pt", "tuned.pt", *MODEL, "--data", "data/test", "--json", tmp_path / "ends.json"
     )
     for alpha, name in ((0.0, "original.pt"), (1.0, "tuned.pt")):
-        found = {row["set"]: row["metrics"] for row in select(rows, alpha=alpha)}
+        found = {record["set"]: record["metrics"] for record in select(records, alpha=alpha)}
         assert found == ends["metrics"][name]
     assert ends["metrics"]["original.pt"] != ends["metrics"]["tuned.pt"]
-    figures = json.loads(out.read_text())
-    assert figures["alphas"] == [0, 0.3, 1]
-    both = figures["test"]["0.3"]
+    scores = json.loads(out.read_text())
+    assert scores["alphas"] == [0, 0.3, 1]
+    both = scores["test"]["0.3"]
     assert both["averages"]["both"] == pytest.approx(sum(both["sets"].values()) / 2)
     assert f"{both['averages']['both']:.2f}" in said
 
     lines = results.read_bytes().splitlines(keepends=True)
     results.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # killed while it wrote
     assert arf(*sweep)[0] == 0
-    assert [{**row, "time": None} for row in read_records(results)] == [{**row, "time": None} for row in rows]
+    assert [{**record, "time": None} for record in read_records(results)] == [
+        {**record, "time": None} for record in records
+    ]
 
 
 def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
@@ -105,11 +107,11 @@ def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
         *("--out", tmp_path / "wise.pt", "--json", tmp_path / "sweep.json"),
     )
     assert status == 0, errors
-    rows = read_records(checked)
-    assert {row["split"] for row in rows} == {"validation"}
+    records = read_records(checked)
+    assert {record["split"] for record in records} == {"validation"}
     mean = {}
-    for alpha in {row["alpha"] for row in rows}:
-        mean[alpha] = sum(row["metrics"]["top1"] for row in select(rows, alpha=alpha)) / 2
+    for alpha in {record["alpha"] for record in records}:
+        mean[alpha] = sum(record["metrics"]["top1"] for record in select(records, alpha=alpha)) / 2
     assert sorted(mean) == [number / 10 for number in range(11)]
     best = [alpha for alpha in mean if mean[alpha] == max(mean.values())]
     best.sort(key=lambda alpha: (round(abs(alpha - 0.5), 6), alpha))
@@ -118,7 +120,7 @@ def test_validation_chooses_and_test_data_are_reported(arf, tmp_path):
     assert chosen["value"] == pytest.approx(max(mean.values()))
     assert len(set(mean.values())) > 1  # else any choice would do
     tested = read_records(results)
-    assert {(row["alpha"], row["split"]) for row in tested} == {(best[0], "test")}
+    assert {(record["alpha"], record["split"]) for record in tested} == {(best[0], "test")}
     assert f"test at alpha {best[0]:g}" in said
 
     status, *_ = arf("original.pt", "tuned.pt", "--alpha", best[0], "--out", tmp_path / "same.pt")
@@ -132,7 +134,7 @@ def test_folders_of_validation_sets_choose_for_sets_without_a_suite(arf, tmp_pat
     )
     assert status == 0, errors
     summary = json.loads((tmp_path / "sweep.json").read_text())
-    by_other = {alpha: figures["sets"]["other"] for alpha, figures in summary["validation"].items()}
+    by_other = {alpha: scores["sets"]["other"] for alpha, scores in summary["validation"].items()}
     assert by_other[f"{summary['chosen']['alpha']:g}"] == max(by_other.values())
     assert list(summary["test"]) == ["0.2", "0.8"]
     assert "chosen by other" in said
@@ -256,7 +258,7 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("figures", "alpha", "tied"),
+    ("scores", "alpha", "tied"),
     [
         ({0.0: 50.0, 0.5: 50.0, 1.0: 50.0}, 0.5, (0.0, 1.0)),
         ({0.4: 60.0, 0.6: 60.0, 0.5: 10.0}, 0.4, (0.6,)),
@@ -264,6 +266,6 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
         ({0.5: 60.0, 0.9: 60.1}, 0.9, ()),
     ],
 )
-def test_the_rule_for_ties(figures, alpha, tied):
-    choice = choose({a: Scores({"set": value}, {}) for a, value in figures.items()}, "set")
+def test_the_rule_for_ties(scores, alpha, tied):
+    choice = choose({a: Scores({"set": value}, {}) for a, value in scores.items()}, "set")
     assert (choice.alpha, choice.tied) == (alpha, tied)

@@ -13,10 +13,10 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from arf_plugin.data.rng import preserved_rng, restore_rng, rng_state
 from arf_plugin.errors import ArfError
 from arf_plugin.evaluation.run_settings import Settings, find_run, read_params
-from arf_plugin.step_checkpoint import check_format, check_streams, describe, resume_point
+from arf_plugin.resume.checkpoint import check_format, check_streams, describe, resume_point
+from arf_plugin.resume.rng import preserved_rng, restore_rng, rng_state
 
 STATE = {"rng": rng_state(), "streams": {"task": [3, 4], "pairs": [0]}}
 SAVED = describe(

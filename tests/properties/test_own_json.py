@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arf_plugin.anchors.files import replacing
-from arf_plugin.anchors.manifest import begin_half, problems_of, read_manifest, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, problems_of, read_manifest, update_manifest
 from arf_plugin.errors import AnchorSetError, ArfError, StageError
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.runner import describe, run_stage
@@ -44,7 +44,7 @@ class Doubling(Stage):
         return str(shard.source)
 
     def begin(self) -> None:
-        begin_half(self.out, "pairs")
+        begin_kind(self.out, "pairs")
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         with replacing(self.artifacts([shard])[0]) as path:

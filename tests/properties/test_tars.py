@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from open_clip_train.data import filter_no_caption_or_no_image, tarfile_to_samples_nothrow
+from open_clip_train.data import SharedEpoch, filter_no_caption_or_no_image, tarfile_to_samples_nothrow
 from support.data import image
+from support.tars import members_of
 
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import scan_shard
-from arf_plugin.anchors.tars import scan_samples, scan_tar
-from arf_plugin.data.epoch import SharedEpoch
-from arf_plugin.data.pairs import build_pair_loader
+from arf_plugin.anchors.tars import scan_samples
+from arf_plugin.data.pairs import pair_loader
 from arf_plugin.errors import AnchorSetError, ArfError, TaskDataError
 from arf_plugin.untrusted import utf8
 
@@ -53,7 +53,7 @@ def scan_everything(path: Path) -> None:
     for look in (
         lambda: scan_shard(str(path), texts=True),
         lambda: scan_shard(str(path), texts=True, decode=True),
-        lambda: list(scan_tar(str(path), read=("txt", "cls", *IMAGE_EXTENSIONS))),
+        lambda: list(members_of(str(path), read=("txt", "cls", *IMAGE_EXTENSIONS))),
         lambda: list(scan_samples(f"pipe:cat '{path}'", images=True)),
     ):
         try:
@@ -227,7 +227,7 @@ def test_pairs_are_image_and_text_whatever_else_lies_beside_them(
         (b"0.txt", b"7"),
     ]
     path.write_bytes(tar_of(members))
-    loader = build_pair_loader(
+    loader = pair_loader(
         [f"file://{path}"],
         preprocess=lambda picture: picture.size[0],
         tokenize=lambda text: [int(text)],
@@ -237,8 +237,8 @@ def test_pairs_are_image_and_text_whatever_else_lies_beside_them(
         seed=0,
         epoch=SharedEpoch(),
     )
-    ((images, texts),) = list(loader)
-    assert list(texts) == [7, 7] and len(images) == 2
+    (batch,) = list(loader)
+    assert batch["pair_text"].tolist() == [7, 7] and len(batch["pair_image"]) == 2
     assert not Marks.ran
 
 
@@ -246,7 +246,7 @@ def test_pairs_are_image_and_text_whatever_else_lies_beside_them(
 def test_pairs_that_cannot_be_decoded_end_the_run(folder: Path, members: list[tuple[str, bytes]]):
     path = folder / "bad.tar"
     path.write_bytes(tar_of([(f"{n}.{ext}".encode(), content) for n, (ext, content) in enumerate(members)]))
-    loader = build_pair_loader(
+    loader = pair_loader(
         [str(path)],
         preprocess=lambda picture: picture.size[0],
         tokenize=lambda text: [int(text)],

@@ -73,62 +73,67 @@ def direct(clip: str, path) -> float:
     return 100 * hits / 18
 
 
-def figures(rows) -> list[tuple]:
+def scores(records) -> list[tuple]:
     """What was measured, without where and when."""
-    return [(row["set"], row["alpha"], row["metrics"]) for row in rows]
+    return [(record["set"], record["alpha"], record["metrics"]) for record in records]
 
 
 def test_accuracy_of_several_checkpoints_agrees_with_a_direct_computation(clip, paths, sets):
-    rows = evaluate(paths, clip, sets[:1], batch_size=5, workers=0)
-    assert [row["checkpoint"] for row in rows] == list(map(str, paths))
-    found = [row["metrics"]["top1"] for row in rows]
+    records = evaluate(paths, clip, sets[:1], batch_size=5, workers=0)
+    assert [record["checkpoint"] for record in records] == list(map(str, paths))
+    found = [record["metrics"]["top1"] for record in records]
     assert found == pytest.approx([direct(clip, path) for path in paths])
     assert len(set(found)) > 1  # else the comparison would show nothing
 
 
-def test_a_row_holds_what_its_figure_depends_on(clip, paths, sets):
-    [row] = evaluate(paths[:1], clip, sets[:1], suite="own", workers=0)
+def test_a_record_holds_what_its_score_depends_on(clip, paths, sets):
+    [record] = evaluate(paths[:1], clip, sets[:1], suite="own", workers=0)
     import hashlib
 
-    assert row["digest"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
-    assert {name: row[name] for name in ("suite", "set", "split", "model", "images", "classes", "headline")} == {
+    assert record["digest"] == hashlib.sha256(paths[0].read_bytes()).hexdigest()
+    assert {name: record[name] for name in ("suite", "set", "split", "model", "images", "classes", "headline")} == {
         "suite": "own", "set": "shapes", "split": "test", "model": clip, "images": 18, "classes": 6, "headline": "top1",
     }  # fmt: skip
-    assert row["prompts"] == sets[0].prompts
+    assert record["prompts"] == sets[0].prompts
     assert (
-        row["versions"]["torch"] == torch.__version__.split("+")[0]
-        or row["versions"]["torch"] == torch.__version__
+        record["versions"]["torch"] == torch.__version__.split("+")[0]
+        or record["versions"]["torch"] == torch.__version__
     )
-    assert set(row["metrics"]) == {"top1", "top5", "mean_per_class", "macro_f1", "ece"}
-    assert (row["alpha"], row["original"], row["precision"], row["device"]) == (None, None, "fp32", "cpu")
+    assert set(record["metrics"]) == {"top1", "top5", "mean_per_class", "macro_f1", "ece"}
+    assert (record["alpha"], record["original"], record["precision"], record["device"]) == (
+        None,
+        None,
+        "fp32",
+        "cpu",
+    )
 
 
-def test_groups_of_models_and_workers_give_the_same_figures(clip, paths, sets, tmp_path):
+def test_groups_of_models_and_workers_give_the_same_scores(clip, paths, sets, tmp_path):
     own = save_checkpoint(clip, tmp_path / "own.pt", seed=7)
     clip = save_model(tmp_path / "clip", seed=7)  # the same weights, as the model's own
     asked = [*map(Candidate, paths), Candidate(paths[1], paths[0], 0.3), Candidate(None)]
     together = evaluate(asked, clip, sets, batch_size=7, workers=0)
     apart = evaluate(asked, clip, sets, batch_size=7, workers=2, models_at_once=2)
-    assert figures(together[-2:]) == figures(evaluate([own], clip, sets, workers=0, batch_size=7))
-    assert figures(together) == figures(apart)
+    assert scores(together[-2:]) == scores(evaluate([own], clip, sets, workers=0, batch_size=7))
+    assert scores(together) == scores(apart)
     assert len(together) == 10
-    assert len({str(each) for each in figures(together)}) > 6
+    assert len({str(each) for each in scores(together)}) > 6
 
 
 def test_a_mixture_equals_its_written_checkpoint(clip, paths, sets, tmp_path):
     interpolate_files(*paths[:2], 0.5, tmp_path / "mixed.pt")
     [written] = evaluate([tmp_path / "mixed.pt"], clip, sets[:1], workers=0)
-    rows = evaluate(
+    records = evaluate(
         [Candidate(paths[1], paths[0], alpha) for alpha in (0, 0.5, 1)], clip, sets[:1], workers=0
     )
-    assert [row["alpha"] for row in rows] == [0, 0.5, 1]
-    assert rows[1]["metrics"] == written["metrics"]
+    assert [record["alpha"] for record in records] == [0, 0.5, 1]
+    assert records[1]["metrics"] == written["metrics"]
     ends = evaluate(paths[:2], clip, sets[:1], workers=0)
-    assert [rows[0]["metrics"], rows[2]["metrics"]] == [row["metrics"] for row in ends]
-    assert (rows[1]["checkpoint"], rows[1]["original"]) == (str(paths[1]), str(paths[0]))
+    assert [records[0]["metrics"], records[2]["metrics"]] == [record["metrics"] for record in ends]
+    assert (records[1]["checkpoint"], records[1]["original"]) == (str(paths[1]), str(paths[0]))
 
 
-def test_finished_rows_are_not_measured_again(clip, paths, sets, tmp_path, monkeypatch):
+def test_finished_records_are_not_measured_again(clip, paths, sets, tmp_path, monkeypatch):
     out = tmp_path / "results.jsonl"
     first = evaluate(paths[:2], clip, sets, out=out, workers=0)
     written = out.read_bytes()
@@ -148,10 +153,10 @@ def test_only_what_is_missing_is_measured(clip, paths, sets, tmp_path, monkeypat
         "decode",
         lambda sets, *rest: decoded.extend(s.name for s in sets) or original(sets, *rest),
     )
-    rows = evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, out=out, workers=0)
-    assert len(rows) == len(read_records(out)) == 4
+    records = evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, out=out, workers=0)
+    assert len(records) == len(read_records(out)) == 4
     assert decoded == ["folders", "shapes"]  # in one go, the first for both candidates
-    assert figures(rows) == figures(
+    assert scores(records) == scores(
         evaluate([*paths[:1], Candidate(paths[1], paths[0], 0.5)], clip, sets, workers=0)
     )
 
@@ -179,11 +184,13 @@ def test_what_has_changed_is_measured_again(clip, paths, tmp_path, change):
     assert measured(**({"alpha": 0.25} if change == "alpha" else {})) == 2
 
 
-def test_names_for_rows(clip, paths, sets, tmp_path):
+def test_names_for_records(clip, paths, sets, tmp_path):
     out = tmp_path / "results.jsonl"
     mixture = Candidate(paths[1], paths[0], 0.5, name="runs/arf-0/weights.pt", original_name="before")
     evaluate([Candidate(paths[1], name="runs/arf-0/weights.pt"), mixture], clip, sets[:1], out=out, workers=0)
-    assert [row["original"] for row in select(read_records(out), checkpoint="runs/arf-0/weights.pt")] == [
+    assert [
+        record["original"] for record in select(read_records(out), checkpoint="runs/arf-0/weights.pt")
+    ] == [
         None,
         "before",
     ]
@@ -196,20 +203,20 @@ def test_a_head_classifies_the_set_it_was_made_for(clip, paths, sets, tmp_path):
     bias = torch.tensor([0.0, 0, 9, 0, 0, 0])
     head = {"arf_head.weight": torch.zeros(6, 16), "arf_head.bias": bias, "arf_head.classnames": digest}
     torch.save({"state_dict": {**weights["state_dict"], **head}}, tmp_path / "probe.pt")
-    rows = evaluate([tmp_path / "probe.pt", paths[0]], clip, sets, workers=0)
-    assert [row["classifier"] for row in rows] == ["head", "zero-shot", "zero-shot", "zero-shot"]
-    assert rows[0]["metrics"]["top1"] == pytest.approx(100 / 6)
+    records = evaluate([tmp_path / "probe.pt", paths[0]], clip, sets, workers=0)
+    assert [record["classifier"] for record in records] == ["head", "zero-shot", "zero-shot", "zero-shot"]
+    assert records[0]["metrics"]["top1"] == pytest.approx(100 / 6)
     confidence = torch.softmax(bias, 0).max().item()
-    assert rows[0]["metrics"]["ece"] == pytest.approx(100 * (confidence - 1 / 6), abs=1e-3)
-    assert rows[1]["metrics"] == rows[3]["metrics"]
+    assert records[0]["metrics"]["ece"] == pytest.approx(100 * (confidence - 1 / 6), abs=1e-3)
+    assert records[1]["metrics"] == records[3]["metrics"]
 
 
 def test_an_incomplete_set_is_warned_of_and_recorded(clip, paths, sets):
     from dataclasses import replace
 
     with pytest.warns(UserWarning, match="has 18 images, a whole copy has 20"):
-        [row] = evaluate(paths[:1], clip, [replace(sets[0], expected_images=20)], workers=0)
-    assert (row["images"], row["expected_images"]) == (18, 20)
+        [record] = evaluate(paths[:1], clip, [replace(sets[0], expected_images=20)], workers=0)
+    assert (record["images"], record["expected_images"]) == (18, 20)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,4 +1,4 @@
-"""Figures belong to what was in the images: rows are not reused for others, and a set that is written to is noticed."""
+"""Scores belong to what was in the images: other images get records of their own, and writing to a set is noticed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def paint(root, colours):
 
 @pytest.fixture
 def measured(tmp_path):
-    """Measures a checkpoint on a set; returns the rows that there are then."""
+    """Measures a checkpoint on a set; returns the records that there are then."""
     clip = save_config(tmp_path / "clip")
     path = save_checkpoint(clip, tmp_path / "weights.pt", 0)
 
@@ -44,13 +44,13 @@ def measured(tmp_path):
     return run
 
 
-def test_rows_are_not_reused_for_other_images_of_equal_names_and_sizes(measured, tmp_path):
+def test_records_are_not_reused_for_other_images_of_equal_names_and_sizes(measured, tmp_path):
     paint(tmp_path / "set", {"red": "red", "blue": "blue"})
     assert len(measured(tmp_path / "set")) == len(measured(tmp_path / "set")) == 1
     paint(tmp_path / "set", {"red": "blue", "blue": "red"})
     with pytest.warns(UserWarning, match="was measured on other images"):
-        rows = measured(tmp_path / "set")
-    assert len(rows) == 2 and rows[0]["data"] != rows[1]["data"]
+        records = measured(tmp_path / "set")
+    assert len(records) == 2 and records[0]["data"] != records[1]["data"]
     paint(tmp_path / "set", {"red": "red", "blue": "blue"})  # as they were at first
     assert len(measured(tmp_path / "set")) == 2
 

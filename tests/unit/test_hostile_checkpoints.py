@@ -116,7 +116,7 @@ def test_starting_weights_of_a_run(hostile, named):
     from arf_plugin.hooks.model import create_model_and_transforms
 
     build = create_model_and_transforms(
-        open_clip.create_model_and_transforms, SimpleNamespace(config=ArfConfig(), model=None, trimmers=[])
+        open_clip.create_model_and_transforms, SimpleNamespace(config=ArfConfig(), model=None)
     )
     for path in hostile:
         with pytest.raises(FlagError, match="The model's weights cannot be loaded"):

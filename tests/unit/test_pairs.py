@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset as wds
+from open_clip_train.data import SharedEpoch
 from support import data
 from support.tars import write_tar
 
 from arf_plugin.data.batch import BatchLayout
-from arf_plugin.data.epoch import SharedEpoch
-from arf_plugin.data.loader import AnchoredLoader, split_workers
-from arf_plugin.data.order import SampleOrder
-from arf_plugin.data.pairs import NAMED, build_pair_loader, list_pair_shards
+from arf_plugin.data.loader import TrainingLoader
+from arf_plugin.data.pairs import NAMED, list_pair_shards, pair_loader
+from arf_plugin.data.startup import split_workers
+from arf_plugin.data.task import TaskLoader
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.resume.order import SampleOrder
 
 SHARDS, PER_SHARD = 4, 6
 
@@ -36,11 +38,11 @@ def build(shards, epoch=None, **changes):
         "tokenize": lambda text: torch.tensor([[int(text.rsplit(" ", 1)[1])]]),
         **{"batch_size": 4, "num_batches": 6, "workers": 0, "seed": 3, "epoch": epoch or SharedEpoch()},
     }
-    return build_pair_loader(shards, **{**options, **changes})
+    return pair_loader(shards, **{**options, **changes})
 
 
 def numbers(loader) -> list[int]:
-    return [number for _, texts in loader for number in texts[:, 0].tolist()]
+    return [number for batch in loader for number in batch["pair_text"][:, 0].tolist()]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -54,8 +56,9 @@ def test_images_and_texts_stay_together(shards):
 
     from PIL import Image
 
-    for images, texts in build(shards):
-        for value, number in zip(images.tolist(), texts[:, 0].tolist(), strict=True):
+    for batch in build(shards):
+        parts = batch["pair_image"].tolist(), batch["pair_text"][:, 0].tolist()
+        for value, number in zip(*parts, strict=True):
             pixel = Image.open(BytesIO(data.image(data.pair_seed(number)))).getpixel((0, 0))
             assert value == sum(pixel)
 
@@ -76,7 +79,7 @@ def test_order_depends_on_seed_and_epoch_alone(shards, workers):
     loader = build(shards, epoch, workers=workers)
     first = numbers(loader)
     assert numbers(loader) == first == numbers(build(shards, workers=workers))
-    epoch.set(1)
+    epoch.set_value(1)
     second = numbers(loader)
     assert second != first and sorted(second) == sorted(first)
     assert numbers(build(shards, workers=workers, seed=4)) != first
@@ -115,11 +118,10 @@ def write_bad(folder, count):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pass_that_yields_nothing_ends_the_run_with_one_sentence(tmp_path, workers):
     loader = build(write_bad(tmp_path, 4), workers=workers)
-    task = Task([(torch.zeros(2, 1), torch.zeros(2, 1))] * 2)
     with pytest.raises(
         AnchorSetError, match=r"None of the 4 pairs of a whole pass .*0\.tar.* can be dec"
     ) as caught:
-        list(AnchoredLoader(task, loader, BatchLayout(2, pairs=4)))
+        list(TrainingLoader(task(2), loader, BatchLayout(2, pairs=4)))
     assert "Traceback" not in str(caught.value)
 
 
@@ -138,7 +140,7 @@ def test_a_pass_of_which_a_resumed_run_has_seen_a_part_is_not_judged(tmp_path):
         order = SampleOrder("pairs", 3, lambda: 0, 0)
         order.start_at(0, [skip])
         batches = list(build(shards, order=order, batch_size=2, num_batches=2))
-        assert [texts[:, 0].tolist() for _, texts, _ in batches] == [[8, 8]] * 2
+        assert [batch["pair_text"][:, 0].tolist() for batch in batches] == [[8, 8]] * 2
 
 
 def test_bad_pairs_are_named_once_and_not_without_end(tmp_path, caplog):
@@ -212,9 +214,9 @@ def test_order_and_random_draws_are_those_of_webdatasets_stages(tmp_path, resume
     theirs = list(webdatasets_batches(shards, preprocess, tokenize, order()))
     for batch, expected in zip(ours, theirs, strict=True):
         assert len(batch) == len(expected) == (2 if resumed is None else 3)
-        assert torch.equal(batch[0], expected[0]) and torch.equal(batch[1], expected[1])
+        assert torch.equal(batch["pair_image"], expected[0]) and torch.equal(batch["pair_text"], expected[1])
         if resumed is not None:
-            assert batch[2].tolist() == expected[2].tolist()
+            assert batch["index"].tolist() == expected[2].tolist()
 
 
 def webdatasets_batches(shards, preprocess, tokenize, order):
@@ -264,27 +266,25 @@ def webdatasets_batches(shards, preprocess, tokenize, order):
     ],
 )
 def test_the_worker_budget_is_split(workers, sizes, wanted, shards, world, expected):
-    assert split_workers(workers, BatchLayout(sizes[0], pairs=sizes[1]), wanted, shards, world) == expected
+    assert split_workers(workers, *sizes, wanted, shards, world) == expected
 
 
-class Task(list):
-    num_batches = 2
-    num_samples = 4
+def task(batches: int) -> TaskLoader:
+    """Batches of two task samples."""
+    return TaskLoader([{"image": torch.zeros(2, 1), "text": torch.zeros(2, 1)} for _ in range(batches)], 2, 4)
 
 
-def test_the_anchored_loader_says_when_pairs_run_out():
-    task = Task([(torch.zeros(2, 1), torch.zeros(2, 1))] * 2)
-    loader = AnchoredLoader(task, [(torch.ones(2, 1), torch.ones(2, 1))], BatchLayout(2, pairs=2))
+def test_the_loader_says_when_pairs_run_out():
+    pairs = [{"pair_image": torch.ones(2, 1), "pair_text": torch.ones(2, 1)}]
     with pytest.raises(AnchorSetError, match="pair anchors ended before the epoch did"):
-        list(loader)
+        list(TrainingLoader(task(2), pairs, BatchLayout(2, pairs=2)))
 
 
 def test_errors_from_loader_workers_lose_their_wrapping():
     # In a worker, so that the error arrives wrapped into the traceback of another process.
-    dataset = torch.utils.data.DataLoader(Failing(), batch_size=None, num_workers=1)
-    dataset.num_batches, dataset.num_samples = 1, 1
+    loader = torch.utils.data.DataLoader(Failing(), batch_size=None, num_workers=1)
     with pytest.raises(AnchorSetError) as caught:
-        list(AnchoredLoader(dataset, None, BatchLayout(1)))
+        list(TrainingLoader(TaskLoader(loader, 1, 1), None, BatchLayout(1)))
     assert str(caught.value) == "one clear\nmessage"
 
 

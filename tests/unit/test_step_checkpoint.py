@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from arf_plugin.data.rng import preserved_rng, restore_rng, rng_state, seed_everything
 from arf_plugin.errors import CheckpointError
-from arf_plugin.step_checkpoint import (
+from arf_plugin.resume.checkpoint import (
     check_format,
     check_streams,
     describe,
     file_name,
-    is_torn,
+    is_truncated,
     remove_finished,
     remove_others,
     resume_point,
     write,
 )
+from arf_plugin.resume.rng import preserved_rng, restore_rng, rng_state, seed_everything
 
 
 def draws() -> list[float]:
@@ -104,14 +104,19 @@ def test_no_room(tmp_path):
     assert torch.load(path, weights_only=True)["weights"].tolist() == [1, 1, 1]
 
 
-def test_torn(tmp_path):
-    whole, torn, empty = (tmp_path / name for name in ("whole.pt", "torn.pt", "empty.pt"))
+def test_truncated(tmp_path):
+    whole, truncated, empty = (tmp_path / name for name in ("whole.pt", "truncated.pt", "empty.pt"))
     write({"weights": torch.ones(1000)}, whole)
-    torn.write_bytes(whole.read_bytes()[:-100])
+    truncated.write_bytes(whole.read_bytes()[:-100])
     empty.touch()
     legacy = tmp_path / "legacy.pt"
     torch.save({"weights": torch.ones(3)}, legacy, _use_new_zipfile_serialization=False)
-    assert [is_torn(str(path)) for path in (whole, torn, empty, legacy)] == [False, True, True, False]
+    assert [is_truncated(str(path)) for path in (whole, truncated, empty, legacy)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def saved(processes=("state of 0", "state of 1")):
@@ -287,5 +292,5 @@ def test_the_newest_below_a_folder_whose_name_looks_like_a_pattern(tmp_path, nam
     assert find(str(folder), False) == str(folder / file_name(1, 9))
     (folder / file_name(2, 19)).write_bytes(b"PK\3\4 cut off")
     assert find(str(folder), False) == str(folder / file_name(1, 9))
-    assert (folder / f"{file_name(2, 19)}.torn").is_file()
+    assert (folder / f"{file_name(2, 19)}.truncated").is_file()
     assert find(str(tmp_path / "nothing[1]" / "checkpoints"), False) is None

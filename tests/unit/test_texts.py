@@ -12,9 +12,10 @@ import pytest
 import torch
 from support import data
 
+from arf_plugin.data.batch import collate
 from arf_plugin.data.captions import open_captions
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose, load_prompts
-from arf_plugin.data.texts import JointTokenizer, LabelTokenizer, TaskTexts
+from arf_plugin.data.texts import TaskTexts
 from arf_plugin.errors import FlagError, MissingCaptionError, TaskDataError
 
 
@@ -30,18 +31,17 @@ def test_templates_are_drawn_evenly_and_reproducibly():
 
 
 def test_a_sample_without_a_class_keeps_its_own_text_where_data_is_mixed():
-    prompts = ClassPrompts(["a", "b"], ["the {c}"])
-    mixed = TaskTexts(prompts, None)
-    assert mixed("s/1", b"1", "own") == "the b" and mixed("s/2", None, "own") == "own"
+    mixed = TaskTexts(ClassPrompts(["a", "b"], ["the {c}"]), None)
+    assert mixed("s/1", b"1", "own") == {"text": "the b"} and mixed("s/2", None, "own") == {"text": "own"}
     with pytest.raises(TaskDataError, match="s/2 has no 'cls'"):
-        TaskTexts(prompts, None, mix=False)("s/2", None, "own")
+        TaskTexts(ClassIndices(2), None)("s/2", None, "own")
 
 
-def test_labels_take_the_place_of_tokens():
-    texts = TaskTexts(ClassIndices(3), None, mix=False)
-    for call in (texts("s/1", b"2", "own"), [texts("s/1", 2, None)]):  # open_clip's two pipelines
-        label = LabelTokenizer()(call)[0]
-        assert label.shape == () and label.dtype == torch.int64 and label == 2
+def test_labels_take_the_place_of_texts():
+    texts = TaskTexts(ClassIndices(3), None)
+    samples = [texts("s/1", b"2", "own"), texts("s/1", 1, None)]
+    labels = collate(samples, tokenize=None)["label"]
+    assert labels.dtype == torch.int64 and labels.tolist() == [2, 1]
     with pytest.raises(TaskDataError, match="expected a class index from 0 to 2"):
         texts("s/1", b"3", None)
 
@@ -121,16 +121,13 @@ def test_the_cache_follows_changes_and_survives_damage(tmp_path):
     assert open_captions(str(tmp_path)).get("a/1") == ["newer"]
 
 
-def test_joint_text_reaches_the_tokenizer_as_two_rows(tmp_path):
-    data.write_captions(tmp_path, {"a/1": "a grey cat on a mat"})
+def test_prompts_and_captions_are_tokenized_apart(tmp_path):
+    data.write_captions(tmp_path, {"a/1": "a grey cat on a mat", "a/2": "another text"})
     texts = TaskTexts(ClassPrompts(["cat"], ["a photo of a {c}."]), open_captions(str(tmp_path)))
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    joint = JointTokenizer(tokenizer)
-    expected = tokenizer(["a photo of a cat.", "a grey cat on a mat"])
-    text = texts("a/1", b"0", None)
-    for call in (joint(text)[0], joint([text])[0]):  # open_clip's WebDataset and CSV pipelines
-        assert torch.equal(call, expected)
-    assert joint.context_length == 77 and pickle.loads(pickle.dumps(joint)).context_length == 77
+    batch = collate([texts("a/1", b"0", None), texts("a/2", b"0", None)], tokenizer)
+    assert torch.equal(batch["text"], tokenizer(["a photo of a cat."] * 2))
+    assert torch.equal(batch["caption_text"], tokenizer(["a grey cat on a mat", "another text"]))
 
 
 def test_a_missing_caption_is_an_error_or_the_prompt(tmp_path):
@@ -138,7 +135,8 @@ def test_a_missing_caption_is_an_error_or_the_prompt(tmp_path):
     store = open_captions(str(tmp_path))
     with pytest.raises(MissingCaptionError, match="No caption for task sample a/2"):
         TaskTexts(None, store)("a/2", None, "own")
-    assert TaskTexts(None, store, "prompt")("a/2", None, "own") == "own\0own"
+    found = TaskTexts(None, store, "prompt")("a/2", None, "own")
+    assert found == {"text": "own", "caption_text": "own"}
 
 
 def test_choose_is_uniform_and_trivial_for_one_option():

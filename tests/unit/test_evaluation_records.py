@@ -1,4 +1,4 @@
-"""Rows: what is written is read, unfinished lines are cut off, mistakes are named."""
+"""Records: what is written is read, unfinished lines are cut off, mistakes are named."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from arf_plugin.evaluation.records import Results, append_record, by_set, read_r
 from arf_plugin.evaluation.tables import table
 
 
-def row(name: str = "id", **fields) -> dict:
+def record(name: str = "id", **fields) -> dict:
     return {
         "format": 1, "suite": None, "set": name, "checkpoint": "a.pt", "digest": "d", "original": None, "alpha": None,
         "metrics": {"top1": 40.0, "ece": 3.0}, "headline": "top1", **fields,
     }  # fmt: skip
 
 
-def test_rows_that_were_appended_are_read(tmp_path):
+def test_records_that_were_appended_are_read(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
-    rows = [row("id"), row("shift/a", checkpoint="ä.pt"), row("id", alpha=0.5)]
-    for each in rows:
+    records = [record("id"), record("shift/a", checkpoint="ä.pt"), record("id", alpha=0.5)]
+    for each in records:
         append_record(path, each)
-    assert read_records(path) == rows
-    assert select(rows, set="id", alpha=None) == rows[:1]
+    assert read_records(path) == records
+    assert select(records, set="id", alpha=None) == records[:1]
 
 
 def test_an_unfinished_last_line_is_passed_over_and_cut_off(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_record(path, row("id"))
+    append_record(path, record("id"))
     with path.open("a") as file:
-        file.write(json.dumps(row("torn"))[:40])
+        file.write(json.dumps(record("cut"))[:40])
     with pytest.warns(UserWarning, match="unfinished"):
         assert [each["set"] for each in read_records(path)] == ["id"]
-    append_record(path, row("next"))
+    append_record(path, record("next"))
     assert [each["set"] for each in read_records(path)] == ["id", "next"]
 
 
@@ -50,10 +50,10 @@ def test_an_unfinished_last_line_is_passed_over_and_cut_off(tmp_path):
 )
 def test_a_line_that_is_no_row(tmp_path, line, message):
     path = tmp_path / "results.jsonl"
-    append_record(path, row())
+    append_record(path, record())
     with path.open("a") as file:
         file.write(f"{line}\n")
-    append_record(path, row())
+    append_record(path, record())
     with pytest.raises(EvaluationError, match=message):
         read_records(path)
 
@@ -64,27 +64,30 @@ def test_a_file_that_is_not_there(tmp_path):
     assert Results.read(tmp_path / "none.jsonl") == []
 
 
-def test_figures_by_set():
-    rows = [row("id"), row("shift", metrics={"top1": 1.0, "mean_per_class": 2.0}, headline="mean_per_class")]
-    assert by_set(rows) == {"id": 40.0, "shift": 2.0}
-    assert by_set(rows, "top1") == {"id": 40.0, "shift": 1.0}
+def test_scores_by_set():
+    records = [
+        record("id"),
+        record("shift", metrics={"top1": 1.0, "mean_per_class": 2.0}, headline="mean_per_class"),
+    ]
+    assert by_set(records) == {"id": 40.0, "shift": 2.0}
+    assert by_set(records, "top1") == {"id": 40.0, "shift": 1.0}
     with pytest.raises(EvaluationError, match="no metric 'ece'"):
-        by_set(rows, "ece")
+        by_set(records, "ece")
     with pytest.raises(EvaluationError, match="several checkpoints"):
-        by_set([row("id"), row("id", alpha=0.5)])
+        by_set([record("id"), record("id", alpha=0.5)])
 
 
 def test_a_copy_of_a_checkpoint_is_listed_under_its_own_name(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_record(path, row())
+    append_record(path, record())
     results = Results(path, read_records(path))
-    copy = row(checkpoint="copy.pt", metrics=None)
+    copy = record(checkpoint="copy.pt", metrics=None)
     assert results.has(copy)
     assert results.take(copy)["metrics"]["top1"] == 40.0
     results.take(copy)
     assert [each["checkpoint"] for each in read_records(path)] == ["a.pt", "copy.pt"]
-    assert not results.has(row(digest="other"))
-    assert not results.has(row(alpha=0.5))
+    assert not results.has(record(digest="other"))
+    assert not results.has(record(alpha=0.5))
 
 
 @pytest.mark.parametrize(
@@ -102,9 +105,9 @@ def test_a_copy_of_a_checkpoint_is_listed_under_its_own_name(tmp_path):
         ({"set": "\ud800"}, "is no JSON that can be read"),
     ],
 )
-def test_a_row_with_other_fields_than_rows_have(tmp_path, fields, message):
+def test_a_record_with_other_fields_than_records_have(tmp_path, fields, message):
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(row(**fields)) + "\n")
+    path.write_text(json.dumps(record(**fields)) + "\n")
     with pytest.raises(EvaluationError, match=f"line 1.*{message}"):
         read_records(path)
 
@@ -112,60 +115,60 @@ def test_a_row_with_other_fields_than_rows_have(tmp_path, fields, message):
 @pytest.mark.parametrize("line", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe{}", b"\0\0\0"])
 def test_a_line_that_nobody_could_read(tmp_path, line):
     path = tmp_path / "results.jsonl"
-    path.write_bytes(json.dumps(row()).encode() + b"\n" + line + b"\n")
+    path.write_bytes(json.dumps(record()).encode() + b"\n" + line + b"\n")
     with pytest.raises(EvaluationError, match="line 2") as error:
         read_records(path)
     assert len(str(error.value)) < 500
-    path.write_bytes(json.dumps(row()).encode() + b"\n" + line)
+    path.write_bytes(json.dumps(record()).encode() + b"\n" + line)
     if line != b"9" * 5000:
         with pytest.warns(UserWarning, match="the last line is unfinished"):
             assert len(read_records(path)) == 1
 
 
 def test_a_calibration_error_of_weights_that_are_no_numbers(tmp_path):
-    append_record(tmp_path / "results.jsonl", row(metrics={"top1": 3.0, "ece": float("nan")}))
+    append_record(tmp_path / "results.jsonl", record(metrics={"top1": 3.0, "ece": float("nan")}))
     assert read_records(tmp_path / "results.jsonl")[0]["metrics"]["top1"] == 3.0
 
 
 def test_a_whole_last_line_without_a_newline_is_kept(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(row("edited")))
-    append_record(path, row("next"))
+    path.write_text(json.dumps(record("edited")))
+    append_record(path, record("next"))
     assert [each["set"] for each in read_records(path)] == ["edited", "next"]
 
 
-def test_no_file_of_rows(tmp_path):
+def test_no_file_of_records(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(EvaluationError, match="expected a file"):
             read_records(path)
         with pytest.raises(EvaluationError, match="expected a file"):
-            append_record(path, row())
+            append_record(path, record())
     (tmp_path / "file").write_text("")
     with pytest.raises(EvaluationError, match=r"The record cannot be written to .*: File exists"):
-        append_record(tmp_path / "file" / "results.jsonl", row())
+        append_record(tmp_path / "file" / "results.jsonl", record())
 
 
 def test_names_that_are_bytes(tmp_path):
     path, name = tmp_path / "results.jsonl", os.fsdecode(b"run\xe9.pt")
-    append_record(path, row(checkpoint=name))
+    append_record(path, record(checkpoint=name))
     results = Results(path, read_records(path))
-    results.take(row(checkpoint=name))
+    results.take(record(checkpoint=name))
     assert [each["checkpoint"] for each in read_records(path)] == ["run\\xe9.pt"]
 
 
-def test_rows_of_other_data_are_said_once(tmp_path):
+def test_records_of_other_data_are_said_once(tmp_path):
     """Such as those of versions that told images apart by name and size."""
-    results = Results(tmp_path / "results.jsonl", [row(data="by names"), row("shift", data="by names")])
+    results = Results(tmp_path / "results.jsonl", [record(data="by names"), record("shift", data="by names")])
     with pytest.warns(
         UserWarning, match=r"results\.jsonl: what is there of 'id' was measured on other images"
     ) as said:
-        assert not results.has(row(data="by content"))
-        assert not results.has(row("shift", data="by content"))
-        assert not results.has(row("new", data="by content"))
+        assert not results.has(record(data="by content"))
+        assert not results.has(record("shift", data="by content"))
+        assert not results.has(record("new", data="by content"))
     assert len(said) == 1
 
 
 def test_tables_print_nothing_that_moves_the_cursor():
-    shown = table([row("set\x1b[2J", checkpoint="a\x07.pt", images=1)], None)
+    shown = table([record("set\x1b[2J", checkpoint="a\x07.pt", images=1)], None)
     assert "\\x1b[2J" in shown and "\x1b" not in shown and "\x07" not in shown

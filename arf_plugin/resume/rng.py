@@ -42,7 +42,7 @@ def seed_everything(*parts: object) -> None:
     """Seeds the generators of a training process, those of its GPUs included."""
     seed_loading(*parts)
     if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(derive_seed(*parts))  # not run here: no GPU
+        torch.cuda.manual_seed_all(derive_seed(*parts))
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def rng_state() -> dict[str, Any]:
     version, words, python_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],  # not run here: no GPU
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
         "python": [version, torch.tensor(words), python_gauss],
     }
@@ -74,7 +74,7 @@ def restore_rng(state: dict[str, Any]) -> None:
     """Puts back what `rng_state` took down."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])  # not run here: no GPU
+        torch.cuda.set_rng_state_all(state["cuda"])
     keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, words, python_gauss = state["python"]

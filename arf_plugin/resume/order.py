@@ -11,11 +11,10 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
+import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from arf_plugin.data.rng import derive_seed, seed_loading
-from arf_plugin.data.texts import SEPARATOR
+from arf_plugin.resume.rng import derive_seed, seed_loading
 
 
 class SampleOrder:
@@ -50,12 +49,16 @@ class SampleOrder:
         self._epoch = self.epoch()
         self._passes = self._count = 0
         epoch, consumed = self._start
-        self._skip = consumed[_worker()] if epoch == self._epoch else 0
+        self._skip = consumed[self.worker()] if epoch == self._epoch else 0
 
     def shuffling(self) -> random.Random:
         """The generator of the next pass over the shards."""
         self._passes += 1
         return random.Random(derive_seed("shuffle", *self._place(), self._passes))
+
+    def shard_seed(self) -> int:
+        """A seed for shards that are sampled at random: one per consumer, the same in every run."""
+        return derive_seed("shards", self.seed, self.rank, self.worker())
 
     def number(self, samples: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """Counts raw samples through all passes, from 1; passes over those to skip, seeds what decodes the others."""
@@ -66,56 +69,23 @@ class SampleOrder:
                 yield self._count, sample
 
     def _place(self) -> tuple[object, ...]:
-        return self.name, self.seed, self._epoch, self.rank, _worker()
+        return self.name, self.seed, self._epoch, self.rank, self.worker()
+
+    def worker(self) -> int:
+        """Number of the loader worker that this is called in; 0 in the main process."""
+        worker = get_worker_info()
+        return worker.id if worker else 0
 
 
-class ShardSeed:
-    """A seed per consumer that is the same in every run, for shards that are drawn at random."""
+class Pipeline(wds.DataPipeline):
+    """webdataset's pipeline, which tells an order of samples when an epoch begins."""
 
-    def __init__(self, seed: int, rank: int) -> None:
-        self.seed = seed
-        self.rank = rank
+    def __init__(self, *stages: Any, order: SampleOrder | None = None) -> None:
+        super().__init__(*stages)
+        self.order = order
 
-    def __call__(self) -> int:
-        """Returns it."""
-        return derive_seed("shards", self.seed, self.rank, _worker())
-
-
-def with_number(text: bytes, number: int) -> bytes:
-    """Appends a raw sample's number to its text, for `NumberedTokenizer` to take off again."""
-    return text + f"{SEPARATOR}{number}".encode()
-
-
-class NumberedTokenizer:
-    """Tokenizes a numbered text into ``[1, n + 1]``: the n tokens of all its texts, and the number.
-
-    Args:
-        tokenizer: The tokenizer of the text without the number: one text -> ``[1, ...]``.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, texts: str | list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Tokenizes one text, alone or in a list."""
-        text, _, number = (texts if isinstance(texts, str) else texts[0]).rpartition(SEPARATOR)
-        tokens = self.tokenizer(text, *args, **kwargs)
-        return torch.cat([tokens.reshape(1, -1), torch.tensor([[int(number)]])], 1)
-
-
-def take_numbers(tokens: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
-    """Undoes `NumberedTokenizer` for a batch.
-
-    Args:
-        tokens: ``[B, n + 1]``.
-        shape: The tokens' shape for one sample.
-
-    Returns:
-        The tokens, ``[B, *shape]``, and the number of the batch's last sample.
-    """
-    return tokens[:, :-1].reshape(len(tokens), *shape), int(tokens[-1, -1])
-
-
-def _worker() -> int:
-    worker = get_worker_info()
-    return worker.id if worker else 0
+    def __iter__(self) -> Iterator[Any]:
+        if self.order is not None:
+            self.order.begin()
+        iterator: Iterator[Any] = super().__iter__()
+        return iterator

@@ -8,6 +8,7 @@ its ``state_dict``, ``optimizer``, ``scaler``, ``epoch`` and ``name`` are what o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import socket
@@ -20,15 +21,29 @@ from typing import Any
 import torch
 
 from arf_plugin.anchors.files import TEMPORARY, list_files, remove_incomplete, replacing
-from arf_plugin.data.resume import ResumePoint
-from arf_plugin.data.rng import preserved_rng, restore_rng
 from arf_plugin.errors import CheckpointError
+from arf_plugin.resume.rng import preserved_rng, restore_rng
 from arf_plugin.untrusted import printable, require_fields
 
 KEY = "arf"
 FORMAT = 1
 _MOST = 1 << 53  # of anything that is counted
 _INSTEAD = "Resume from an epoch's checkpoint, which has no part of ours: --resume epoch_E.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumePoint:
+    """Where training goes on.
+
+    Attributes:
+        epoch: The epoch that was not finished, from 0.
+        batches: Its batches per process that were trained on.
+        process: The loader's ``state_dict`` in this process; None where data order is fresh.
+    """
+
+    epoch: int
+    batches: int
+    process: Mapping[str, Any] | None = None
 
 
 def file_name(epoch: int, step: int) -> str:
@@ -71,7 +86,7 @@ def remove_finished(folder: Path, completed: int) -> None:
                 _remove(path)
 
 
-def is_torn(path: str) -> bool:
+def is_truncated(path: str) -> bool:
     """Whether a file begins like a checkpoint of torch's and does not end like one.
 
     Raises:
@@ -117,7 +132,7 @@ def describe(
         step: Optimizer steps of the run.
         batches: Micro-batches per process of the current epoch that were trained on.
         num_batches: Those of a whole epoch.
-        data: What determines the order of data, by name; see `arf_plugin.data.identity`.
+        data: What determines the order of data, by name; see `arf_plugin.resume.identity`.
         processes: State of each process's data streams and random numbers; None without ``--arf-deterministic``.
     """
     return {
@@ -162,11 +177,12 @@ def check_format(saved: Any, path: str) -> dict[str, Any]:
         )
     for rank, process in enumerate(saved["processes"] or ()):
         _check_process(process, f"{where}, process {rank}")
-    return saved
+    checked: dict[str, Any] = saved
+    return checked
 
 
 def _check_process(process: Any, where: str) -> None:
-    """Checks what `arf_plugin.data.resume.ResumableLoader.state` has said, by setting the random numbers once."""
+    """Checks what a loader's ``state_dict`` has said, by setting the random numbers once."""
     if not isinstance(process, dict):
         raise CheckpointError(f"{where}: found {type(process).__name__}, expected its state. {_INSTEAD}")
     require_fields(process, {"rng": dict, "streams": dict}, where, CheckpointError, _INSTEAD)

@@ -19,6 +19,7 @@ from arf_plugin.anchors.files import content_digest, digest, list_files_of
 from arf_plugin.anchors.tars import is_remote, local_path
 from arf_plugin.anchors.task import expand_urls, is_csv
 from arf_plugin.anchors.task_csv import read_csv
+from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import CheckpointError
 
@@ -32,30 +33,23 @@ _FILES_AT_ONCE = 1000  # images of a CSV whose digest is cached together
 
 
 def data_identity(
-    args: Any,
-    config: ArfConfig,
-    contents: dict[str, str | None],
-    *,
-    task_workers: int,
-    pair_workers: int,
-    pairs: int,
+    args: Any, config: ArfConfig, shape: Run, contents: dict[str, str | None]
 ) -> dict[str, Any]:
     """Collects it.
 
     Args:
         args: The trainer's arguments.
         config: The ARF flags.
+        shape: Which data a process gets.
         contents: What `content_of_data` found; empty where the order of data is fresh in each run.
-        task_workers: Loader workers of the task data.
-        pair_workers: Loader workers of the pair anchors.
-        pairs: A, pair anchors per process and micro-batch.
 
     Returns:
         Numbers and texts by name.
     """
     return {
         **{name: _plain(getattr(args, name, None)) for name in TRAINER_FLAGS},
-        **{"task_workers": task_workers, "pair_workers": pair_workers, "pair_batch_size": pairs},
+        **{"task_workers": shape.task_workers, "pair_workers": shape.pair_workers},
+        "pair_batch_size": shape.pair_batch,
         **contents,
         "missing_caption": config.missing_caption,
         **{"every": config.every, "trim_text": config.trim_text},
@@ -83,8 +77,8 @@ def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
                 task = _contents([args.train_data, *dict.fromkeys(images)], bar.update)
             else:
                 task = _contents(expand_urls(args.train_data, unique=False), bar.update)
-            captions = _half(config, "captions", ".parquet", bar.update) if config.caption_weight else None
-            pairs = _half(config, "pairs", ".tar", bar.update) if config.pair_weight else None
+            captions = _anchors(config, "captions", ".parquet", bar.update) if config.caption_weight else None
+            pairs = _anchors(config, "pairs", ".tar", bar.update) if config.pair_weight else None
     except OSError as cause:
         raise CheckpointError(
             f"Data cannot be read, so that a resumed run could not know them: {cause}"
@@ -92,7 +86,7 @@ def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
     return {"task contents": task, "caption contents": captions, "pair contents": pairs}
 
 
-def _half(config: ArfConfig, folder: str, suffix: str, advance: Any) -> str | None:
+def _anchors(config: ArfConfig, folder: str, suffix: str, advance: Any) -> str | None:
     if config.anchors is None:
         return None
     fs, names = list_files_of(config.anchors, folder, suffix)
