@@ -7,9 +7,9 @@ downloaded, and no setting of the card is changed. On a machine that has torch, 
 
     pip install --no-deps 'open_clip_torch>=3,<4' 'webdataset<=0.2.86' braceexpand ftfy wcwidth clip-benchmark
 
-(elsewhere also: timm huggingface_hub safetensors regex tqdm pandas pyarrow fsspec filelock packaging; transformers for
-the check of a captioner). Without clip-benchmark, what evaluates is left out, and said to be. The plugin need not be
-installed: it is taken from the checkout.
+(elsewhere also: timm huggingface_hub safetensors pydantic regex tqdm pandas pyarrow fsspec filelock packaging;
+transformers for the check of a captioner). Without clip-benchmark, what evaluates is left out, and said to be. The
+plugin need not be installed: it is taken from the checkout.
 
 Models have random weights, images are made. Checks of correctness run side by side, those of cost alone and one after
 the other. Each has a process and a time limit of its own: one that fails, hangs or breaks the device is reported and

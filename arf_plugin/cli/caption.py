@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from arf_plugin.cli import options
 
 if TYPE_CHECKING:
+    from arf_plugin.pipeline.caption import Scoring
     from arf_plugin.pipeline.caption_cleaning import Cleaning
-    from arf_plugin.pipeline.caption_score import Scoring
-    from arf_plugin.pipeline.generation import Generation
+    from arf_plugin.pipeline.captioner import Generation
 
 EXAMPLES = """\
   arf caption --train-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base --out ANCHORS
@@ -22,7 +22,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf caption``."""
     parser = options.add_parser(
         subparsers,
@@ -41,71 +41,42 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Adds the flags of the captioner and its generation."""
-    group = parser.add_argument_group("captioner")
-    group.add_argument(
-        "--captioner",
-        required=required,
-        metavar="NAME",
-        help="folder in the Hugging Face layout, or a model name on the hub: BLIP, GIT, VisionEncoderDecoder, ...; or "
-        "open_clip:MODEL@PRETRAINED, a CoCa model of open_clip",
+    """Adds the flags of the captioner, its generation, and what is done with what it says."""
+    positive = options.positive
+    add = parser.add_argument_group("captioner").add_argument
+    kinds = (
+        "folder in the Hugging Face layout, or a model name on the hub: BLIP, GIT, VisionEncoderDecoder, ...; or "
+        "open_clip:MODEL@PRETRAINED, a CoCa model of open_clip"
     )
-    group.add_argument("--prompt", default="", help="text before the caption, for models that take one")
-    group.add_argument(
-        "--num-beams", type=options.positive, default=1, metavar="N", help="1: greedy (default)"
+    add("--captioner", required=required, metavar="NAME", help=kinds)
+    add("--prompt", default="", help="text before the caption, for models that take one")
+    add("--num-beams", type=positive, default=1, metavar="N", help="1: greedy (default)")
+    add("--top-p", type=float, metavar="P", help="nucleus sampling instead of beam search")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
+    add("--min-new-tokens", type=int, default=0, metavar="N")
+    add("--max-new-tokens", type=positive, default=30, metavar="N", help="default: %(default)s")
+    add("--captions-per-image", type=positive, default=1, metavar="N")
+    add("--caption-seed", type=int, default=0, metavar="N", help="of the sampling")
+    add = parser.add_argument_group("caption clean-up and score").add_argument
+    strip = (
+        "remove this at the front of captions, beside 'there is', 'this is', 'the image shows' and the like; may be "
+        "given several times"
     )
-    group.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling instead of beam search")
-    group.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
-    group.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
-    group.add_argument(
-        "--max-new-tokens", type=options.positive, default=30, metavar="N", help="default: %(default)s"
-    )
-    group.add_argument("--captions-per-image", type=options.positive, default=1, metavar="N")
-    group.add_argument("--caption-seed", type=int, default=0, metavar="N", help="of the sampling")
-    group = parser.add_argument_group("caption clean-up and score")
-    group.add_argument(
-        "--strip-prefix",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="remove this at the front of captions, beside 'there is', 'this is', 'the image shows' and the like; may "
-        "be given several times",
-    )
-    group.add_argument(
-        "--raw-captions",
-        action="store_true",
-        help="keep boilerplate and repeated words as the captioner says them",
-    )
-    group.add_argument(
-        "--min-words",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="drop shorter captions (%(default)s)",
-    )
-    group.add_argument(
-        "--score-model",
-        metavar="M",
-        help="open_clip model that adds the column score: the cosine to the image",
-    )
-    group.add_argument("--score-pretrained", metavar="P", help="its open_clip tag or checkpoint file")
-    group.add_argument("--min-score", type=float, metavar="COS", help="drop captions that score less")
+    add("--strip-prefix", action="append", default=[], metavar="TEXT", help=strip)
+    raw = "keep boilerplate and repeated words as the captioner says them"
+    add("--raw-captions", action="store_true", help=raw)
+    add("--min-words", type=positive, default=1, metavar="N", help="drop shorter captions (%(default)s)")
+    score = "open_clip model that adds the column score: the cosine to the image"
+    add("--score-model", metavar="M", help=score)
+    add("--score-pretrained", metavar="P", help="its open_clip tag or checkpoint file")
+    add("--min-score", type=float, metavar="COS", help="drop captions that score less")
 
 
 def generation(args: argparse.Namespace) -> Generation:
     """Generation settings from the command line."""
-    from arf_plugin.pipeline.generation import Generation
+    from arf_plugin.pipeline.captioner import Generation
 
-    return Generation(
-        num_beams=args.num_beams,
-        max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.min_new_tokens,
-        top_p=args.top_p,
-        temperature=args.temperature,
-        captions_per_image=args.captions_per_image,
-        prompt=args.prompt,
-        seed=args.caption_seed,
-    )
+    return options.from_args(Generation, args, seed=args.caption_seed)
 
 
 def cleaning(args: argparse.Namespace) -> Cleaning:
@@ -119,10 +90,11 @@ def cleaning(args: argparse.Namespace) -> Cleaning:
 def scoring(args: argparse.Namespace) -> Scoring | None:
     """Score settings from the command line."""
     from arf_plugin.errors import FlagError
-    from arf_plugin.pipeline.caption_score import Scoring
+    from arf_plugin.pipeline.caption import Scoring
+    from arf_plugin.pipeline.embedder import ClipModel
 
     if args.score_model:
-        return Scoring(args.score_model, args.score_pretrained, args.min_score)
+        return Scoring(ClipModel(args.score_model, args.score_pretrained, args.precision), args.min_score)
     if args.min_score is not None or args.score_pretrained:
         raise FlagError("--min-score and --score-pretrained need --score-model, the model that scores.")
     return None
@@ -132,17 +104,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
     from arf_plugin.pipeline.caption import CaptionStage
 
-    stage = CaptionStage(
-        args.out,
-        options.task_source(args),
-        args.captioner,
-        generation(args),
-        cleaning=cleaning(args),
-        scoring=scoring(args),
-        batch_size=args.batch_size,
-        device=args.device,
-        precision=args.precision,
-        workers=args.workers,
-        rank=options.local_rank(),
-    )
-    return options.execute(stage, args)
+    task = options.task_source(args)
+    made = (generation(args), cleaning(args), scoring(args), args.precision)
+    return options.execute(CaptionStage(args.out, task, args.captioner, *made), args)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arf_plugin.cli import options
+
+if TYPE_CHECKING:
+    from arf_plugin.pipeline.stage import Stage
 
 EXAMPLES = """\
   arf embed --pool 'pool/{0000..0331}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/pool
@@ -16,7 +20,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf embed``."""
     parser = options.add_parser(
         subparsers,
@@ -27,34 +31,18 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         EXAMPLES,
     )
     options.add_task_options(parser, required=False)
-    parser.add_argument(
-        "--pool", metavar="DATA", help="pool tars with braces and ::, instead of --train-data"
-    )
-    parser.add_argument(
-        "--captions",
-        type=Path,
-        metavar="ANCHORS",
-        help="captions of an anchor set, as text queries of arf retrieve",
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="CLASSNAMES",
-        help="file of class names, or imagenet: one text query per class, the mean over --templates",
-    )
-    parser.add_argument(
-        "--templates",
-        default="imagenet",
-        metavar="FILE",
-        help="of --prompts: file of templates, or imagenet (default)",
-    )
-    parser.add_argument(
-        "--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the embedding folder")
+    add = parser.add_argument
+    add("--pool", metavar="DATA", help="pool tars with braces and ::, instead of --train-data")
+    captions = "captions of an anchor set, as text queries of arf retrieve"
+    add("--captions", type=Path, metavar="ANCHORS", help=captions)
+    prompts = "file of class names, or imagenet: one text query per class, the mean over --templates"
+    add("--prompts", metavar="CLASSNAMES", help=prompts)
+    templates = "of --prompts: file of templates, or imagenet (default)"
+    add("--templates", default="imagenet", metavar="FILE", help=templates)
+    add("--salvage", action="store_true", help="take what is whole of damaged pool tars, and go on")
+    add("--out", type=Path, required=True, metavar="DIR", help="the embedding folder")
     add_model_options(parser, required=True)
-    parser.add_argument(
-        "--modality", choices=("image", "text", "both"), default="image", help="default: image"
-    )
+    add("--modality", choices=("image", "text", "both"), default="image", help="default: image")
     options.add_device_options(parser, batch_size=256)
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -62,56 +50,33 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool) -> None:
     """Adds the flags of the open_clip model."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", required=required, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME"
-    )
-    group.add_argument("--pretrained", metavar="P", help="open_clip tag or checkpoint file")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=required, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME")
+    add("--pretrained", metavar="P", help="open_clip tag or checkpoint file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
     from arf_plugin.anchors.task import expand_urls
     from arf_plugin.errors import FlagError, PoolError
-    from arf_plugin.pipeline.embed import EmbedStage
-    from arf_plugin.pipeline.source import Source, TarSource
-    from arf_plugin.pipeline.text_queries import CaptionTexts, EmbedTextsStage, PromptTexts, TextSource
+    from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
+    from arf_plugin.pipeline.embedder import ClipModel
+    from arf_plugin.pipeline.source import TarSource
+    from arf_plugin.pipeline.text_queries import CaptionTexts, PromptTexts
 
     if sum(given is not None for given in (args.pool, args.task_data, args.captions, args.prompts)) != 1:
         raise FlagError(
             "arf embed needs what to embed: one of --pool, --train-data, --captions and --prompts."
         )
-    if args.captions or args.prompts:
-        texts: TextSource = (
-            CaptionTexts(args.captions) if args.captions else PromptTexts(args.prompts, args.templates)
-        )
-        queries = EmbedTextsStage(
-            args.out,
-            texts,
-            args.model,
-            args.pretrained,
-            batch_size=args.batch_size,
-            device=args.device,
-            precision=args.precision,
-            rank=options.local_rank(),
-        )
-        return options.execute(queries, args)
-    source: Source = (
-        options.task_source(args)
-        if args.task_data
-        else TarSource(expand_urls(args.pool, PoolError), PoolError, args.salvage)
-    )
-    stage = EmbedStage(
-        args.out,
-        source,
-        args.model,
-        args.pretrained,
-        modality=args.modality,
-        require_text=args.pool is not None,
-        batch_size=args.batch_size,
-        device=args.device,
-        precision=args.precision,
-        workers=args.workers,
-        rank=options.local_rank(),
-    )
+    model = ClipModel(args.model, args.pretrained, args.precision)
+    stage: Stage
+    if args.captions:
+        stage = EmbedTextsStage(args.out, CaptionTexts(args.captions), model)
+    elif args.prompts:
+        stage = EmbedTextsStage(args.out, PromptTexts(args.prompts, args.templates), model)
+    elif args.task_data:
+        stage = EmbedStage(args.out, options.task_source(args), model, args.modality)
+    else:
+        pool = TarSource(expand_urls(args.pool, PoolError), PoolError, args.salvage)
+        stage = EmbedStage(args.out, pool, model, args.modality, require_text=True)
     return options.execute(stage, args)

@@ -13,7 +13,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf index``."""
     parser = options.add_parser(
         subparsers,
@@ -25,9 +25,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--embeddings", type=Path, required=True, metavar="DIR", help="embedding folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="index folder")
-    parser.add_argument(
-        "--factory", default="Flat", help="faiss's description of the index (default: Flat, exact)"
-    )
+    factory = "faiss's description of the index (default: Flat, exact)"
+    parser.add_argument("--factory", default="Flat", help=factory)
     parser.add_argument("--modality", choices=("image", "text"), default="image", help="default: image")
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -38,6 +37,5 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.pipeline.embeddings import Embeddings
     from arf_plugin.pipeline.index import IndexStage
 
-    return options.execute(
-        IndexStage(args.out, Embeddings(args.embeddings, args.modality), args.factory), args
-    )
+    embeddings = Embeddings(args.embeddings, args.modality)
+    return options.execute(IndexStage(args.out, embeddings, args.factory), args)

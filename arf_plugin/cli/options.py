@@ -6,16 +6,18 @@ import argparse
 import os
 import sys
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from arf_plugin.flags import number_type
 from arf_plugin.untrusted import printable, printable_json
 
 if TYPE_CHECKING:
-    from arf_plugin.pipeline.runner import RunOptions
+    from arf_plugin.pipeline.execution import Execution
     from arf_plugin.pipeline.source import Source
     from arf_plugin.pipeline.stage import Stage
 
+_T = TypeVar("_T")
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
@@ -112,19 +114,28 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 500M or 4G") from None
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
-    """Run options from the command line and the environment's ranks."""
+def execution(args: argparse.Namespace) -> Execution:
+    """How to execute, from the command line and the environment's ranks."""
     from arf_plugin.cli.processes import is_child
-    from arf_plugin.pipeline.ranks import ranks
-    from arf_plugin.pipeline.runner import RunOptions
+    from arf_plugin.pipeline.execution import Execution, ranks
 
     rank, world = ranks()
-    return RunOptions(bool(args.restart) and not is_child(), args.max_bad_fraction, rank, world)
+    given = {name: getattr(args, name) for name in ("device", "workers", "batch_size") if hasattr(args, name)}
+    return Execution(
+        rank,
+        world,
+        # of this process on its node
+        local_rank=int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0),
+        restart=bool(args.restart) and not is_child(),
+        max_bad_fraction=args.max_bad_fraction,
+        **given,
+    )
 
 
-def local_rank() -> int:
-    """Number of this process on its node, which picks its GPU."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+def from_args(kind: type[_T], args: argparse.Namespace, **others: Any) -> _T:
+    """A data class whose fields are called as their flags; those that are not are given by name."""
+    names = {field.name for field in fields(kind)} - set(others)  # type: ignore[arg-type]
+    return kind(**others, **{name: getattr(args, name) for name in names})
 
 
 def task_source(args: argparse.Namespace) -> Source:
@@ -154,7 +165,7 @@ def execute(stage: Stage, args: argparse.Namespace) -> int:
             restart(stage)
         processes.share(args)
         args.restart = False  # what is left is to finalize, if the last process has not, and to tell
-    show(run_stage(stage, run_options(args)), args.json, "done")
+    show(run_stage(stage, execution(args)), args.json, "done")
     return 0
 
 

@@ -13,7 +13,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf pack``."""
     parser = options.add_parser(
         subparsers,
@@ -22,15 +22,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "Writes ANCHORS/pairs/NNNNNN.tar from the pool's tars; opens only those that hold a chosen pair.",
         EXAMPLES,
     )
-    parser.add_argument(
-        "--retrieved", type=Path, required=True, metavar="DIR", help="output folder of: arf retrieve"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="ANCHORS", help="the anchor set")
-    parser.add_argument(
-        "--pool",
-        metavar="DATA",
-        help="pool tars; needed if they have moved, or if clip-retrieval made the embeddings",
-    )
+    add = parser.add_argument
+    add("--retrieved", type=Path, required=True, metavar="DIR", help="output folder of: arf retrieve")
+    add("--out", type=Path, required=True, metavar="ANCHORS", help="the anchor set")
+    pool = "pool tars; needed if they have moved, or if clip-retrieval made the embeddings"
+    add("--pool", metavar="DATA", help=pool)
     add_pack_options(parser)
     options.add_run_options(parser)
     parser.set_defaults(run=run)
@@ -38,13 +34,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def add_pack_options(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the output shards."""
-    parser.add_argument(
-        "--shard-size",
-        type=options.positive,
-        default=1000,
-        metavar="N",
-        help="pairs per shard (default: %(default)s)",
-    )
+    size = "pairs per shard (default: %(default)s)"
+    parser.add_argument("--shard-size", type=options.positive, default=1000, metavar="N", help=size)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,4 +45,4 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.pipeline.pack import PackStage
 
     pool = expand_urls(args.pool, PoolError) if args.pool else None
-    return options.execute(PackStage(args.out, args.retrieved, pool, shard_size=args.shard_size), args)
+    return options.execute(PackStage(args.out, args.retrieved, pool, args.shard_size), args)

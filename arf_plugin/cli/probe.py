@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.evaluation.checkpoints import write_weights
     from arf_plugin.evaluation.probe import GRID, embed, probe
     from arf_plugin.evaluation.run_settings import Run, note
-    from arf_plugin.pipeline.device import pick_device
+    from arf_plugin.pipeline.execution import pick_device
 
     warn_as("arf probe")
     names = load_classnames(args.classnames, "--classnames")

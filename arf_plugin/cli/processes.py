@@ -43,7 +43,7 @@ def wanted(args: argparse.Namespace) -> bool:
     Raises:
         FlagError: if torchrun or SLURM shares the work already.
     """
-    from arf_plugin.pipeline.ranks import ranks
+    from arf_plugin.pipeline.execution import ranks
 
     if args.processes == 1 or args.dry_run or is_child():
         return False

@@ -1,21 +1,17 @@
-"""Images in batches: of sets that are read in any order, in processes; of a stream, in threads."""
+"""Images in batches, of sets that are read in any order, in processes; :mod:`arf_plugin.images` has a stream's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.pipeline.source import map_ordered
 
 if TYPE_CHECKING:
     import torch
 
     from arf_plugin.evaluation.sets import EvaluationSet
-
-_Sample = TypeVar("_Sample")
-_Loaded = TypeVar("_Loaded")
 
 
 @dataclass(frozen=True)
@@ -102,32 +98,3 @@ def decode(
             yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)
 
     return received()
-
-
-def load_batches(
-    samples: Iterable[_Sample],
-    load: Callable[[_Sample], _Loaded],
-    batch_size: int,
-    workers: int,
-    reject: Callable[[_Sample, Exception], object],
-) -> Iterator[list[tuple[_Sample, _Loaded]]]:
-    """Loads a stream of samples in threads and yields them in batches, in order.
-
-    Args:
-        samples: such as images as they are stored.
-        load: decodes one.
-        batch_size: samples in a batch; the last one has what is left.
-        workers: threads; 0 loads in the calling thread.
-        reject: told of a sample that cannot be loaded, and why; it is in no batch.
-    """
-    batch: list[tuple[_Sample, _Loaded]] = []
-    for sample, loaded in map_ordered(load, samples, workers, ahead=2 * batch_size):
-        if isinstance(loaded, Exception):
-            reject(sample, loaded)
-            continue
-        batch.append((sample, loaded))
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

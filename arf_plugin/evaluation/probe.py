@@ -127,7 +127,7 @@ def embed(
     import torch
 
     from arf_plugin.anchors.images import decode_image
-    from arf_plugin.evaluation.batches import load_batches
+    from arf_plugin.images import load_batches
 
     ids: list[str] = []
     labels: list[int] = []

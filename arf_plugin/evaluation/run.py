@@ -75,7 +75,7 @@ def evaluate(
     """
     import torch
 
-    from arf_plugin.pipeline.device import pick_device
+    from arf_plugin.pipeline.execution import pick_device
 
     if precision not in PRECISIONS:
         raise EvaluationError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}.")

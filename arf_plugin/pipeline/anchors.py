@@ -7,7 +7,7 @@
     pool      --embed----> WORK/pool --+--retrieve--> WORK/retrieve --pack--> ANCHORS/pairs
 
 The pool may also be searched by the captions, or by class prompts; these are embedded in the task images' place. Either
-half may be left out: without a captioner there are no captions, without a pool no pairs.
+kind may be left out: without a captioner there are no captions, without a pool no pairs.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import PoolError, StageError
-from arf_plugin.pipeline.caption import CaptionStage
+from arf_plugin.pipeline.caption import CaptionStage, Scoring
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.caption_score import Scoring
-from arf_plugin.pipeline.duplicates import Exclusion
-from arf_plugin.pipeline.embed import EmbedStage
+from arf_plugin.pipeline.captioner import Generation
+from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
+from arf_plugin.pipeline.embedder import ClipModel
 from arf_plugin.pipeline.embeddings import Embeddings
-from arf_plugin.pipeline.generation import Generation
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.pack import PackStage
 from arf_plugin.pipeline.retrieve import RetrieveStage
-from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
-from arf_plugin.pipeline.selection import Selection
+from arf_plugin.pipeline.runner import describe, run_stage
+from arf_plugin.pipeline.selection import Exclusion, Selection
 from arf_plugin.pipeline.source import Source, TarSource
 from arf_plugin.pipeline.stage import Stage
-from arf_plugin.pipeline.text_queries import CaptionTexts, EmbedTextsStage, PromptTexts
+from arf_plugin.pipeline.text_queries import CaptionTexts, PromptTexts
+
+_WAIT = 3600  # seconds without any progress of the other ranks
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,17 @@ class Build:
         captioner: captioner of the caption anchors; None leaves them out.
         generation: settings of the captioner.
         cleaning, scoring: how captions are cleaned and scored.
+        precision: of the captioner; that of the search is its model's.
+        caption_batch_size: images per batch of the captioner; that of embedding is the execution's.
         pool: URLs of the pool's tars; None leaves pair anchors out.
-        model, pretrained: open_clip model of the search.
+        model: open_clip model of the search.
         selection: which hits become pairs.
         query_by: what the pool is searched by: ``image``, ``caption`` or ``prompt``.
         prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.text_queries.PromptTexts`.
         exclusion: images that no pair may show.
-        search: how to search; its device and rank are those below.
+        search: how to search.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
-        caption_batch_size, embed_batch_size, device, precision, workers, local_rank: how to compute.
     """
 
     out: Path
@@ -66,9 +69,10 @@ class Build:
     generation: Generation = field(default_factory=Generation)
     cleaning: Cleaning = field(default_factory=Cleaning)
     scoring: Scoring | None = None
+    precision: str = "auto"
+    caption_batch_size: int = 32
     pool: list[str] | None = None
-    model: str = ""
-    pretrained: str | None = None
+    model: ClipModel | None = None
     selection: Selection = field(default_factory=Selection)
     query_by: str = "image"
     prompts: PromptTexts | None = None
@@ -76,17 +80,11 @@ class Build:
     search: Search = field(default_factory=Search)
     salvage: bool = False
     shard_size: int = 1000
-    caption_batch_size: int = 32
-    embed_batch_size: int = 256
-    device: str = "auto"
-    precision: str = "auto"
-    workers: int = 2
-    local_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.captioner is None and self.pool is None:
             raise StageError("Nothing to build: give --captioner for captions, --pool for pairs, or both.")
-        if self.pool is not None and not self.model:
+        if self.pool is not None and self.model is None:
             raise StageError(
                 "Pairs are found with an open_clip model: add --model (and --pretrained) to --pool."
             )
@@ -98,92 +96,59 @@ class Build:
         if self.captioner is not None:
             yield self.caption
         if self.pool is not None:
-            yield self.embed_task
-            yield self.embed_pool
-            yield self.retrieve
-            yield self.pack
+            yield from (self.embed_queries, self.embed_pool, self.retrieve, self.pack)
 
     def caption(self) -> Stage:
         """The stage caption."""
-        assert self.captioner is not None
         return CaptionStage(
             self.out,
             self.task,
-            self.captioner,
+            self.captioner or "",
             self.generation,
-            cleaning=self.cleaning,
-            scoring=self.scoring,
-            work=self.work / "caption",
-            batch_size=self.caption_batch_size,
-            device=self.device,
-            precision=self.precision,
-            workers=self.workers,
-            rank=self.local_rank,
+            self.cleaning,
+            self.scoring,
+            self.precision,
+            work_folder=self.work / "caption",
         )
 
-    def embed_task(self) -> Stage:
+    def embed_queries(self) -> Stage:
         """The stage embed for the queries: the task's images, or texts in their place."""
+        assert self.model is not None
         if self.query_by == "image":
-            return self._embed("task", self.task, require_text=False)
-        return EmbedTextsStage(
-            self.work / f"{self.query_by}s",
-            self.prompts or CaptionTexts(self.out),
-            self.model,
-            self.pretrained,
-            batch_size=self.embed_batch_size,
-            device=self.device,
-            precision=self.precision,
-            rank=self.local_rank,
-        )
+            return EmbedStage(self._queries, self.task, self.model)
+        return EmbedTextsStage(self._queries, self.prompts or CaptionTexts(self.out), self.model)
 
     def embed_pool(self) -> Stage:
         """The stage embed for the pool."""
-        return self._embed("pool", TarSource(self.pool or [], PoolError, self.salvage), require_text=True)
+        assert self.model is not None
+        source = TarSource(self.pool or [], PoolError, self.salvage)
+        return EmbedStage(self.work / "pool", source, self.model, require_text=True)
 
     def retrieve(self) -> Stage:
         """The stage retrieve."""
-        if self.query_by == "image":
-            queries = Embeddings(self.work / "task")
-        else:
-            queries = Embeddings(self.work / f"{self.query_by}s", "text")
+        queries = Embeddings(self._queries, "image" if self.query_by == "image" else "text")
         pool = Embeddings(self.work / "pool")
-        out = self.work / "retrieve"
         return RetrieveStage(
-            out,
-            queries,
-            pool,
-            self.selection,
-            exclusion=self.exclusion,
-            search=replace(self.search, device=self.device, rank=self.local_rank),
+            self.work / "retrieve", queries, pool, self.selection, self.exclusion, self.search
         )
 
     def pack(self) -> Stage:
         """The stage pack."""
         return PackStage(
-            self.out, self.work / "retrieve", self.pool, shard_size=self.shard_size, work=self.work / "pack"
+            self.out, self.work / "retrieve", self.pool, self.shard_size, work_folder=self.work / "pack"
         )
 
-    def _embed(self, name: str, source: Source, require_text: bool) -> Stage:
-        return EmbedStage(
-            self.work / name,
-            source,
-            self.model,
-            self.pretrained,
-            require_text=require_text,
-            batch_size=self.embed_batch_size,
-            device=self.device,
-            precision=self.precision,
-            workers=self.workers,
-            rank=self.local_rank,
-        )
+    @property
+    def _queries(self) -> Path:
+        return self.work / {"image": "task", "caption": "captions", "prompt": "prompts"}[self.query_by]
 
 
-def build_anchors(build: Build, options: RunOptions, restart: Collection[str] = ()) -> list[dict[str, Any]]:
+def build_anchors(build: Build, execution: Execution, restart: Collection[str] = ()) -> list[dict[str, Any]]:
     """Runs all stages; each waits until the other ranks have finished the one before.
 
     Args:
         build: what to build.
-        options: how to run; its ``restart`` is set per stage.
+        execution: how; its ``restart`` is set per stage.
         restart: names of the stages whose earlier work is thrown away.
 
     Returns:
@@ -194,19 +159,22 @@ def build_anchors(build: Build, options: RunOptions, restart: Collection[str] = 
     summaries = []
     for make in build.stages():
         stage = make()
-        summary = run_stage(stage, replace(options, restart=stage.name in restart))
+        batch_size = build.caption_batch_size if stage.name == "caption" else execution.batch_size
+        mine = replace(execution, restart=stage.name in restart, batch_size=batch_size)
+        summary = run_stage(stage, mine)
         if not summary["finished"]:
-            summary = _wait(stage, summary)
+            _wait(stage, summary["shards"])
+            summary = run_stage(stage, replace(mine, rank=0, world=1, restart=False))  # finds the summary
         summaries.append(summary)
     return summaries
 
 
-def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -> dict[str, Any]:
+def plan_anchors(build: Build, advance: Callable[[], object] | None = None) -> dict[str, Any]:
     """Returns what :func:`build_anchors` would do, with counts, from the headers of all tars.
 
     Args:
         build: what to build.
-        advance: called with the URL of each pool tar when it has been looked at.
+        advance: called when a pool tar has been looked at.
     """
     from arf_plugin.anchors.scan import scan_shard
 
@@ -218,7 +186,7 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
             scan = scan_shard(url, PoolError)
             pairs += len(scan.keys) - scan.without_text
             if advance is not None:
-                advance(url)
+                advance()
         if build.query_by == "caption":  # they may not have been generated yet
             counts = [shard.samples for shard in build.task.shards()]
             known = sum(count for count in counts if count is not None) if None not in counts else None
@@ -226,7 +194,7 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
             out = str(build.work / "captions")
             plans.append({"stage": "embed", "out": out, "shards": len(counts), "samples": at_most})
         else:
-            plans.append(describe(build.embed_task()))
+            plans.append(describe(build.embed_queries()))
         plans.append(describe(build.embed_pool()))
         result["pool"] = {"tars": len(build.pool), "pairs": pairs}
         queries = plans[-2]["samples"]
@@ -239,18 +207,16 @@ def plan_anchors(build: Build, advance: Callable[[str], object] | None = None) -
     return result | {"stages": plans}
 
 
-def _wait(stage: Stage, summary: dict[str, Any], seconds: float = 10) -> dict[str, Any]:
+def _wait(stage: Stage, shards: int) -> None:
     """Waits for other ranks; gives up when nothing has happened for an hour."""
-    done = stage.work / "done"
     last, since = -1, time.monotonic()
     while not (stage.work / "finished.json").exists():
-        count = sum(1 for _ in done.glob("*.json"))
+        count = sum(1 for _ in (stage.work / "done").glob("*.json"))
         if count != last:
             last, since = count, time.monotonic()
-        if time.monotonic() - since > 3600:
+        if time.monotonic() - since > _WAIT:
             raise StageError(
-                f"Waited an hour for the other ranks to finish stage {stage.name}: {count} of {summary['shards']} "
+                f"Waited an hour for the other ranks to finish stage {stage.name}: {count} of {shards} "
                 "shards are done. Have they all been started? Start this command again to go on."
             )
-        time.sleep(min(seconds, 1.0))
-    return run_stage(stage)
+        time.sleep(1)

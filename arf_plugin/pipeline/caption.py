@@ -6,161 +6,160 @@ the image features near where pretraining put them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
+from arf_plugin.errors import FlagError
+from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.caption_score import CaptionScorer, Scoring
-from arf_plugin.pipeline.captioner import captioner_identity, load_captioner
-from arf_plugin.pipeline.device import pick_device, pick_dtype
-from arf_plugin.pipeline.generation import Generation, ImageCaptioner
-from arf_plugin.pipeline.source import RawSample, Source, map_ordered
+from arf_plugin.pipeline.captioner import Generation, captioner_identity, load_captioner
+from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
+from arf_plugin.pipeline.execution import Execution, pick_dtype
+from arf_plugin.pipeline.source import RawSample, Source
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import write_table
 
 if TYPE_CHECKING:
     import PIL.Image
+    import torch
 
-_Batch = tuple[list[RawSample], list["PIL.Image.Image"]]
+_Row = tuple[str, str, "float | None"]  # id, caption, score
+_Batch = list[tuple[RawSample, "PIL.Image.Image"]]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """CLIP-score: the cosine between image and caption, by an open_clip model; and what it lets through.
+
+    Source: Hessel et al., "CLIPScore", EMNLP 2021, without its factor of 2.5 and its cut at zero.
+
+    Attributes:
+        model: the open_clip model.
+        min_score: captions below are left out; None keeps all.
+    """
+
+    model: ClipModel
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and not -1 <= self.min_score <= 1:
+            raise FlagError(f"--min-score {self.min_score}: a cosine lies between -1 and 1.")
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        return {"model": self.model.identity(), "min_score": self.min_score}
+
+
+@dataclass
 class CaptionStage(Stage):
     """Writes ``captions/part-NNNNN.parquet``, one part per task shard, with columns id, caption and perhaps score.
 
-    Args:
-        out: the anchor set.
+    Attributes:
         task: task data.
         captioner: model folder or hub name, or ``open_clip:MODEL@PRETRAINED``.
         generation: settings of the generation.
         cleaning: how captions are cleaned.
         scoring: the model that scores them; None leaves the column out.
-        work: folder of the bookkeeping.
-        batch_size: images per batch.
-        device, precision: see :mod:`arf_plugin.pipeline.device`.
-        workers: threads that decode images.
-        rank: this process's rank, which picks its GPU.
+        precision: of the captioner; see :func:`arf_plugin.pipeline.execution.pick_dtype`.
     """
 
+    task: Source
+    captioner: str
+    generation: Generation = field(default_factory=Generation)
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    scoring: Scoring | None = None
+    precision: str = "auto"
     name = "caption"
     shard_inputs = "task"
-
-    def __init__(
-        self,
-        out: Path,
-        task: Source,
-        captioner: str,
-        generation: Generation | None = None,
-        *,
-        cleaning: Cleaning | None = None,
-        scoring: Scoring | None = None,
-        work: Path | None = None,
-        batch_size: int = 32,
-        device: str = "auto",
-        precision: str = "auto",
-        workers: int = 2,
-        rank: int = 0,
-    ) -> None:
-        super().__init__(out, work)
-        self._task, self._name = task, captioner
-        self._generation = generation or Generation()
-        self._batch_size, self._workers = batch_size, workers
-        self._device_name, self._precision, self._rank = device, precision, rank
-        self._clean, self._scoring = cleaning or Cleaning(), scoring
-        self._captioner: ImageCaptioner | None = None
-        self._scorer: CaptionScorer | None = None
 
     def config(self) -> dict[str, Any]:
         """Captioner, generation settings and task data; batch size and device are free to change."""
         return {
-            "captioner": captioner_identity(self._name),
-            "precision": self._precision,
-            "generation": self._generation.config(),
-            "cleaning": self._clean.config(),
-            "score": self._scoring.config() if self._scoring else None,
-            "task": self._task.fingerprint(),
+            "captioner": captioner_identity(self.captioner),
+            "precision": self.precision,
+            "generation": self.generation.config(),
+            "cleaning": self.cleaning.config(),
+            "score": self.scoring.config() if self.scoring else None,
+            "task": self.task.fingerprint(),
         }
 
     def plan(self) -> list[Shard]:
         """One shard per task shard."""
-        return self._task.shards()
+        return self.task.shards()
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One parquet file per shard."""
         return [self.out / "captions" / f"part-{shard.name}.parquet" for shard in shards]
 
-    def prepare(self) -> None:
+    def prepare(self, execution: Execution) -> None:
         """Loads the captioner, and the model that scores."""
-        device = pick_device(self._device_name, self._rank)
-        dtype = pick_dtype(self._precision, device)
-        self._captioner = load_captioner(self._name, device, dtype, self._generation)
-        if self._scoring is not None:
-            self._scorer = CaptionScorer(self._scoring, device, dtype)
+        device = execution.torch_device()
+        self._speaker = load_captioner(
+            self.captioner, device, pick_dtype(self.precision, device), self.generation
+        )
+        self._clip = self.scoring.model.load(execution) if self.scoring else None
 
     def input_digest(self, shard: Shard) -> str | None:
         """Content of the images."""
-        return self._task.content(shard)
+        return self.task.content(shard)
 
     def begin(self) -> None:
         """Notes in the anchor set that its captions are not whole."""
         begin_kind(self.out, "captions")
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Captions a shard."""
+        import pyarrow as pa
         import torch
 
-        captioner, scorer = self._captioner, self._scorer
-        assert captioner is not None, "prepare() comes first"
+        clip = self._clip
 
-        def prepare(batch: _Batch) -> tuple[dict[str, Any], Any]:
-            return captioner.inputs(batch[1]), scorer.pixels(batch[1]) if scorer else None
+        def inputs(batch: _Batch) -> tuple[dict[str, Any], list[torch.Tensor]]:
+            images = [image for _, image in batch]
+            return self._speaker.inputs(images), [clip.preprocess(image) for image in images] if clip else []
 
-        torch.manual_seed(self._generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
+        torch.manual_seed(self.generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
         outcome = Outcome()
-        rows: list[tuple[str, str, float | None]] = []
+        rows: list[_Row] = []
+        batches = load_batches(
+            self.task.read(shard),
+            _decode,
+            execution.batch_size,
+            execution.workers,
+            reject=lambda sample, reason: outcome.reject(sample.id, str(reason)),
+        )
         # One thread prepares the next batches while the model generates.
-        prepared = map_ordered(prepare, self._batches(shard, outcome), workers=1, ahead=3)
-        for (samples, _), inputs in prepared:
-            if isinstance(inputs, Exception):
-                raise inputs
-            said = captioner.captions(inputs[0])
-            cleaned = [list(dict.fromkeys(filter(None, map(self._clean, group)))) for group in said]
-            scores = (
-                scorer.scores(inputs[1], cleaned) if scorer else [[None] * len(group) for group in cleaned]
+        for batch, prepared in map_ordered(inputs, batches, workers=1, ahead=3):
+            if isinstance(prepared, Exception):
+                raise prepared
+            said = self._speaker.captions(prepared[0])
+            cleaned = [list(dict.fromkeys(filter(None, map(self.cleaning, group)))) for group in said]
+            scored = (
+                _scores(clip, prepared[1], cleaned) if clip else [[None] * len(group) for group in cleaned]
             )
-            for i, sample in enumerate(samples):
-                pairs = list(zip(cleaned[i], scores[i], strict=True))
-                self._keep(sample, said[i], pairs, rows, outcome)
-            advance(len(samples))
+            for i, (sample, _) in enumerate(batch):
+                pairs: list[tuple[str, float | None]] = list(zip(cleaned[i], scored[i], strict=True))
+                good = [pair for pair in pairs if self._passes(pair[1])]
+                rows += [(sample.id, *pair) for pair in good]
+                if good:
+                    outcome.kept += 1
+                else:
+                    outcome.reject(sample.id, self._reason(said[i], pairs))
+            advance(len(batch))
+        outcome.samples = outcome.kept + len(outcome.rejects)
         rows.sort(key=lambda row: row[:2])
-        write_captions(self.artifacts([shard])[0], rows, scored=scorer is not None)
+        columns = {"id": pa.array([row[0] for row in rows], pa.string())}
+        columns["caption"] = pa.array([row[1] for row in rows], pa.string())
+        if clip is not None:
+            columns["score"] = pa.array([row[2] for row in rows], pa.float32())
+        write_table(self.artifacts([shard])[0], pa.table(columns))
         return outcome
 
-    def _keep(
-        self,
-        sample: RawSample,
-        said: list[str],
-        pairs: Sequence[tuple[str, float | None]],
-        rows: list[tuple[str, str, float | None]],
-        outcome: Outcome,
-    ) -> None:
-        """Adds the good captions of a sample to the rows, or rejects the sample if there is none."""
-        least = self._scoring.min_score if self._scoring else None
-        good = [pair for pair in pairs if least is None or (pair[1] is not None and pair[1] >= least)]
-        if good:
-            outcome.kept += 1
-            rows += [(sample.id, *pair) for pair in good]
-        elif pairs:
-            best = max(pairs, key=lambda pair: pair[1] or -1.0)
-            outcome.reject(sample.id, f"scores at most {best[1]:.3f} (--min-score {least:g}): {best[0]!r}")
-        elif any(text.strip() for text in said):
-            outcome.reject(sample.id, f"nothing is left of {said[0][:200]!r}")
-        else:
-            outcome.reject(sample.id, "the captioner said nothing")
-
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Notes the captions in the anchor set's manifest."""
         import pyarrow.parquet as pq
 
@@ -169,57 +168,39 @@ class CaptionStage(Stage):
         entry = {
             "count": count,
             "files": len(shards),
-            "captioner": Path(self._name).name if Path(self._name).is_dir() else self._name,
+            "captioner": Path(self.captioner).name if Path(self.captioner).is_dir() else self.captioner,
             "captioner_identity": config["captioner"],
-            "generation": config["generation"],
-            "cleaning": config["cleaning"],
-            "score": config["score"],
-            "task_digest": self._task.digest(),
+            **{name: config[name] for name in ("generation", "cleaning", "score")},
+            "task_digest": self.task.digest(),
         }
         update_manifest(self.out, "captions", entry, self.artifacts(shards))
         return {"captions": count}
 
-    def _batches(self, shard: Shard, outcome: Outcome) -> Iterator[_Batch]:
-        """Full batches of decoded images; rejects what cannot be decoded."""
-        samples: list[RawSample] = []
-        images: list[PIL.Image.Image] = []
-        decoded = map_ordered(_decode, self._task.read(shard), self._workers, ahead=4 * self._batch_size)
-        for sample, image in decoded:
-            outcome.samples += 1
-            if isinstance(image, Exception):
-                outcome.reject(sample.id, str(image))
-                continue
-            samples.append(sample)
-            images.append(image)
-            if len(samples) == self._batch_size:
-                yield samples, images
-                samples, images = [], []
-        if samples:
-            yield samples, images
+    def _passes(self, score: float | None) -> bool:
+        least = self.scoring.min_score if self.scoring else None
+        return least is None or (score is not None and score >= least)
 
-
-def write_captions(path: Path, rows: list[tuple[str, str, float | None]], scored: bool = False) -> None:
-    """Writes one part of a captions folder.
-
-    Args:
-        path: parquet file.
-        rows: (id, caption, score), sorted.
-        scored: whether to write the scores.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {
-        "id": pa.array([row[0] for row in rows], pa.string()),
-        "caption": pa.array([row[1] for row in rows], pa.string()),
-    }
-    if scored:
-        columns["score"] = pa.array([row[2] for row in rows], pa.float32())
-    with replacing(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+    def _reason(self, said: list[str], pairs: list[tuple[str, float | None]]) -> str:
+        """Why none of the captions of an image is kept."""
+        if pairs and self.scoring:
+            caption, score = max(pairs, key=lambda pair: pair[1] or -1.0)
+            return f"scores at most {score:.3f} (--min-score {self.scoring.min_score:g}): {caption!r}"
+        if any(text.strip() for text in said):
+            return f"nothing is left of {said[0][:200]!r}"
+        return "the captioner said nothing"
 
 
 def _decode(sample: RawSample) -> PIL.Image.Image:
     if sample.image is None:
         raise ValueError(sample.problem or "has no image")
     return decode_image(sample.image)
+
+
+def _scores(clip: LoadedClip, pixels: Sequence[torch.Tensor], captions: list[list[str]]) -> list[list[float]]:
+    """Scores the captions of each of the images [3, H, W]."""
+    texts = [caption for group in captions for caption in group]
+    if not texts:
+        return [[] for _ in captions]
+    image = [i for i, group in enumerate(captions) for _ in group]
+    cosines = iter((clip.images(pixels)[image] * clip.texts(texts)).sum(dim=1).tolist())
+    return [[next(cosines) for _ in group] for group in captions]

@@ -12,28 +12,11 @@ from typing import Any
 
 # Openings without content; matched in any case, at the front, again and again.
 BOILERPLATE = (
-    "there is",
-    "there are",
-    "there's",
-    "this is",
-    "in this image",
-    "in this picture",
-    "in this photo",
-    "in the image",
-    "in the picture",
-    "we see",
-    "we can see",
-    "you can see",
-    "the image shows",
-    "the image depicts",
-    "the image features",
-    "this image shows",
-    "this image depicts",
-    "the picture shows",
-    "the photo shows",
-    "arafed",  # words that BLIP made up, and is known for
-    "araffe",
-    "arafed view of",
+    *("there is", "there are", "there's", "this is", "we see", "we can see", "you can see"),
+    *("in this image", "in this picture", "in this photo", "in the image", "in the picture"),
+    *("the image shows", "the image depicts", "the image features", "this image shows", "this image depicts"),
+    *("the picture shows", "the photo shows"),
+    *("arafed", "araffe", "arafed view of"),  # words that BLIP made up, and is known for
 )
 _LONGEST_PHRASE = 8  # words
 
@@ -56,23 +39,22 @@ class Cleaning:
 
     def config(self) -> dict[str, Any]:
         """The settings as JSON, the openings included: another list may make other captions."""
-        return asdict(self) | {"prefixes": list(self._openings())}
+        return asdict(self) | {"prefixes": self._openings()}
 
     def __call__(self, text: str) -> str | None:
         """Returns the caption in one line, or None if nothing is left of it."""
-        text = one_line(text)
         openings = self._openings()
-        shorter = _without_opening(text, openings)
-        while shorter != text:
-            text, shorter = shorter, _without_opening(shorter, openings)
+        text, before = one_line(text), None
+        while text != before:
+            text, before = _without_opening(text, openings), text
         if self.repeats:
             text = " ".join(without_repeats(text.split(" ")))
-        words = re.findall(r"\w+", text)
-        return text if len(words) >= max(1, self.min_words) else None
+        return text if len(re.findall(r"\w+", text)) >= max(1, self.min_words) else None
 
-    def _openings(self) -> tuple[str, ...]:
+    def _openings(self) -> list[str]:
+        """The longest first."""
         openings = {*self.prefixes, *(BOILERPLATE if self.boilerplate else ())}
-        return tuple(sorted((one_line(o) for o in openings if o.strip()), key=lambda o: (-len(o), o)))
+        return sorted((one_line(o) for o in openings if o.strip()), key=lambda o: (-len(o), o))
 
 
 def one_line(text: str) -> str:
@@ -105,7 +87,7 @@ def without_repeats(words: list[str]) -> list[str]:
     return [words[i] for i in kept]
 
 
-def _without_opening(text: str, openings: tuple[str, ...]) -> str:
+def _without_opening(text: str, openings: list[str]) -> str:
     lower = text.lower()
     for opening in openings:
         if lower.startswith(opening.lower()):

@@ -1,26 +1,94 @@
-"""Image captioners from Hugging Face transformers: BLIP, GIT, VisionEncoderDecoder, image-text-to-text models."""
+"""Image captioners and how they generate: those of Hugging Face transformers, and the CoCa models of open_clip."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arf_plugin.anchors.files import folder_digest
 from arf_plugin.errors import MissingDependencyError, StageError
-from arf_plugin.pipeline import coca
-from arf_plugin.pipeline.generation import Generation, ImageCaptioner
+from arf_plugin.pipeline.embedder import load_model, model_identity
+from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
-from arf_plugin.weights import missing_weights, tensors_only
+from arf_plugin.weights import missing_weights
 
 if TYPE_CHECKING:
     import PIL.Image
     import torch
 
+COCA = "open_clip:"  # begins the names of open_clip's captioners
+
+
+class ImageCaptioner(Protocol):
+    """A captioner on its device."""
+
+    def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
+        """Turns RGB images into the model's inputs, on the CPU."""
+
+    def captions(self, inputs: dict[str, Any]) -> list[list[str]]:
+        """Generates captions for a batch; per image, as many as asked for."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How captions are generated; names as in transformers' ``generate``.
+
+    Attributes:
+        num_beams: 1 is greedy search.
+        max_new_tokens, min_new_tokens: length in tokens.
+        top_p: nucleus sampling, if given; replaces beam search.
+        temperature: of the sampling.
+        captions_per_image: several need beams or sampling.
+        prompt: text before the caption, for models that take one.
+        seed: of the sampling.
+    """
+
+    num_beams: int = 1
+    max_new_tokens: int = 30
+    min_new_tokens: int = 0
+    top_p: float | None = None
+    temperature: float = 1.0
+    captions_per_image: int = 1
+    prompt: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.captions_per_image > 1 and self.top_p is None and self.num_beams < self.captions_per_image:
+            raise StageError(
+                f"{self.captions_per_image} captions per image need sampling (--top-p 0.9) or at least as many beams "
+                f"(--num-beams {self.captions_per_image}; found {self.num_beams})."
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' ``generate``."""
+        values: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_return_sequences": self.captions_per_image,
+            "num_beams": 1 if self.top_p else self.num_beams,
+            "do_sample": self.top_p is not None,
+        }
+        if self.min_new_tokens:
+            values["min_new_tokens"] = self.min_new_tokens
+        if self.top_p is not None:
+            values |= {"top_p": self.top_p, "temperature": self.temperature, "top_k": 0}
+        return values
+
+    def config(self) -> dict[str, Any]:
+        """The settings as JSON."""
+        return asdict(self)
+
+    def grouped(self, texts: list[str]) -> list[list[str]]:
+        """The texts of a batch by image."""
+        count = self.captions_per_image
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
+
 
 def captioner_identity(name: str) -> str:
-    """Name of a hub model, or a digest of a local folder: what determines the captions."""
-    if name.startswith(coca.PREFIX):
-        return coca.coca_identity(name)
+    """Name of a hub model, or a digest of local weights: what determines the captions."""
+    if name.startswith(COCA):
+        identity = model_identity(*_coca_model(name))
+        return f"{COCA}{identity['name']}@{identity['weights']}"
     return f"sha256:{folder_digest(Path(name))}" if Path(name).is_dir() else name
 
 
@@ -28,12 +96,12 @@ def load_captioner(
     name: str, device: torch.device, dtype: torch.dtype, generation: Generation
 ) -> ImageCaptioner:
     """Loads a captioner of transformers, or of open_clip if the name says so; see the classes for errors."""
-    kind = coca.CocaCaptioner if name.startswith(coca.PREFIX) else Captioner
+    kind = CocaCaptioner if name.startswith(COCA) else Captioner
     return kind(name, device, dtype, generation)
 
 
 class Captioner:
-    """A captioner on a device.
+    """A captioner of transformers on a device: BLIP, GIT, VisionEncoderDecoder, image-text-to-text models.
 
     Args:
         name: folder in the Hugging Face layout, or a model name on the hub.
@@ -58,7 +126,7 @@ class Captioner:
             getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
         )
         try:
-            with tensors_only():
+            with safe_loading():
                 model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
                 self._model = model.to(device, dtype).eval()
                 self._processor = _load_processor(transformers, name)
@@ -99,37 +167,33 @@ class Captioner:
         }
         with torch.inference_mode():
             tokens = self._model.generate(**moved, **self._generation.arguments())
-        count = self._generation.captions_per_image
         prompt = moved.get("input_ids")
         if prompt is not None and tokens.shape[1] >= prompt.shape[1]:
-            repeated = prompt.repeat_interleave(count, dim=0)
+            repeated = prompt.repeat_interleave(self._generation.captions_per_image, dim=0)
             if torch.equal(
                 tokens[:, : prompt.shape[1]], repeated
             ):  # models without an encoder echo the prompt
                 tokens = tokens[:, prompt.shape[1] :]
-        texts = self._processor.batch_decode(tokens, skip_special_tokens=True)
-        return [texts[start : start + count] for start in range(0, len(texts), count)]
+        return self._generation.grouped(self._processor.batch_decode(tokens, skip_special_tokens=True))
 
 
 class _Pair:
     """An image processor and a tokenizer as one processor, for models that are saved without one."""
 
     def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-        self._image_processor, self._tokenizer = image_processor, tokenizer
+        self._image_processor, self.batch_decode = image_processor, tokenizer.batch_decode
 
     def __call__(self, images: list[Any], text: list[str] | None = None, **options: Any) -> dict[str, Any]:
         if text is not None:
             raise StageError(
                 "This captioner takes no prompt (it has no joint processor). Leave out --prompt."
             )
-        return self._image_processor(images=images, **options)
-
-    def batch_decode(self, tokens: Any, **options: Any) -> list[str]:
-        return self._tokenizer.batch_decode(tokens, **options)
+        found: dict[str, Any] = self._image_processor(images=images, **options)
+        return found
 
 
 def _load_processor(transformers: Any, name: str) -> Any:
-    """The model's joint processor; AutoProcessor returns only half of it for VisionEncoderDecoder folders."""
+    """The model's joint processor; AutoProcessor returns only a part of it for VisionEncoderDecoder folders."""
     try:
         processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
@@ -138,3 +202,130 @@ def _load_processor(transformers: Any, name: str) -> Any:
         pass
     image_processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     return _Pair(image_processor, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def _coca_model(name: str) -> tuple[str, str | None]:
+    """Model and pretrained tag or file of a captioner ``open_clip:MODEL@PRETRAINED``."""
+    model, _, pretrained = name.removeprefix(COCA).partition("@")
+    return model, pretrained or None
+
+
+class CocaCaptioner:
+    """A CoCa model of open_clip on a device.
+
+    Decoding is ours and not ``CoCa.generate``: that needs names that transformers has had no more since release 5
+    (``_has_transformers`` is false there, and it refuses), knows one caption per image, its beam search is the diverse
+    one of several groups, and its sampling ends every text that is cut with an end token. Greedy search, beam search
+    and nucleus sampling follow the definitions of transformers' ``generate``; beams are ranked by their mean
+    log-probability per token.
+
+    Args:
+        name: ``open_clip:MODEL`` or ``open_clip:MODEL@PRETRAINED``.
+        device: torch device.
+        dtype: of the weights and pixels.
+        generation: see :class:`Generation`.
+
+    Raises:
+        StageError: if the model is no CoCa, or the settings do not suit one.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, generation: Generation) -> None:
+        self._model, self._preprocess, self._tokenizer = load_model(*_coca_model(name), device, dtype)
+        self._device, self._dtype, self._generation = device, dtype, generation
+        if not hasattr(self._model, "text_decoder"):
+            raise StageError(
+                f"{name!r} is a {type(self._model).__name__}, which cannot speak. Expected a CoCa model of open_clip, "
+                "such as open_clip:coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k."
+            )
+        if generation.prompt:
+            raise StageError("CoCa models take no prompt. Leave out --prompt.")
+        self._start = getattr(self._tokenizer, "sot_token_id", None)
+        self._end = getattr(self._tokenizer, "eot_token_id", None)
+        if self._start is None or self._end is None:
+            raise StageError(f"{name!r} has a tokenizer without start and end tokens; expected CLIP's own.")
+        longest = int(self._tokenizer.context_length) - 1  # the start token takes a place
+        self._length = min(generation.max_new_tokens, longest)
+
+    def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
+        """Pixels [n, 3, H, W] of RGB images, on the CPU."""
+        import torch
+
+        return {"pixel_values": torch.stack([self._preprocess(image) for image in images])}
+
+    def captions(self, inputs: dict[str, Any]) -> list[list[str]]:
+        """Generates captions for a batch; per image, as many as asked for."""
+        import torch
+
+        pixels = inputs["pixel_values"].to(self._device, self._dtype)
+        with torch.inference_mode():
+            found = self._model(pixels)
+            copies = (
+                self._generation.captions_per_image if self._generation.top_p else self._generation.num_beams
+            )
+            encoded = {
+                "image_latent": found["image_features"].repeat_interleave(copies, 0),
+                "image_embs": found["image_embs"].repeat_interleave(copies, 0),
+            }
+            tokens = (self._sample if self._generation.top_p else self._search)(encoded, len(pixels))
+        return self._generation.grouped([self._text(words) for words in tokens.flatten(0, 1).tolist()])
+
+    def _log_probabilities(self, encoded: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [n, vocabulary] of the next token after tokens [n, length], in fp32."""
+        out = self._model(None, tokens, output_labels=False, **encoded)
+        temperature = self._generation.temperature if self._generation.top_p else 1.0
+        logits: torch.Tensor = out["logits"][:, -1].float() / temperature
+        logits[:, self._start] = -float("inf")
+        if tokens.shape[1] <= self._generation.min_new_tokens:
+            logits[:, self._end] = -float("inf")
+        return logits.log_softmax(dim=-1)
+
+    def _search(self, encoded: dict[str, Any], images: int) -> torch.Tensor:
+        """Beam search, which is greedy with one beam; returns tokens [images, captions, length]."""
+        import torch
+
+        beams = self._generation.num_beams
+        tokens = torch.full((images, beams, 1), self._start, device=self._device)
+        scores = torch.full((images, beams), -float("inf"), device=self._device)
+        scores[:, 0] = 0  # all beams start alike: only one counts
+        lengths = torch.zeros((images, beams), device=self._device)
+        for _ in range(self._length):
+            over = (tokens[:, :, 1:] == self._end).any(dim=2)
+            if over.all():
+                break
+            step = self._log_probabilities(encoded, tokens.flatten(0, 1)).view(images, beams, -1)
+            step[over] = -float("inf")  # a finished beam goes on in one way, at no cost
+            step[..., self._end] = step[..., self._end].masked_fill(over, 0)
+            width = step.shape[2]
+            scores, best = (scores.unsqueeze(2) + step).flatten(1).topk(beams, dim=1)
+            parent, token = best // width, best % width
+            tokens = torch.cat(
+                [tokens.gather(1, parent.unsqueeze(2).expand_as(tokens)), token.unsqueeze(2)], dim=2
+            )
+            lengths = lengths.gather(1, parent) + ~over.gather(1, parent)
+        order = (scores / lengths.clamp(min=1)).sort(dim=1, descending=True, stable=True).indices
+        order = order[:, : self._generation.captions_per_image, None].expand(-1, -1, tokens.shape[2])
+        return tokens.gather(1, order)
+
+    def _sample(self, encoded: dict[str, Any], images: int) -> torch.Tensor:
+        """Nucleus sampling (Holtzman et al., 2020); returns tokens [images, captions, length]."""
+        import torch
+
+        count = self._generation.captions_per_image
+        tokens = torch.full((images * count, 1), self._start, device=self._device)
+        for _ in range(self._length):
+            over = (tokens[:, 1:] == self._end).any(dim=1)
+            if over.all():
+                break
+            likely, order = self._log_probabilities(encoded, tokens).exp().sort(dim=1, descending=True)
+            likely[likely.cumsum(dim=1) - likely >= self._generation.top_p] = (
+                0  # what comes after the nucleus
+            )
+            drawn = order.gather(1, likely.multinomial(1)).squeeze(1)
+            tokens = torch.cat([tokens, drawn.masked_fill(over, self._end).unsqueeze(1)], dim=1)
+        return tokens.view(images, count, -1)
+
+    def _text(self, tokens: list[int]) -> str:
+        """The words between start and end."""
+        words = tokens[1:]
+        text: str = self._tokenizer.decode(words[: words.index(self._end)] if self._end in words else words)
+        return text

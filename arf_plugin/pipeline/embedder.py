@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +12,75 @@ import numpy as np
 
 from arf_plugin.anchors.files import digest, file_digest, folder_digest
 from arf_plugin.errors import FlagError, StageError
+from arf_plugin.pipeline.execution import Execution, pick_dtype
+from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
-from arf_plugin.weights import WEIGHT_SUFFIXES, has_weights, tensors_only, watching
+from arf_plugin.weights import WEIGHT_SUFFIXES, has_weights, watching
 
 if TYPE_CHECKING:
     import torch
 
 _LOCAL_DIR = "local-dir:"
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """Which open_clip model, in which precision.
+
+    Attributes:
+        name: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
+        pretrained: open_clip tag or checkpoint path; None for models that bring their weights along.
+        precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on a GPU, fp32 elsewhere.
+    """
+
+    name: str
+    pretrained: str | None = None
+    precision: str = "auto"
+
+    def identity(self) -> dict[str, str]:
+        """Name and weights; see :func:`model_identity`."""
+        return model_identity(self.name, self.pretrained)
+
+    def load(self, execution: Execution) -> LoadedClip:
+        """Loads it on this process's device; see :func:`load_model`."""
+        device = execution.torch_device()
+        dtype = pick_dtype(self.precision, device)
+        return LoadedClip(*load_model(self.name, self.pretrained, device, dtype), device, dtype)
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """A model on a device; ``preprocess`` makes pixels [3, H, W] of an image, ``tokenizer`` tokens [n, L] of texts."""
+
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    def images(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Unit vectors [n, d], fp32, of images [3, H, W]."""
+        import torch
+
+        with torch.inference_mode():
+            found = self.model.encode_image(torch.stack(list(pixels)).to(self.device, self.dtype))
+            return torch.nn.functional.normalize(found.float(), dim=-1)
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit vectors [n, d], fp32, of texts."""
+        import torch
+
+        with torch.inference_mode():
+            found = self.model.encode_text(self.tokenizer(texts).to(self.device))
+            return torch.nn.functional.normalize(found.float(), dim=-1)
+
+
+def as_fp16(vectors: torch.Tensor) -> np.ndarray:
+    """Vectors [n, d] as clip-retrieval stores them."""
+    import torch
+
+    stored: np.ndarray = vectors.to(torch.float16).cpu().numpy()
+    return stored
 
 
 def load_model(
@@ -48,7 +112,7 @@ def load_model(
         if "load_weights" not in known:
             del arguments["load_weights"]
     try:
-        with watching() as loaded, tensors_only():
+        with watching() as loaded, safe_loading():
             built = open_clip.create_model_and_transforms(model, **arguments)
             if file is not None:
                 open_clip.factory.load_checkpoint(built[0], str(file))
@@ -110,10 +174,3 @@ def model_identity(model: str, pretrained: str | None) -> dict[str, str]:
         weights = found if file is None else digest([found, file])  # the folder has the architecture
         return {"name": f"{_LOCAL_DIR}{folder.name}", "weights": f"sha256:{weights}"}
     return {"name": model, "weights": f"sha256:{file}" if file else pretrained or ""}
-
-
-def unit_fp16(features: torch.Tensor) -> np.ndarray:
-    """Normalizes feature vectors [n, d] in fp32 and returns them as fp16, as clip-retrieval stores them."""
-    import torch
-
-    return torch.nn.functional.normalize(features.float(), dim=-1).to(torch.float16).cpu().numpy()

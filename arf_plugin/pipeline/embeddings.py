@@ -25,16 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ORIGIN = "model.json"  # written by arf embed beside the vectors
-METADATA = {
-    "image_path": TEXT,
-    "id": TEXT,
-    "tar": TEXT,
-    "ext": TEXT,
-    "offset": WHOLE,
-    "size": WHOLE,
-    "caption": TEXT,
-    "sha256": TEXT,
-}
+METADATA = {name: TEXT for name in ("image_path", "id", "tar", "ext")} | {"offset": WHOLE, "size": WHOLE}
+METADATA |= {"caption": TEXT, "sha256": TEXT}
 _CHECKED_AT_ONCE = 65536
 _NUMBER = re.compile(r"([0-9]+)\.[a-z]+$")
 
@@ -62,16 +54,18 @@ class EmbeddingFile:
         """
         mapped = self.load()
         stop = self.rows if stop is None else stop
-        if not (isinstance(mapped, np.memmap) and mapped.flags.c_contiguous):
-            for first in range(start, stop, size):
-                yield self.first + first, mapped[first : min(first + size, stop)]
-            return
+        readable = isinstance(mapped, np.memmap) and mapped.flags.c_contiguous
         with self.vectors.open("rb") as file:
-            file.seek(mapped.offset + start * mapped.strides[0])
+            file.seek(mapped.offset + start * mapped.strides[0] if isinstance(mapped, np.memmap) else 0)
             for first in range(start, stop, size):
                 shape = (min(size, stop - first), mapped.shape[1])
-                vectors = np.fromfile(file, mapped.dtype, shape[0] * shape[1])
-                yield self.first + first, vectors.reshape(shape)
+                if readable:
+                    yield (
+                        self.first + first,
+                        np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape),
+                    )
+                else:
+                    yield self.first + first, mapped[first : first + shape[0]]
 
     def check_unit(self) -> None:
         """Checks all vectors; see :func:`check_unit`."""
@@ -218,7 +212,7 @@ def read_vectors(path: Path) -> np.ndarray:
                 raise ValueError("it does not begin as a .npy file does")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that an old Python has written
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            vectors: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as cause:  # numpy's parser of headers raises many kinds
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise PoolError(f"{path} cannot be read as vectors: {reason}. Embed or copy it again.") from cause

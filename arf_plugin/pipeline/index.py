@@ -1,95 +1,93 @@
-"""Stage index: a faiss index of an embedding folder, in clip-retrieval's layout.
+"""faiss indexes: the stage that builds one of an embedding folder, and index folders as pools.
 
 ``image.index`` (or ``text.index``) holds the vectors, inner product, in the order of the embedding folder;
-``metadata/*.parquet`` are the folder's own. clip-retrieval's service can serve the result as it is.
+``metadata/*.parquet`` are the folder's own. That is clip-retrieval's layout: its service can serve the result as it is.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, replacing, write_json
+from arf_plugin.anchors.files import content_digest, digest, list_files, replacing, write_json
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError
-from arf_plugin.pipeline.embeddings import ORIGIN, Embeddings, check_unit
+from arf_plugin.pipeline.embeddings import ORIGIN, EmbeddingFile, Embeddings
+from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.index_check import check_row_ids, reconstruct
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.tables import count_rows
+from arf_plugin.untrusted import printable, require_regular
 
 BLOCK = 65536
 TRAINING_ROWS = 1_000_000
 
 
+@dataclass
 class IndexStage(Stage):
     """Builds one index.
 
-    Args:
-        out: the index folder.
+    Attributes:
         embeddings: what to index.
         factory: faiss's description of the index, such as ``Flat``, ``HNSW32`` or ``OPQ64_128,IVF4096,PQ64x8``.
     """
 
+    embeddings: Embeddings
+    factory: str = "Flat"
     name = "index"
     unit = "vectors"
-
-    def __init__(self, out: Path, embeddings: Embeddings, factory: str = "Flat") -> None:
-        super().__init__(out)
-        self._embeddings, self._factory = embeddings, factory
 
     def config(self) -> dict[str, Any]:
         """Factory string and vectors."""
         return {
-            "factory": self._factory,
-            "modality": self._embeddings.modality,
-            "embeddings": digest(self._embeddings.fingerprint()),
+            "factory": self.factory,
+            "modality": self.embeddings.modality,
+            "embeddings": digest(self.embeddings.fingerprint()),
         }
 
     def plan(self) -> list[Shard]:
         """A single shard: faiss builds an index as a whole."""
-        rows = self._embeddings.rows
-        return [Shard(0, "00000", None, rows, rows)]
+        return [Shard.counted(0, None, self.embeddings.rows)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """The index, and the metadata of its rows."""
-        metadata = [self.out / "metadata" / file.metadata.name for file in self._embeddings.files]
-        return [self.out / f"{self._embeddings.modality}.index", *metadata]
+        metadata = [self.out / "metadata" / file.metadata.name for file in self.embeddings.files]
+        return [self.out / f"{self.embeddings.modality}.index", *metadata]
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Trains the index if its kind needs it, and adds all vectors."""
+        faiss = _faiss("arf index")
+        embeddings = self.embeddings
         try:
-            import faiss
-        except ImportError:
-            raise MissingDependencyError("faiss", "arf index", "retrieval") from None
-        embeddings = self._embeddings
-        try:
-            index = faiss.index_factory(embeddings.dimension, self._factory, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.index_factory(embeddings.dimension, self.factory, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as cause:
-            raise FlagError(f"--factory {self._factory}: faiss does not know it ({cause}).") from cause
+            raise FlagError(f"--factory {self.factory}: faiss does not know it ({cause}).") from cause
         if not index.is_trained:
             sample = self._sample()
             try:
                 index.train(sample)
             except RuntimeError as cause:
                 raise PoolError(
-                    f"faiss cannot train {self._factory!r} on {len(sample)} vectors: {cause}\n"
+                    f"faiss cannot train {self.factory!r} on {len(sample)} vectors: {cause}\n"
                     "Take a smaller index, or Flat."
                 ) from cause
         for file in embeddings.files:
-            vectors = file.load()
-            check_unit(vectors, file.vectors, file.first)
-            for start in range(0, file.rows, BLOCK):
-                block = np.ascontiguousarray(vectors[start : start + BLOCK], dtype=np.float32)
+            file.check_unit()
+            for _, vectors in file.blocks(BLOCK):
                 try:
-                    index.add(block)
+                    index.add(np.ascontiguousarray(vectors, dtype=np.float32))
                 except (
                     RuntimeError
                 ) as cause:  # of an IDMap: it wants ids, but the ids are to be the row numbers
                     raise FlagError(
-                        f"--factory {self._factory}: faiss cannot add vectors to it ({cause})."
+                        f"--factory {self.factory}: faiss cannot add vectors to it ({cause})."
                     ) from cause
-                advance(len(block))
+                advance(len(vectors))
             with replacing(self.out / "metadata" / file.metadata.name) as temporary:
                 shutil.copyfile(file.metadata, temporary)
         if index.ntotal != embeddings.rows:
@@ -104,16 +102,129 @@ class IndexStage(Stage):
                 raise OSError(f"{path} cannot be written: {cause}") from cause
         return Outcome(samples=embeddings.rows, kept=embeddings.rows)
 
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Hands the model's identity on."""
-        if self._embeddings.model:
-            write_json(self.out / ORIGIN, {"model": self._embeddings.model})
-        return {"factory": self._factory, "dimension": self._embeddings.dimension}
+        if self.embeddings.model:
+            write_json(self.out / ORIGIN, {"model": self.embeddings.model})
+        return {"factory": self.factory, "dimension": self.embeddings.dimension}
 
     def _sample(self) -> np.ndarray:
         """Every n-th vector [m, d] in fp32, at most a million."""
-        step = -(-self._embeddings.rows // TRAINING_ROWS)
+        step = -(-self.embeddings.rows // TRAINING_ROWS)
         parts = [
-            np.asarray(file.load()[-file.first % step :: step], np.float32) for file in self._embeddings.files
+            np.asarray(file.load()[-file.first % step :: step], np.float32) for file in self.embeddings.files
         ]
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class IndexFolder(Embeddings):
+    """An index folder: its rows have metadata, and their vectors come out of the index.
+
+    A compressed index gives them back with its own error. Its files are those of the metadata, with the index in the
+    place of the vectors: they cannot be loaded.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The faiss index."""
+        return self.folder / f"{self.modality}.index"
+
+    @cached_property
+    def index(self) -> Any:
+        """The faiss index, memory-mapped, checked to be as long as the metadata."""
+        index = open_index(self.path)
+        if index.ntotal != self.rows:
+            raise PoolError(
+                f"{self.path} has {index.ntotal} vectors, {self.folder}/metadata has {self.rows} rows; expected one "
+                "for one. Build the index folder again with: arf index"
+            )
+        check_row_ids(index, self.path)
+        return index
+
+    @property
+    def dimension(self) -> int:
+        """Length of the vectors."""
+        return int(self.index.d)
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Restores vectors [n, d] of the folder's rows [n], in any order."""
+        if not len(rows):
+            return np.zeros((0, self.dimension), np.float32)
+        try:
+            return reconstruct(self.index, rows)
+        except RuntimeError as cause:
+            raise PoolError(
+                f"{self.path} cannot give its vectors back ({str(cause)[:200]}). Give the embedding folder that it was "
+                "built from with --pool, and this folder with --index."
+            ) from cause
+
+    @cached_property
+    def files(self) -> list[EmbeddingFile]:
+        """The metadata files that hold at least one row.
+
+        Raises:
+            PoolError: if there are none.
+        """
+        files, first = [], 0
+        for path in list_files(self.folder / "metadata", ".parquet"):
+            rows = count_rows(path, PoolError)
+            if rows:
+                files.append(EmbeddingFile(self.path, path, first, rows))
+                first += rows
+        if not files:
+            raise PoolError(
+                f"{self.folder} has no metadata/*.parquet with rows. Expected an embedding folder (arf embed, "
+                "clip-retrieval inference) or an index folder (arf index, clip-retrieval index)."
+            )
+        return files
+
+    def fingerprint(self) -> list[Any]:
+        """Contents of the index and of the metadata."""
+        paths = [self.path, *(file.metadata for file in self.files)]
+        return [[path.name, content_digest([path])] for path in paths]
+
+
+def open_pool(folder: Path, *, index_suffices: bool = False) -> Embeddings:
+    """Opens a pool.
+
+    Args:
+        folder: an embedding folder, or an index folder.
+        index_suffices: whether the search can do without the vectors.
+    """
+    pool = IndexFolder(folder)
+    has_vectors = bool(list_files(folder / "img_emb", ".npy"))
+    return pool if index_suffices and pool.path.exists() and not has_vectors else Embeddings(folder)
+
+
+def open_index(path: Path) -> Any:
+    """Maps a faiss index into memory.
+
+    Raises:
+        MissingDependencyError: without faiss.
+        PoolError: if there is none, or one that measures something else than inner products.
+    """
+    faiss = _faiss("Searching an index")
+    require_regular(path, PoolError)
+    if not path.is_file():
+        raise PoolError(f"{path} does not exist. Expected a faiss index, as written by: arf index")
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    except Exception as cause:  # of faiss's own, and of names that it cannot take
+        raise PoolError(
+            f"{path} is not a faiss index, or damaged: {printable(str(cause))[:200]}. Build it again with: arf index"
+        ) from cause
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise PoolError(
+            f"{path} measures distances (faiss metric {index.metric_type}); expected inner product. Build it again "
+            "with: arf index, or clip-retrieval index"
+        )
+    return index
+
+
+def _faiss(what: str) -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise MissingDependencyError("faiss", what, "retrieval") from None
+    return faiss

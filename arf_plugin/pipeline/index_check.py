@@ -104,7 +104,8 @@ def reconstruct(index: Any, rows: np.ndarray) -> np.ndarray:
         if type(faiss.downcast_InvertedLists(lists)).__name__ == "BlockInvertedLists":
             raise RuntimeError("its lists are packed for fast scans")
         inverted.make_direct_map()
-    return index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+    found: np.ndarray = index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
+    return found
 
 
 def _layers(index: Any) -> Iterator[Any]:
@@ -183,28 +184,33 @@ def _compressed(index: Any, stored: np.ndarray) -> np.ndarray | None:
     """What the compression of an index makes of vectors [n, d]; None if it cannot be asked."""
     part = _of_vectors(index, storage=True)
     try:
-        return part.sa_decode(part.sa_encode(np.ascontiguousarray(stored)))
+        decoded: np.ndarray = part.sa_decode(part.sa_encode(np.ascontiguousarray(stored)))
     except RuntimeError:
         return None
+    return decoded
 
 
 def _unlike(given: np.ndarray, stored: np.ndarray, expected: np.ndarray | None) -> np.ndarray:
     """Which of the vectors [n, d] that an index gives cannot be the stored ones of the same rows."""
-    wrong = ~np.isfinite(given).all(axis=1)
+    wrong: np.ndarray = ~np.isfinite(given).all(axis=1)
     given = np.where(wrong[:, None], 0, given)
     distances = _distances(given, stored if expected is None else expected)
     closer = (distances < np.diagonal(distances)[:, None] - _ROUNDING).mean(axis=1)
     if expected is None:  # coarse compression may bring a few vectors nearer to others
         doubtful = closer > 0.5
-        return wrong | (doubtful if doubtful.mean() > 0.05 else np.zeros(len(wrong), bool))
-    error, usual = (np.linalg.norm(vectors - stored, axis=1) for vectors in (given, expected))
-    return wrong | (error > 1.25 * usual + _ROUNDING) | (closer > 0.05)
+        if doubtful.mean() > 0.05:
+            wrong |= doubtful
+    else:
+        error, usual = (np.linalg.norm(vectors - stored, axis=1) for vectors in (given, expected))
+        wrong |= (error > 1.25 * usual + _ROUNDING) | (closer > 0.05)
+    return wrong
 
 
 def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Distances [n, m] of vectors [n, d] and [m, d]."""
     squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
-    return np.sqrt(np.maximum(squares, 0))
+    distances: np.ndarray = np.sqrt(np.maximum(squares, 0))
+    return distances
 
 
 def _not_found(index: Any, stored: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -6,27 +6,83 @@ computed from them and not taken from an approximate index.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from arf_plugin.anchors.files import content_digest
-from arf_plugin.errors import FlagError, PoolError, ServiceError
-from arf_plugin.pipeline.device import pick_device
+from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
 from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool
 from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
-from arf_plugin.pipeline.index_folder import IndexFolder, KeyRows, index_file, open_index, open_pool
 from arf_plugin.pipeline.knn import block_sizes, exact_search
-from arf_plugin.pipeline.knn_service import KnnClient, Service, check_queries
-from arf_plugin.pipeline.knn_service_check import check_index, check_service
+
+if TYPE_CHECKING:
+    from arf_plugin.pipeline.knn_service import KnnClient
 
 MEMORY = 2**30  # bytes, unless told
 CANDIDATES_PER_NEIGHBOUR = 4
 _RANKED_AT_ONCE = 256  # queries
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where a clip-retrieval service is and how to talk to it.
+
+    Attributes:
+        url: address of ``clip-retrieval back``, such as ``http://127.0.0.1:1234``.
+        index: name of the index; None takes the only one.
+        threads: requests under way at once.
+        timeout: seconds for a whole answer, from the connection to its last byte.
+        patience: seconds without any answer after which the service is given up.
+        longest_pause: seconds between two tries, at most.
+    """
+
+    url: str
+    index: str | None = None
+    threads: int = 4
+    timeout: float = 60.0
+    patience: float = 300.0
+    longest_pause: float = 10.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise FlagError(
+                f"--service-url {self.url}: expected an address such as http://127.0.0.1:1234, where clip-retrieval "
+                "back listens."
+            )
+        if self.threads < 1:
+            raise FlagError(f"--service-threads {self.threads}: expected at least 1.")
+        if not 0 < self.timeout < threading.TIMEOUT_MAX:
+            raise FlagError(f"--service-timeout {self.timeout:g}: expected seconds, more than 0.")
+        if not self.patience >= 0:
+            raise FlagError(f"--service-patience {self.patience:g}: expected seconds, 0 or more.")
+
+    @property
+    def base(self) -> str:
+        """The address without a trailing ``/knn-service``, which ClipClient's users are used to give."""
+        return self.url.rstrip("/").removesuffix("/knn-service")
+
+    def client(self) -> KnnClient:
+        """A client of it.
+
+        Raises:
+            MissingDependencyError: without requests or tenacity.
+        """
+        try:
+            from arf_plugin.pipeline.knn_service import KnnClient
+        except ImportError as cause:
+            name = cause.name or "requests"
+            raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
+        return KnnClient(self)
 
 
 @dataclass(frozen=True)
@@ -36,15 +92,12 @@ class Search:
     Attributes:
         backend: ``exact``, ``faiss`` or ``service``.
         memory: bytes that exact search may allocate; see :func:`arf_plugin.pipeline.knn.block_sizes`.
-        device, rank: of exact search; see :mod:`arf_plugin.pipeline.device`.
         index, parameters, candidates: see :class:`FaissBackend`.
         service: see :class:`ServiceBackend`.
     """
 
     backend: str = "exact"
     memory: int = MEMORY
-    device: str = "auto"
-    rank: int = 0
     index: Path | None = None
     parameters: str | None = None
     candidates: int | None = None
@@ -71,9 +124,9 @@ class Search:
             ServiceError: if no service answers, or not with the index that was named.
         """
         if self.service is not None:
-            check_index(KnnClient(self.service))
+            self.service.client().check_index()
         elif self.index is not None:
-            open_index(index_file(self.index))
+            open_index(_index_file(self.index))
 
     def open(self, pool: Embeddings, k: int) -> Backend:
         """Returns the back end for a pool and k neighbours per query."""
@@ -81,7 +134,7 @@ class Search:
             return ServiceBackend(pool, self.service)
         if self.backend == "faiss":
             return FaissBackend(pool, self.index, parameters=self.parameters, candidates=self.candidates)
-        return ExactBackend(pool, k, memory=self.memory, device=self.device, rank=self.rank)
+        return ExactBackend(pool, k, self.memory)
 
 
 class Backend(ABC):
@@ -96,17 +149,18 @@ class Backend(ABC):
     """
 
     queries_at_once: int = 1024
-    queries_per_shard: ClassVar[int | None] = None
+    queries_per_shard: int | None = None
 
     def __init__(self, pool: Embeddings) -> None:
         self.pool = pool
+        self.has_vectors = not isinstance(pool, IndexFolder)
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """Returns, as JSON, what determines the hits beside queries and pool."""
 
     @abstractmethod
-    def prepare(self, probe: np.ndarray, k: int) -> None:
+    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
         """Opens what is searched and checks it with one query [d]."""
 
     @abstractmethod
@@ -125,28 +179,24 @@ class Backend(ABC):
 class ExactBackend(Backend):
     """Compares every query with every vector of the pool; see :func:`arf_plugin.pipeline.knn.exact_search`."""
 
-    def __init__(self, pool: Embeddings, k: int, *, memory: int, device: str, rank: int) -> None:
+    def __init__(self, pool: Embeddings, k: int, memory: int = MEMORY) -> None:
         super().__init__(pool)
-        self._device_name, self._rank = device, rank
         self.queries_at_once, self._pool_block = block_sizes(memory, pool.dimension, k)
 
     def config(self) -> dict[str, Any]:
         """The name alone."""
         return {"backend": "exact"}
 
-    def prepare(self, probe: np.ndarray, k: int) -> None:
+    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
         """Picks the device and checks all vectors of the pool."""
-        self._device = pick_device(self._device_name, self._rank)
+        self._device = execution.torch_device()
         for file in self.pool.files:
             file.check_unit()
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
-        return exact_search(queries, self._blocks(), k, self._device)
-
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for file in self.pool.files:
-            yield from file.blocks(self._pool_block)
+        blocks = (block for file in self.pool.files for block in file.blocks(self._pool_block))
+        return exact_search(queries, blocks, k, self._device)
 
 
 class FaissBackend(Backend):
@@ -154,7 +204,7 @@ class FaissBackend(Backend):
 
     Args:
         pool: the pool; with vectors, the hits of an approximate index are ranked again on them.
-        index: the index; ``image.index`` of the pool if that is an index folder.
+        index: the index, or its folder; ``image.index`` of the pool if that is an index folder.
         parameters: search parameters as faiss writes them, such as ``nprobe=64`` or ``efSearch=200``.
         candidates: hits per query that an approximate index is asked for; four times k by default.
     """
@@ -168,7 +218,7 @@ class FaissBackend(Backend):
         candidates: int | None = None,
     ) -> None:
         super().__init__(pool)
-        self._path = index_file(index or pool.folder, pool.modality)
+        self._path = _index_file(index or pool.folder, pool.modality)
         self._parameters, self._candidates = parameters, candidates
         if not self._path.is_file():
             raise PoolError(
@@ -183,10 +233,10 @@ class FaissBackend(Backend):
             "index": content_digest([self._path]),
             "parameters": self._parameters,
             "candidates": self._candidates,
-            "ranked_on_vectors": not isinstance(self.pool, IndexFolder),
+            "ranked_on_vectors": self.has_vectors,
         }
 
-    def prepare(self, probe: np.ndarray, k: int) -> None:
+    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
         """Opens the index and compares it with pool and query."""
         index = open_index(self._path)
         import faiss
@@ -202,7 +252,7 @@ class FaissBackend(Backend):
                 "the same model."
             )
         check_row_ids(index, self._path)
-        if not isinstance(self.pool, IndexFolder):
+        if self.has_vectors:
             check_vectors(index, self._path, self.pool)
         if self._parameters:
             space: Any = faiss.ParameterSpace()
@@ -214,7 +264,7 @@ class FaissBackend(Backend):
                     f"({type(index).__name__}); expected names such as nprobe=64 (IVF) or efSearch=200 (HNSW)."
                 ) from cause
         self._index = index
-        self._rerank = not isinstance(index, faiss.IndexFlat) and not isinstance(self.pool, IndexFolder)
+        self._rerank = self.has_vectors and not isinstance(index, faiss.IndexFlat)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
@@ -232,8 +282,8 @@ class FaissBackend(Backend):
                 "ask for fewer with --k."
             )
         if self._rerank:
-            return rank_on_vectors(self.pool, queries, rows, k)
-        return in_order(rows, similarities, k)
+            similarities = _cosines(self.pool, queries, rows)
+        return _in_order(rows, similarities, k)
 
 
 class ServiceBackend(Backend):
@@ -248,24 +298,19 @@ class ServiceBackend(Backend):
 
     def __init__(self, pool: Embeddings, service: Service) -> None:
         super().__init__(pool)
-        self.client = KnnClient(service)
+        self._service, self._client = service, service.client()
         self.queries_at_once = self.queries_per_shard
 
     def config(self) -> dict[str, Any]:
         """The index's name; the service may move, but its index must not change."""
-        return {
-            "backend": "service",
-            "index": self.client.service.index,
-            "ranked_on_vectors": not isinstance(self.pool, IndexFolder),
-        }
+        return {"backend": "service", "index": self._service.index, "ranked_on_vectors": self.has_vectors}
 
-    def prepare(self, probe: np.ndarray, k: int) -> None:
+    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
         """Checks the service, and that it holds this pool's vectors."""
         self._keys = KeyRows(self.pool)
-        check_queries(probe[None])
-        hits = check_service(self.client, probe, k)
+        hits = self._client.check(probe, k)
         rows = self._keys.rows([hit.key for hit in hits])
-        if isinstance(self.pool, IndexFolder):
+        if not self.has_vectors:
             return
         stored = self.pool.vectors(rows).astype(np.float32) @ probe.astype(np.float32)
         said = np.array([hit.similarity for hit in hits], np.float32)
@@ -278,15 +323,80 @@ class ServiceBackend(Backend):
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
-        answers = list(self.client.search(queries, k))
+        answers = list(self._client.search(queries, k))
         rows = self._keys.rows([hit.key for hits in answers for hit in hits]).reshape(len(queries), k)
-        if not isinstance(self.pool, IndexFolder):
-            return rank_on_vectors(self.pool, queries, rows, k)
-        similarities = np.array([[hit.similarity for hit in hits] for hits in answers], np.float32)
-        return in_order(rows, similarities, k)
+        if self.has_vectors:
+            similarities = _cosines(self.pool, queries, rows)
+        else:
+            similarities = np.array([[hit.similarity for hit in hits] for hits in answers], np.float32)
+        return _in_order(rows, similarities, k)
 
 
-def in_order(rows: np.ndarray, similarities: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+class KeyRows:
+    """Finds the pool row of a key.
+
+    Args:
+        pool: its metadata need the column ``image_path``.
+
+    Raises:
+        PoolError: for a key that occurs twice: which of the two rows is meant could not be told.
+    """
+
+    def __init__(self, pool: Embeddings) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._pool = pool
+        columns = [pool.columns(file, ["image_path"])["image_path"] for file in pool.files]
+        # One Arrow array takes a few bytes per key beyond its characters; a dict takes a hundred.
+        self._keys = pa.chunked_array([c.cast(pa.large_string()) for c in columns]).combine_chunks()
+        if self._keys.null_count:
+            row = int(pc.index(self._keys.is_null(), True).as_py())
+            raise PoolError(
+                f"{self._where(row)} has no 'image_path' (the sample's key), so a hit cannot be found in the pool. "
+                "Embed the pool again, with: arf embed, or clip-retrieval inference"
+            )
+        if pc.count_distinct(self._keys).as_py() < len(self._keys):
+            counts = pc.value_counts(self._keys)
+            key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+            one, two = pc.indices_nonzero(pc.equal(self._keys, key)).to_pylist()[:2]
+            raise PoolError(
+                f"The key {key.as_py()!r} occurs twice in the pool ({self._where(one)} and {self._where(two)}), and "
+                "the service names pairs by their key alone. Search without the service (--backend exact or faiss), "
+                "which goes by row, or give the pool's samples unique keys."
+            )
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Returns the rows of keys.
+
+        Raises:
+            ServiceError: for a key that the pool does not have.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self._keys)
+        if found.null_count:
+            key = keys[int(pc.index(found.is_null(), True).as_py())]
+            raise ServiceError(
+                f"The service names the pair {key!r}, which is not among the {len(self._keys)} keys of "
+                f"{self._pool.folder} (the first being {self._keys[0].as_py()!r}). Give the folder that its index was "
+                "built from with --pool, or choose another index with --service-index."
+            )
+        rows: np.ndarray = found.to_numpy().astype(np.int64)
+        return rows
+
+    def _where(self, row: int) -> str:
+        file = next(file for file in self._pool.files if row < file.first + file.rows)
+        return f"{file.metadata}, row {row - file.first}"
+
+
+def _index_file(path: Path, modality: str = "image") -> Path:
+    """The index that a path names: a file, or that of a modality in an index folder."""
+    return path / f"{modality}.index" if path.is_dir() else path
+
+
+def _in_order(rows: np.ndarray, similarities: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts hits [n, m] to the k best, ties by ascending row."""
     order = np.lexsort((rows, -similarities), axis=1)[:, :k]
     return (
@@ -295,17 +405,8 @@ def in_order(rows: np.ndarray, similarities: np.ndarray, k: int) -> tuple[np.nda
     )
 
 
-def rank_on_vectors(
-    pool: Embeddings, queries: np.ndarray, rows: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the cosines of candidates from the stored vectors and keeps the k best.
-
-    Args:
-        pool: with vectors.
-        queries: [n, d].
-        rows: [n, m] candidates; -1 for none.
-        k: how many to keep.
-    """
+def _cosines(pool: Embeddings, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cosines [n, m] of queries [n, d] and candidate rows [n, m], -1 for none, from the pool's stored vectors."""
     similarities = np.full(rows.shape, -np.inf, np.float32)
     for start in range(0, len(queries), _RANKED_AT_ONCE):
         part = slice(start, start + _RANKED_AT_ONCE)
@@ -313,4 +414,4 @@ def rank_on_vectors(
         vectors = pool.vectors(needed).astype(np.float32)[inverse.reshape(rows[part].shape)]
         found = np.einsum("nd,nmd->nm", queries[part].astype(np.float32), vectors)
         similarities[part] = np.where(rows[part] >= 0, found, -np.inf)
-    return in_order(rows, similarities, k)
+    return similarities

@@ -1,7 +1,7 @@
 """Client of a clip-retrieval service (``clip-retrieval back``): nearest neighbours over HTTP.
 
 The service takes one vector per request and answers 500 to almost every mistake, so queries are checked here before
-they are sent, and :mod:`arf_plugin.pipeline.knn_service_check` asks at the start whether it is set up for them.
+they are sent, and :meth:`KnnClient.check` asks at the start whether it is set up for them.
 
 What is tried again, with exponential backoff and jitter:
 
@@ -10,87 +10,43 @@ What is tried again, with exponential backoff and jitter:
 - 500: twice before the service has answered a query like this one, since it then means a mistake. Afterwards it
   cannot be one of those, so it counts as a passing fault, and is given up at the tenth 500 to one query.
 
-A reply that has not arrived whole within ``timeout`` counts as a timeout, however it is spread over that time: what
-drips a byte now and then keeps nobody waiting (:mod:`arf_plugin.pipeline.knn_connection`).
-
-A query is answered in full or the search stops with an error, so faults cost time and never change a result.
-Addresses that the service names (a redirect, an ``url`` in a hit) are never fetched.
+A reply that has not arrived whole within ``timeout`` counts as a timeout (:mod:`arf_plugin.pipeline.knn_http`). A query
+is answered in full or the search stops with an error, so faults cost time and never change a result. Addresses that
+the service names (a redirect, an ``url`` in a hit) are never fetched.
 """
 
 from __future__ import annotations
 
-import http.client
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import tenacity
 
-from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
-from arf_plugin.pipeline.knn_replies import (
-    Hit,
-    PassingFault,
-    ServerFault,
-    answer,
-    largest_reply,
-    parse_hits,
-    read,
-    shown,
-)
+from arf_plugin.errors import PoolError, ServiceError
+from arf_plugin.pipeline.knn_http import PassingFault, ServerFault, Session, shown
 
 if TYPE_CHECKING:
-    import tenacity
+    from arf_plugin.pipeline.knn_backends import Service
 
-    from arf_plugin.pipeline.knn_connection import Session
+TRIES, TRIES_500, TRIES_500_AT_START = 30, 10, 3  # for one query
+LARGEST_ROW = 1 << 62
+LARGEST_SIMILARITY = 1.1  # compressed indexes overshoot a little
+# Widths of published CLIP models and of the small ones of this project.
+DIMENSIONS = (128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)
 
-TRIES = 30
-TRIES_500_AT_START = 3
-TRIES_500 = 10
 
+class Hit(NamedTuple):
+    """A neighbour: the pool sample's key, its row in the service's index, and its inner product with the query."""
 
-@dataclass(frozen=True)
-class Service:
-    """Where the service is and how to talk to it.
-
-    Attributes:
-        url: address of ``clip-retrieval back``, such as ``http://127.0.0.1:1234``.
-        index: name of the index; None takes the only one.
-        threads: requests under way at once.
-        timeout: seconds for a whole answer, from the connection to its last byte.
-        patience: seconds without any answer after which the service is given up.
-        longest_pause: seconds between two tries, at most.
-    """
-
-    url: str
-    index: str | None = None
-    threads: int = 4
-    timeout: float = 60.0
-    patience: float = 300.0
-    longest_pause: float = 10.0
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FlagError(
-                f"--service-url {self.url}: expected an address such as http://127.0.0.1:1234, where clip-retrieval "
-                "back listens."
-            )
-        if self.threads < 1:
-            raise FlagError(f"--service-threads {self.threads}: expected at least 1.")
-        if not 0 < self.timeout < threading.TIMEOUT_MAX:
-            raise FlagError(f"--service-timeout {self.timeout:g}: expected seconds, more than 0.")
-        if not self.patience >= 0:
-            raise FlagError(f"--service-patience {self.patience:g}: expected seconds, 0 or more.")
-
-    @property
-    def base(self) -> str:
-        """The address without a trailing ``/knn-service``, which ClipClient's users are used to give."""
-        return self.url.rstrip("/").removesuffix("/knn-service")
+    key: str
+    row: int
+    similarity: float
 
 
 class KnnClient:
@@ -99,43 +55,17 @@ class KnnClient:
     Args:
         service: where it is.
 
-    Raises:
-        MissingDependencyError: without requests or tenacity.
+    Attributes:
+        index: the name of its index; :meth:`check_index` finds it out if there is only one.
+        retries: requests that were sent again.
     """
 
     def __init__(self, service: Service) -> None:
-        try:
-            import requests
-            import tenacity
-            import urllib3
-        except ImportError as cause:
-            name = cause.name or "requests"
-            raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
-        self.service = service
-        self.index = service.index
-        self.proven = False  # has answered a query with this index, dimension and k
-        self.retries = 0
-        self._requests, self._tenacity, self._urllib3 = requests, tenacity, urllib3
+        self.service, self.index, self.retries = service, service.index, 0
+        self._proven = False  # has answered a query with this index, dimension and k
         self._local = threading.local()
         self._last_answer = -math.inf
         self._stop = threading.Event()
-
-    def indices(self) -> list[str]:
-        """Names of the service's indices.
-
-        Raises:
-            ServiceError: if it does not answer as clip-retrieval does.
-        """
-        try:
-            names = self._ask("GET", "/indices-list")
-        except ServerFault as cause:
-            raise ServiceError(f"{cause}. Expected a list of names; look at the service's log.") from cause
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ServiceError(
-                f"{self.service.base}/indices-list answered {shown(names)}; expected a list of names. Is this the "
-                "address of clip-retrieval back?"
-            )
-        return names
 
     def search(self, queries: np.ndarray, k: int) -> Iterator[list[Hit]]:
         """Yields the k nearest neighbours of each query, best first, in the order of the queries.
@@ -207,7 +137,7 @@ class KnnClient:
             "use_safety_model": False,
             "use_violence_detector": False,
         }
-        return parse_hits(self._ask("POST", "/knn-service", body, what, tries), k)
+        return _hits(self._ask("POST", "/knn-service", body, what, tries), k)
 
     def _ask(
         self,
@@ -218,8 +148,11 @@ class KnnClient:
         tries: int | None = None,
     ) -> Any:
         """Sends a request until there is an answer worth having; returns its JSON."""
-        started = time.monotonic()
-        faults = 0
+        started, faults, service = time.monotonic(), 0, self.service
+        hits = body["num_images"] if body else 0
+        largest = min(
+            256 << 20, (4 << 20) + (hits << 16)
+        )  # bytes: 64 KiB for what the metadata have of a hit
 
         def stop(state: tenacity.RetryCallState) -> bool:
             nonlocal faults
@@ -228,80 +161,132 @@ class KnnClient:
                 return True
             if isinstance(error, ServerFault):
                 faults += 1
-                return faults >= (TRIES_500 if self.proven else TRIES_500_AT_START)
-            silence = time.monotonic() - max(started, self._last_answer)
-            return silence > self.service.patience
+                return faults >= (TRIES_500 if self._proven else TRIES_500_AT_START)
+            return time.monotonic() - max(started, self._last_answer) > service.patience
 
         def count(state: tenacity.RetryCallState) -> None:
             self.retries += 1
 
-        retrying = self._tenacity.Retrying(
-            retry=self._tenacity.retry_if_exception_type(PassingFault),
-            wait=self._tenacity.wait_random_exponential(multiplier=0.1, max=self.service.longest_pause),
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(PassingFault),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=service.longest_pause),
             stop=stop,
             before_sleep=count,
-            sleep=self._tenacity.sleep_using_event(self._stop),
+            sleep=tenacity.sleep_using_event(self._stop),
             reraise=True,
         )
+        if not hasattr(self._local, "session"):  # requests does not promise that threads can share one
+            self._local.session = Session(service.base)
         try:
-            found = retrying(self._once, method, path, body)
+            found = retrying(
+                self._local.session.ask, method, service.base + path, body, service.timeout, largest
+            )
         except PassingFault as cause:
-            if tries is not None or (isinstance(cause, ServerFault) and not self.proven):
+            if tries is not None or (isinstance(cause, ServerFault) and not self._proven):
                 raise
-            seconds = time.monotonic() - started
             if not isinstance(cause, ServerFault):
                 raise ServiceError(
-                    f"{self.service.base} gave no answer for {seconds:.0f} s; at last: {cause}.\n"
+                    f"{service.base} gave no answer for {time.monotonic() - started:.0f} s; at last: {cause}.\n"
                     "Is the service running, and can this machine reach it? What is found so far is kept: once it "
                     "answers again, run the same command again."
                 ) from cause
             raise ServiceError(
-                f"{self.service.base}{path} answered {faults} times with 500 to {what}, while it answers others. "
+                f"{service.base}{path} answered {faults} times with 500 to {what}, while it answers others. "
                 "Look at the service's log: perhaps its metadata has fewer rows than its index. What is found so "
-                "far is kept; mend the service and run the same command again."
+                "far is kept; repair the service and run the same command again."
             ) from cause
         self._last_answer = time.monotonic()
         return found
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """Sends a request once."""
-        url = self.service.base + path
-        errors = self._requests.exceptions
-        passing = (
-            errors.ConnectionError,
-            errors.Timeout,
-            errors.ChunkedEncodingError,
-            errors.ContentDecodingError,
-        )
-        session, timeout = self._session(), self.service.timeout
+    def check(self, probe: np.ndarray, k: int) -> list[Hit]:
+        """Is the service set up for our queries? Asks for the index's name and one query, before the first of them.
+
+        Args:
+            probe: [d], a query like those to come.
+            k: neighbours per query.
+
+        Returns:
+            The probe's hits.
+
+        Raises:
+            ServiceError: saying what to change.
+        """
+        self.check_index()
         try:
-            with (
-                session.deadline(timeout),
-                session.request(
-                    method, url, json=body, timeout=timeout, stream=True, allow_redirects=False
-                ) as reply,
-            ):
-                content = read(reply, largest_reply(body["num_images"] if body else 0))
-            if session.is_late:  # cut off between two parts of a reply that has no length
-                raise PassingFault(session.lateness(url))
-        except (*passing, self._urllib3.exceptions.HTTPError, http.client.HTTPException) as cause:
-            raise PassingFault(
-                session.lateness(url) if session.is_late else shown(str(cause), 400)
+            hits = self.query(probe, k)
+        except ServerFault as cause:
+            hits = self._second_look(probe, k, cause)
+        self._proven = True
+        return hits
+
+    def check_index(self) -> None:
+        """Checks that the service answers and has the index.
+
+        Raises:
+            ServiceError: saying what to change.
+        """
+        address = self.service.base
+        try:
+            found = self._ask("GET", "/indices-list")
+        except ServerFault as cause:
+            raise ServiceError(f"{cause}. Expected a list of names; look at the service's log.") from cause
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ServiceError(
+                f"{address}/indices-list answered {shown(found)}; expected a list of names. Is this the "
+                "address of clip-retrieval back?"
+            )
+        choose = f"Choose one with --service-index: {_names(found)}"
+        if not found:
+            raise ServiceError(
+                f"{address} serves no index. Start it with one: scripts/knn_service.sh --index DIR"
+            )
+        if self.index is None and len(found) > 1:
+            raise ServiceError(f"{address} serves {len(found)} indices. {choose}")
+        self.index = self.index or found[0]
+        if self.index not in found:
+            raise ServiceError(f"{address} has no index {self.index!r}. {choose}")
+
+    def _second_look(self, probe: np.ndarray, k: int, cause: ServerFault) -> list[Hit]:
+        """Finds out why the service answered 500 to the probe; returns its hits if that was a passing fault after all.
+
+        It says 500 and nothing else to a wrong dimension, a missing image index or short metadata: a few more
+        questions tell these apart.
+        """
+        where = f"Index {self.index!r} of {self.service.base}"
+        if self._answers(probe, 1, "image"):
+            if self._answers(probe, k, "image"):
+                self._proven = True
+                return self.query(probe, k)
+            raise ServiceError(
+                f"{where} answers for one neighbour and fails for {k}: its metadata has fewer rows than its index, or "
+                f"{k} is more than it can do. Build the index folder again (arf index), or ask for fewer with --k."
             ) from cause
-        except errors.RequestException as cause:
-            raise ServiceError(f"{url} cannot be asked: {shown(str(cause), 400)}") from cause
-        except (OSError, ValueError) as cause:
-            raise PassingFault(f"{url} broke off: {shown(str(cause), 400)}") from cause
-        return answer(url, reply, content)
+        if self._answers(probe, 1, "text"):
+            raise ServiceError(
+                f"{where} has a text index and no image index (image.index), so it cannot be asked for images. Build "
+                "one: arf index --embeddings POOL --out DIR, and serve that."
+            ) from cause
+        for dimension in DIMENSIONS:
+            if dimension != len(probe) and self._answers(np.eye(1, dimension)[0], 1, "image"):
+                raise ServiceError(
+                    f"{where} holds vectors of dimension {dimension}, the queries have {len(probe)}. Embed the queries "
+                    "with the model that the index was built with, or serve an index of this model."
+                ) from cause
+        raise ServiceError(
+            f"{where} fails (500) for a sound query of dimension {len(probe)}: {cause}. Its vectors have another "
+            "dimension, its image.index is missing, or its metadata has fewer rows than the index or rows without an "
+            "image_path; its log says which."
+        ) from cause
 
-    def _session(self) -> Session:
-        """This thread's session; requests does not promise that threads can share one."""
-        if not hasattr(self._local, "session"):
-            from arf_plugin.pipeline.knn_connection import Session
-
-            self._local.session = Session(self.service.base)
-        session: Session = self._local.session
-        return session
+    def _answers(self, vector: np.ndarray, k: int, modality: str) -> bool:
+        """Whether the service answers at all, be it wrong in some other way."""
+        try:
+            self.query(vector, k, modality=modality, tries=2)
+        except PassingFault:
+            return False
+        except ServiceError:
+            return True
+        return True
 
 
 def check_queries(queries: np.ndarray) -> None:
@@ -315,3 +300,80 @@ def check_queries(queries: np.ndarray) -> None:
         raise PoolError(
             f"Query {bad[0]} has norm {norms[bad[0]]:g}; expected finite vectors of unit norm. Embed the queries again."
         )
+
+
+def _hits(reply: Any, k: int) -> list[Hit]:
+    """Checks a reply of /knn-service.
+
+    Raises:
+        ServiceError: saying what to change.
+    """
+    if not isinstance(reply, list):
+        raise ServiceError(
+            f"The service answered {shown(reply)}; expected a list of hits. Is another program (a proxy, another "
+            "version) at this address? The address should be that of clip-retrieval back."
+        )
+    if not reply:
+        raise ServiceError(
+            "The service found nothing at all for a sound query: its index is empty. Build it again with: arf index"
+        )
+    hits = [_hit(hit) for hit in reply]
+    if len(hits) != k:
+        raise ServiceError(
+            f"The service returned {len(hits)} hits, {k} were asked for. Either its index holds fewer vectors than "
+            "--pool has rows, or it is approximate and looks at too few of them: ask for fewer neighbours with --k, "
+            "raise the index's efSearch (HNSW) or nprobe (IVF), or search without the service: --backend exact"
+        )
+    values = [hit.similarity for hit in hits]
+    if any(low < high - 1e-6 for low, high in pairwise(values)):
+        raise ServiceError(
+            f"The service's hits do not fall in similarity ({values[0]:.3f}, then {max(values[1:]):.3f}): its index "
+            "measures distances. Expected one with inner product, as written by: arf index, or clip-retrieval index"
+        )
+    if max(abs(value) for value in values) > LARGEST_SIMILARITY:
+        raise ServiceError(
+            f"The service returned a similarity of {max(values, key=abs):.3f}; a cosine lies between -1 and 1. Its "
+            "index holds vectors that are not of unit norm, or measures distances. Build it again with: arf index"
+        )
+    return hits
+
+
+def _hit(hit: Any) -> Hit:
+    fields: dict[str, Any] = hit if isinstance(hit, dict) else {}
+    row, key = fields.get("id"), fields.get("image_path")
+    similarity: Any = fields.get("similarity")
+    numbers = (int, float)  # and not bool, which is one of them to isinstance
+    if type(row) is not int or type(similarity) not in numbers:
+        raise ServiceError(
+            f"The service answered the hit {shown(hit)}; expected numbers 'id' and 'similarity'. A similarity that is "
+            "not a number (NaN) comes from NaN vectors in its index: build it again with arf index, which refuses them."
+        )
+    if not 0 <= row <= LARGEST_ROW:
+        raise ServiceError(
+            f"The service answered the hit {shown(hit)}; its 'id' is the number of a row of the index, from 0. Faiss "
+            "writes -1 for neighbours that it has not found: ask for fewer with --k, or build the index again."
+        )
+    if not isinstance(key, str) or not key:
+        raise ServiceError(
+            f"The service's hit {row} has no 'image_path' (found: {_names(sorted(hit)) or 'nothing'}), so nobody can "
+            "tell which pair it is. "
+            "Serve an index folder whose metadata/*.parquet have that column, filled for every row (arf index copies "
+            "them, clip-retrieval index too unless --copy_metadata False), and let the service return it: "
+            'clip-retrieval back --columns_to_return \'["image_path","caption"]\''
+        )
+    try:
+        key.encode()
+    except UnicodeEncodeError:  # a half of a surrogate pair, which JSON can spell and nothing can store
+        raise ServiceError(
+            f"The service's hit {row} has the 'image_path' {shown(key)}, which is no text. Expected the "
+            "key of a pair; build the index folder again with: arf index"
+        ) from None
+    try:
+        return Hit(key, row, float(similarity))
+    except OverflowError:  # a whole number of hundreds of digits
+        return Hit(key, row, math.inf)
+
+
+def _names(values: Sequence[str]) -> str:
+    """Names that the service gave, for a message."""
+    return ", ".join(shown(value) for value in values[:10]) + (", ..." if len(values) > 10 else "")

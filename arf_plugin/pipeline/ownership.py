@@ -12,8 +12,8 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -26,42 +26,38 @@ class Ownership:
     """
 
     def __init__(self, locks: Sequence[Path]) -> None:
-        self._locks = sorted(set(locks))
-        self._held: list[int] = []
+        self._locks, self._held = sorted(set(locks)), ExitStack()
+        self._files: list[int] = []
 
     def __enter__(self) -> Ownership:
-        try:
+        with ExitStack() as held:  # what is opened is closed again if the next one cannot be
             for path in self._locks:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                self._held.append(os.open(path, flags, 0o666))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+                self._files.append(os.open(path, flags, 0o666))
+                held.callback(os.close, self._files[-1])
+            self._held = held.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._held:
-            os.close(self._held.pop())
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
     def alone(self) -> bool:
         """Takes the folders for this process alone; False if another process is at work in one of them."""
-        return all(self._lock(file, fcntl.LOCK_EX) for file in self._held)
+        return all(self._lock(file, fcntl.LOCK_EX) for file in self._files)
 
     def share(self) -> bool:
         """Takes the folders together with others of the same configuration; False while one has them alone."""
-        return all(self._lock(file, fcntl.LOCK_SH) for file in self._held)
+        return all(self._lock(file, fcntl.LOCK_SH) for file in self._files)
 
     def names(self) -> set[str]:
         """What the folders' last owners were called; empty if there was none."""
-        found = (os.pread(file, 100, 0) for file in self._held)
+        found = (os.pread(file, 100, 0) for file in self._files)
         return {name.decode("utf-8", "replace") for name in found if name}
 
     def sign(self, name: str) -> None:
         """Leaves a name for :meth:`names`; for a process that has the folders alone."""
-        for file in self._held:
+        for file in self._files:
             os.ftruncate(file, 0)
             os.pwrite(file, name.encode(), 0)
 

@@ -16,6 +16,7 @@ import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,7 @@ from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.embeddings import METADATA
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.pool_images import Pair, PoolTars, name_of, read_pairs
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, NUMBERS, TEXTS, WHOLE, read_columns
@@ -40,39 +42,31 @@ COLUMNS = METADATA | {
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+@dataclass
 class PackStage(Stage):
     """Writes ``pairs/NNNNNN.tar`` with KEY.(jpg|jpeg|png|webp), KEY.txt and KEY.json.
 
-    Args:
-        out: the anchor set.
+    Attributes:
         retrieved: folder of the stage retrieve.
         pool: URLs of the pool's tars. Needed if the embeddings do not name them (those of clip-retrieval), or if
             the tars have moved since.
         shard_size: pairs per shard.
-        work: folder of the bookkeeping.
     """
 
+    retrieved: Path
+    pool: list[str] | None = None
+    shard_size: int = 1000
     name = "pack"
     unit = "pairs"
 
-    def __init__(
-        self,
-        out: Path,
-        retrieved: Path,
-        pool: list[str] | None = None,
-        *,
-        shard_size: int = 1000,
-        work: Path | None = None,
-    ) -> None:
-        super().__init__(out, work)
-        self._retrieved, self._pool, self._shard_size = retrieved, pool, shard_size
-        self._list = retrieved / "pairs.parquet"
+    def __post_init__(self) -> None:
+        self._list = self.retrieved / "pairs.parquet"
         if not self._list.exists():
             raise PoolError(f"{self._list} does not exist. Expected the output folder of: arf retrieve")
 
     def config(self) -> dict[str, Any]:
         """The list of pairs and the shard size; and the tars, where the list does not say what they must hold."""
-        config = {"pairs": file_digest(self._list), "shard_size": self._shard_size}
+        config = {"pairs": file_digest(self._list), "shard_size": self.shard_size}
         if self._unverified:
             urls = sorted({url for pair in self._pairs for url, _ in pair.tars if not is_remote(url)})
             stats = [path.stat() for path in map(local_path, urls) if path.exists()]
@@ -82,8 +76,8 @@ class PackStage(Stage):
     def plan(self) -> list[Shard]:
         """One shard per output tar."""
         pairs = self._pairs
-        chunks = [pairs[start : start + self._shard_size] for start in range(0, len(pairs), self._shard_size)]
-        return [Shard(i, f"{i:06d}", chunk, len(chunk), len(chunk)) for i, chunk in enumerate(chunks)]
+        chunks = [pairs[start : start + self.shard_size] for start in range(0, len(pairs), self.shard_size)]
+        return [Shard.counted(i, chunk, len(chunk), digits=6) for i, chunk in enumerate(chunks)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """The output tars."""
@@ -93,7 +87,7 @@ class PackStage(Stage):
         """Notes in the anchor set that its pairs are not whole."""
         begin_kind(self.out, "pairs")
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Packs one output tar."""
         outcome = Outcome()
         with replacing(self.artifacts([shard])[0]) as temporary, tarfile.open(temporary, "w") as tar:
@@ -114,19 +108,17 @@ class PackStage(Stage):
                     _add(tar, f"{key}.json", provenance.encode("utf-8"))
         return outcome
 
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Notes the pairs in the anchor set's manifest."""
-        count = 0
-        for shard in shards:
-            marker = read_json(self.work / "done" / f"{shard.name}.json", PoolError)
-            count += marker["kept"]
-        info = self._retrieved / "retrieve.json"
+        markers = [read_json(self.work / "done" / f"{shard.name}.json", PoolError) for shard in shards]
+        count = sum(marker["kept"] for marker in markers)
+        info = self.retrieved / "retrieve.json"
         retrieved = read_json(info, PoolError) if info.exists() else {}
         tars = {row["tar"] for row in self._rows if row["tar"]}
         entry = {
             "count": count,
             "shards": len(shards),
-            "shard_size": self._shard_size,
+            "shard_size": self.shard_size,
             "retrieve": retrieved,
             "pool_tars_used": len(tars),
             "config_digest": digest(self.config()),
@@ -143,17 +135,12 @@ class PackStage(Stage):
             PoolError: for what no search has written.
         """
         required = [name for name in COLUMNS if name != "sha256"]  # older versions had none
-        rows = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
+        rows: list[dict[str, Any]] = read_columns(self._list, COLUMNS, PoolError, required).to_pylist()
         for number, row in enumerate(rows):
-            if not row["tar"]:
-                row |= {
-                    "tar": None,
-                    "sha256": None,
-                }  # that of others may be of the image before it was resized
-            cosines = [
-                *(row["query_similarities"] or []),
-                *([] if row["similarity"] is None else [row["similarity"]]),
-            ]
+            if not row["tar"]:  # a digest of others may be of the image before it was resized
+                row |= {"tar": None, "sha256": None}
+            cosines = list(row["query_similarities"] or [])
+            cosines += [] if row["similarity"] is None else [row["similarity"]]
             if row["image_path"] is None:
                 problem = "has no image_path, the key of the pair"
             elif not all(cosine is not None and math.isfinite(cosine) for cosine in cosines):
@@ -173,37 +160,26 @@ class PackStage(Stage):
     @cached_property
     def _pairs(self) -> list[Pair]:
         """The chosen pairs in the order of the pool; says what cannot be verified of them."""
-        known = [row | {"located": False} for row in self._rows if row["tar"] is not None]
+        known = [row for row in self._rows if row["tar"] is not None]
         located = self._locate([row for row in self._rows if row["tar"] is None])
-        pool = PoolTars(self._pool or [], self._list)
-        candidates = {row["tar"]: pool.candidates(row["tar"]) for row in known}
-        pairs = []
-        for number, row in enumerate([*known, *located]):
-            provenance = {
-                "pool_shard": name_of(utf8(row["tar"])),
-                "pool_key": row["image_path"],
-                "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
-                "queries": row["queries"] or [],
-                "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
-                "query_count": row["query_count"],
-            }
-            if row["sha256"]:
-                provenance["sha256"] = row["sha256"]
-            pairs.append(
-                Pair(
-                    number,
-                    row["tar"],
-                    ((row["tar"], 0),) if row["located"] else candidates[row["tar"]],
-                    row["image_path"],
-                    row["ext"] or "",
-                    -1 if row["offset"] is None else row["offset"],
-                    row["size"] or 0,
-                    row["caption"],
-                    row["sha256"],
-                    not row["located"],
-                    provenance,
-                )
+        tars = PoolTars(self.pool or [], self._list)
+        candidates = {row["tar"]: tars.candidates(row["tar"]) for row in known}
+        pairs = [
+            Pair(
+                number,
+                row["tar"],
+                candidates[row["tar"]] if number < len(known) else ((row["tar"], 0),),
+                row["image_path"],
+                row["ext"] or "",
+                -1 if row["offset"] is None else row["offset"],
+                row["size"] or 0,
+                row["caption"],
+                row["sha256"],
+                number < len(known),
+                _provenance(row),
             )
+            for number, row in enumerate([*known, *located])
+        ]
         if self._unverified:
             print(
                 f"pack: {self._unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
@@ -223,14 +199,14 @@ class PackStage(Stage):
         """
         if not rows:
             return []
-        if not self._pool:
+        if not self.pool:
             raise PoolError(
                 f"{self._list} does not say which tars hold the pairs (embeddings made by clip-retrieval). "
                 "Name the pool's tars with --pool."
             )
         places: dict[str, list[tuple[int, str, Any, bytes | None]]] = defaultdict(list)
         wanted = {row["image_path"] for row in rows}
-        for position, url in enumerate(self._pool):
+        for position, url in enumerate(self.pool):
             for sample in scan_samples(url, PoolError, read=("txt",)):
                 if utf8(sample.key) in wanted and sample.image is not None:
                     text = sample.members["txt"].data if "txt" in sample.members else None
@@ -238,7 +214,7 @@ class PackStage(Stage):
         missing = sorted(wanted - places.keys())
         if missing:
             raise PoolError(
-                f"{len(missing)} of {len(wanted)} chosen keys are in none of the {len(self._pool)} pool tars, the "
+                f"{len(missing)} of {len(wanted)} chosen keys are in none of the {len(self.pool)} pool tars, the "
                 f"first being {missing[0]!r}. Name all tars that were embedded with --pool."
             )
         found, agree, differ = [], 0, []
@@ -256,13 +232,7 @@ class PackStage(Stage):
             if text is not None and row["caption"] is not None:
                 agree += text == said
                 differ += [] if text == said else [f"{key!r} in {url}"]
-            place = {
-                "tar": url,
-                "offset": image.offset,
-                "size": image.size,
-                "ext": image.ext,
-                "located": True,
-            }
+            place = {"tar": url, "offset": image.offset, "size": image.size, "ext": image.ext}
             found.append((position, image.offset, key, row | place))
         if agree > len(differ) > 0:
             raise PoolError(
@@ -276,6 +246,19 @@ class PackStage(Stage):
                 file=sys.stderr,
             )
         return [row for *_, row in sorted(found, key=lambda place: place[:3])]
+
+
+def _provenance(row: dict[str, Any]) -> dict[str, Any]:
+    """What is written beside a pair."""
+    known = {
+        "pool_shard": name_of(utf8(row["tar"])),
+        "pool_key": row["image_path"],
+        "similarity": None if row["similarity"] is None else round(row["similarity"], 4),
+        "queries": row["queries"] or [],
+        "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
+        "query_count": row["query_count"],
+    }
+    return known | ({"sha256": row["sha256"]} if row["sha256"] else {})
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

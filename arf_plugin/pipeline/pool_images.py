@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,7 @@ from arf_plugin.anchors.ids import shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, image_problem
 from arf_plugin.anchors.tars import Sample, is_remote, local_path, open_shard, scan_samples
 from arf_plugin.errors import ArfError, PoolError
+from arf_plugin.pipeline.source import text_of
 from arf_plugin.untrusted import utf8
 
 _ESCAPED = re.compile(r"\\x([89a-f][0-9a-f])")  # what utf8 makes of a byte that is no UTF-8
@@ -95,8 +97,10 @@ class PoolTars:
         """
         if recorded in self._exact:
             return ((self._exact[recorded], 0),)
-        alike = [(url, _common_end(recorded, utf8(url))) for url in self._by_name.get(name_of(recorded), [])]
-        alike.sort(key=lambda candidate: -candidate[1])
+        named = self._by_name.get(name_of(recorded), [])
+        alike = sorted(
+            ((url, _common_end(recorded, utf8(url))) for url in named), key=lambda found: -found[1]
+        )
         if not is_remote(recorded) and (found := _local_file(recorded)) is not None:
             alike.append((found, 0))
         if alike:
@@ -247,11 +251,9 @@ def _is_same(pair: Pair, sample: Sample) -> bool:
 def _reading(pair: Pair, url: str, sample: Sample) -> Reading:
     assert sample.image is not None
     text, problem = pair.caption, sample.image.problem
-    if text is None and "txt" in sample.members:
-        try:
-            text = (sample.members["txt"].data or b"").decode("utf-8")
-        except UnicodeDecodeError as cause:
-            problem = problem or f"its txt is not UTF-8 ({cause})"
+    if text is None:
+        text, text_problem = text_of(sample)
+        problem = problem or text_problem
     return Reading(pair, url, sample.image.ext, sample.image.data, text, problem)
 
 
@@ -266,10 +268,5 @@ def _local_file(recorded: str) -> str | None:
 
 def _common_end(one: str, other: str) -> int:
     """Number of folders, from the last on, that two locations of tars of one name have in common, and the name."""
-    folders = [re.split(r"[/\\]+", url)[-2::-1] for url in (one, other)]
-    same = 1
-    for here, there in zip(*folders, strict=False):
-        if here != there:
-            break
-        same += 1
-    return same
+    folders = zip(*(re.split(r"[/\\]+", url)[-2::-1] for url in (one, other)), strict=False)
+    return 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], folders))

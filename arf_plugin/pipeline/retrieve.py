@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,20 @@ import numpy as np
 
 from arf_plugin.anchors.files import digest, write_json
 from arf_plugin.errors import PoolError
-from arf_plugin.pipeline.device import pick_device
-from arf_plugin.pipeline.duplicates import Dropped, Exclusion, exact_duplicates, near_duplicates
 from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit, same_model
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
-from arf_plugin.pipeline.selection import Chosen, Hits, Selection, draw, select
+from arf_plugin.pipeline.selection import (
+    Chosen,
+    Dropped,
+    Exclusion,
+    Hits,
+    Selection,
+    draw,
+    exact_duplicates,
+    near_duplicates,
+    select,
+)
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns, write_table
 
@@ -33,76 +42,66 @@ QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
 POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
 
 
+@dataclass
 class RetrieveStage(Stage):
     """Searches the pool for every query and selects pairs.
 
-    Args:
-        out: folder of hits and pairs.
+    Attributes:
         queries: embeddings of the task data.
         pool: embeddings of the pool.
         selection: see :class:`arf_plugin.pipeline.selection.Selection`.
         exclusion: images that no pair may show.
-        search: how to search, and on which device to compare pairs.
+        search: how to search.
     """
 
+    queries: Embeddings
+    pool: Embeddings
+    selection: Selection = field(default_factory=Selection)
+    exclusion: Exclusion | None = None
+    search: Search = field(default_factory=Search)
     name = "retrieve"
     unit = "queries"
 
-    def __init__(
-        self,
-        out: Path,
-        queries: Embeddings,
-        pool: Embeddings,
-        selection: Selection | None = None,
-        *,
-        exclusion: Exclusion | None = None,
-        search: Search | None = None,
-    ) -> None:
-        super().__init__(out)
-        self._queries, self._pool = queries, pool
-        self._selection, self._exclusion = selection or Selection(), exclusion
-        self._search = search or Search()
-        same_model(queries, pool)
-        if exclusion is not None:
-            exclusion.check(pool)
-        self._k = min(self._selection.k, pool.rows)
-        self._backend = self._search.open(pool, self._k)
+    def __post_init__(self) -> None:
+        same_model(self.queries, self.pool)
+        if self.exclusion is not None:
+            self.exclusion.check(self.pool)
+        self._k = min(self.selection.k, self.pool.rows)
+        self._backend = self.search.open(self.pool, self._k)
 
     def config(self) -> dict[str, Any]:
         """Search, selection, exclusion and the contents of all folders."""
+        excluded = self.exclusion.folders if self.exclusion else ()
         return {
             "search": self._backend.config(),
-            "selection": asdict(self._selection),
-            "exclude": [digest(folder.fingerprint()) for folder in self._excluded()],
-            "exclude_similarity": self._exclusion.similarity if self._exclusion else None,
-            "modality": [self._queries.modality, self._pool.modality],
-            "queries": digest(self._queries.fingerprint()),
-            "pool": digest(self._pool.fingerprint()),
+            "selection": asdict(self.selection),
+            "exclude": [digest(folder.fingerprint()) for folder in excluded],
+            "exclude_similarity": self.exclusion.similarity if self.exclusion else None,
+            "modality": [self.queries.modality, self.pool.modality],
+            "queries": digest(self.queries.fingerprint()),
+            "pool": digest(self.pool.fingerprint()),
         }
 
     def plan(self) -> list[Shard]:
         """One shard per vector file of the queries, or several where a search is slow."""
         spans = []
-        for file in self._queries.files:
+        for file in self.queries.files:
             step = self._backend.queries_per_shard or file.rows
             spans += [(file, start, min(start + step, file.rows)) for start in range(0, file.rows, step)]
-        return [
-            Shard(i, f"{i:05d}", span, float(span[2] - span[1]), span[2] - span[1])
-            for i, span in enumerate(spans)
-        ]
+        return [Shard.counted(i, span, span[2] - span[1]) for i, span in enumerate(spans)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One file of hits per shard."""
         return [self.out / "hits" / f"hits_{shard.name}.parquet" for shard in shards]
 
-    def prepare(self) -> None:
+    def prepare(self, execution: Execution) -> None:
         """Makes ready for the search, and tries it with the first query."""
-        file = self._queries.files[0]
+        file = self.queries.files[0]
         probe = np.array(file.load()[:1])
         check_unit(probe, file.vectors, file.first)
-        self._backend.prepare(probe[0], self._k)
+        self._backend.prepare(probe[0], self._k, execution)
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Searches for the queries of a file, or of a part of it."""
         import pyarrow as pa
 
@@ -118,7 +117,7 @@ class RetrieveStage(Stage):
         query = np.repeat(np.arange(file.first + start, file.first + stop), self._k)
         table = pa.table(
             {
-                "query": query_ids(self._queries, file).take(query - file.first),
+                "query": query_ids(self.queries, file).take(query - file.first),
                 "query_row": query,
                 "row": np.concatenate(rows).ravel(),
                 "similarity": np.concatenate(similarities).ravel(),
@@ -127,29 +126,29 @@ class RetrieveStage(Stage):
         write_table(self.artifacts([shard])[0], table)
         return Outcome(samples=stop - start, kept=stop - start)
 
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Selects the pairs and writes them with their provenance."""
         hits = self._hits(shards)
-        kept, dropped = self._drop(hits)
-        chosen = select(kept, self._selection)
+        kept, dropped = self._drop(hits, execution)
+        chosen = select(kept, self.selection)
         info: dict[str, Any] = {
             "pairs": len(chosen.rows),
-            "queries": self._queries.rows,
+            "queries": self.queries.rows,
             "queries_with_pairs": len(np.unique(chosen.queries)),
-            "pool_rows": self._pool.rows,
+            "pool_rows": self.pool.rows,
             "hits": len(hits.row),
             "dropped": dict(sorted(Counter(item.reason for item in dropped).items())),
             "search": self._backend.config(),
-            "selection": asdict(self._selection),
-            "model": self._pool.model,
+            "selection": asdict(self.selection),
+            "model": self.pool.model,
         }
-        if self._selection.random:
-            chosen = draw(self._random_rows(len(chosen.rows)))
+        if self.selection.random:
+            chosen = draw(self._random_rows(len(chosen.rows), execution))
         else:
+            found = chosen.similarity
             info["similarity"] = {
-                "min": round(float(chosen.similarity.min()), 4),
-                "mean": round(float(chosen.similarity.mean()), 4),
-                "max": round(float(chosen.similarity.max()), 4),
+                name: round(float(value), 4)
+                for name, value in (("min", found.min()), ("mean", found.mean()), ("max", found.max()))
             }
         self._write_pairs(chosen)
         self._write_dropped(dropped)
@@ -162,9 +161,7 @@ class RetrieveStage(Stage):
         for path in self.artifacts(shards):
             table = read_columns(path, kinds, PoolError, required=kinds)
             query, row, similarity = columns = [table[name].to_numpy() for name in kinds]
-            inside = (
-                (query >= 0) & (query < self._queries.rows) & (row >= 0) & (row < self._pool.rows)
-            ).all()
+            inside = ((query >= 0) & (query < self.queries.rows) & (row >= 0) & (row < self.pool.rows)).all()
             if not (inside and np.isfinite(similarity).all()):  # a null has become NaN
                 raise PoolError(
                     f"{path} holds hits that are no rows of the queries and the pool; it has been changed. Search "
@@ -173,14 +170,14 @@ class RetrieveStage(Stage):
             tables.append(columns)
         return Hits.of(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
 
-    def _drop(self, hits: Hits) -> tuple[Hits, list[Dropped]]:
+    def _drop(self, hits: Hits, execution: Execution) -> tuple[Hits, list[Dropped]]:
         """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""
-        floor = self._selection.min_similarity
+        floor = self.selection.min_similarity
         kept = hits if floor is None else hits.where(hits.similarity >= floor)
         if len(kept.row) == 0:
             raise PoolError(f"No hit reaches --min-similarity {floor} (best: {hits.similarity.max():.3f}).")
-        device = pick_device(self._search.device, self._search.rank)
-        rows = kept.candidates(self._selection.cap_by)
+        device = execution.torch_device()
+        rows = kept.candidates(self.selection.cap_by)
         dropped: list[Dropped] = []
 
         def drop(found: list[Dropped]) -> None:
@@ -188,11 +185,11 @@ class RetrieveStage(Stage):
             dropped.extend(found)
             rows = rows[~np.isin(rows, [item.row for item in found])]
 
-        if self._exclusion is not None:
-            drop(self._exclusion.near(self._pool, rows, device))
-        drop(exact_duplicates(self._pool, rows))
-        if self._selection.near_duplicates is not None:
-            drop(near_duplicates(self._pool, rows, self._selection.near_duplicates, device))
+        if self.exclusion is not None:
+            drop(self.exclusion.near(self.pool, rows, device))
+        drop(exact_duplicates(self.pool, rows))
+        if self.selection.near_duplicates is not None:
+            drop(near_duplicates(self.pool, rows, self.selection.near_duplicates, device))
         if len(rows) == 0:
             raise PoolError(
                 f"All {len(dropped)} pairs that the queries found are near excluded images. Raise --k, or "
@@ -200,42 +197,40 @@ class RetrieveStage(Stage):
             )
         return kept.where(np.isin(kept.row, rows)), dropped
 
-    def _random_rows(self, count: int) -> np.ndarray:
+    def _random_rows(self, count: int, execution: Execution) -> np.ndarray:
         """Draws rows of the pool, as many as were chosen; excluded images stay out of the control, too."""
-        order = np.random.default_rng(self._selection.seed).permutation(self._pool.rows)
-        if self._exclusion is None:
+        order = np.random.default_rng(self.selection.seed).permutation(self.pool.rows)
+        if self.exclusion is None:
             return order[:count]
-        device = pick_device(self._search.device, self._search.rank)
+        device = execution.torch_device()
         drawn = order[:0]
         while len(drawn) < count and len(order):
             some, order = order[: count - len(drawn)], order[count - len(drawn) :]
-            near = [item.row for item in self._exclusion.near(self._pool, some, device)]
+            near = [item.row for item in self.exclusion.near(self.pool, some, device)]
             drawn = np.concatenate([drawn, some[~np.isin(some, near)]])
         return drawn
-
-    def _excluded(self) -> tuple[Embeddings, ...]:
-        return self._exclusion.folders if self._exclusion else ()
 
     def _write_pairs(self, chosen: Chosen) -> None:
         import pyarrow as pa
 
-        ids = pa.chunked_array([query_ids(self._queries, file) for file in self._queries.files], pa.string())
-        table = self._pool.take(chosen.rows, POOL_COLUMNS)
+        ids = pa.chunked_array([query_ids(self.queries, file) for file in self.queries.files], pa.string())
+        table = self.pool.take(chosen.rows, POOL_COLUMNS)
         counts = np.diff(chosen.starts)
-        named = [
-            ids.take(chosen.queries[start : start + min(count, QUERIES_NAMED)]).to_pylist()
+        shown = [
+            slice(start, start + min(count, QUERIES_NAMED))
             for start, count in zip(chosen.starts[:-1], counts, strict=True)
         ]
-        cosines = [
-            chosen.similarities[start : start + min(count, QUERIES_NAMED)]
-            for start, count in zip(chosen.starts[:-1], counts, strict=True)
-        ]
+        named = [ids.take(chosen.queries[part]).to_pylist() for part in shown]
+        cosines = [chosen.similarities[part] for part in shown]
         similarity = pa.array(chosen.similarity, pa.float32(), mask=np.isnan(chosen.similarity))
-        table = table.append_column("row", pa.array(chosen.rows, pa.int64()))
-        table = table.append_column("similarity", similarity)
-        table = table.append_column("query_count", pa.array(counts, pa.int64()))
-        table = table.append_column("queries", pa.array(named, pa.list_(pa.string())))
-        table = table.append_column("query_similarities", pa.array(cosines, pa.list_(pa.float32())))
+        for name, column in {
+            "row": pa.array(chosen.rows, pa.int64()),
+            "similarity": similarity,
+            "query_count": pa.array(counts, pa.int64()),
+            "queries": pa.array(named, pa.list_(pa.string())),
+            "query_similarities": pa.array(cosines, pa.list_(pa.float32())),
+        }.items():
+            table = table.append_column(name, column)
         write_table(self.out / "pairs.parquet", table)
 
     def _write_dropped(self, dropped: list[Dropped]) -> None:
@@ -245,7 +240,7 @@ class RetrieveStage(Stage):
         rows = np.array([item.row for item in ordered], np.int64)
         columns = {
             "row": rows,
-            "image_path": self._pool.take(rows, ["image_path"])["image_path"],
+            "image_path": self.pool.take(rows, ["image_path"])["image_path"],
             "reason": pa.array([item.reason for item in ordered], pa.string()),
             "near": pa.array([str(item.near) for item in ordered], pa.string()),
             "similarity": pa.array([item.similarity for item in ordered], pa.float32()),

@@ -6,53 +6,26 @@ Completion markers are written after the artifacts; rejected samples are listed,
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from filelock import FileLock
 
-from arf_plugin.anchors.files import checked, digest, remove_incomplete, replacing, write_json
+from arf_plugin.anchors.files import checked, digest, remove_incomplete, replacing
+from arf_plugin.console import progress
 from arf_plugin.errors import StageError
-from arf_plugin.pipeline.bookkeeping import (
-    DATA_ERRORS,
-    Takeover,
-    claim,
-    clear,
-    finished_summary,
-    input_digest,
-    is_done,
-    lock_files,
-    plain_config,
-    read_marker,
-    read_record,
-    require_alone,
-    write_marker,
-)
+from arf_plugin.pipeline.bookkeeping import DATA_ERRORS, Bookkeeping
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.ownership import Ownership
-from arf_plugin.pipeline.progress import Progress
 from arf_plugin.pipeline.stage import Shard, Stage
 from arf_plugin.untrusted import printable_json
 
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a stage; nothing here changes the bytes of the result.
-
-    Attributes:
-        restart: throw earlier work away.
-        max_bad_fraction: stop when more than this fraction of the samples is rejected.
-        rank, world: this process's share of the shards: every ``world``-th from ``rank`` on.
-    """
-
-    restart: bool = False
-    max_bad_fraction: float = 0.01
-    rank: int = 0
-    world: int = 1
+_LOG_EVERY = 60  # seconds between two lines of progress where there is no terminal to draw a bar on
 
 
-def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]:
+def run_stage(stage: Stage, execution: Execution | None = None) -> dict[str, Any]:
     """Runs what is left of a stage, and finalizes it if that was the last of it.
 
     Returns:
@@ -62,23 +35,20 @@ def run_stage(stage: Stage, options: RunOptions | None = None) -> dict[str, Any]
         StageError: for a changed configuration, a folder that others are at work in, bookkeeping that cannot be read,
             too many rejected samples, or a file that cannot be written.
     """
-    options = options or RunOptions()
-    if options.restart and options.world > 1:
+    execution = execution or Execution()
+    if execution.restart and execution.world > 1:
         raise StageError(
-            f"--restart with {options.world} ranks: one would throw away what another has just done.\n"
+            f"--restart with {execution.world} ranks: one would throw away what another has just done.\n"
             "Start a single process with --restart, stop it once it is at work, then start all ranks without it."
         )
-    with _telling_of_files(stage):
-        shards, config = stage.plan(), plain_config(stage.config())
-        with Ownership(lock_files(stage)) as owner:
-            lock = FileLock(stage.work / "stage.lock")
-            with lock:  # ranks start together, and the slower must not clear away what the faster has begun
-                made_by = claim(stage, shards, config, owner, options.restart)
-            with checked(Takeover(stage, made_by)):
-                _process(stage, shards, made_by, options)
-                with lock:  # the last ranks may come to the end together
-                    summary = finished_summary(stage, made_by) or _finish(stage, shards, made_by, options)
-        return {"stage": stage.name, "out": str(stage.out)} | summary
+    with _owning(stage) as (book, owner, lock):
+        with lock:  # ranks start together, and the slower must not clear away what the faster has begun
+            book.claim(owner, execution.restart)
+        with checked(book.check_owner):
+            _process(book, execution)
+            with lock:  # the last ranks may come to the end together
+                summary = book.finished() or _finish(book, execution)
+    return {"stage": stage.name, "out": str(stage.out)} | summary
 
 
 def restart(stage: Stage) -> None:
@@ -87,115 +57,131 @@ def restart(stage: Stage) -> None:
     Raises:
         StageError: while others are at work in the folder.
     """
-    with (
-        _telling_of_files(stage),
-        Ownership(lock_files(stage)) as owner,
-        FileLock(stage.work / "stage.lock"),
-    ):
-        require_alone(stage, owner, [])
-        clear(stage)
+    with _owning(stage) as (book, owner, lock), lock:
+        book.require_alone(owner)
+        book.clear()
 
 
 def describe(stage: Stage) -> dict[str, Any]:
     """Returns what :func:`run_stage` would do, without doing it."""
-    shards, config = stage.plan(), plain_config(stage.config())
-    recorded = read_record(stage)
-    made_by = recorded.made_by if recorded else digest(config)
-    done = sum(is_done(stage, shard, made_by) for shard in shards)
-    counts = [shard.samples for shard in shards]
-    samples = sum(n for n in counts if n is not None) if None not in counts else None
+    book = Bookkeeping(stage)
+    recorded = book.recorded()
+    made_by = recorded.made_by if recorded else digest(book.config)
     return {
         "stage": stage.name,
         "out": str(stage.out),
-        "shards": len(shards),
-        "shards_done": done,
-        "samples": samples,
-        "config": config,
+        "shards": len(book.shards),
+        "shards_done": sum(book.marker(shard, made_by) is not None for shard in book.shards),
+        "samples": _count(book.shards),
+        "config": book.config,
     }
 
 
+def _count(shards: list[Shard]) -> int | None:
+    """Number of samples, if it is known of all shards."""
+    counts = [shard.samples for shard in shards if shard.samples is not None]
+    return sum(counts) if len(counts) == len(shards) else None
+
+
 @contextmanager
-def _telling_of_files(stage: Stage) -> Iterator[None]:
-    """Turns errors of files into one sentence; they name the file."""
+def _owning(stage: Stage) -> Iterator[tuple[Bookkeeping, Ownership, FileLock]]:
+    """This process's hold on a stage's folders; errors of files, which name the file, become one sentence.
+
+    One lock lies in the bookkeeping, one beside the artifacts, whose folder two bookkeepings may share (``--work``).
+    """
     try:
-        yield
+        book = Bookkeeping(stage)
+        assert (
+            isinstance(book.shards, list) and book.config is not None
+        )  # looked at before anything is written
+        with Ownership([stage.work / "owner.lock", stage.out / f".{stage.name}.lock"]) as owner:
+            yield book, owner, FileLock(stage.work / "stage.lock")
     except OSError as cause:
         raise StageError(
             f"Stage {stage.name} cannot go on: {cause}.\n"
-            "Whatever is finished is kept: mend the cause and run the same command again."
+            "Whatever is finished is kept: repair the cause and run the same command again."
         ) from cause
 
 
-def _process(stage: Stage, shards: list[Shard], made_by: str, options: RunOptions) -> None:
-    mine = [s for s in shards[options.rank :: options.world] if not is_done(stage, s, made_by)]
+def _process(book: Bookkeeping, execution: Execution) -> None:
+    stage = book.stage
+    mine = [shard for shard in book.shards[execution.rank :: execution.world] if not book.is_done(shard)]
     if not mine:
         print(f"{stage.name}: nothing left to do in {stage.out}", file=sys.stderr)
         return
     (stage.work / "finished.json").unlink(missing_ok=True)
-    stage.prepare()
+    stage.prepare(execution)
     stage.begin()
-    counts = [shard.samples for shard in mine]
-    total = sum(n for n in counts if n is not None) if None not in counts else None
-    weight = sum(shard.weight for shard in mine)
+    total, weight = _count(mine), sum(shard.weight for shard in mine)
     seen, seen_weight, bad = 0, 0.0, 0
     failed: list[str] = []
-    with Progress(stage.name, total, stage.unit) as progress:
-        for shard in mine:
-            inputs = input_digest(
-                stage, shard
+    started = said = time.monotonic()
+    with progress(stage.name, stage.unit, total, quiet=execution.quiet) as bar:
+        for number, shard in enumerate(mine, 1):
+            inputs = book.input_digest(
+                shard
             )  # before it is read: what changes meanwhile is noticed next time
             try:
-                outcome = stage.process(shard, progress.advance)
+                outcome = stage.process(shard, execution, bar.update)
             except DATA_ERRORS as cause:
                 failed.append(str(cause))
                 continue
-            write_marker(stage, shard, outcome, made_by, inputs)
+            book.write_marker(shard, outcome, inputs)
             seen, seen_weight = seen + outcome.samples, seen_weight + shard.weight
             bad += len(outcome.rejects)
             if total is None and seen_weight > 0:
-                progress.expect(round(seen * weight / seen_weight))
+                bar.total = round(seen * weight / seen_weight)
+            now, is_last = time.monotonic(), number == len(mine)
+            if bar.disable and not execution.quiet and (is_last or now - said >= _LOG_EVERY):
+                said, expected, rate = now, bar.total or seen, seen / max(now - started, 1e-9)
+                left = (
+                    "" if is_last or not rate else f", {bar.format_interval((expected - seen) / rate)} left"
+                )
+                print(
+                    f"{stage.name}: {seen} of {expected} {stage.unit}, {rate:.1f} {stage.unit}/s{left}",
+                    file=sys.stderr,
+                )
             if seen >= 1000:
-                _check_rejects(stage, bad, seen, outcome.rejects, options)
+                _check_rejects(stage, bad, seen, outcome.rejects, execution)
     if failed:
         shown = "\n".join(failed[:3])
         raise StageError(
             f"Stage {stage.name}: {len(failed)} of {len(mine)} shards could not be processed; the others are done.\n"
-            f"{shown}\nMend the data and run the same command again."
+            f"{shown}\nRepair the data and run the same command again."
         )
 
 
-def _finish(stage: Stage, shards: list[Shard], made_by: str, options: RunOptions) -> dict[str, Any]:
-    markers = [read_marker(stage, shard, made_by) for shard in shards]
-    outcomes = [marker.outcome for marker in markers if marker is not None]
+def _finish(book: Bookkeeping, execution: Execution) -> dict[str, Any]:
+    stage, shards = book.stage, book.shards
+    markers = [marker for shard in shards if (marker := book.marker(shard, book.made_by)) is not None]
     summary: dict[str, Any] = {"shards": len(shards)}
-    if len(outcomes) < len(shards):
-        summary |= {"finished": False, "shards_missing": len(shards) - len(outcomes)}
-        return summary
-    rejects = [
-        (shard.name, *reject) for shard, o in zip(shards, outcomes, strict=True) for reject in o.rejects
-    ]
-    samples = sum(o.samples for o in outcomes)
+    if len(markers) < len(shards):
+        return summary | {"finished": False, "shards_missing": len(shards) - len(markers)}
+    rejects = []
     with replacing(stage.work / "rejects.jsonl") as path, path.open("w", encoding="utf-8") as file:
-        for shard_name, sample, reason in rejects:
-            file.write(printable_json({"shard": shard_name, "id": sample, "reason": reason}) + "\n")
-    _check_rejects(stage, len(rejects), samples, [(r[1], r[2]) for r in rejects], options)
-    summary |= {"samples": samples, "kept": sum(o.kept for o in outcomes), "rejected": len(rejects)}
-    summary |= stage.finalize(shards) | {"finished": True}
+        for shard, marker in zip(shards, markers, strict=True):
+            rejects += marker.rejects
+            for sample, reason in marker.rejects:
+                file.write(printable_json({"shard": shard.name, "id": sample, "reason": reason}) + "\n")
+    samples = sum(marker.samples for marker in markers)
+    _check_rejects(stage, len(rejects), samples, rejects, execution)
+    summary |= {"samples": samples, "kept": sum(m.kept for m in markers), "rejected": len(rejects)}
+    summary |= stage.finalize(shards, execution) | {"finished": True}
     for folder in {path.parent for path in stage.artifacts(shards)} | {stage.work, stage.work / "done"}:
         remove_incomplete(folder)
     remove_incomplete(stage.out, all_hosts=False)
-    write_json(stage.work / "finished.json", summary | {"config": made_by})
+    book.write_finished(summary)
     return summary
 
 
 def _check_rejects(
-    stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], options: RunOptions
+    stage: Stage, bad: int, seen: int, examples: list[tuple[str, str]], execution: Execution
 ) -> None:
-    if seen == 0 or bad <= options.max_bad_fraction * seen:
+    if seen == 0 or bad <= execution.max_bad_fraction * seen:
         return
     shown = "\n".join(f"  {sample}: {reason}" for sample, reason in examples[:5])
     raise StageError(
         f"Stage {stage.name} rejected {bad} of {seen} samples ({bad / seen:.1%}), more than "
-        f"--max-bad-fraction {options.max_bad_fraction:g} allows:\n{shown}\n"
-        f"All of them, with reasons: {stage.work}/done. Mend the data, or allow more with --max-bad-fraction."
+        f"--max-bad-fraction {execution.max_bad_fraction:g} allows:\n{shown}\n"
+        f"All of them, with reasons: {stage.work}/done. Repair the data, or allow more with --max-bad-fraction."
     )

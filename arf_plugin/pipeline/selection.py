@@ -1,18 +1,28 @@
 """Which hits of a search become pair anchors.
 
-The paper leaves this open (section 3.3). Ours: hits below a floor are left out; each query chooses its nearest pairs,
-up to a cap; a cap on the total is filled in rounds, so that every query has its nearest pair before any has its second.
+The paper leaves this open (section 3.3). Ours: hits below a floor are left out, and so are pairs that say the same
+twice and pool items that show evaluation images, which are looked for among the hits only; each query chooses its
+nearest pairs, up to a cap; a cap on the total is filled in rounds, so that every query has its nearest pair before any
+has its second.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from arf_plugin.errors import FlagError
+from arf_plugin.pipeline.embeddings import Embeddings, same_model
+
+if TYPE_CHECKING:
+    import torch
 
 CAPS = ("queries", "similarity")
+BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,8 @@ class Selection:
     near_duplicates: float | None = None
 
     def __post_init__(self) -> None:
-        for flag, count in (
-            ("k", self.k),
-            ("max-pairs", self.max_pairs),
-            ("max-per-query", self.max_per_query),
-        ):
+        counts = {"k": self.k, "max-pairs": self.max_pairs, "max-per-query": self.max_per_query}
+        for flag, count in counts.items():
             if count is not None and count < 1:
                 raise FlagError(f"--{flag} {count}: expected at least 1.")
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
@@ -83,17 +90,13 @@ class Hits:
 
     def ranks(self) -> np.ndarray:
         """Rank [hits] of each hit among those of its query, from 0."""
-        if len(self.query) == 0:
-            return np.zeros(0, np.int64)
-        starts = np.flatnonzero(np.r_[True, self.query[1:] != self.query[:-1]])
-        counts = np.diff(np.r_[starts, len(self.query)])
+        _, starts, counts = np.unique(self.query, return_index=True, return_counts=True)
         return np.arange(len(self.query)) - np.repeat(starts, counts)
 
     def candidates(self, cap_by: str = "queries") -> np.ndarray:
         """The pool rows that were hit, each once, those to be taken first in front."""
         best = self.similarity if cap_by == "similarity" else -self.ranks()
-        order = np.lexsort((self.row, -self.similarity, -best))
-        rows = self.row[order]
+        rows = self.row[np.lexsort((self.row, -self.similarity, -best))]
         _, first = np.unique(rows, return_index=True)
         return rows[np.sort(first)]
 
@@ -131,11 +134,139 @@ def select(hits: Hits, selection: Selection) -> Chosen:
 
 def draw(rows: np.ndarray) -> Chosen:
     """Rows [n] that no query has chosen, as a control."""
-    nothing, none = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return Chosen(
-        np.sort(rows),
-        np.full(len(rows), np.nan, np.float32),
-        np.zeros(len(rows) + 1, np.int64),
-        nothing,
-        none,
-    )
+    starts, unknown = np.zeros(len(rows) + 1, np.int64), np.full(len(rows), np.nan, np.float32)
+    return Chosen(np.sort(rows), unknown, starts, np.zeros(0, np.int64), np.zeros(0, np.float32))
+
+
+class Dropped(NamedTuple):
+    """A pool row that was kept out of the anchors.
+
+    Attributes:
+        row: pool row.
+        reason: ``excluded``, ``duplicate`` or ``near duplicate``.
+        near: what it is near: an id of the excluded images, or the pool row of the pair that stands for it.
+        similarity: cosine to it.
+    """
+
+    row: int
+    reason: str
+    near: str | int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Images that no anchor may show, such as those of the evaluation sets.
+
+    Attributes:
+        folders: their embeddings.
+        similarity: pool items whose image is at least this similar (cosine) to one of them are excluded.
+    """
+
+    folders: tuple[Embeddings, ...]
+    similarity: float = 0.95
+
+    def check(self, pool: Embeddings) -> None:
+        """Checks that all folders were embedded with the pool's model.
+
+        Raises:
+            PoolError: if not.
+            FlagError: for a similarity that excludes everything.
+        """
+        if not 0 < self.similarity <= 1:
+            raise FlagError(f"--exclude-similarity {self.similarity}: expected a cosine above 0, up to 1.")
+        for folder in self.folders:
+            same_model(folder, pool)
+            for file in folder.files:
+                file.check_unit()
+
+    def near(self, pool: Embeddings, rows: np.ndarray, device: torch.device) -> list[Dropped]:
+        """Returns those of the pool's rows [n] that are near an excluded image, with the nearest one."""
+        import torch
+
+        dropped = []
+        for block, vectors in _blocks(pool, rows, device):
+            best = torch.full((len(block),), -2.0, device=device)
+            place = torch.zeros((len(block), 2), dtype=torch.int64, device=device)  # folder, and row in it
+            for number, folder in enumerate(self.folders):
+                for others, theirs in _blocks(folder, np.arange(folder.rows), device):
+                    found, column = (vectors @ theirs.T).max(dim=1)
+                    better = found > best
+                    best = torch.where(better, found, best)
+                    here = torch.stack([torch.full_like(column, number), column + int(others[0])], dim=1)
+                    place = torch.where(better[:, None], here, place)
+            for i in torch.nonzero(best >= self.similarity).flatten().tolist():
+                dropped.append(
+                    Dropped(int(block[i]), "excluded", self._name(*place[i].tolist()), float(best[i]))
+                )
+        return dropped
+
+    def _name(self, folder: int, row: int) -> str:
+        """``FOLDER:ID`` of an image."""
+        found = self.folders[folder]
+        columns = found.take(np.array([row]), ["id", "image_path"]).to_pylist()[0]
+        return f"{found.folder.name}:{columns['id'] or columns['image_path']}"
+
+
+def exact_duplicates(pool: Embeddings, rows: np.ndarray) -> list[Dropped]:
+    """Returns those of the rows [n] whose vector and caption equal those of an earlier one."""
+    first: dict[bytes, int] = {}
+    ascending = np.sort(rows)
+    texts = pool.take(ascending, ["caption"])["caption"].to_pylist()
+    captions = dict(zip(ascending.tolist(), texts, strict=True))
+    dropped = []
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        for row, vector in zip(block.tolist(), pool.vectors(block), strict=True):
+            if captions[row] is None:
+                continue  # whether the texts are the same is not known
+            key = hashlib.blake2b(vector.tobytes() + captions[row].encode(), digest_size=16).digest()
+            if first.setdefault(key, row) != row:
+                dropped.append(Dropped(row, "duplicate", first[key], 1.0))
+    return dropped
+
+
+def near_duplicates(
+    pool: Embeddings, rows: np.ndarray, similarity: float, device: torch.device
+) -> list[Dropped]:
+    """Returns those of the rows [n] that are near an earlier one which is itself kept (cosine >= similarity).
+
+    Each block is compared with what was kept before, so memory is bounded however many duplicates there are; the
+    work grows with the square of the number of rows that are kept.
+    """
+    import torch
+
+    kept = np.zeros(0, np.int64)
+    dropped = []
+    for block, vectors in _blocks(pool, rows, device):
+        free = np.ones(len(block), bool)
+
+        def drop(
+            i: int, other: int, cosine: float, block: np.ndarray = block, free: np.ndarray = free
+        ) -> None:
+            free[i] = False
+            dropped.append(Dropped(int(block[i]), "near duplicate", other, cosine))
+
+        for others, theirs in _blocks(pool, kept, device):
+            best, column = (vectors @ theirs.T).max(dim=1)
+            for i in torch.nonzero(best >= similarity).flatten().tolist():
+                if free[i]:
+                    drop(i, int(others[column[i]]), float(best[i]))
+        among = torch.tril(vectors @ vectors.T, diagonal=-1).cpu().numpy()
+        for i in np.flatnonzero(free & (among >= similarity).any(axis=1)).tolist():
+            earlier = np.flatnonzero(free[:i] & (among[i, :i] >= similarity))
+            if len(earlier):
+                drop(i, int(block[earlier[0]]), float(among[i, earlier[0]]))
+        kept = np.concatenate([kept, block[free]])
+    return dropped
+
+
+def _blocks(
+    embeddings: Embeddings, rows: np.ndarray, device: torch.device
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Rows and their vectors in fp32."""
+    import torch
+
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        yield block, torch.from_numpy(embeddings.vectors(block)).to(device).float()

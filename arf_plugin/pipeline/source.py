@@ -8,27 +8,22 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from arf_plugin.anchors.files import content_digest, digest, stat_key
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import cached_scan
-from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.tars import Sample, is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import read_csv_ids
 from arf_plugin.errors import ArfError, PoolError, TaskDataError
 from arf_plugin.pipeline.stage import Shard
 from arf_plugin.untrusted import require_regular
 
 CSV_ROWS_PER_SHARD = 10_000
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +44,12 @@ class RawSample:
 
     id: str
     key: str
-    tar: str
-    ext: str
-    offset: int
-    size: int
-    image: bytes | None
-    text: str | None
+    tar: str = ""
+    ext: str = ""
+    offset: int = -1
+    size: int = 0
+    image: bytes | None = None
+    text: str | None = None
     problem: str | None = None
 
 
@@ -103,55 +98,36 @@ class TarSource:
         shards = []
         for i, url in enumerate(self.urls):
             scan = cached_scan(url)
+            there = not is_remote(url) and local_path(url).exists()
+            weight = float(local_path(url).stat().st_size) if there else 1.0
             samples = len(scan.keys) + len(scan.without_image) if scan else None
-            shards.append(Shard(i, f"{i:05d}", url, _file_size(url), samples))
+            shards.append(Shard(i, f"{i:05d}", url, weight, samples))
         return shards
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
-        """Yields the samples of a tar."""
+        """Yields the samples of a tar; system files and READMEs, which open_clip passes over, are none."""
+        url = shard.source
         try:
-            yield from self._read(shard.source)
+            for sample in scan_samples(url, self.error, read=(*IMAGE_EXTENSIONS, "txt")):
+                if not sample.is_stray:
+                    yield _raw(url, sample)
         except self.error as cause:
             if not self.salvage:
                 raise
-            rest = f"{shard_name(shard.source)}/..."
-            yield RawSample(rest, rest, shard.source, "", -1, 0, None, None, f"is lost: {cause}")
-
-    def _read(self, url: str) -> Iterator[RawSample]:
-        for sample in scan_samples(url, self.error, read=(*IMAGE_EXTENSIONS, "txt")):
-            if sample.is_stray:
-                continue
-            image, text, problem = sample.image, None, None
-            if image is None and sample.is_stray:
-                continue  # system files and READMEs, which open_clip passes over
-            if image is None:
-                problem = f"has no image (members: {', '.join(sorted(sample.members))})"
-            if "txt" in sample.members:
-                try:
-                    text = (sample.members["txt"].data or b"").decode("utf-8")
-                except UnicodeDecodeError as cause:
-                    problem = problem or f"its txt is not UTF-8 ({cause})"
-            yield RawSample(
-                id=sample_id(url, sample.key),
-                key=sample.key,
-                tar=url,
-                ext=image.ext if image else "",
-                offset=image.offset if image else -1,
-                size=image.size if image else 0,
-                image=image.data if image else None,
-                text=text,
-                problem=problem,
-            )
+            rest = f"{shard_name(url)}/..."
+            yield RawSample(rest, rest, url, problem=f"is lost: {cause}")
 
     def fingerprint(self) -> list[Any]:
         """Place, size, times and inode of every tar; of a remote one what its server says of it."""
-        return [[url, _seen_state(url) if is_remote(url) else _stat(local_path(url))] for url in self.urls]
+        return [
+            [url, _state(url, _asked_once) if is_remote(url) else _stat(local_path(url))] for url in self.urls
+        ]
 
     def content(self, shard: Shard) -> str:
         """SHA-256 of the tar; of a remote one, which is not read for this, what its server says of it."""
         url = shard.source
         if is_remote(url):
-            return digest(["remote", _state_or_none(url) or url])
+            return digest(["remote", _state(url, _remote_state) or url])
         try:
             return _content([local_path(url)], self.error)
         except self.error:
@@ -182,12 +158,12 @@ class CsvSource:
         paths = read_csv_ids(self.path, self.image_column, self.separator)
         starts = range(0, len(paths), CSV_ROWS_PER_SHARD)
         chunks = [paths[start : start + CSV_ROWS_PER_SHARD] for start in starts]
-        return [Shard(i, f"{i:05d}", rows, len(rows), len(rows)) for i, rows in enumerate(chunks)]
+        return [Shard.counted(i, rows, len(rows)) for i, rows in enumerate(chunks)]
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields the rows of a chunk."""
         for path in shard.source:
-            image, problem = None, None
+            image, problem = b"", None
             try:
                 require_regular(Path(path), TaskDataError)
                 image = Path(path).read_bytes()
@@ -195,8 +171,14 @@ class CsvSource:
                 problem = "is no file"
             except (OSError, ValueError) as cause:  # ValueError: a null byte
                 problem = f"cannot be read ({getattr(cause, 'strerror', None) or cause})"
-            size = len(image) if image is not None else 0
-            yield RawSample(path, path, "", Path(path).suffix.lstrip("."), -1, size, image, None, problem)
+            yield RawSample(
+                path,
+                path,
+                ext=Path(path).suffix.lstrip("."),
+                size=len(image),
+                image=None if problem else image,
+                problem=problem,
+            )
 
     def fingerprint(self) -> list[Any]:
         """Per chunk of rows a digest of the image paths, and of each image's size, times and inode."""
@@ -213,52 +195,33 @@ class CsvSource:
         return digest([self.content(shard) for shard in self.shards()])
 
 
-def map_ordered(
-    function: Callable[[_In], _Out], items: Iterable[_In], workers: int, ahead: int = 64
-) -> Iterator[tuple[_In, _Out | Exception]]:
-    """Applies a function in threads and yields (item, result or its exception) in the order of the items.
-
-    PIL and torch release the interpreter's lock while they decode and resize, so threads suffice.
-
-    Args:
-        function: what to apply.
-        items: consumed by the calling thread, at most ``ahead`` beyond what was yielded, and no further than it takes
-            for the next result to be there.
-        workers: threads; 0 applies the function in the calling thread.
-        ahead: bound on the items in flight, which bounds memory.
-    """
-
-    def guarded(item: _In) -> _Out | Exception:
-        try:
-            return function(item)
-        except Exception as cause:
-            return cause
-
-    if workers <= 0:
-        for item in items:
-            yield item, guarded(item)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[tuple[_In, Future[_Out | Exception]]] = deque()
-        try:
-            for item in items:
-                pending.append((item, pool.submit(guarded, item)))
-                if len(pending) >= ahead or pending[0][1].done():
-                    oldest, future = pending.popleft()
-                    yield oldest, future.result()
-            while pending:
-                oldest, future = pending.popleft()
-                yield oldest, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+def text_of(sample: Sample) -> tuple[str | None, str | None]:
+    """A WebDataset sample's text, and what is wrong with it."""
+    if "txt" not in sample.members:
+        return None, None
+    try:
+        return (sample.members["txt"].data or b"").decode("utf-8"), None
+    except UnicodeDecodeError as cause:
+        return None, f"its txt is not UTF-8 ({cause})"
 
 
-def _file_size(url: str) -> float:
-    if is_remote(url):
-        return 1.0
-    path = local_path(url)
-    return float(path.stat().st_size) if path.exists() else 1.0
+def _raw(url: str, sample: Sample) -> RawSample:
+    image = sample.image
+    text, problem = text_of(sample)
+    if image is None:
+        problem = f"has no image (members: {', '.join(sorted(sample.members))})"
+        return RawSample(sample_id(url, sample.key), sample.key, url, text=text, problem=problem)
+    return RawSample(
+        sample_id(url, sample.key),
+        sample.key,
+        url,
+        image.ext,
+        image.offset,
+        image.size,
+        image.data,
+        text,
+        problem,
+    )
 
 
 def _stat(path: Path) -> list[int] | None:
@@ -295,14 +258,10 @@ def _remote_state(url: str) -> dict[str, str]:
 _asked_once = functools.lru_cache(maxsize=None)(_remote_state)  # within one process; a failure is asked again
 
 
-def _state_or_none(url: str, ask: Callable[[str], dict[str, str]] = _remote_state) -> dict[str, str] | None:
+def _state(url: str, ask: Callable[[str], dict[str, str]]) -> dict[str, str] | None:
     try:
         return ask(url) or None
     except (
         Exception
     ):  # fsspec's file systems raise kinds of their own; reading the tar will say what is wrong
         return None
-
-
-def _seen_state(url: str) -> dict[str, str] | None:
-    return _state_or_none(url, _asked_once)

@@ -2,9 +2,10 @@
 
 A stage plans its work as shards, turns each shard into artifacts, and finalizes once all are there::
 
-    plan() -> [Shard]      process(Shard) -> Outcome      finalize([Outcome]) -> summary
+    plan() -> [Shard]      process(Shard, ...) -> Outcome      finalize([Shard], ...) -> summary
 
-:func:`arf_plugin.pipeline.runner.run_stage` runs one; :mod:`arf_plugin.pipeline.bookkeeping` remembers what is done.
+It says what is made. Who makes it, and how, is an :class:`arf_plugin.pipeline.execution.Execution`;
+:func:`arf_plugin.pipeline.runner.run_stage` brings both together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+
+from arf_plugin.pipeline.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Shard:
     weight: float = 1.0
     samples: int | None = None
 
+    @classmethod
+    def counted(cls, index: int, source: Any, samples: int, digits: int = 5) -> Shard:
+        """A shard whose samples are counted, named by its position in the plan."""
+        return cls(index, f"{index:0{digits}d}", source, samples, samples)
+
 
 @dataclass
 class Outcome:
@@ -48,23 +56,27 @@ class Outcome:
         self.rejects.append((sample, reason))
 
 
+@dataclass
 class Stage(ABC):
     """One stage; see the module's docstring.
 
-    Args:
+    Attributes:
         out: folder of the artifacts.
-        work: folder of the bookkeeping; ``<out>/work/<name>`` by default.
+        work_folder: folder of the bookkeeping, if it is not ``<out>/work/<name>``.
     """
 
+    out: Path
+    work_folder: Path | None = field(default=None, kw_only=True)
     name: ClassVar[str]
     unit: ClassVar[str] = "images"
     shard_inputs: ClassVar[str] = (
         ""  # entry of the configuration that may list the shards' inputs, one by one
     )
 
-    def __init__(self, out: Path, work: Path | None = None) -> None:
-        self.out = out
-        self.work = work or out / "work" / self.name
+    @property
+    def work(self) -> Path:
+        """Folder of the bookkeeping."""
+        return self.work_folder or self.out / "work" / self.name
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -74,11 +86,15 @@ class Stage(ABC):
     def plan(self) -> list[Shard]:
         """Returns all shards, in an order that depends on the configuration alone."""
 
+    @abstractmethod
+    def artifacts(self, shards: list[Shard]) -> list[Path]:
+        """Returns the files that :meth:`process` writes for these shards."""
+
     def input_digest(self, shard: Shard) -> str | None:
         """Returns a digest of the contents of what a shard is made of; None if it cannot be told."""
         return None
 
-    def prepare(self) -> None:  # noqa: B027 - most stages need none
+    def prepare(self, execution: Execution) -> None:  # noqa: B027 - most stages need none
         """Loads models and the like; called once, and only if there is a shard to process."""
 
     def begin(self) -> None:  # noqa: B027 - most stages need none
@@ -89,13 +105,9 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes the artifacts of a shard, each through :func:`replacing`; reports progress in samples."""
 
-    @abstractmethod
-    def artifacts(self, shards: list[Shard]) -> list[Path]:
-        """Returns the files that :meth:`process` writes for these shards."""
-
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Called when all shards are done; returns entries for the summary."""
         return {}

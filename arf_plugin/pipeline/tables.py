@@ -92,7 +92,7 @@ def _opened(path: Path, error: type[ArfError]) -> Iterator[pq.ParquetFile]:
         raise
     except (
         Exception
-    ) as cause:  # Arrow raises many kinds: of its own, OSError, MemoryError, UnicodeDecodeError
+    ) as cause:  # Arrow raises many kinds, OSError, MemoryError and UnicodeDecodeError among them
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise error(f"{path} cannot be read as a parquet file: {reason}. Write or copy it again.") from cause
 

@@ -26,8 +26,8 @@ from PIL import Image
 
 from arf_plugin.errors import TaskDataError
 from arf_plugin.pipeline.caption import CaptionStage
-from arf_plugin.pipeline.captioner import Captioner
-from arf_plugin.pipeline.generation import Generation
+from arf_plugin.pipeline.captioner import Captioner, Generation
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.source import TarSource
 
 
@@ -50,17 +50,10 @@ def main() -> int:
         urls = write_shards(folder, images, args.shards)
         captioner = args.captioner or save_captioner(folder / "captioner")
         generation = Generation(max_new_tokens=args.tokens, min_new_tokens=args.tokens)
-        stage = CaptionStage(
-            folder / "out",
-            TarSource(urls, TaskDataError),
-            captioner,
-            generation,
-            batch_size=args.batch_size,
-            device=args.device,
-            workers=args.workers,
-        )
+        stage = CaptionStage(folder / "out", TarSource(urls, TaskDataError), captioner, generation)
+        execution = Execution(device=args.device, workers=args.workers, batch_size=args.batch_size)
         shards = stage.plan()
-        stage.prepare()
+        stage.prepare(execution)
 
         device = torch.device(args.device)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -79,7 +72,7 @@ def main() -> int:
                     bare._model.generate(pixel_values=pixels, **generation.arguments())
 
         variants = {
-            "arf caption": lambda: [stage.process(shard, lambda count: None) for shard in shards],
+            "arf caption": lambda: [stage.process(shard, execution, lambda count: None) for shard in shards],
             "bare generate": generate,
         }
         timed = interleave(variants, args.rounds)

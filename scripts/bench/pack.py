@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from common import Bar, interleave, parser, report
 
 from arf_plugin.anchors.tars import scan_samples
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.pack import PackStage
 
 opened: set[str] = set()
@@ -114,7 +115,7 @@ def pack(out: Path, retrieved: Path):
     """Packs all shards, over whatever an earlier call has left."""
     stage = PackStage(out, retrieved)
     shards = stage.plan()
-    return lambda: [stage.process(shard, lambda count: None) for shard in shards]
+    return lambda: [stage.process(shard, Execution(), lambda count: None) for shard in shards]
 
 
 def read(tars: list[Path]) -> None:

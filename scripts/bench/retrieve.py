@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from arf_plugin.cli.options import byte_size
 from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn import block_sizes
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.retrieve import RetrieveStage
@@ -110,11 +111,12 @@ def search(folder: Path, args, **how) -> Callable[[], object]:
         Embeddings(folder / "queries"),
         Embeddings(folder / "pool"),
         Selection(k=args.k),
-        search=Search(memory=args.memory, device="cpu", **how),
+        search=Search(memory=args.memory, **how),
     )
     shards = stage.plan()
-    stage.prepare()
-    return lambda: [stage.process(shard, lambda count: None) for shard in shards]
+    execution = Execution(device="cpu")
+    stage.prepare(execution)
+    return lambda: [stage.process(shard, execution, lambda count: None) for shard in shards]
 
 
 def exact(folder: Path, args) -> dict[str, Callable[[], object]]:
@@ -179,14 +181,16 @@ def service(args) -> dict[str, Callable[[], object]]:
     """The client with one thread, a loop of posts on one connection, and the client as it is by default."""
     import requests
 
-    from arf_plugin.pipeline.knn_service import KnnClient, Service
+    from arf_plugin.pipeline.knn_backends import Service
+    from arf_plugin.pipeline.knn_service import KnnClient
 
     queries = Embeddings(args.service_queries).vectors(np.arange(args.queries)).astype(np.float32)
     client = KnnClient(Service(args.service_url, args.service_index, threads=1))
     usual = KnnClient(Service(args.service_url, args.service_index))
     session = requests.Session()
-    name = args.service_index or client.indices()[0]
-    client.index = usual.index = name
+    for each in (client, usual):
+        each.check_index()
+    name = client.index
 
     def bare() -> None:
         for query in queries:

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ def embed(context: Context) -> Outcome:
     import torch
     from support import data
 
-    from arf_plugin.pipeline.device import pick_dtype
     from arf_plugin.pipeline.embed import EmbedStage
+    from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
+    from arf_plugin.pipeline.execution import Execution, pick_dtype
     from arf_plugin.pipeline.source import RawSample
     from arf_plugin.pipeline.stage import Shard
 
@@ -39,12 +41,14 @@ def embed(context: Context) -> Outcome:
     model.eval()
     size = model.visual.image_size[0]
     pixels = [torch.randn(3, size, size) for _ in range(batch)]
-    sample = RawSample(**{field: None for field in RawSample.__dataclass_fields__})
-    stage: Any = EmbedStage(context.folder, None, name, batch_size=batch, device=context.device)  # type: ignore[arg-type]
-    stage._device, stage._dtype, stage._model = device, dtype, model
-    stage._batches = lambda shard, outcome: (([sample] * batch, [""] * batch, pixels) for _ in range(batches))
+    samples = [RawSample(str(i), str(i)) for i in range(batch)]
+    stage: Any = EmbedStage(context.folder, None, ClipModel(name))  # type: ignore[arg-type]
+    stage.clip = LoadedClip(model, None, None, device, dtype)
+    stage.source = SimpleNamespace(read=lambda shard: samples * batches)
+    stage._decode = lambda sample: ("", pixels[int(sample.id)])
     kept: list[Any] = []
-    stage._write = lambda shard, rows, digests, images, texts, keep: kept.append(np.concatenate(images))
+    stage.write = lambda shard, vectors, metadata: kept.append(vectors[0])
+    execution = Execution(device=context.device, batch_size=batch, workers=0)
     ready = torch.stack(pixels).to(device, dtype)
     on_host = torch.stack(pixels)
     pinned = on_host.to(dtype).pin_memory() if context.on_gpu else on_host
@@ -62,7 +66,7 @@ def embed(context: Context) -> Outcome:
                 )
 
     calls = {
-        "arf embed": lambda: stage.process(Shard.__new__(Shard), lambda count: None),
+        "arf embed": lambda: stage.process(Shard.__new__(Shard), execution, lambda count: None),
         "bare loop, images on the device": bare,
         "bare loop, images in pinned memory": copied,
     }

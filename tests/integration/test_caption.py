@@ -16,8 +16,7 @@ from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_gi
 from support.building_fixtures import Inputs
 from support.tars import write_tar
 
-from arf_plugin.pipeline.captioner import Captioner, captioner_identity
-from arf_plugin.pipeline.generation import Generation
+from arf_plugin.pipeline.captioner import Captioner, Generation, captioner_identity
 
 LENGTH = ("--min-new-tokens", 3, "--max-new-tokens", 6)
 

@@ -16,8 +16,7 @@ from support.building import drawing, folder_bytes, save_tiny_coca
 from support.building_fixtures import Inputs
 
 from arf_plugin.errors import StageError
-from arf_plugin.pipeline.captioner import captioner_identity, load_captioner
-from arf_plugin.pipeline.generation import Generation
+from arf_plugin.pipeline.captioner import Generation, captioner_identity, load_captioner
 
 CPU = torch.device("cpu")
 

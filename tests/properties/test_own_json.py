@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.manifest import begin_kind, problems_of, read_manifest, update_manifest
 from arf_plugin.errors import AnchorSetError, ArfError, StageError
-from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
+from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.runner import describe, run_stage
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 
 FILES = ("config.json", "plan.json", "finished.json", "done/00000.json", "done/00001.json")
@@ -45,12 +46,12 @@ class Doubling(Stage):
     def begin(self) -> None:
         begin_kind(self.out, "pairs")
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         with replacing(self.artifacts([shard])[0]) as path:
             path.write_text(json.dumps([2 * number for number in shard.source]))
         return Outcome(len(shard.source), len(shard.source))
 
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         update_manifest(self.out, "pairs", {"count": 3}, self.artifacts(shards))
         return {"sum": sum(sum(json.loads(path.read_text())) for path in self.artifacts(shards))}
 
@@ -112,7 +113,7 @@ def test_tampered_bookkeeping(name: str, tamper: Callable[[bytes], bytes], resta
         expected = written(out)
         path = out / "work/doubling" / name
         path.write_bytes(tamper(path.read_bytes()))
-        for options in (RunOptions(restart=restart), RunOptions()):
+        for options in (Execution(restart=restart), Execution()):
             try:
                 describe(Doubling(out))
                 summary = run_stage(Doubling(out), options)
@@ -122,7 +123,7 @@ def test_tampered_bookkeeping(name: str, tamper: Callable[[bytes], bytes], resta
             else:
                 assert summary["finished"] is True and written(out) == expected
         if name != "plan.json":  # a restart mends everything but the list of what it is to remove
-            run_stage(Doubling(out), RunOptions(restart=True))
+            run_stage(Doubling(out), Execution(restart=True))
             assert written(out) == expected
 
 
@@ -171,10 +172,10 @@ def test_a_plan_removes_nothing_but_artifacts(tmp_path: Path, name: Any):
     entry = name.format(absolute=outside) if isinstance(name, str) else name
     plan.write_text(json.dumps([*json.loads(plan.read_text()), entry]))
     with pytest.raises(StageError, match="which is no artifact below"):
-        run_stage(Doubling(out), RunOptions(restart=True))
+        run_stage(Doubling(out), Execution(restart=True))
     assert outside.read_text() == "precious" and written(out) == expected
     plan.unlink()
-    assert run_stage(Doubling(out), RunOptions(restart=True))["sum"] == 12
+    assert run_stage(Doubling(out), Execution(restart=True))["sum"] == 12
 
 
 @pytest.mark.parametrize("name", FILES)

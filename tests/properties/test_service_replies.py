@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from support.knn_servers import JSON, LoopbackServer, send
 
 from arf_plugin.errors import ServiceError
-from arf_plugin.pipeline.knn_replies import Hit, PassingFault
-from arf_plugin.pipeline.knn_service import KnnClient, Service
+from arf_plugin.pipeline.knn_backends import Service
 
 pytest.importorskip("requests")
 pytest.importorskip("tenacity")
+
+from arf_plugin.pipeline.knn_http import PassingFault
+from arf_plugin.pipeline.knn_service import Hit, KnnClient
 
 K = 2
 LEAVES = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from arf_plugin.pipeline.device import pick_device
 
 

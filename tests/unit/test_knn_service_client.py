@@ -20,11 +20,12 @@ from support.building import unit_vectors
 from support.knn_servers import JSON, FlakyProxy, LoopbackServer, SmallService, send
 
 from arf_plugin.errors import FlagError, PoolError, ServiceError
-from arf_plugin.pipeline.knn_service import KnnClient, Service
-from arf_plugin.pipeline.knn_service_check import check_service
+from arf_plugin.pipeline.knn_backends import Service
 
 pytest.importorskip("requests")
 pytest.importorskip("tenacity")
+
+from arf_plugin.pipeline.knn_service import KnnClient
 
 POOL, QUERIES = unit_vectors(200, 16, seed=2), unit_vectors(40, 16, seed=1).astype(np.float32)
 KEYS = [f"key-{i:03d}" for i in range(200)]
@@ -87,7 +88,7 @@ def test_waits_must_be_possible(settings):
 def test_faults_on_a_third_of_the_requests_change_nothing(seed: int):
     with SmallService(POOL, KEYS) as service, FlakyProxy(service.url, 0.3, delay=0.7, seed=seed) as proxy:
         client = client_of(proxy.url, threads=8, index=None)
-        check_service(client, QUERIES[0], 5)
+        client.check(QUERIES[0], 5)
         many = np.concatenate([QUERIES] * 4)
         assert rows_of(client, many) == NEAREST.tolist() * 4
     assert all(proxy.counts[fault] > 2 for fault in FlakyProxy.FAULTS), proxy.counts
@@ -115,7 +116,7 @@ def test_500_is_asked_again_twice_before_the_first_success_and_longer_after():
         return (500, JSON, b"{}") if count["failures"] >= 0 else reply
 
     with serving(failing) as (service, client):
-        assert [hit.row for hit in check_service(client, QUERIES[0], 5)] == NEAREST[0].tolist()
+        assert [hit.row for hit in client.check(QUERIES[0], 5)] == NEAREST[0].tolist()
         assert len(service.requests) == 3
         count["failures"] = 9
         assert rows_of(client, QUERIES[:1]) == NEAREST[:1].tolist()
@@ -133,7 +134,7 @@ def test_one_query_that_always_fails_ends_the_search_with_its_own_error():
         return (500, JSON, b"{}") if request["embedding_input"] == bad else reply
 
     with serving(failing, threads=3) as (_, client):
-        check_service(client, QUERIES[0], 5)
+        client.check(QUERIES[0], 5)
         with pytest.raises(ServiceError, match="to query 17 of this block"):
             rows_of(client)
         assert rows_of(client, QUERIES[:3]) == NEAREST[:3].tolist()  # the client is still good
@@ -379,7 +380,7 @@ def test_bad_queries_are_refused_before_anything_is_sent():
 
 def checked(service: SmallService, probe=QUERIES[0], k=5, **settings) -> str:
     with pytest.raises(ServiceError) as error:
-        check_service(client_of(service.url, **settings), probe, k)
+        client_of(service.url, **settings).check(probe, k)
     return str(error.value)
 
 
@@ -407,7 +408,7 @@ def test_the_check_at_the_start_names_the_mistake():
 
 def checked_dimension(service: SmallService) -> str:
     """The small service's 16 is the width of no model, so the check is told of it."""
-    import arf_plugin.pipeline.knn_service_check as check
+    import arf_plugin.pipeline.knn_service as check
 
     widths, check.DIMENSIONS = check.DIMENSIONS, (32, 16)
     try:
@@ -419,7 +420,7 @@ def checked_dimension(service: SmallService) -> str:
 def test_the_only_index_is_taken_and_the_address_may_name_the_endpoint():
     with serving() as (service, _):
         client = client_of(f"{service.url}/knn-service/", index=None)
-        check_service(client, QUERIES[0], 5)
+        client.check(QUERIES[0], 5)
         assert client.index == "pool"
     for url in ("127.0.0.1:1234", "ftp://host", "http://"):
         with pytest.raises(FlagError, match="expected an address such as"):

@@ -20,11 +20,10 @@ from support.building import folder_bytes
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
-from arf_plugin.pipeline import bookkeeping
-from arf_plugin.pipeline.bookkeeping import differences
+from arf_plugin.pipeline.bookkeeping import Bookkeeping, differences
+from arf_plugin.pipeline.execution import Execution, ranks
 from arf_plugin.pipeline.ownership import Ownership
-from arf_plugin.pipeline.ranks import ranks
-from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
+from arf_plugin.pipeline.runner import describe, run_stage
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable
 
@@ -51,7 +50,7 @@ class Doubling(Stage):
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         return [self.out / "doubles" / f"{shard.name}.json" for shard in shards]
 
-    def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         self.processed.append(shard.index)
         outcome, doubles = Outcome(), []
         with replacing(self.artifacts([shard])[0]) as path:
@@ -68,7 +67,7 @@ class Doubling(Stage):
             advance(len(shard.source))
         return outcome
 
-    def finalize(self, shards: list[Shard]) -> dict[str, Any]:
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         return {"sum": sum(sum(json.loads(path.read_text())) for path in self.artifacts(shards))}
 
 
@@ -120,14 +119,14 @@ def test_a_changed_configuration_is_refused_with_the_difference(tmp_path: Path):
 
 def test_restart_leaves_nothing_of_the_earlier_run(tmp_path: Path):
     run_stage(Doubling(tmp_path / "a", NUMBERS))
-    run_stage(Doubling(tmp_path / "a", NUMBERS[:2], factor=3), RunOptions(restart=True))
+    run_stage(Doubling(tmp_path / "a", NUMBERS[:2], factor=3), Execution(restart=True))
     run_stage(Doubling(tmp_path / "b", NUMBERS[:2], factor=3))
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
 
 
 def test_restart_with_several_ranks_is_refused(tmp_path: Path):
     with pytest.raises(StageError, match="--restart with 2 ranks"):
-        run_stage(Doubling(tmp_path, NUMBERS), RunOptions(restart=True, world=2))
+        run_stage(Doubling(tmp_path, NUMBERS), Execution(restart=True, world=2))
 
 
 def test_rejects_are_listed_and_too_many_stop_the_run(tmp_path: Path):
@@ -135,7 +134,7 @@ def test_rejects_are_listed_and_too_many_stop_the_run(tmp_path: Path):
     with pytest.raises(StageError, match=r"rejected 1 of 4 samples \(25\.0%\).*\n  -2: is negative"):
         run_stage(Doubling(tmp_path, numbers))
     stage = Doubling(tmp_path, numbers)
-    summary = run_stage(stage, RunOptions(max_bad_fraction=0.3))
+    summary = run_stage(stage, Execution(max_bad_fraction=0.3))
     assert (summary["rejected"], summary["kept"]) == (1, 3)
     assert stage.processed == []
     lines = (tmp_path / "work/doubling/rejects.jsonl").read_text().splitlines()
@@ -151,10 +150,10 @@ def test_a_broken_run_stops_early(tmp_path: Path):
 
 def test_a_damaged_shard_is_named_after_the_others_are_done(tmp_path: Path):
     class Damaged(Doubling):
-        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+        def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
             if shard.index == 1:
                 raise PoolError("pool-01.tar is cut off")
-            return super().process(shard, advance)
+            return super().process(shard, execution, advance)
 
     stage = Damaged(tmp_path, NUMBERS)
     with pytest.raises(StageError, match=r"1 of 4 shards could not be processed.*\npool-01\.tar is cut off"):
@@ -167,29 +166,29 @@ def test_a_damaged_shard_is_named_after_the_others_are_done(tmp_path: Path):
 
 def test_ranks_share_the_shards_and_the_last_one_finalizes(tmp_path: Path):
     run_stage(Doubling(tmp_path / "one", NUMBERS))
-    first = run_stage(Doubling(tmp_path / "two", NUMBERS), RunOptions(rank=0, world=2))
+    first = run_stage(Doubling(tmp_path / "two", NUMBERS), Execution(rank=0, world=2))
     assert not first["finished"] and first["shards_missing"] == 2
-    second = run_stage(Doubling(tmp_path / "two", NUMBERS), RunOptions(rank=1, world=2))
+    second = run_stage(Doubling(tmp_path / "two", NUMBERS), Execution(rank=1, world=2))
     assert second["finished"]
     assert folder_bytes(tmp_path / "two") == folder_bytes(tmp_path / "one")
 
 
 def test_a_rank_that_is_slow_to_start_leaves_the_work_of_the_others(tmp_path: Path, monkeypatch):
     """Two ranks find an empty folder; one of them is held up for as long as the other needs for all its shards."""
-    clear, starting = bookkeeping.clear, threading.Event()
+    clear, starting = Bookkeeping.clear, threading.Event()
 
-    def slow_clear(stage: Stage) -> None:
+    def slow_clear(book: Bookkeeping) -> None:
         if threading.current_thread() is slow:
             starting.set()
             time.sleep(0.5)
-        clear(stage)
+        clear(book)
 
-    monkeypatch.setattr(bookkeeping, "clear", slow_clear)
-    share = (Doubling(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
+    monkeypatch.setattr(Bookkeeping, "clear", slow_clear)
+    share = (Doubling(tmp_path, NUMBERS), Execution(rank=0, world=2))
     slow = threading.Thread(target=run_stage, args=share)
     slow.start()
     assert starting.wait(10)
-    run_stage(Doubling(tmp_path, NUMBERS), RunOptions(rank=1, world=2))
+    run_stage(Doubling(tmp_path, NUMBERS), Execution(rank=1, world=2))
     slow.join()
     assert len(list((tmp_path / "work/doubling/done").iterdir())) == len(NUMBERS)
     assert (tmp_path / "work/doubling/finished.json").exists()
@@ -217,10 +216,10 @@ def test_inputs_of_shards_that_are_still_to_do_may_change(tmp_path: Path):
         return built
 
     assert len(NUMBERS) == 4
-    run_stage(stage(0, 0, 0, 0), RunOptions(rank=0, world=2))  # does shards 0 and 2
+    run_stage(stage(0, 0, 0, 0), Execution(rank=0, world=2))  # does shards 0 and 2
     with pytest.raises(StageError, match=r"inputs\[2\]: 0 -> 7"):
-        run_stage(stage(0, 0, 7, 0), RunOptions(rank=1, world=2))
-    assert run_stage(stage(0, 7, 0, 7), RunOptions(rank=1, world=2))["finished"]
+        run_stage(stage(0, 0, 7, 0), Execution(rank=1, world=2))
+    assert run_stage(stage(0, 7, 0, 7), Execution(rank=1, world=2))["finished"]
     with pytest.raises(StageError, match=r"inputs\[1\]: 7 -> 0"):
         run_stage(stage(0, 0, 0, 7))
 
@@ -303,15 +302,15 @@ def test_a_process_that_has_lost_its_folder_writes_nothing_more(tmp_path: Path, 
     """As on a file system without locks, where nobody can tell that it is still at work."""
 
     class Losing(Doubling):
-        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+        def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
             if shard.index == 2 and how == "removed":
                 shutil.rmtree(tmp_path / "A")
             elif shard.index == 2:
-                taking = (Doubling(tmp_path / "A", NUMBERS, factor=5), RunOptions(restart=True))
+                taking = (Doubling(tmp_path / "A", NUMBERS, factor=5), Execution(restart=True))
                 other = threading.Thread(target=run_stage, args=taking)
                 other.start()
                 other.join()
-            return super().process(shard, advance)
+            return super().process(shard, execution, advance)
 
     monkeypatch.setattr(Ownership, "_lock", staticmethod(lambda file, kind: True))
     stale = Losing(tmp_path / "A", NUMBERS)
@@ -327,19 +326,19 @@ def test_ranks_of_one_configuration_work_together_and_others_wait(tmp_path: Path
     seen = []
 
     class Watched(Doubling):
-        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
+        def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
             if shard.index == 0:
-                assert not run_stage(Doubling(tmp_path, NUMBERS), RunOptions(rank=1, world=2))["finished"]
+                assert not run_stage(Doubling(tmp_path, NUMBERS), Execution(rank=1, world=2))["finished"]
                 for other, options in (
-                    (Doubling(tmp_path, NUMBERS, factor=3), RunOptions()),
-                    (Doubling(tmp_path, NUMBERS), RunOptions(restart=True)),
+                    (Doubling(tmp_path, NUMBERS, factor=3), Execution()),
+                    (Doubling(tmp_path, NUMBERS), Execution(restart=True)),
                 ):
                     with pytest.raises(StageError) as caught:
                         run_stage(other, options)
                     seen.append(str(caught.value))
-            return super().process(shard, advance)
+            return super().process(shard, execution, advance)
 
-    run_stage(Watched(tmp_path, NUMBERS), RunOptions(rank=0, world=2))
+    run_stage(Watched(tmp_path, NUMBERS), Execution(rank=0, world=2))
     assert all("Another arf command is at work in" in message for message in seen)
     assert "settings.factor: 2 -> 3" in seen[0]
     assert json.loads((tmp_path / "work/doubling/finished.json").read_text())["sum"] == 56
@@ -349,12 +348,12 @@ def test_names_that_cannot_be_shown_or_encoded(tmp_path: Path):
     """A rejected sample may be called anything: the list of them stays text of UTF-8 that a console can show."""
 
     class Named(Doubling):
-        def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
-            outcome = super().process(shard, advance)
+        def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
+            outcome = super().process(shard, execution, advance)
             outcome.reject("a\x1b[31m\x9b\u202e\udcdf 東京", "is not\u2028one line")
             return outcome
 
-    options = RunOptions(max_bad_fraction=1)
+    options = Execution(max_bad_fraction=1)
     summary = run_stage(Named(tmp_path, [[1]]), options)
     again = Named(tmp_path, [[1]])
     assert run_stage(again, options) == summary and again.processed == [], "its own marker can be read"

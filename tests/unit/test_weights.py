@@ -15,9 +15,8 @@ from support import building
 from torch import nn
 
 from arf_plugin.errors import FlagError, StageError
-from arf_plugin.pipeline.captioner import Captioner
+from arf_plugin.pipeline.captioner import Captioner, Generation
 from arf_plugin.pipeline.embedder import load_model, model_identity
-from arf_plugin.pipeline.generation import Generation
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.weights import watching
 
