@@ -16,19 +16,49 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, JsonValue, model_validator
 
 from arf_plugin.anchors.files import TEMPORARY, list_files, remove_incomplete, replacing
 from arf_plugin.errors import CheckpointError
 from arf_plugin.resume.rng import preserved_rng, restore_rng
-from arf_plugin.untrusted import printable, require_fields
+from arf_plugin.untrusted import printable
+from arf_plugin.validation import Strict, validated
 
 KEY = "arf"
 FORMAT = 1
 _MOST = 1 << 53  # of anything that is counted
 _INSTEAD = "Resume from an epoch's checkpoint, which has no part of ours: --resume epoch_E.pt"
+
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+class _Process(Strict):
+    """What a loader's ``state_dict`` says; a stream has a count for each of its workers."""
+
+    rng: dict[str, Any]
+    streams: dict[str, list[Count]]
+
+
+class _Saved(Strict):
+    """What `describe` says."""
+
+    format: int
+    epoch: Count
+    step: Count
+    batches: Count
+    num_batches: Annotated[int, Field(ge=1, le=_MOST)]
+    data: dict[str, JsonValue]
+    processes: list[_Process] | None
+
+    @model_validator(mode="after")
+    def _batches_are_some_of_all(self) -> _Saved:
+        if self.batches > self.num_batches:
+            raise ValueError(f"saved after {self.batches} of {self.num_batches} batches, which cannot be.")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,49 +186,19 @@ def check_format(saved: Any, path: str) -> dict[str, Any]:
             "Resume with the release of arf-plugin that saved it, or from an epoch's checkpoint: --resume epoch_E.pt"
         )
     where = f"The step checkpoint {path}"
-    fields: dict[str, type | tuple[type, ...]] = dict.fromkeys(
-        ("epoch", "step", "batches", "num_batches"), int
-    )
-    fields |= {"data": dict, "processes": (list, type(None))}
-    require_fields(saved, fields, where, CheckpointError, _INSTEAD)
-    for name in ("epoch", "step", "batches", "num_batches"):
-        if not 0 <= saved[name] <= _MOST:
-            raise CheckpointError(
-                f"{where}: '{name}' is {str(saved[name])[:80]}, expected a count. {_INSTEAD}"
-            )
-    if not saved["batches"] <= saved["num_batches"] or not saved["num_batches"]:
-        raise CheckpointError(
-            f"{where} was saved after {saved['batches']} of {saved['num_batches']} batches, which cannot be. {_INSTEAD}"
-        )
-    if not _is_plain(saved["data"]):
-        raise CheckpointError(
-            f"{where}: 'data' holds more than numbers and texts by name, expected what determines the order of data. "
-            f"{_INSTEAD}"
-        )
-    for rank, process in enumerate(saved["processes"] or ()):
-        _check_process(process, f"{where}, process {rank}")
-    checked: dict[str, Any] = saved
-    return checked
+    checked = validated(_Saved, saved, where, CheckpointError, _INSTEAD)
+    for rank, process in enumerate(checked.processes or ()):
+        _check_generators(process.rng, f"{where}, process {rank}")
+    content: dict[str, Any] = saved
+    return content
 
 
-def _check_process(process: Any, where: str) -> None:
-    """Checks what a loader's ``state_dict`` has said, by setting the random numbers once."""
-    if not isinstance(process, dict):
-        raise CheckpointError(f"{where}: found {type(process).__name__}, expected its state. {_INSTEAD}")
-    require_fields(process, {"rng": dict, "streams": dict}, where, CheckpointError, _INSTEAD)
-    for name, counts in process["streams"].items():
-        whole = isinstance(counts, list) and all(
-            type(count) is int and 0 <= count <= _MOST for count in counts
-        )
-        if not isinstance(name, str) or not whole:
-            raise CheckpointError(
-                f"{where}: the stream {printable(repr(name))[:80]} is at {printable(repr(counts))[:80]}, expected a "
-                f"count for each worker. {_INSTEAD}"
-            )
+def _check_generators(rng: dict[str, Any], where: str) -> None:
+    """Checks the state of a process's random numbers, by setting them once."""
     try:
-        _check_rng(process["rng"])
+        _check_rng(rng)
         with preserved_rng():
-            restore_rng({**process["rng"], "cuda": []})
+            restore_rng({**rng, "cuda": []})
     except Exception as error:  # torch, numpy and Python each have their own
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise CheckpointError(
@@ -224,15 +224,6 @@ def _check_rng(state: Mapping[str, Any]) -> None:
         raise ValueError("a part is of another type")
     if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
         raise ValueError("a GPU's is no tensor of bytes")
-
-
-def _is_plain(value: Any, depth: int = 4) -> bool:
-    """Whether a value is made of numbers and texts."""
-    if isinstance(value, dict):
-        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def resume_point(

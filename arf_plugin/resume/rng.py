@@ -1,4 +1,4 @@
-"""Random number generators of a process: seeded, fenced off, taken down and put back."""
+"""Random number generators of a process: seeded, isolated, noted and put back."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` took down."""
+    """Puts back what `rng_state` noted."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
