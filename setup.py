@@ -52,7 +52,8 @@ class BuildWithStartupFile(build_py):
         built = [] if self.editable_mode else [str(Path(self.build_lib, name)) for name in STARTUP_FILES]
         if not self.editable_mode:
             built += [str(self._patches / path.relative_to(PATCHES)) for path in PATCHES.rglob("*.patch")]
-        return super().get_outputs(include_bytecode) + built
+        outputs: list[str] = super().get_outputs(include_bytecode)
+        return outputs + built
 
     @property
     def _patches(self) -> Path:

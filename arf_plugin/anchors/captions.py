@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from arf_plugin.anchors.files import list_files_of
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import list_files_of
 from arf_plugin.untrusted import printable, require_regular
 
 REBUILD = "rebuild the captions with: arf caption ..."
@@ -162,13 +162,9 @@ def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.C
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+    variable = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind in variable or isinstance(kind, pa.FixedSizeBinaryType)

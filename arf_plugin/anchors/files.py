@@ -1,229 +1,39 @@
-"""Files: found by name and never by pattern, written whole or not at all, told apart by what they contain."""
+"""Moved to :mod:`arf_plugin.files`; this name goes when nothing imports it any more."""
 
-from __future__ import annotations
+from arf_plugin.files import (
+    TEMPORARY,
+    cache_folder,
+    checked,
+    content_digest,
+    digest,
+    file_digest,
+    folder_digest,
+    is_alive,
+    list_files,
+    list_files_of,
+    read_cache,
+    remove_incomplete,
+    replacing,
+    stat_key,
+    write_cache,
+    write_json,
+)
 
-import contextlib
-import hashlib
-import json
-import os
-import secrets
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
-from typing import Any
-
-from arf_plugin.errors import ArfError, CacheError
-from arf_plugin.untrusted import parse_json, require_regular
-
-TEMPORARY = ".incomplete-"
-_BLOCK = 1 << 20
-_check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
-
-
-@contextmanager
-def checked(check: Callable[[], None]) -> Iterator[None]:
-    """Has `replacing` call ``check`` before a file takes its name, which an error of ``check`` prevents."""
-    token = _check.set(check)
-    try:
-        yield
-    finally:
-        _check.reset(token)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that takes its name once the block has succeeded.
-
-    Two processes may write the same file at once: each has a temporary name of its own, which nobody can guess and
-    lay a link at. The file is there and empty; writers open it by its name.
-
-    Raises:
-        OSError: with the name of the file that could not be written, on a full disk, too.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(
-            f"{TEMPORARY}{os.getpid()}@{socket.gethostname()}@{secrets.token_hex(6)}@{path.name[-60:]}"
-        )
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            if (check := _check.get()) is not None:
-                check()
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as cause:
-        if cause.filename is None and cause.errno is not None:  # of a write: the system does not say where
-            raise OSError(cause.errno, cause.strerror, str(path)) from cause
-        raise
-
-
-def list_files(folder: Path, suffix: str) -> list[Path]:
-    """Files directly in a folder whose names end in ``suffix``, by name; empty if there is no such folder.
-
-    No name is taken for a pattern. Hidden files, those of killed processes among them, are left out.
-    """
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [folder / name for name in names if name.endswith(suffix) and not name.startswith(".")]
-
-
-def list_files_of(url: str, folder: str, suffix: str) -> tuple[Any, list[str]]:
-    """As `list_files`, for a folder of an anchor set that may be an fsspec URL.
-
-    Args:
-        url: the set.
-        folder: its part, such as ``pairs``.
-        suffix: such as ``.tar``.
-
-    Returns:
-        The set's file system, and the files' paths in it, by name.
-    """
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(url)
-    try:
-        entries = fs.ls(f"{root.rstrip('/')}/{folder}", detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return fs, []
-    names = sorted(entry["name"] for entry in entries if entry["type"] != "directory")
-    return fs, [n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith(".")]
-
-
-def cache_folder() -> Path:
-    """Returns the folder for what can be derived again: ``ARF_CACHE_DIR``, else ``~/.cache/arf-plugin``.
-
-    Raises:
-        CacheError: there is neither the variable nor a home.
-    """
-    given = os.environ.get("ARF_CACHE_DIR")
-    if given:
-        return Path(given)
-    try:
-        return Path.home() / ".cache" / "arf-plugin"
-    except RuntimeError as cause:
-        raise CacheError(
-            "This user has no home folder, so there is no place for caches. Set ARF_CACHE_DIR."
-        ) from cause
-
-
-def read_cache(kind: str, key: str, type_: type = dict) -> Any:
-    """Finds a value in the cache; None if it is not there or damaged.
-
-    Args:
-        kind: folder of the cache.
-        key: a digest of all that the value depends on.
-        type_: type of the value.
-    """
-    try:
-        path = cache_folder() / kind / f"{key[:40]}.json"
-        require_regular(path, CacheError)
-        return parse_json(path.read_bytes(), str(path), CacheError, type_)
-    except (ArfError, OSError):
-        return None
-
-
-def write_cache(kind: str, key: str, value: Any) -> None:
-    """Puts a value into the cache; one that cannot be written costs time, and no correctness."""
-    with contextlib.suppress(CacheError, OSError):
-        write_json(cache_folder() / kind / f"{key[:40]}.json", value)
-
-
-def stat_key(path: Path) -> list[int]:
-    """What changes when a file is written again or another takes its place: size, times in nanoseconds, inode.
-
-    The time of the last change of the inode is among them, which no program can set.
-
-    Raises:
-        OSError: it is missing.
-    """
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def content_digest(
-    paths: Sequence[Path], *, trust_cache: bool = True, advance: Callable[[int], object] | None = None
-) -> str:
-    """Returns one SHA-256 over the contents of files, in order; names and places are no part of it.
-
-    It is computed once and then found in the cache for as long as no file's `stat_key` changes.
-
-    Args:
-        paths: the files.
-        trust_cache: False reads every byte, whatever the cache says.
-        advance: called with the number of bytes of each block that is read.
-
-    Raises:
-        OSError: one cannot be read.
-    """
-    key = digest(["content-1", [[str(path.absolute()), *stat_key(path)] for path in paths]])
-    known = read_cache("digests", key) if trust_cache else None
-    if known is not None and isinstance(known.get("sha256"), str):
-        return known["sha256"]
-    found = [file_digest(path, advance) for path in paths]
-    value = found[0] if len(found) == 1 else digest(found)
-    write_cache("digests", key, {"sha256": value})
-    return value
-
-
-def remove_incomplete(folder: Path, *, all_hosts: bool = True) -> None:
-    """Removes what killed processes left behind in a folder.
-
-    Args:
-        folder: the folder; those below are left alone.
-        all_hosts: removes every temporary file; otherwise only those of processes of this host that are gone, for
-            folders that another stage may be writing to.
-    """
-    for path in folder.glob(f"{TEMPORARY}*"):
-        pid, _, rest = path.name.removeprefix(TEMPORARY).partition("@")
-        here = rest.startswith(f"{socket.gethostname()}@")
-        if all_hosts or (here and not (pid.isdigit() and is_alive(int(pid)))):
-            path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, be it another user's."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with sorted keys, so that equal values are equal bytes."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-    with replacing(path) as temporary:
-        # What is no UTF-8 in a name is written as the escape that JSON has for it.
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
-
-
-def digest(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path, advance: Callable[[int], object] | None = None) -> str:
-    """Returns the SHA-256 of a file in hexadecimal, from its bytes and never from a cache."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            sha.update(block)
-            if advance is not None:
-                advance(len(block))
-    return sha.hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """Returns one SHA-256 over the names and contents of all files below a folder, hidden ones left out."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return digest([[str(p.relative_to(folder)), file_digest(p)] for p in files])
+__all__ = [
+    "TEMPORARY",
+    "cache_folder",
+    "checked",
+    "content_digest",
+    "digest",
+    "file_digest",
+    "folder_digest",
+    "is_alive",
+    "list_files",
+    "list_files_of",
+    "read_cache",
+    "remove_incomplete",
+    "replacing",
+    "stat_key",
+    "write_cache",
+    "write_json",
+]

@@ -91,7 +91,8 @@ class _Bounded:
                 f"a header with {size} bytes of names and records, more than the {self._left} that are read"
             )
         self._left -= size
-        return self._file.read(size)
+        data: bytes = self._file.read(size)
+        return data
 
 
 class SeekableTar:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin import __version__
-from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import write_json
 from arf_plugin.untrusted import parse_json, printable, read_json
 
 MANIFEST = "anchors.json"

@@ -10,10 +10,10 @@ import hashlib
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from arf_plugin.anchors.files import digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.tars import Sample, is_remote, local_path, scan_samples
 from arf_plugin.errors import ArfError, TaskDataError
+from arf_plugin.files import digest, read_cache, stat_key, write_cache
 
 MOST_LABELS = 100_000  # distinct values of cls that are noted
 

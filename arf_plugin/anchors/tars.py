@@ -110,11 +110,13 @@ def open_shard(url: str, error: type[ArfError] = TaskDataError) -> IO[bytes]:
         if url.startswith("pipe:"):
             import webdataset
 
-            return webdataset.gopen(url)
+            stream: IO[bytes] = webdataset.gopen(url)
+            return stream
         if is_remote(url):
             import fsspec
 
-            return fsspec.open(url, "rb").open()
+            remote: IO[bytes] = fsspec.open(url, "rb").open()
+            return remote
         path = local_path(url)
         require_regular(path, error)
         return path.open("rb")

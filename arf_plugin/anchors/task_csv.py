@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import image_problem
 from arf_plugin.errors import TaskDataError
+from arf_plugin.files import digest, read_cache, stat_key, write_cache
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arf_plugin.anchors.captions import read_caption_files
-from arf_plugin.anchors.files import list_files_of
 from arf_plugin.anchors.scan import ShardScan, scan_shard
 from arf_plugin.anchors.tars import is_remote
 from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_csv, scan_task_ids
 from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.console import progress
 from arf_plugin.errors import AnchorSetError, ArfError
+from arf_plugin.files import list_files_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,11 +15,11 @@ from arf_plugin.cli.retrieve import add_search_options, add_selection_options, e
 from arf_plugin.untrusted import printable
 
 EXAMPLES = """\
-  arf anchors --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
+  arf anchors --train-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
       --pool 'pool/{0000..0331}.tar' --model ViT-B-16-quickgelu --pretrained openai --k 10 --out ANCHORS
   arf anchors ... --backend service --service-url http://127.0.0.1:1234   its index: that of WORK/pool (arf embed)
   arf anchors ... --dry-run                   what would be done, with counts
-  arf anchors --task-data ... --captioner ... --out ANCHORS             captions alone
+  arf anchors --train-data ... --captioner ... --out ANCHORS             captions alone
 """
 
 # What to do again when a stage is: itself and all that comes after it.

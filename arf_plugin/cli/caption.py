@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from arf_plugin.pipeline.generation import Generation
 
 EXAMPLES = """\
-  arf caption --task-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base --out ANCHORS
-  arf caption --task-data train.csv --csv-separator , --captioner ./my-captioner --num-beams 3 --out ANCHORS
+  arf caption --train-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base --out ANCHORS
+  arf caption --train-data train.csv --csv-separator , --captioner ./my-captioner --num-beams 3 --out ANCHORS
   arf caption ... --top-p 0.9 --captions-per-image 5       five sampled captions per image
   arf caption ... --captioner open_clip:coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k
   arf caption ... --score-model ViT-B-16-quickgelu --score-pretrained openai --min-score 0.2

@@ -18,7 +18,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf check``."""
     parser = options.add_parser(
         subparsers,
@@ -29,7 +29,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         EXAMPLES,
     )
     parser.add_argument("anchors", metavar="ANCHORS", help="folder or fsspec URL")
-    options.add_task_options(parser, "--train-data", required=False)
+    options.add_task_options(parser, required=False)
     parser.add_argument(
         "--arf-missing-caption",
         choices=("error", "prompt"),

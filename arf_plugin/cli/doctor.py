@@ -7,15 +7,18 @@ import json
 import sys
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf doctor``."""
     parser = subparsers.add_parser(
         "doctor",
         help="show versions, the start-up file and every hook",
         description="Shows versions, whether the start-up file is active, and for every hook whether it would apply.\n"
         "Exits with status 1 if training with --arf-* flags would be refused.",
-        epilog="examples:\n  arf doctor\n  arf doctor --json | jq .hooks",
+        epilog="examples:\n  arf doctor\n  arf doctor --full --json | jq .hooks",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="import the trainer, rather than read its sources; takes seconds"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
@@ -25,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the diagnosis."""
     from arf_plugin.hooks.diagnosis import diagnose
 
-    found = diagnose()
+    found = diagnose(imports=args.full)
     if args.json:
         json.dump(found, sys.stdout, indent=2)
         print()

@@ -9,7 +9,7 @@ from arf_plugin.cli import options
 
 EXAMPLES = """\
   arf embed --pool 'pool/{0000..0331}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/pool
-  arf embed --task-data 'task/{000..099}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/task
+  arf embed --train-data 'task/{000..099}.tar' --model ViT-B-16-quickgelu --pretrained openai --out EMB/task
   arf embed --pool ... --model local-dir:./my-clip --modality both --out EMB/pool
   arf embed --captions ANCHORS --model ViT-B-16-quickgelu --pretrained openai --out EMB/captions  queries by caption
   arf embed --prompts imagenet --model ViT-B-16-quickgelu --pretrained openai --out EMB/prompts  queries by class prompt
@@ -27,7 +27,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         EXAMPLES,
     )
     options.add_task_options(parser, required=False)
-    parser.add_argument("--pool", metavar="DATA", help="pool tars with braces and ::, instead of --task-data")
+    parser.add_argument(
+        "--pool", metavar="DATA", help="pool tars with braces and ::, instead of --train-data"
+    )
     parser.add_argument(
         "--captions",
         type=Path,
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     if sum(given is not None for given in (args.pool, args.task_data, args.captions, args.prompts)) != 1:
         raise FlagError(
-            "arf embed needs what to embed: one of --pool, --task-data, --captions and --prompts."
+            "arf embed needs what to embed: one of --pool, --train-data, --captions and --prompts."
         )
     if args.captions or args.prompts:
         texts: TextSource = (

@@ -36,7 +36,7 @@ COMMANDS = (
 EPILOG = """\
 examples:
   arf doctor                                  is the plugin active, and does it fit this open_clip?
-  arf anchors --task-data 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS \\
+  arf anchors --train-data 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS \\
       --captioner Salesforce/blip-image-captioning-base --model ViT-B-16-quickgelu --pretrained openai
   arf check ANCHORS --train-data 'task/{000..099}.tar'
   torchrun --nproc_per_node 8 -m open_clip_train.main --arf-anchors ANCHORS --train-data ...

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from arf_plugin.flags import number_type
 from arf_plugin.untrusted import printable, printable_json
@@ -16,11 +16,17 @@ if TYPE_CHECKING:
     from arf_plugin.pipeline.source import Source
     from arf_plugin.pipeline.stage import Stage
 
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
 
 
 def add_parser(
-    subparsers: argparse._SubParsersAction, name: str, summary: str, description: str, examples: str
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    examples: str,
 ) -> argparse.ArgumentParser:
     """Adds a sub-command with a description and examples."""
     return subparsers.add_parser(
@@ -32,17 +38,16 @@ def add_parser(
     )
 
 
-def add_task_options(
-    parser: argparse.ArgumentParser, flag: str = "--task-data", required: bool = True
-) -> None:
-    """Adds the flags that name task data, called as open_clip calls them."""
+def add_task_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the flags that name task data, called as open_clip calls them; ``--task-data`` is an older spelling."""
     group = parser.add_argument_group("task data")
     group.add_argument(
-        *dict.fromkeys(("--train-data", flag)),
+        "--train-data",
+        "--task-data",
         dest="task_data",
         required=required,
         metavar="DATA",
-        help="WebDataset tars with braces and ::, or a CSV/TSV file; as open_clip's --train-data",
+        help="WebDataset tars with braces and ::, or a CSV/TSV file; as for open_clip",
     )
     group.add_argument("--dataset-type", choices=("auto", "webdataset", "csv"), default="auto")
     group.add_argument("--csv-img-key", default="filepath", metavar="COLUMN", help="column of image paths")

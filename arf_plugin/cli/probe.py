@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from arf_plugin.evaluation.probe import Features
 
 EXAMPLES = """\
-  arf probe --task-data 'task/{000..099}.tar' --classnames imagenet --out probe.pt \\
+  arf probe --train-data 'task/{000..099}.tar' --classnames imagenet --out probe.pt \\
       --model ViT-B-16-quickgelu --pretrained openai
-  arf probe --task-data ... --validation 'val/{00..09}.tar' --classnames names.txt --model local-dir:clip --out probe.pt
+  arf probe --train-data ... --validation 'val/{00..09}.tar' --classnames names.txt --model local-dir:clip \\
+      --out probe.pt
   arf evaluate probe.pt --model ViT-B-16 ...             the head on sets of its classes, zero-shot on the others
   torchrun -m open_clip_train.main --arf-head probe.pt --arf-classnames names.txt --train-data ...             LP-FT
 """

@@ -1,4 +1,4 @@
-"""``arf train``: the explicit door to open_clip's trainer, which also works without the start-up file."""
+"""``arf train``: open_clip's trainer with the plugin in it; works without the start-up file, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import runpy
 import sys
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the parser of ``arf train``; every argument after it is the trainer's."""
     parser = subparsers.add_parser(
         "train",

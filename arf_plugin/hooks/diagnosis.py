@@ -25,8 +25,11 @@ REPORTED = (
 )
 
 
-def diagnose() -> dict[str, Any]:
+def diagnose(imports: bool = False) -> dict[str, Any]:
     """Examines the environment.
+
+    Args:
+        imports: Imports the trainer, which takes seconds, rather than read its sources.
 
     Returns:
         ``versions`` (distribution -> version or None), ``supported``, ``startup`` (``active``, ``detail``), ``hooks``
@@ -37,7 +40,7 @@ def diagnose() -> dict[str, Any]:
     startup = _startup()
     version = versions[PACKAGE]
     fits = version is not None and unsupported(version) is None
-    hooks = [_examine(hook, version) for hook in HOOKS if not fits or hook.covers(str(version))]
+    hooks = [_examine(hook, version, imports) for hook in HOOKS if not fits or hook.covers(str(version))]
     return {
         "versions": versions,
         "supported": f"{PACKAGE}{' or '.join(SUPPORTED)}",
@@ -47,13 +50,13 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def _examine(hook: Hook, version: str | None) -> dict[str, Any]:
+def _examine(hook: Hook, version: str | None, imports: bool) -> dict[str, Any]:
     if version is None:
         problem: str | None = (
             f"{PACKAGE} is not installed; install it with: pip install '{PACKAGE}{CREATE_LOSS}'"
         )
     else:
-        problem = Engine(PACKAGE).check(hook, version)
+        problem = Engine(PACKAGE).check(hook, version, imports=imports)
     return {
         "id": hook.id,
         "target": hook.target,
@@ -81,6 +84,6 @@ def _startup() -> dict[str, Any]:
         detail = (
             f"a new {sys.executable} does not load it, so `python -m open_clip_train.main` knows no --arf-* flag.\n"
             "  Reinstall with `pip install --force-reinstall --no-deps arf-plugin` (and do not run "
-            "Python with -S), or use the explicit door: arf train ..."
+            "Python with -S), or start runs with: arf train ..."
         )
     return {"active": active, "detail": detail}

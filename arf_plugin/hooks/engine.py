@@ -15,6 +15,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from arf_plugin.errors import IncompatibleUpstreamError
+from arf_plugin.hooks import sources
 
 _ABSENT: Any = object()
 
@@ -110,41 +111,66 @@ class Engine:
             else:
                 setattr(module, name, original)
 
-    def check(self, hook: Hook, version: str, modules: Mapping[str, ModuleType] | None = None) -> str | None:
-        """Says why a hook would not apply; None if it would."""
+    def check(self, hook: Hook, version: str, *, imports: bool = True) -> str | None:
+        """Says why a hook would not apply; None if it would.
+
+        Args:
+            hook: The hook.
+            version: Upstream's installed version.
+            imports: False looks at upstream's sources alone, for importing them takes seconds. What another patch has
+                changed at run time, or a library that upstream lacks, is not seen then.
+        """
         try:
-            self._resolve(hook, version, modules or {})
+            if imports:
+                self._resolve(hook, version, {})
+            else:
+                self._look_up(hook, version)
         except IncompatibleUpstreamError as error:
             return str(error)
         return None
 
+    def _look_up(self, hook: Hook, version: str) -> None:
+        """As `_resolve`, from the sources."""
+        self._require_version(hook, version)
+        module, name = hook.target.split(":")
+        if not sources.exists(module):
+            raise self._error(hook, f"module {module} is not installed", hook.target)
+        found = sources.origin(module, name)
+        shadows = (hook.origin or "").startswith("builtins:")
+        if found is None and not shadows:
+            raise self._error(hook, f"module {module} has no '{name}'", hook.target)
+        if hook.origin is not None:
+            own = None if shadows else sources.origin(*hook.origin.split(":"))
+            if found != own:
+                raise self._error(hook, f"{hook.target} is {found}", f"upstream's own {hook.origin}")
+
     def _resolve(
         self, hook: Hook, version: str, modules: Mapping[str, ModuleType]
     ) -> tuple[ModuleType, str, Any]:
-        if not hook.covers(version):
-            raise self._error(
-                hook, f"{self.package} {version} is installed", f"{self.package}{hook.versions}"
-            )
+        self._require_version(hook, version)
         module_name, name = hook.target.split(":")
         try:
             module = modules.get(module_name) or importlib.import_module(module_name)
         except ImportError as error:
-            raise self._error(
-                hook, f"module {module_name} cannot be imported ({error})", hook.target
-            ) from error
-        shadows = hook.origin is not None and hook.origin.startswith("builtins:")
+            found = f"module {module_name} cannot be imported ({error})"
+            raise self._error(hook, found, hook.target) from error
+        shadows = (hook.origin or "").startswith("builtins:")
         original = getattr(module, name, getattr(builtins, name, _ABSENT) if shadows else _ABSENT)
         if original is _ABSENT:
             raise self._error(hook, f"module {module_name} has no '{name}'", hook.target)
         if hook.origin is not None:
             origin_module, origin_name = hook.origin.split(":")
-            own = getattr(importlib.import_module(origin_module), origin_name, None)
-            if original is not own:
+            if original is not getattr(importlib.import_module(origin_module), origin_name, None):
                 found = (
                     f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
                 )
                 raise self._error(hook, f"{hook.target} is {found}", f"upstream's own {hook.origin}")
         return module, name, original
+
+    def _require_version(self, hook: Hook, version: str) -> None:
+        if not hook.covers(version):
+            expected = f"{self.package}{hook.versions}"
+            raise self._error(hook, f"{self.package} {version} is installed", expected)
 
     def _error(self, hook: Hook, found: str, expected: str) -> IncompatibleUpstreamError:
         return IncompatibleUpstreamError(

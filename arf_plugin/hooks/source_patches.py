@@ -15,13 +15,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PatchError
+from arf_plugin.files import replacing
 from arf_plugin.untrusted import require_regular
 
 PACKAGE = "open_clip_train"
@@ -118,7 +115,7 @@ class Series:
         Raises:
             PatchError: They are applied already, or do not fit.
         """
-        self._change(target, wanted="applies", done="applied")
+        self._change(target, "applies", "the series is applied already")
 
     def revert(self, target: Path) -> None:
         """Takes all patches back.
@@ -126,79 +123,70 @@ class Series:
         Raises:
             PatchError: They are not applied, or their lines were changed since.
         """
-        self._change(target, "--reverse", wanted="applied", done="not applied")
+        self._change(target, "applied", "the series is not applied already", "--reverse")
 
-    def _change(self, target: Path, *options: str, wanted: str, done: str) -> None:
+    def _change(self, target: Path, wanted: str, otherwise: str, *options: str) -> None:
         state = self.state(target)
-        if state == wanted:
-            problem = self._git(target, *options)
-        elif state in ("applied", "applies"):
-            problem = f"the series is {done} already"
-        else:
-            problem = state
+        problem = self._git(target, *options) if state == wanted else state
         if problem:
             raise PatchError(
-                f"{target}: {problem}\nNothing was changed. The patches are in {self.paths[0].parent}; "
-                "see how they fit with: arf patch check"
+                f"{target}: {otherwise if problem in ('applied', 'applies') else problem}\nNothing was changed. "
+                f"The patches are in {self.paths[0].parent}; see how they fit with: arf patch check"
             )
 
     def _git(self, target: Path, *options: str) -> str:
         """Runs ``git apply`` on a copy of the files and writes back what it changes; returns what it complains of."""
         paths = [str(path.resolve()) for path in (self.paths[::-1] if "--reverse" in options else self.paths)]
-        with _git_alone() as (folder, git):
-            # -z: names as they are, each ended by a zero byte, behind two counts.
-            listed = git("apply", "--numstat", "-z", *paths)
+        program = shutil.which("git")
+        if program is None:
+            raise PatchError("git is not installed; it applies the patches.")
+        with tempfile.TemporaryDirectory(prefix="arf-patch-") as scratch:
+            folder = Path(scratch) / "sources"
+            folder.mkdir()
+
+            def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+                return subprocess.run(
+                    [str(Path(program).absolute()), "apply", *arguments, *paths],
+                    cwd=folder,
+                    env=_environment(scratch),
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                )
+
+            listed = git(
+                "--numstat", "-z"
+            )  # -z: names as they are, each ended by a zero byte, behind two counts
             if listed.returncode:
                 return listed.stderr.strip()
-            names = {entry.split("\t")[2] for entry in listed.stdout.split("\0") if entry}
-            before = {
-                name: content for name in sorted(names) if (content := _source(target, name)) is not None
-            }
+            names = sorted({entry.split("\t")[2] for entry in listed.stdout.split("\0") if entry})
+            before = {name: content for name in names if (content := _source(target, name)) is not None}
             for name, content in before.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(content)
-            done = git("apply", *options, *paths)
+            done = git(*options)
             if done.returncode:
                 return done.stderr.strip()
-            for name in sorted(names) if "--check" not in options else ():
+            for name in names if "--check" not in options else ():
                 _write_back(folder / name, target / name, before.get(name))
         return ""
 
 
-@contextmanager
-def _git_alone() -> Iterator[tuple[Path, Any]]:
-    """Yields an empty folder and a function that runs git in it: outside of any repository, with no configuration."""
-    program = shutil.which("git")
-    if program is None:
-        raise PatchError("git is not installed; it applies the patches.")
-    with tempfile.TemporaryDirectory(prefix="arf-patch-") as scratch:
-        folder = Path(scratch) / "sources"
-        folder.mkdir()
-        environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "LC_ALL": "C",
-            "HOME": scratch,
-            # No repository is looked for: where the temporary folder lies in one, its configuration must not count.
-            "GIT_DIR": str(Path(scratch) / "none"),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_SYSTEM": os.devnull,
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_ATTR_NOSYSTEM": "1",
-        }
-
-        def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [str(Path(program).absolute()), *arguments],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-            )
-
-        yield folder, git
+def _environment(home: str) -> dict[str, str]:
+    """An environment in which git is outside of any repository and has no configuration."""
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LC_ALL": "C",
+        "HOME": home,
+        # No repository is looked for: where the temporary folder lies in one, its configuration must not count.
+        "GIT_DIR": str(Path(home) / "none"),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_SYSTEM": os.devnull,
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_ATTR_NOSYSTEM": "1",
+    }
 
 
 def _source(target: Path, name: str) -> bytes | None:

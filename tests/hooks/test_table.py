@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,27 @@ ROOT = Path(__file__).parents[2]
 def test_hook_fits_the_installed_release_or_refuses_it(hook):
     problem = Engine(PACKAGE).check(hook, upstream_version())
     assert (problem is None) == hook.covers(upstream_version()), problem
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.id)
+def test_the_sources_say_of_a_hook_what_importing_them_says(hook):
+    engine, version = Engine(PACKAGE), upstream_version()
+    assert engine.check(hook, version, imports=False) == engine.check(hook, version)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": "open_clip_train.nowhere:main"}, "module open_clip_train.nowhere is not installed"),
+        ({"target": "open_clip_train.main:nothing"}, "module open_clip_train.main has no 'nothing'"),
+        ({"origin": "open_clip:create_model"}, "upstream's own open_clip:create_model"),
+        ({"origin": "builtins:print"}, "upstream's own builtins:print"),
+    ],
+)
+def test_the_sources_show_a_hook_that_does_not_fit(changes, said):
+    (hook,) = (hook for hook in HOOKS if hook.id == "create-model")
+    problem = Engine(PACKAGE).check(replace(hook, **changes), upstream_version(), imports=False)
+    assert problem is not None and said in problem
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)

@@ -121,7 +121,7 @@ def test_refusals(arf, inputs: Inputs, tmp_path: Path):
         _, err = arf("embed", "--out", tmp_path / "E", *more, status=1)
         assert expected in err, err
 
-    refused("one of --pool, --task-data, --captions and --prompts", "--model", inputs.clip)
+    refused("one of --pool, --train-data, --captions and --prompts", "--model", inputs.clip)
     refused("needs weights: add --pretrained", "--pool", inputs.pool, "--model", "ViT-B-32")
     refused("cannot load the model", "--pool", inputs.pool, "--model", "ViT-Z-99", "--pretrained", "x")
     refused("does not exist", "--pool", inputs.pool, "--model", "local-dir:/nowhere")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import data
 
-from arf_plugin.anchors import files
+from arf_plugin import files
 
 
 @pytest.fixture

@@ -105,6 +105,6 @@ def test_refusals(arf, inputs: Inputs, tmp_path: Path):
     _, err = arf(*common, "--captions", tmp_path, status=1)
     assert "has no *.parquet" in err and "arf caption" in err
     _, err = arf(*common, "--captions", tmp_path, "--prompts", "imagenet", status=1)
-    assert "one of --pool, --task-data, --captions and --prompts" in err
+    assert "one of --pool, --train-data, --captions and --prompts" in err
     _, err = arf(*common, status=1)
     assert "needs what to embed" in err

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from arf_plugin.anchors import files
+from arf_plugin import files
 from arf_plugin.errors import CacheError
 
 
