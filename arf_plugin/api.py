@@ -285,7 +285,7 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
 def _parsed(command: str, flags: dict[str, Any]) -> argparse.Namespace:
     """Arguments of a command of ``arf``, from keywords."""
     from arf_plugin.cli.main import build_parser
-    from arf_plugin.hooks.activation import parsing_errors
+    from arf_plugin.flags import parsing_errors
 
     argv = [command]
     for name, value in flags.items():

@@ -9,8 +9,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+
+from arf_plugin.errors import FlagError
 
 Number = TypeVar("Number", int, float)
 
@@ -54,6 +57,17 @@ Other ways to fine-tune robustly, on the same data. Two more need no flag of the
 def wants_arf(argv: Sequence[str]) -> bool:
     """Whether a trainer's command line concerns the plugin: an ``--arf-*`` flag, or a request for help."""
     return any(arg.startswith("--arf") or arg in ("-h", "--help") for arg in argv)
+
+
+@contextlib.contextmanager
+def parsing_errors() -> Iterator[None]:
+    """Turns what an argparse parser prints before it exits into an error."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            yield
+    except SystemExit:
+        raise FlagError(output.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 def number_type(

@@ -168,7 +168,7 @@ def check_flags(runs: Sequence[Run]) -> None:
 
 def _check_own(argv: list[str]) -> None:
     from arf_plugin.cli.main import build_parser
-    from arf_plugin.hooks.activation import parsing_errors
+    from arf_plugin.flags import parsing_errors
 
     with parsing_errors():
         build_parser().parse_args(argv)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from arf_plugin import config
-from arf_plugin.errors import ArfError, FlagError, IncompatibleUpstreamError
-from arf_plugin.flags import wants_arf
+from arf_plugin.errors import ArfError, IncompatibleUpstreamError
+from arf_plugin.flags import parsing_errors, wants_arf
 from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import hooks
@@ -74,17 +72,6 @@ def check_args(argv: Sequence[str]) -> Any:
     if wants_arf(argv):
         resolve(args, version)
     return args
-
-
-@contextlib.contextmanager
-def parsing_errors() -> Iterator[None]:
-    """Turns what an argparse parser prints before it exits into an error."""
-    output = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(output):
-            yield
-    except SystemExit:
-        raise FlagError(output.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 def deactivate() -> None:
