@@ -244,7 +244,7 @@ def _converted(
     converted: dict[str, torch.Tensor] = {}
     read = factory.load_state_dict
     factory.load_state_dict = lambda *args, **named: dict(weights)
-    model.load_state_dict = lambda state, *args, **named: converted.update(state)
+    vars(model)["load_state_dict"] = lambda state, *args, **named: converted.update(state)
     try:
         factory.load_checkpoint(model, "weights.pt")
     except Exception as cause:  # whatever a conversion meets

@@ -141,7 +141,8 @@ def embed(
         reject=lambda sample, error: skipped.update({sample.id: str(error)}),
     ):
         with torch.inference_mode():
-            features = model.encode_image(torch.stack([pixels for _, pixels in batch]).to(device))
+            encode: Any = model.encode_image
+            features = encode(torch.stack([pixels for _, pixels in batch]).to(device))
             vectors.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu())
         ids += [sample.id for sample, _ in batch]
         labels += [sample.cls for sample, _ in batch]

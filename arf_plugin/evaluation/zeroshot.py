@@ -87,16 +87,18 @@ class Classifier:
         hidden = not (self.shown and sys.stderr.isatty())
         bar = tqdm(names, desc="classifier", unit=" classes", leave=False, disable=hidden, file=sys.stderr)
         with contextlib.redirect_stderr(io.StringIO()):
-            return zero_shot_classifier(
+            weights: torch.Tensor = zero_shot_classifier(
                 *(self.model, self.tokenizer, bar, templates, self.device.type, self.amp)
             )
+        return weights
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features [N, dimension] of images [N, 3, H, W] on the model's device."""
         import torch
 
+        encode: Any = self.model.encode_image
         with torch.autocast(self.device.type, enabled=self.amp):
-            return torch.nn.functional.normalize(self.model.encode_image(images), dim=-1)
+            return torch.nn.functional.normalize(encode(images), dim=-1)
 
     def classify(
         self, features: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | Head
