@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class ArfError(Exception):
-    """Base of every error that a user of the plugin can cause or mend."""
+    """Base of every error that a user of the plugin can cause or fix."""
 
 
 class FlagError(ArfError):

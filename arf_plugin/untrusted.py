@@ -71,9 +71,7 @@ def utf8(name: str) -> str:
     >>> utf8("stra\udcdfe")
     'stra\\xdfe'
     """
-    return (
-        name if _LONE_SURROGATE.search(name) is None else _LONE_SURROGATE.sub(lambda m: _escape(m[0]), name)
-    )
+    return _LONE_SURROGATE.sub(lambda m: _escape(m[0]), name)
 
 
 def split_lines(text: str) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _STATISTICS = (
     "running_mean",
     "running_var",
-)  # of BatchNorm: buffers, and as much part of the model as its weights
+)  # of BatchNorm: buffers, as much part of the model as its weights
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
 
 
@@ -53,9 +53,8 @@ class Loaded:
     def random_parts(self, model: torch.nn.Module) -> list[str]:
         """Names of the model's weights that no file has given a value."""
         loaded = {id(t) for _, owner, own, t in _weights(model) if own in self._names.get(id(owner), ())}
-        return [
-            name for name, _, _, tensor in _weights(model) if id(tensor) not in loaded
-        ]  # one may have two names
+        # One may have two names.
+        return [name for name, _, _, tensor in _weights(model) if id(tensor) not in loaded]
 
     def around(self, load: Callable[..., Any], model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Calls a function that loads weights into a model, and notes those that it has written."""
@@ -119,9 +118,7 @@ def _telling(original: Any, loaded: Loaded) -> Any:
 
 def missing_weights(info: dict[str, Any]) -> list[str]:
     """Names of the weights that transformers made up, from its ``output_loading_info``."""
-    mismatched = [
-        entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info.get("mismatched_keys", ())
-    ]
+    mismatched = (e[0] if isinstance(e, (tuple, list)) else e for e in info.get("mismatched_keys", ()))
     return sorted({*map(str, info.get("missing_keys", ())), *map(str, mismatched)})
 
 
@@ -130,8 +127,4 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in WEIGHT_SUFFIXES and path.is_file() for path in folder.iterdir())
 
 
-@contextmanager
-def tensors_only() -> Iterator[None]:
-    """Has ``torch.load`` read nothing but tensors and plain values; see :mod:`arf_plugin.safe_loading`."""
-    with safe_loading():
-        yield
+tensors_only = safe_loading  # its former name, which the stages still use

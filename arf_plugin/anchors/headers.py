@@ -214,11 +214,6 @@ def _skip(stream: Any, offset: int) -> None:
             raise tarfile.ReadError("unexpected end of data")
 
 
-def walk_headers(file: IO[bytes]) -> Iterator[Header]:
-    """Yields the headers of an uncompressed tar that can be read at any offset; see :class:`SeekableTar`."""
-    return iter(SeekableTar(file))
-
-
 def _plain(block: bytes, offset: int) -> Header | None:
     """Parses a header of a regular file with a short name; None for all others, and for damaged ones."""
     if len(block) != _BLOCK or block[156] not in b"0\0" or block[345] or not block[0]:

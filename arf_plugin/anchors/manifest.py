@@ -1,7 +1,7 @@
 """``anchors.json``: what an anchor set holds and where it came from. Reading a set does not need it.
 
-A half (``captions``, ``pairs``) that is being built is in it as incomplete from before its first file until after its
-last, whatever kills the process; a finished half lists its files. So a set made by hand, without a manifest, is read as
+A kind (``captions``, ``pairs``) that is being built is in it as incomplete from before its first file until after its
+last, whatever kills the process; a finished one lists its files. So a set made by hand, without a manifest, is read as
 it is, and one that ``arf`` builds is never taken for whole while it is not.
 """
 
@@ -18,7 +18,7 @@ from arf_plugin.untrusted import parse_json, printable, read_json
 
 MANIFEST = "anchors.json"
 FORMAT_VERSION = 1
-HALVES = {
+KINDS = {
     "captions": ".parquet",
     "pairs": ".tar",
 }  # folder, which is the entry's name, and suffix of its files
@@ -47,55 +47,55 @@ def _checked(manifest: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where} has format_version {printable(repr(found))[:80]}; this arf-plugin ({__version__}) reads "
             f"{FORMAT_VERSION}. Use the version that built the set, or build it again."
         )
-    for half in HALVES:
-        if not isinstance(manifest.get(half, {}), dict):
-            found = printable(repr(manifest[half]))[:80]
-            raise AnchorSetError(f"{where}: '{half}' is {found}, expected an object. {_ADVICE}")
+    for kind in KINDS:
+        if not isinstance(manifest.get(kind, {}), dict):
+            found = printable(repr(manifest[kind]))[:80]
+            raise AnchorSetError(f"{where}: '{kind}' is {found}, expected an object. {_ADVICE}")
     return manifest
 
 
-def begin_half(folder: Path, half: str) -> None:
-    """Notes that a half is being built, before its first file is written or the first old one removed."""
-    _update(folder, half, {"incomplete": True})
+def begin_kind(folder: Path, kind: str) -> None:
+    """Notes that a kind is being built, before its first file is written or the first old one removed."""
+    _update(folder, kind, {"incomplete": True})
 
 
-def update_manifest(folder: Path, half: str, entry: dict[str, Any], files: Sequence[Path] = ()) -> None:
-    """Writes the entry of one half, ``captions`` or ``pairs``, once it is whole, and keeps the other.
+def update_manifest(folder: Path, kind: str, entry: dict[str, Any], files: Sequence[Path] = ()) -> None:
+    """Writes the entry of one kind, ``captions`` or ``pairs``, once it is whole, and keeps the other.
 
     The manifest holds no times and no paths, so that equal inputs give equal bytes.
 
     Args:
         folder: the anchor set.
-        half: which.
-        entry: what the half holds.
-        files: all files of the half.
+        kind: which.
+        entry: what it holds.
+        files: all of its files.
     """
     if files:
         entry = entry | {"written": {path.name: path.stat().st_size for path in files}}
-    _update(folder, half, entry)
+    _update(folder, kind, entry)
 
 
-def _update(folder: Path, half: str, entry: dict[str, Any]) -> None:
+def _update(folder: Path, kind: str, entry: dict[str, Any]) -> None:
     from filelock import FileLock
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".{MANIFEST}.lock"
     with FileLock(lock):  # captions and pairs may be finished at the same moment
         manifest = read_manifest(folder) or {"format_version": FORMAT_VERSION}
-        if manifest.get(half) == entry and "incomplete" in entry:
+        if manifest.get(kind) == entry and "incomplete" in entry:
             return
-        manifest |= {half: entry, "built_by": f"arf-plugin {__version__}"}
+        manifest |= {kind: entry, "built_by": f"arf-plugin {__version__}"}
         write_json(folder / MANIFEST, manifest)
 
 
-def problems_of(anchors: str, halves: Sequence[str] = tuple(HALVES)) -> list[str]:
+def problems_of(anchors: str, kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
     """Says what an anchor set that ``arf`` builds, or has built, lacks, or holds beyond what was written.
 
     Nothing but the manifest is read. A set made by hand, which has no manifest, has no such problem.
 
     Args:
         anchors: folder or fsspec URL.
-        halves: those to look at.
+        kinds: those to look at.
 
     Returns:
         One sentence per problem; empty for a set that is whole.
@@ -114,53 +114,50 @@ def problems_of(anchors: str, halves: Sequence[str] = tuple(HALVES)) -> list[str
             manifest = _checked(
                 parse_json(data, f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE), path
             )
-        return [problem for half in halves for problem in _problems(fs, root, half, manifest.get(half))]
+        return [problem for kind in kinds for problem in _problems(fs, root, kind, manifest.get(kind))]
     except AnchorSetError as cause:
         return [str(cause)]
     except (OSError, ValueError, ImportError) as cause:
         return [f"{anchors}/{MANIFEST} cannot be read: {printable(str(cause))}."]
 
 
-def _problems(fs: Any, root: str, half: str, entry: dict[str, Any] | None) -> list[str]:
-    found = _sizes(fs, f"{root}/{half}", HALVES[half])
-    again = f"Run the same arf command ({_STAGES[half]}, or anchors) again, to its end"
+def _problems(fs: Any, root: str, kind: str, entry: dict[str, Any] | None) -> list[str]:
+    found = _sizes(fs, f"{root}/{kind}", KINDS[kind])
+    again = f"Run the same arf command ({_STAGES[kind]}, or anchors) again, to its end"
     if entry is None:
-        # Earlier versions wrote no entry until a half was whole; their bookkeeping lies in the set by default.
-        work = f"{root}/work/{_STAGES[half]}"
-        begun = fs.exists(f"{work}/config.json") and not fs.exists(f"{work}/finished.json")
-        return [f"The set's {half} are not finished ({len(found)} files so far). {again}."] if begun else []
-    if entry.get("incomplete"):
-        return [f"The set's {half} are not finished ({len(found)} files so far). {again}."]
-    written, count = entry.get("written"), entry.get(_COUNTS[half])
+        # Earlier versions wrote no entry until a kind was whole; their bookkeeping lies in the set by default.
+        work = f"{root}/work/{_STAGES[kind]}"
+        unfinished = fs.exists(f"{work}/config.json") and not fs.exists(f"{work}/finished.json")
+    else:
+        unfinished = bool(entry.get("incomplete"))
+    if unfinished:
+        return [f"The set's {kind} are not finished ({len(found)} files so far). {again}."]
+    if entry is None:
+        return []
+    written, count = entry.get("written"), entry.get(_COUNTS[kind])
     by_hand = (
-        f"Was it changed by hand? Then delete '{half}' from {MANIFEST}, and what is there is taken as it is"
+        f"Was it changed by hand? Then delete '{kind}' from {MANIFEST}, and what is there is taken as it is"
     )
     if not isinstance(written, dict):
         if isinstance(count, int) and not isinstance(count, bool) and count != len(found):
-            return [f"{half}/ holds {len(found)} of the {count} files that were written. {again}. {by_hand}."]
+            return [f"{kind}/ holds {len(found)} of the {count} files that were written. {again}. {by_hand}."]
         return []
     problems = []
-    missing = sorted(written.keys() - found.keys())
-    if missing:
+    if missing := sorted(written.keys() - found.keys()):
         problems.append(
-            f"{half}/ lacks {len(missing)} of the {len(written)} files that were written: {_names(missing)}. {again}. "
-            f"{by_hand}."
+            f"{kind}/ lacks {len(missing)} of the {len(written)} files that were written: {_names(missing)}. {again}."
         )
-    further = sorted(found.keys() - written.keys())
-    if further:
+    if further := sorted(found.keys() - written.keys()):
         problems.append(
-            f"{half}/ holds {len(further)} files that are no part of what was built: {_names(further)}. Remove them. "
-            f"{by_hand}."
+            f"{kind}/ holds {len(further)} files that are no part of what was built: {_names(further)}. Remove them."
         )
-    changed = sorted(name for name in written.keys() & found.keys() if written[name] != found[name])
-    if changed:
+    if changed := sorted(name for name in written.keys() & found.keys() if written[name] != found[name]):
         name = changed[0]
         problems.append(
-            f"{len(changed)} files in {half}/ are not of the size that was written: {printable(name)} has "
-            f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart. "
-            f"{by_hand}."
+            f"{len(changed)} files in {kind}/ are not of the size that was written: {printable(name)} has "
+            f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart."
         )
-    return problems
+    return [f"{problem} {by_hand}." for problem in problems]
 
 
 def _sizes(fs: Any, folder: str, suffix: str) -> dict[str, int]:

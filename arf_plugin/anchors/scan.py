@@ -17,48 +17,36 @@ from arf_plugin.files import digest, read_cache, stat_key, write_cache
 
 MOST_LABELS = 100_000  # distinct values of cls that are noted
 
-_FORMAT = 4
+_FORMAT = 5
 _LABEL_LENGTH = 40
 
 
 @dataclass
 class ShardScan:
-    """The samples of one shard.
-
-    Keys are text that can be written anywhere (:func:`arf_plugin.untrusted.utf8`).
-
-    Attributes:
-        url: the shard.
-        keys: keys of the samples that have an image, in order.
-        without_image: keys of the samples that have a ``txt`` or a ``cls`` and no image.
-        without_text: number of samples that have an image but no ``txt``.
-        without_class: number of samples that have an image but no ``cls``.
-        without_both: keys of the samples that have an image but neither.
-        unreadable: reason per key of a damaged image.
-        bad_texts: reason per key of an unusable ``txt``, if texts were read.
-        image_bytes: size of all images.
-        digests: digest of each image's bytes, in the order of ``keys``, if images were decoded.
-        labels: of each ``cls`` beside an image, stripped and cut to 40 characters: the number of samples that have
-            it, and the key of the first.
-        labels_capped: whether there are more than `MOST_LABELS` different ones, of which the first are noted.
-        strays: number of files that are no part of a sample: system files, AppleDouble files, a README.
-        repeated: how often each key occurs that occurs more than once, in samples apart from each other.
-    """
+    """The samples of one shard. Keys are text that can be written anywhere (:func:`arf_plugin.untrusted.utf8`)."""
 
     url: str
-    keys: list[str] = field(default_factory=list)
-    without_image: list[str] = field(default_factory=list)
-    without_text: int = 0
-    without_class: int = 0
-    without_both: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    bad_texts: dict[str, str] = field(default_factory=dict)
-    image_bytes: int = 0
-    digests: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # of the samples that have an image, in order
+    without_image: list[str] = field(
+        default_factory=list
+    )  # keys of samples that have a txt or a cls and no image
+    without_text: int = 0  # samples that have an image but no txt
+    without_class: int = 0  # samples that have an image but no cls
+    without_both: list[str] = field(default_factory=list)  # keys of samples that have an image but neither
+    unreadable: dict[str, str] = field(default_factory=dict)  # reason per key of a damaged image
+    bad_texts: dict[str, str] = field(
+        default_factory=dict
+    )  # reason per key of an unusable txt, if texts were read
+    image_bytes: int = 0  # size of all images
+    digests: list[str] = field(
+        default_factory=list
+    )  # of each image's bytes, as in keys, if images were decoded
+    # For each cls beside an image, stripped and cut to 40 characters: how many samples have it, and the key of the
+    # first; of more than MOST_LABELS different ones, those that came first.
     labels: dict[str, list[Any]] = field(default_factory=dict)
-    labels_capped: bool = False
-    strays: int = 0
-    repeated: dict[str, int] = field(default_factory=dict)
+    repeated: dict[str, int] = field(
+        default_factory=dict
+    )  # how often each key occurs that occurs in samples apart
 
 
 def scan_shard(
@@ -73,7 +61,7 @@ def scan_shard(
         decode: decodes every image in full rather than look at its end markers; never answered from the cache.
 
     Raises:
-        error: see :func:`arf_plugin.anchors.tars.scan_tar`.
+        error: see :func:`arf_plugin.anchors.tars.scan_samples`.
     """
     if decode:
         return _scan(url, error, texts, decode)
@@ -110,15 +98,10 @@ def require_unique_keys(scan: ShardScan, error: type[ArfError] = TaskDataError) 
 def _scan(url: str, error: type[ArfError], texts: bool, decode: bool) -> ShardScan:
     scan = ShardScan(url)
     seen: set[str] = set()
-
-    def note_stray(name: str) -> None:
-        scan.strays += 1
-
     read = ("cls", *(["txt"] if texts else []), *(IMAGE_EXTENSIONS if decode else []))
-    for sample in scan_samples(url, error, read=read, images=True, decode=decode, on_stray=note_stray):
+    for sample in scan_samples(url, error, read=read, images=True, decode=decode):
         key, members, image = sample.key, sample.members, sample.image
         if image is None and sample.is_stray:
-            scan.strays += len(members)
             continue
         if key in seen:
             scan.repeated[key] = scan.repeated.get(key, 1) + 1
@@ -154,8 +137,6 @@ def _note_label(scan: ShardScan, sample: Sample) -> None:
         known[0] += 1
     elif len(scan.labels) < MOST_LABELS:
         scan.labels[label] = [1, sample.key]
-    else:
-        scan.labels_capped = True
 
 
 def _text_problem(data: bytes) -> str | None:

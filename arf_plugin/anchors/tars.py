@@ -12,7 +12,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -40,25 +40,15 @@ LARGEST_TEXT = 1 << 26  # bytes of a txt, cls or json; longer ones are no captio
 
 @dataclass(slots=True)
 class Member:
-    """One regular file of a tar.
+    """One regular file of a tar."""
 
-    Attributes:
-        name: full name in the tar.
-        key: name without its extensions; members of a sample share it.
-        ext: extensions in lower case, without the first dot (``jpg``, ``seg.png``).
-        offset: first byte of the data in the tar; -1 if it cannot be read there (compressed, piped, a file with holes).
-        size: data bytes.
-        data: the bytes, if they were asked for.
-        problem: why an image is unreadable; None if it looks whole or was not examined.
-    """
-
-    name: str
-    key: str
-    ext: str
-    offset: int
-    size: int
-    data: bytes | None = None
-    problem: str | None = None
+    name: str  # full name in the tar
+    key: str  # name without its extensions; members of a sample share it
+    ext: str  # extensions in lower case, without the first dot (jpg, seg.png)
+    offset: int  # first byte of the data in the tar; -1 if it cannot be read there (compressed, piped, with holes)
+    size: int  # bytes of data
+    data: bytes | None = None  # the bytes, if they were asked for
+    problem: str | None = None  # why an image is unreadable; None if it looks whole or was not examined
 
 
 @dataclass(slots=True)
@@ -128,15 +118,18 @@ def open_shard(url: str, error: type[ArfError] = TaskDataError) -> IO[bytes]:
         raise error(f"{url} cannot be opened: {cause}") from cause
 
 
-def scan_tar(
+def scan_samples(
     url: str,
     error: type[ArfError] = TaskDataError,
     *,
     read: Collection[str] = (),
     images: bool = False,
     decode: bool = False,
-) -> Iterator[Member]:
-    """Yields the regular members of a tar in order, reading little more than their headers.
+) -> Iterator[Sample]:
+    """Yields the samples of a tar in order, reading little more than the headers of their members.
+
+    Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip. That makes samples
+    of system files too: see :attr:`Sample.is_stray`. A file without an extension is part of no sample.
 
     Args:
         url: local path, fsspec URL or ``pipe:`` command.
@@ -149,28 +142,9 @@ def scan_tar(
     Raises:
         error: if the tar is missing, empty, cut off or corrupt; for escaping names, links and devices.
     """
-    for _, member in _members(url, error, read, images, decode, None):
-        yield member
-
-
-def scan_samples(
-    url: str,
-    error: type[ArfError] = TaskDataError,
-    *,
-    read: Collection[str] = (),
-    images: bool = False,
-    decode: bool = False,
-    on_stray: Callable[[str], object] | None = None,
-) -> Iterator[Sample]:
-    """Yields the samples of a tar in order; see :func:`scan_tar` for arguments and errors.
-
-    Neighbours of one key form a sample; a repeated extension starts the next one, as in open_clip. That makes samples
-    of system files too: see :attr:`Sample.is_stray`. A file without an extension is part of no sample; `on_stray` is
-    called with its name.
-    """
     sample: Sample | None = None
     current: str | None = None
-    for key, member in _members(url, error, read, images, decode, on_stray):
+    for key, member in _members(url, error, read, images, decode):
         if sample is None or key != current or member.ext in sample.members:
             if sample is not None:
                 yield sample
@@ -181,50 +155,34 @@ def scan_samples(
 
 
 def _members(
-    url: str,
-    error: type[ArfError],
-    read: Collection[str],
-    images: bool,
-    decode: bool,
-    on_stray: Callable[[str], object] | None,
+    url: str, error: type[ArfError], read: Collection[str], images: bool, decode: bool
 ) -> Iterator[tuple[str, Member]]:
-    """Yields members with their keys as bytes (``os.fsdecode``); see :func:`scan_tar`."""
+    """Yields members with their keys as bytes (``os.fsdecode``); see :func:`scan_samples`."""
     last: str | None = None
     try:
         with open_shard(url, error) as file:
             seekable = not url.startswith("pipe:") and file.seekable() and not _is_compressed(file)
             tar = SeekableTar(file) if seekable else StreamedTar(file)
             for header in tar:
-                last = name = header.name
-                split = split_name(name)
-                if not _accept(header, split, url, error):
-                    continue
-                if split is None:
-                    if on_stray is not None:
-                        on_stray(utf8(name))
+                last = header.name
+                split = split_name(header.name)
+                if not _accept(header, split, url, error) or split is None:
                     continue
                 key, ext = split
                 examine = images and ext in IMAGE_EXTENSIONS
                 data = problem = None
-                wanted = ext in read
-                if wanted or (examine and header.offset < 0):
+                if ext in read or (examine and header.offset < 0):
                     problem = size_problem(header.size) if examine else None
                     if problem is None or not header.size:
                         _require_size(header, ext, url, error)
                         data = tar.load(header)
                 if examine and problem is None:
-                    if data is not None:
-                        problem = image_problem(io.BytesIO(data), 0, header.size, decode)
-                    else:
-                        problem = image_problem(file, header.offset, header.size, decode)
-                if not name.isascii():
-                    name, shown = utf8(name), utf8(key)
-                else:
-                    shown = key
-                yield (
-                    key,
-                    Member(name, shown, ext, header.offset, header.size, data if wanted else None, problem),
-                )
+                    where, start = (file, header.offset) if data is None else (io.BytesIO(data), 0)
+                    problem = image_problem(where, start, header.size, decode)
+                name, shown = (header.name, key) if last.isascii() else (utf8(last), utf8(key))
+                if ext not in read:
+                    data = None
+                yield key, Member(name, shown, ext, header.offset, header.size, data, problem)
     except _BROKEN as cause:
         after = "the start" if last is None else f"member {last!r}"
         raise error(

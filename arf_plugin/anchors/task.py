@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-from arf_plugin.anchors.scan import require_unique_keys, scan_shard
+from arf_plugin.anchors.scan import ShardScan, require_unique_keys, scan_shard
 from arf_plugin.anchors.tars import is_remote, scan_samples
 from arf_plugin.anchors.task_csv import CLASS_COLUMN, file_problem, label_text, read_csv, unreadable_files
 from arf_plugin.errors import ArfError, TaskDataError
@@ -23,8 +23,7 @@ CSV_SUFFIXES = (".csv", ".tsv")
 MOST_SHARDS = 10_000_000  # of one range in braces
 
 
-@dataclass(frozen=True)
-class ShardCount:
+class ShardCount(NamedTuple):
     """How many samples of a shard training could use, by what they have beside a readable image."""
 
     with_text: int
@@ -33,31 +32,47 @@ class ShardCount:
 
 @dataclass
 class TaskScan:
-    """What the task data holds.
+    """What the task data holds."""
 
-    Attributes:
-        ids: ids of the samples that have an image, in order.
-        shards: number of shards; 0 for a CSV.
-        without_image: ids of samples without an image, which training passes over.
-        without_text: number of samples with an image but without ``txt``.
-        without_class: number of samples with an image but without ``cls``.
-        without_both: ids of samples with an image but neither.
-        mixed_shards: shards in which some samples have a ``cls`` and some have none.
-        unreadable: reason per id of a damaged image, which training passes over with a warning.
-        labels: how often each ``cls`` occurs, and the id of the first sample with it, by its text.
-        counts: usable samples of each shard; empty for a CSV.
-    """
+    ids: list[str] = field(default_factory=list)  # of the samples that have an image, in order
+    shards: int = 0  # 0 for a CSV
+    without_image: list[str] = field(default_factory=list)  # ids of samples that training passes over
+    without_text: int = 0  # samples with an image but without txt
+    without_class: int = 0  # samples with an image but without cls
+    without_both: list[str] = field(default_factory=list)  # ids of samples with an image but neither
+    mixed_shards: list[str] = field(
+        default_factory=list
+    )  # in which some samples have a cls and some have none
+    unreadable: dict[str, str] = field(
+        default_factory=dict
+    )  # reason per id of a damaged image, also passed over
+    labels: dict[str, tuple[int, str]] = field(
+        default_factory=dict
+    )  # per cls: how often, and the id of the first
+    counts: list[ShardCount] = field(default_factory=list)  # of each shard; empty for a CSV
 
-    ids: list[str] = field(default_factory=list)
-    shards: int = 0
-    without_image: list[str] = field(default_factory=list)
-    without_text: int = 0
-    without_class: int = 0
-    without_both: list[str] = field(default_factory=list)
-    mixed_shards: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    labels: dict[str, tuple[int, str]] = field(default_factory=dict)
-    counts: list[ShardCount] = field(default_factory=list)
+    def add(self, shard: ShardScan) -> None:
+        """Adds the samples of a shard."""
+        names = {key: sample_id(shard.url, key) for key in (*shard.keys, *shard.without_image)}
+        self.shards += 1
+        self.ids += [names[key] for key in shard.keys]
+        self.without_image += [names[key] for key in shard.without_image]
+        self.unreadable |= {names[key]: reason for key, reason in shard.unreadable.items()}
+        self.without_text += shard.without_text
+        self.without_class += shard.without_class
+        self.without_both += [names[key] for key in shard.without_both]
+        for label, (count, key) in shard.labels.items():
+            self.note_label(label, names[key], count)
+        readable = len(shard.keys) - len(shard.unreadable)
+        with_text, with_either = readable - shard.without_text, readable - len(shard.without_both)
+        self.counts.append(ShardCount(max(0, with_text), max(0, with_either)))
+        if 0 < shard.without_class < len(shard.keys):
+            self.mixed_shards.append(shard.url)
+
+    def note_label(self, label: str, identity: str, count: int = 1) -> None:
+        """Counts samples with a label."""
+        before, first = self.labels.get(label, (0, identity))
+        self.labels[label] = (before + count, first)
 
 
 def is_csv(data: str, dataset_type: str = "auto") -> bool:
@@ -154,22 +169,7 @@ def scan_task_ids(
                     "An id is <shard file name>/<key>, so shards need different names or different keys; rename one."
                 )
             known.update(shard.keys)
-        scan.ids += [sample_id(url, key) for key in shard.keys]
-        scan.without_image += [sample_id(url, key) for key in shard.without_image]
-        scan.unreadable |= {sample_id(url, key): reason for key, reason in shard.unreadable.items()}
-        scan.without_text += shard.without_text
-        scan.without_class += shard.without_class
-        scan.without_both += [sample_id(url, key) for key in shard.without_both]
-        for label, (count, key) in shard.labels.items():
-            before, first = scan.labels.get(label, (0, sample_id(url, key)))
-            scan.labels[label] = (before + count, first)
-        readable = len(shard.keys) - len(shard.unreadable)
-        scan.counts.append(
-            ShardCount(max(0, readable - shard.without_text), max(0, readable - len(shard.without_both)))
-        )
-        if 0 < shard.without_class < len(shard.keys):
-            scan.mixed_shards.append(url)
-        scan.shards += 1
+        scan.add(shard)
         if advance is not None:
             advance(url)
     if not scan.ids:
@@ -195,9 +195,7 @@ def scan_csv(
     scan = TaskScan(ids)
     if CLASS_COLUMN in frame.columns:
         for identity, value in zip(ids, frame[CLASS_COLUMN], strict=True):
-            label = label_text(value)
-            count, first = scan.labels.get(label, (0, identity))
-            scan.labels[label] = (count + 1, first)
+            scan.note_label(label_text(value), identity)
     if images or decode:
         scan.unreadable = unreadable_files(list(dict.fromkeys(ids)), decode)
     return scan

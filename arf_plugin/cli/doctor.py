@@ -6,16 +6,18 @@ import argparse
 import json
 import sys
 
+from arf_plugin.cli import options
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf doctor``."""
-    parser = subparsers.add_parser(
+    parser = options.add_parser(
+        subparsers,
         "doctor",
-        help="show versions, the start-up file and every hook",
-        description="Shows versions, whether the start-up file is active, and for every hook whether it would apply.\n"
+        "show versions, the start-up file and every hook",
+        "Shows versions, whether the start-up file is active, and for every hook whether it would apply.\n"
         "Exits with status 1 if training with --arf-* flags would be refused.",
-        epilog="examples:\n  arf doctor\n  arf doctor --full --json | jq .hooks",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "  arf doctor\n  arf doctor --full --json | jq .hooks",
     )
     parser.add_argument(
         "--full", action="store_true", help="import the trainer, rather than read its sources; takes seconds"

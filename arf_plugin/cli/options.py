@@ -129,16 +129,15 @@ def local_rank() -> int:
 
 def task_source(args: argparse.Namespace) -> Source:
     """Opens task data, having checked that its ids are unique."""
-    from tqdm import tqdm
-
     from arf_plugin.anchors.task import expand_urls, is_csv, scan_task_ids
+    from arf_plugin.console import progress
     from arf_plugin.errors import TaskDataError
     from arf_plugin.pipeline.source import CsvSource, TarSource
 
     if is_csv(args.task_data, args.dataset_type):
         return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
-    with tqdm(desc="task data", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
-        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update(1))
+    with progress("task data", "shards") as bar:
+        scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update())
     return TarSource(expand_urls(args.task_data), TaskDataError)
 
 

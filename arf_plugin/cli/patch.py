@@ -7,22 +7,27 @@ import json
 import sys
 from pathlib import Path
 
+from arf_plugin.cli import options
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+EXAMPLES = """\
+  arf patch check  open_clip/src                      does it fit, is it applied?
+  arf patch apply  open_clip/src
+  arf patch apply  open_clip/src --series upstream    two processes on the CPU, new webdataset
+  arf patch revert open_clip/src
+  cd open_clip/src && git apply -p1 PATCHES/3.3.0/arf/*.patch    the same by hand, outside a repository
+"""
+
+
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf patch``."""
-    parser = subparsers.add_parser(
+    parser = options.add_parser(
+        subparsers,
         "patch",
-        help="the hooks as source patches, for forks of open_clip",
-        description="Applies, checks or reverts numbered patches on a copy of open_clip's sources. Series 'arf' calls "
-        "the same functions as the hooks,\nfor those who vendor or fork open_clip; the installed open_clip needs none "
-        "of it. Series 'upstream' mends bugs of open_clip's own.",
-        epilog="examples:\n"
-        "  arf patch check  open_clip/src                      does it fit, is it applied?\n"
-        "  arf patch apply  open_clip/src\n"
-        "  arf patch apply  open_clip/src --series upstream    two processes on the CPU, new webdataset\n"
-        "  arf patch revert open_clip/src\n"
-        "  cd open_clip/src && git apply -p1 PATCHES/3.3.0/arf/*.patch    the same by hand, outside a repository",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "the hooks as source patches, for forks of open_clip",
+        "Applies, checks or reverts numbered patches on a copy of open_clip's sources. Series 'arf' calls the same "
+        "functions as the hooks,\nfor those who vendor or fork open_clip; the installed open_clip needs none of it. "
+        "Series 'upstream' fixes bugs of open_clip's own.",
+        EXAMPLES,
     )
     parser.add_argument("action", choices=("check", "apply", "revert"))
     parser.add_argument("target", type=Path, metavar="FOLDER", help="the folder that holds open_clip_train/")
@@ -44,13 +49,14 @@ def run(args: argparse.Namespace) -> int:
     if args.action != "check":
         getattr(series, args.action)(args.target)
     state = series.state(args.target)
+    fits = state in ("applied", "applies")
     found = {
         "target": str(args.target),
         "release": release,
         "series": args.series,
         "patches": [path.name for path in series.paths],
-        "state": state if state in ("applied", "applies") else "does not apply",
-        "problem": None if state in ("applied", "applies") else state,
+        "state": state if fits else "does not apply",
+        "problem": None if fits else state,
     }
     if args.json:
         json.dump(found, sys.stdout, indent=2)

@@ -106,7 +106,7 @@ def share(args: argparse.Namespace, *, stop_together: bool = False) -> None:
         raise StageError(
             f"{len(failed)} of {args.processes} processes failed ({', '.join(map(str, failed))}, exit status "
             f"{', '.join(str(statuses[rank]) for rank in failed)}); what they said is above.\n"
-            "Whatever is finished is kept: mend the cause and run the same command again."
+            "Whatever is finished is kept: fix the cause and run the same command again."
         )
 
 

@@ -35,14 +35,9 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     Returns:
         The trainer's namespace with ``arf_*`` attributes.
     """
-    deactivate()
     sys.excepthook = print_arf_errors
     version = upstream_version()
-    ENGINE.apply(hooks("parsing", version), version, None)
-    try:
-        args = original(argv)
-    finally:
-        deactivate()
+    args = _parse(original, argv, version)
     _activate(resolve(args, version), bool(getattr(args, "resume", None)), version, params)
     return args
 
@@ -63,15 +58,21 @@ def check_args(argv: Sequence[str]) -> Any:
 
     original = getattr(params.parse_args, "arf_original", params.parse_args)
     version = upstream_version()
-    ENGINE.apply(hooks("parsing", version), version, None)
-    try:
-        with parsing_errors():
-            args = original(list(argv))
-    finally:
-        deactivate()
+    with parsing_errors():
+        args = _parse(original, list(argv), version)
     if wants_arf(argv):
         resolve(args, version)
     return args
+
+
+def _parse(original: Callable[[Any], Any], argv: Sequence[str], version: str) -> Any:
+    """Has the trainer's own function parse a command line with ARF's flags in it."""
+    deactivate()
+    ENGINE.apply(hooks("parsing", version), version, None)
+    try:
+        return original(argv)
+    finally:
+        deactivate()
 
 
 def deactivate() -> None:

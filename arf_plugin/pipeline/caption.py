@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.images import decode_image
-from arf_plugin.anchors.manifest import begin_half, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.caption_score import CaptionScorer, Scoring
 from arf_plugin.pipeline.captioner import captioner_identity, load_captioner
@@ -105,7 +105,7 @@ class CaptionStage(Stage):
 
     def begin(self) -> None:
         """Notes in the anchor set that its captions are not whole."""
-        begin_half(self.out, "captions")
+        begin_kind(self.out, "captions")
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Captions a shard."""

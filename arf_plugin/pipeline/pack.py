@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.files import digest, file_digest, replacing
-from arf_plugin.anchors.manifest import begin_half, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.embeddings import METADATA
@@ -91,7 +91,7 @@ class PackStage(Stage):
 
     def begin(self) -> None:
         """Notes in the anchor set that its pairs are not whole."""
-        begin_half(self.out, "pairs")
+        begin_kind(self.out, "pairs")
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         """Packs one output tar."""

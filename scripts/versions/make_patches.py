@@ -1,4 +1,4 @@
-"""Writes patches/: the hook table, and mends of upstream's bugs, as source patches for each release of open_clip.
+"""Writes patches/: the hook table, and fixes of upstream's bugs, as source patches for each release of open_clip.
 
 For maintainers, after the hook table or the list of releases changed. Sources are what pip installs:
 

@@ -187,11 +187,11 @@ def test_a_pack_killed_after_its_first_shard_is_not_whole(arf, start, hits: Path
 
 
 def test_captions_that_are_not_whole_are_no_queries(arf, inputs: Inputs, tmp_path: Path):
-    from arf_plugin.anchors.manifest import begin_half
+    from arf_plugin.anchors.manifest import begin_kind
 
     captioner = ("--captioner", inputs.captioner, "--min-new-tokens", 3, "--max-new-tokens", 6)
     arf("caption", "--task-data", inputs.task, *captioner, "--out", tmp_path / "A")
-    begin_half(tmp_path / "A", "captions")
+    begin_kind(tmp_path / "A", "captions")
     _, err = arf(
         "embed", "--captions", tmp_path / "A", "--model", inputs.clip, "--out", tmp_path / "E", status=1
     )

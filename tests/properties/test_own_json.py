@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arf_plugin.anchors.files import replacing
-from arf_plugin.anchors.manifest import begin_half, problems_of, read_manifest, update_manifest
+from arf_plugin.anchors.manifest import begin_kind, problems_of, read_manifest, update_manifest
 from arf_plugin.errors import AnchorSetError, ArfError, StageError
 from arf_plugin.pipeline.runner import RunOptions, describe, run_stage
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
@@ -43,7 +43,7 @@ class Doubling(Stage):
         return str(shard.source)
 
     def begin(self) -> None:
-        begin_half(self.out, "pairs")
+        begin_kind(self.out, "pairs")
 
     def process(self, shard: Shard, advance: Callable[[int], None]) -> Outcome:
         with replacing(self.artifacts([shard])[0]) as path:

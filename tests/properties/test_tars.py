@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip_train.data import SharedEpoch, filter_no_caption_or_no_image, tarfile_to_samples_nothrow
 from support.data import image
+from support.tars import members_of
 
 from arf_plugin.anchors.ids import sample_id
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import scan_shard
-from arf_plugin.anchors.tars import scan_samples, scan_tar
+from arf_plugin.anchors.tars import scan_samples
 from arf_plugin.data.pairs import pair_loader
 from arf_plugin.errors import AnchorSetError, ArfError, TaskDataError
 from arf_plugin.untrusted import utf8
@@ -52,7 +53,7 @@ def scan_everything(path: Path) -> None:
     for look in (
         lambda: scan_shard(str(path), texts=True),
         lambda: scan_shard(str(path), texts=True, decode=True),
-        lambda: list(scan_tar(str(path), read=("txt", "cls", *IMAGE_EXTENSIONS))),
+        lambda: list(members_of(str(path), read=("txt", "cls", *IMAGE_EXTENSIONS))),
         lambda: list(scan_samples(f"pipe:cat '{path}'", images=True)),
     ):
         try:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from arf_plugin.anchors.tars import Member, scan_samples
+from arf_plugin.errors import ArfError, TaskDataError
+
+
+def members_of(url: str, error: type[ArfError] = TaskDataError, **options: Any) -> Iterator[Member]:
+    """The members of a tar's samples, one after another; see `scan_samples` for the options."""
+    for sample in scan_samples(url, error, **options):
+        yield from sample.members.values()
 
 
 def write_tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:

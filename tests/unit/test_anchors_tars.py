@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.tars import write_tar
+from support.tars import members_of, write_tar
 from webdataset.tariterators import base_plus_ext
 
-from arf_plugin.anchors.headers import _plain, walk_headers
-from arf_plugin.anchors.tars import scan_samples, scan_tar, split_name
+from arf_plugin.anchors.headers import SeekableTar, _plain
+from arf_plugin.anchors.tars import scan_samples, split_name
 from arf_plugin.errors import PoolError, TaskDataError
 
 
@@ -36,7 +36,7 @@ def shard(tmp_path: Path) -> Path:
 
 
 def test_members_offsets_and_data(shard: Path):
-    members = list(scan_tar(str(shard), read=("txt",)))
+    members = list(members_of(str(shard), read=("txt",)))
     assert [(m.key, m.ext) for m in members] == [(f"a/{i:03d}", e) for i in range(3) for e in ("jpg", "txt")]
     raw = shard.read_bytes()
     for member in members:
@@ -47,9 +47,9 @@ def test_members_offsets_and_data(shard: Path):
 def test_file_url_and_compressed_and_pipe_list_the_same(shard: Path):
     packed = shard.with_suffix(".tar.gz")
     packed.write_bytes(gzip.compress(shard.read_bytes()))
-    expected = [(m.name, m.size) for m in scan_tar(str(shard))]
+    expected = [(m.name, m.size) for m in members_of(str(shard))]
     for url in (f"file:{shard}", f"file://{shard}", str(packed), f"pipe:cat {shard}"):
-        found = list(scan_tar(url, images=True))
+        found = list(members_of(url, images=True))
         assert [(m.name, m.size) for m in found] == expected
         assert all(m.problem is None for m in found)
         assert all((m.offset >= 0) == url.startswith("file:") for m in found)
@@ -94,7 +94,7 @@ def test_truncated_images_are_found_and_padded_ones_pass(tmp_path: Path, kind: s
             (f"whole.{ext}", whole),
         ],
     )
-    problems = {m.key: m.problem for m in scan_tar(str(path), images=True)}
+    problems = {m.key: m.problem for m in members_of(str(path), images=True)}
     assert problems["cut"] is not None and "decoded" in problems["cut"]
     assert problems["padded"] is None and problems["whole"] is None
 
@@ -103,7 +103,7 @@ def test_other_unreadable_images(tmp_path: Path):
     path = write_tar(
         tmp_path / "x.tar", [("empty.jpg", b""), ("html.jpg", b"<html>404</html>"), ("tiny.png", b"x")]
     )
-    problems = {m.key: m.problem for m in scan_tar(str(path), images=True)}
+    problems = {m.key: m.problem for m in members_of(str(path), images=True)}
     assert problems == {
         "empty": "is empty (0 bytes)",
         "html": "is not an image that PIL can read",
@@ -115,7 +115,7 @@ def test_other_unreadable_images(tmp_path: Path):
 def test_path_escapes_are_refused(tmp_path: Path, name: str):
     path = write_tar(tmp_path / "x.tar", [("ok.jpg", b"1"), (name, b"2")])
     with pytest.raises(PoolError, match="leaves the folder"):
-        list(scan_tar(str(path), PoolError))
+        list(members_of(str(path), PoolError))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
@@ -126,7 +126,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes):
         info.type, info.linkname = kind, "b.jpg"
         tar.addfile(info)
     with pytest.raises(TaskDataError, match=r"not a regular file: 'a\.jpg'"):
-        list(scan_tar(str(path)))
+        list(members_of(str(path)))
 
 
 def test_directories_are_skipped(tmp_path: Path):
@@ -135,41 +135,41 @@ def test_directories_are_skipped(tmp_path: Path):
         info = tarfile.TarInfo("a.dir")
         info.type = tarfile.DIRTYPE
         tar.addfile(info)
-    assert list(scan_tar(str(path))) == []
+    assert list(members_of(str(path))) == []
 
 
 def test_cut_off_tars_name_the_last_whole_member(shard: Path):
     raw = shard.read_bytes()
-    members = list(scan_tar(str(shard)))
+    members = list(members_of(str(shard)))
     inside_data = members[2].offset + 5
     inside_header = members[2].offset - 300
     for cut in (inside_data, inside_header):
         shard.write_bytes(raw[:cut])
         for url in (str(shard), f"pipe:cat {shard}"):
             with pytest.raises(TaskDataError, match=r"000\.tar is cut off or corrupt after member 'a/00"):
-                list(scan_tar(url))
+                list(members_of(url))
 
 
 def test_damaged_header_in_the_middle_is_not_taken_for_the_end(shard: Path):
     raw = bytearray(shard.read_bytes())
-    third = list(scan_tar(str(shard)))[2]
+    third = list(members_of(str(shard)))[2]
     raw[third.offset - 512 + 150] ^= 0xFF  # the checksum field
     shard.write_bytes(raw)
     with pytest.raises(TaskDataError, match=r"after member 'a/000\.txt'.*damaged"):
-        list(scan_tar(str(shard)))
+        list(members_of(str(shard)))
 
 
 def test_missing_empty_and_foreign_files(tmp_path: Path):
     with pytest.raises(TaskDataError, match="does not exist"):
-        list(scan_tar(str(tmp_path / "absent.tar")))
+        list(members_of(str(tmp_path / "absent.tar")))
     (tmp_path / "zero.tar").touch()
     with pytest.raises(TaskDataError, match=r"after the start: .*empty"):
-        list(scan_tar(str(tmp_path / "zero.tar")))
+        list(members_of(str(tmp_path / "zero.tar")))
     (tmp_path / "text.tar").write_text("hello " * 1000)
     with pytest.raises(TaskDataError, match="corrupt"):
-        list(scan_tar(str(tmp_path / "text.tar")))
+        list(members_of(str(tmp_path / "text.tar")))
     with pytest.raises(TaskDataError, match="cannot be opened"):
-        list(scan_tar(str(tmp_path)))
+        list(members_of(str(tmp_path)))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -195,7 +195,7 @@ def test_quick_headers_agree_with_tarfile(tmp_path: Path, form: int):
             info.size, info.mtime, info.uid = number * 300, number * 10**8, number * 10**5
             tar.addfile(info, io.BytesIO(b"x" * info.size))
     with path.open("rb") as file:
-        found = list(walk_headers(file))
+        found = list(SeekableTar(file))
     with tarfile.open(path) as tar:
         expected = [(info.name, info.type, info.offset_data, info.size) for info in tar]
     assert [tuple(header) for header in found] == expected
@@ -206,4 +206,4 @@ def test_quick_headers_agree_with_tarfile(tmp_path: Path, form: int):
 
 def test_a_failing_command_is_reported(tmp_path: Path):
     with pytest.raises(TaskDataError, match="is cut off or corrupt after the start"):
-        list(scan_tar("pipe:cat /nowhere/x.tar"))
+        list(members_of("pipe:cat /nowhere/x.tar"))

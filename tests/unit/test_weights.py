@@ -18,7 +18,8 @@ from arf_plugin.errors import FlagError, StageError
 from arf_plugin.pipeline.captioner import Captioner
 from arf_plugin.pipeline.embedder import load_model, model_identity
 from arf_plugin.pipeline.generation import Generation
-from arf_plugin.weights import tensors_only, watching
+from arf_plugin.safe_loading import safe_loading
+from arf_plugin.weights import watching
 
 WEIGHTS = "open_clip_model.safetensors"
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -245,7 +246,7 @@ def test_pickled_weights_of_a_captioner_run_nothing(
 def test_torch_load_reads_tensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"x": Program(tmp_path / "proof")}, tmp_path / "w.pt")
-    with tensors_only(), pytest.raises(pickle.UnpicklingError):
+    with safe_loading(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "w.pt")
     assert not (tmp_path / "proof").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
