@@ -146,9 +146,8 @@ def parse_json(
             raise ValueError(f"{len(data)} bytes, more than the {LARGEST_JSON} that are read")
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         value = json.loads(text)
-        if (
-            "\\ud" in text.lower()
-        ):  # half of a pair can be written as an escape, and then not be encoded again
+        # A lone surrogate can be written as an escape, and then not be encoded again.
+        if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise error(f"{where} is no JSON that can be read: it is nested too deeply.{advice}") from None
@@ -171,9 +170,8 @@ def read_json(path: Path, error: type[ArfError], kind: type = dict, advice: str 
     try:
         data = path.read_bytes()
     except OSError as cause:
-        raise error(
-            f"{path} cannot be read: {cause.strerror or cause}.{f' {advice}' if advice else ''}"
-        ) from cause
+        reason = cause.strerror or cause
+        raise error(f"{path} cannot be read: {reason}.{f' {advice}' if advice else ''}") from cause
     return parse_json(data, str(path), error, kind, advice)
 
 

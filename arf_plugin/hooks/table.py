@@ -98,7 +98,7 @@ HOOKS = (
         versions=BOTH,
         wrapper="arf_plugin.hooks.resume:get_latest_checkpoint",
         when="resumable run",
-        why="--resume latest passes over a checkpoint that a kill left half written",
+        why="--resume latest passes over a checkpoint that a kill left incomplete",
     ),
     Hook(
         id="load-checkpoint",
