@@ -166,5 +166,5 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    variable = (pa.binary(), pa.large_binary(), pa.binary_view())
-    return kind in variable or isinstance(kind, pa.FixedSizeBinaryType)
+    fixed: bool = pa.types.is_fixed_size_binary(kind)
+    return fixed or kind in (pa.binary(), pa.large_binary(), pa.binary_view())
