@@ -89,12 +89,21 @@ def list_files_of(url: str, folder: str, suffix: str) -> tuple[Any, list[str]]:
     import fsspec
 
     fs, root = fsspec.core.url_to_fs(url)
+    return fs, sorted(sizes_in(fs, f"{root.rstrip('/')}/{folder}", suffix))
+
+
+def sizes_in(fs: Any, folder: str, suffix: str) -> dict[str, int]:
+    """Sizes in bytes, by path, of the files directly in a folder of an fsspec file system; see `list_files`."""
     try:
-        entries = fs.ls(f"{root.rstrip('/')}/{folder}", detail=True)
+        entries = fs.ls(folder, detail=True)
     except (FileNotFoundError, NotADirectoryError):
-        return fs, []
-    names = sorted(entry["name"] for entry in entries if entry["type"] != "directory")
-    return fs, [n for n in names if n.endswith(suffix) and not n.rsplit("/", 1)[-1].startswith(".")]
+        return {}
+    sizes = {e["name"].rstrip("/"): int(e["size"] or 0) for e in entries if e["type"] != "directory"}
+    return {
+        name: size
+        for name, size in sizes.items()
+        if name.endswith(suffix) and not name.rsplit("/", 1)[-1].startswith(".")
+    }
 
 
 def cache_folder() -> Path:

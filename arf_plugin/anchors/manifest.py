@@ -13,7 +13,7 @@ from typing import Any
 
 from arf_plugin import __version__
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.files import write_json
+from arf_plugin.files import sizes_in, write_json
 from arf_plugin.untrusted import parse_json, printable, read_json
 
 MANIFEST = "anchors.json"
@@ -110,10 +110,8 @@ def problems_of(anchors: str, kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
         if fs.exists(path):
             if not fs.isfile(path):
                 return [f"{anchors}/{MANIFEST} is no file. {_ADVICE}"]
-            data = fs.cat_file(path)
-            manifest = _checked(
-                parse_json(data, f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE), path
-            )
+            found = parse_json(fs.cat_file(path), f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE)
+            manifest = _checked(found, path)
         return [problem for kind in kinds for problem in _problems(fs, root, kind, manifest.get(kind))]
     except AnchorSetError as cause:
         return [str(cause)]
@@ -122,7 +120,8 @@ def problems_of(anchors: str, kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
 
 
 def _problems(fs: Any, root: str, kind: str, entry: dict[str, Any] | None) -> list[str]:
-    found = _sizes(fs, f"{root}/{kind}", KINDS[kind])
+    sizes = sizes_in(fs, f"{root}/{kind}", KINDS[kind])
+    found = {name.rsplit("/", 1)[-1]: size for name, size in sizes.items()}
     again = f"Run the same arf command ({_STAGES[kind]}, or anchors) again, to its end"
     if entry is None:
         # Earlier versions wrote no entry until a kind was whole; their bookkeeping lies in the set by default.
@@ -158,20 +157,6 @@ def _problems(fs: Any, root: str, kind: str, entry: dict[str, Any] | None) -> li
             f"{found[name]} bytes, expected {printable(str(written[name]))[:40]}. Build them again with --restart."
         )
     return [f"{problem} {by_hand}." for problem in problems]
-
-
-def _sizes(fs: Any, folder: str, suffix: str) -> dict[str, int]:
-    """Sizes of the files directly in a folder, hidden ones left out."""
-    try:
-        entries = fs.ls(folder, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    files = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
-    return {
-        name: int(entry["size"] or 0)
-        for name, entry in files.items()
-        if entry["type"] != "directory" and name.endswith(suffix) and not name.startswith(".")
-    }
 
 
 def _names(names: list[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.anchors.images import image_problem
+from arf_plugin.console import progress
 from arf_plugin.errors import TaskDataError
 from arf_plugin.files import digest, read_cache, stat_key, write_cache
 from arf_plugin.untrusted import require_regular
@@ -74,11 +75,9 @@ def unreadable_files(paths: Sequence[str], decode: bool) -> dict[str, str]:
 
     What was seen of files that have not changed since is found in the cache, unless they are to be decoded.
     """
-    from tqdm import tqdm
-
     problems: dict[str, str] = {}
     with (
-        tqdm(total=len(paths), desc="image files", unit=" files", disable=None, leave=False) as bar,
+        progress("image files", "files", len(paths)) as bar,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         for start in range(0, len(paths), _FILES_AT_ONCE):

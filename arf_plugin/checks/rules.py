@@ -47,7 +47,7 @@ class Finding:
     error: type[ArfError] = AnchorSetError
 
 
-Found = Iterator[Finding] | None
+Check = Callable[[Inputs], Iterator[Finding] | None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Rule:
     checks: str
     happens: str
     where: str = _AT_THE_START
-    check: Callable[[Inputs], Found] | None = None
+    check: Check | None = None
     applies: Callable[[Inputs], bool] = lambda inputs: True
 
 
@@ -79,9 +79,14 @@ RULES: list[Rule] = []
 
 def _rule(
     id: str, of: str, checks: str, happens: str, applies: Callable[[Inputs], bool], where: str = _AT_THE_START
-) -> Callable[[Callable[[Inputs], Found]], None]:
+) -> Callable[[Check], Check]:
     """Adds a function to `RULES`."""
-    return lambda check: RULES.append(Rule(id, of, checks, happens, where, check, applies))
+
+    def add(check: Check) -> Check:
+        RULES.append(Rule(id, of, checks, happens, where, check, applies))
+        return check
+
+    return add
 
 
 def findings(inputs: Inputs) -> Iterator[Finding]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
 from arf_plugin.cli import options
+from arf_plugin.console import progress
 from arf_plugin.untrusted import printable
 
 EXAMPLES = """\
@@ -60,13 +60,11 @@ def register(subparsers: options.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks and reports."""
-    from tqdm import tqdm
-
     from arf_plugin.checks.report import check_anchor_set
     from arf_plugin.data.prompts import load_classnames
     from arf_plugin.data.startup import inputs_of, shape_of_run
 
-    with tqdm(desc="check", unit=" shards", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with progress("check", "shards") as bar:
         args.train_data = args.task_data
         inputs = inputs_of(
             args,
@@ -75,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
             texts_known=args.arf_classnames is not None,
             full=args.full,
-            advance=lambda url: bar.update(1),
+            advance=lambda url: bar.update(),
         )
         if args.batch_size and args.task_data:
             inputs.run = shape_of_run(args, len(inputs.pair_shards), args.nproc_per_node)

@@ -17,6 +17,7 @@ from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import hooks
 from arf_plugin.hooks.versions import trains_tasks, upstream_version
+from arf_plugin.trainer_args import TrainerArgs
 from arf_plugin.untrusted import printable
 
 MAIN = "open_clip_train.main"
@@ -80,7 +81,7 @@ def deactivate() -> None:
     ENGINE.undo()
 
 
-def resolve(args: Any, version: str) -> config.ArfConfig:
+def resolve(args: TrainerArgs, version: str) -> config.ArfConfig:
     """Checks the flags of a run, those that only this release has among them; see `arf_plugin.config.resolve`."""
     arf = config.resolve(args)
     if trains_tasks(version):
