@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from arf_plugin.pipeline.device import pick_device
+from arf_plugin.pipeline.execution import pick_device
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
