@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 
-def get_data(
-    original: Callable[..., Any], session: Session, adapt: Adapt = as_tuple
+def get_data(original: Callable[..., Any], session: Session) -> Callable[..., dict[str, Any]]:
+    """Builds training data with anchors and validation data without."""
+    return data_in_form(original, session, as_tuple)
+
+
+def data_in_form(
+    original: Callable[..., Any], session: Session, adapt: Adapt
 ) -> Callable[..., dict[str, Any]]:
-    """Builds training data with anchors and validation data without, in batches of a form of the trainer."""
+    """What `get_data` returns, with batches of one of the trainer's forms."""
 
     @functools.wraps(original)
     def wrapped(args: Any, preprocess_fns: Any, epoch: int = 0, tokenizer: Any = None) -> dict[str, Any]:

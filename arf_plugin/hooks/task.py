@@ -14,7 +14,7 @@ from typing import Any
 
 from arf_plugin.data.batch import DeviceConcat, as_dictionary
 from arf_plugin.errors import FlagError, IncompatibleUpstreamError
-from arf_plugin.hooks import data
+from arf_plugin.hooks.data import data_in_form
 from arf_plugin.hooks.epoch import Training, listening
 from arf_plugin.hooks.loss import build_loss
 from arf_plugin.hooks.session import Session
@@ -43,7 +43,7 @@ def create_task(original: Callable[..., Any], session: Session) -> Callable[...,
 
 def get_data(original: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """Builds data as for the older releases, in batches of this one, and then the task's loss."""
-    build = data.get_data(original, session, as_dictionary)
+    build = data_in_form(original, session, as_dictionary)
 
     @functools.wraps(original)
     def wrapped(args: Any, preprocess_fns: Any, **named: Any) -> dict[str, Any]:
