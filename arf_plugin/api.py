@@ -35,8 +35,8 @@ class AnchorSet:
 
     def __init__(self, path: str | Path) -> None:
         from arf_plugin.anchors.captions import list_caption_files
-        from arf_plugin.anchors.files import list_files_of
         from arf_plugin.anchors.manifest import problems_of
+        from arf_plugin.files import list_files_of
 
         self.path = str(path)
         if problems := problems_of(self.path):

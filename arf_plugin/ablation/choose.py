@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from arf_plugin.ablation.config import Arm, Grid
-from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import GridError
+from arf_plugin.files import write_json
 from arf_plugin.untrusted import read_json
 from arf_plugin.validation import Listed, Strict, validated
 

@@ -25,8 +25,8 @@ from arf_plugin.ablation.config import AnchorSet, Arm, Grid
 from arf_plugin.ablation.launch import take
 from arf_plugin.ablation.plan import Run, before, candidate_runs, final_runs, missing_inputs
 from arf_plugin.ablation.runs import changes, is_finished, run_all, save_before, versions
-from arf_plugin.anchors.files import write_json
 from arf_plugin.errors import GridError
+from arf_plugin.files import write_json
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.sets import EvaluationSet

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from arf_plugin.ablation.config import Arm, Grid, command_words, number
 from arf_plugin.ablation.launch import trainer
-from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.errors import TaskDataError
+from arf_plugin.files import list_files
 from arf_plugin.untrusted import read_json
 
 ARF = [sys.executable, "-m", "arf_plugin.cli.main"]

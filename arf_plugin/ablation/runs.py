@@ -36,10 +36,10 @@ from arf_plugin.ablation.launch import (
     stop_all,
 )
 from arf_plugin.ablation.plan import Run
-from arf_plugin.anchors.files import content_digest, digest, list_files, write_json
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.console import progress
 from arf_plugin.errors import ArfError, GridError
+from arf_plugin.files import content_digest, digest, list_files, write_json
 from arf_plugin.pipeline.embedder import model_identity
 from arf_plugin.untrusted import read_json
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.ablation.choose import Choices
 from arf_plugin.ablation.config import Arm, Grid
 from arf_plugin.ablation.plan import Run
-from arf_plugin.anchors.files import replacing, write_json
 from arf_plugin.console import markdown_table, text_table
+from arf_plugin.files import replacing, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -1,7 +1,7 @@
 """What a WebDataset shard holds, by its headers, with a cache: a million samples are looked at once.
 
 A shard that has changed in size, times or inode is scanned again, and one whose images are to be decoded always is.
-Only local shards are cached (see :mod:`arf_plugin.anchors.files`).
+Only local shards are cached (see :mod:`arf_plugin.files`).
 """
 
 from __future__ import annotations

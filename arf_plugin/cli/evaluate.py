@@ -135,10 +135,10 @@ def warn_as(command: str, first: bool = True) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from arf_plugin.anchors.files import write_json
     from arf_plugin.evaluation.distributed import Processes
     from arf_plugin.evaluation.run import evaluate
     from arf_plugin.evaluation.tables import summary, table
+    from arf_plugin.files import write_json
 
     first = Processes().first
     warn_as("arf evaluate", first)

@@ -129,8 +129,8 @@ class _Job:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from arf_plugin.anchors.files import write_json
     from arf_plugin.evaluation.distributed import Processes
+    from arf_plugin.files import write_json
 
     with Processes() as processes:  # one group for both measurements
         warn_as("arf interpolate", processes.first)

@@ -32,8 +32,8 @@ import numpy as np
 import pyarrow as pa
 
 from arf_plugin.anchors.captions import is_local, list_caption_files, read_caption_files
-from arf_plugin.anchors.files import cache_folder, remove_incomplete, replacing, stat_key
 from arf_plugin.errors import AnchorSetError, CacheError
+from arf_plugin.files import cache_folder, remove_incomplete, replacing, stat_key
 from arf_plugin.untrusted import utf8
 
 FORMAT = "arf-captions-2"

@@ -18,11 +18,11 @@ import torch
 import webdataset as wds
 from torch.utils.data import default_collate, get_worker_info
 
-from arf_plugin.anchors.files import list_files_of
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import scan_samples
 from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import list_files_of
 from arf_plugin.resume.order import Pipeline, SampleOrder
 
 if TYPE_CHECKING:

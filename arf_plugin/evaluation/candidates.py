@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import cache_folder, digest, file_digest
 from arf_plugin.errors import ArfError, EvaluationError
 from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into, open_checkpoint, write_weights
 from arf_plugin.evaluation.head import Head
 from arf_plugin.evaluation.interpolation import check_alpha, load_mixture
 from arf_plugin.evaluation.run_settings import Run, Settings, find_run, resolve
+from arf_plugin.files import cache_folder, digest, file_digest
 from arf_plugin.safe_loading import first_line, safe_loading
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.head import Head, split_head
+from arf_plugin.files import replacing
 from arf_plugin.safe_loading import UnsafeTorchError, first_line, safe_loading
 from arf_plugin.untrusted import require_regular
 

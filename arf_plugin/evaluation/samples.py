@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arf_plugin.anchors.files import digest, file_digest, read_cache, stat_key, write_cache
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import Member, scan_samples
 from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError
+from arf_plugin.files import digest, file_digest, read_cache, stat_key, write_cache
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from arf_plugin.anchors.files import digest, list_files
 from arf_plugin.data.prompts import repeated_names
 from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, survey, warn
 from arf_plugin.evaluation.samples import Samples, StoredSamples, file_samples, tar_samples
+from arf_plugin.files import digest, list_files
 from arf_plugin.untrusted import decode_text, read_json, require_regular, split_lines, utf8
 
 CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"

@@ -26,7 +26,6 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import nn
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.distributed import Processes
@@ -34,6 +33,7 @@ from arf_plugin.evaluation.metrics import drift
 from arf_plugin.evaluation.records import FORMAT, EvalRecord, append_record, read_records
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
+from arf_plugin.files import replacing
 from arf_plugin.hooks.epoch import Training
 from arf_plugin.untrusted import printable, require_regular
 

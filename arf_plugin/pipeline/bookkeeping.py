@@ -23,9 +23,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from arf_plugin.anchors.files import digest, list_files, write_json
 from arf_plugin.anchors.manifest import MANIFEST
 from arf_plugin.errors import PoolError, StageError, TaskDataError
+from arf_plugin.files import digest, list_files, write_json
 from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable, read_json, require_fields, utf8

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arf_plugin.anchors.files import folder_digest
 from arf_plugin.errors import MissingDependencyError, StageError
+from arf_plugin.files import folder_digest
 from arf_plugin.pipeline.embedder import load_model, model_identity
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, replacing, write_json
 from arf_plugin.anchors.images import decode_image
+from arf_plugin.files import digest, replacing, write_json
 from arf_plugin.images import load_batches
 from arf_plugin.pipeline.embedder import ClipModel, as_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, file_digest, folder_digest
 from arf_plugin.errors import FlagError, StageError
+from arf_plugin.files import digest, file_digest, folder_digest
 from arf_plugin.pipeline.execution import Execution, pick_dtype
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import content_digest, list_files
 from arf_plugin.errors import PoolError
+from arf_plugin.files import content_digest, list_files
 from arf_plugin.pipeline.tables import TEXT, WHOLE, count_rows, read_columns
 from arf_plugin.untrusted import printable, read_json, require_regular
 

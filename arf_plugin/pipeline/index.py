@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import content_digest, digest, list_files, replacing, write_json
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError
+from arf_plugin.files import content_digest, digest, list_files, replacing, write_json
 from arf_plugin.pipeline.embeddings import ORIGIN, EmbeddingFile, Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index_check import check_row_ids, reconstruct

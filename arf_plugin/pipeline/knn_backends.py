@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from arf_plugin.anchors.files import content_digest
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
+from arf_plugin.files import content_digest
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool

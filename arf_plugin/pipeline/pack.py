@@ -22,10 +22,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.anchors.files import digest, file_digest, replacing
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
+from arf_plugin.files import digest, file_digest, replacing
 from arf_plugin.pipeline.embeddings import METADATA
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.pool_images import Pair, PoolTars, name_of, read_pairs

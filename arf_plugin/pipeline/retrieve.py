@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from arf_plugin.anchors.files import digest, write_json
 from arf_plugin.errors import PoolError
+from arf_plugin.files import digest, write_json
 from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit, same_model
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search

@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from arf_plugin.anchors.files import checked, digest, remove_incomplete, replacing
 from arf_plugin.console import progress
 from arf_plugin.errors import StageError
+from arf_plugin.files import checked, digest, remove_incomplete, replacing
 from arf_plugin.pipeline.bookkeeping import DATA_ERRORS, Bookkeeping
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.ownership import Ownership

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from arf_plugin.anchors.files import content_digest, digest, stat_key
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
 from arf_plugin.anchors.scan import cached_scan
 from arf_plugin.anchors.tars import Sample, is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import read_csv_ids
 from arf_plugin.errors import ArfError, PoolError, TaskDataError
+from arf_plugin.files import content_digest, digest, stat_key
 from arf_plugin.pipeline.stage import Shard
 from arf_plugin.untrusted import require_regular
 

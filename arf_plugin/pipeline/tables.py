@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import ArfError
+from arf_plugin.files import replacing
 from arf_plugin.untrusted import printable, require_regular
 
 if TYPE_CHECKING:

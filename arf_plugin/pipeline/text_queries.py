@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from arf_plugin.anchors.files import file_digest, list_files
 from arf_plugin.anchors.manifest import problems_of
 from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import file_digest, list_files
 from arf_plugin.pipeline.stage import Shard
 from arf_plugin.pipeline.tables import TEXT, count_rows, read_columns
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arf_plugin.anchors.captions import caption_batches
-from arf_plugin.anchors.files import list_files
 from arf_plugin.anchors.tars import Sample, scan_samples
 from arf_plugin.errors import AnchorSetError, ReportError
+from arf_plugin.files import list_files
 from arf_plugin.report.images import Place, TaskImages, Thumbnail, read_image, thumbnail
 from arf_plugin.report.sources import entries, finite
 from arf_plugin.untrusted import parse_json

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin import __version__
-from arf_plugin.anchors.files import replacing, write_json
 from arf_plugin.errors import MissingDependencyError
+from arf_plugin.files import replacing, write_json
 from arf_plugin.report import provenance, render, tables
 from arf_plugin.report.gallery import Advance
 from arf_plugin.report.report import Options, Report, gather

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import MissingDependencyError
+from arf_plugin.files import replacing
 from arf_plugin.report.plots import NORMAL, WIDTH, Group, Panel
 from arf_plugin.report.style import Style
 

@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from arf_plugin import untrusted
-from arf_plugin.anchors.files import list_files
 from arf_plugin.errors import EvaluationError, ReportError
+from arf_plugin.files import list_files
 from arf_plugin.validation import validated
 
 _ARM_AND_SEED = re.compile(r"(?P<arm>.+?)[-_](?:seed[-_]?|s)?(?P<seed>\d+)")

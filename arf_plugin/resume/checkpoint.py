@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, JsonValue, model_validator
 
-from arf_plugin.anchors.files import TEMPORARY, list_files, remove_incomplete, replacing
 from arf_plugin.errors import CheckpointError
+from arf_plugin.files import TEMPORARY, list_files, remove_incomplete, replacing
 from arf_plugin.resume.rng import preserved_rng, restore_rng
 from arf_plugin.untrusted import printable
 from arf_plugin.validation import Strict, validated

@@ -15,13 +15,13 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from arf_plugin.anchors.files import content_digest, digest, list_files_of
 from arf_plugin.anchors.tars import is_remote, local_path
 from arf_plugin.anchors.task import expand_urls, is_csv
 from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.errors import CheckpointError
+from arf_plugin.files import content_digest, digest, list_files_of
 
 TRAINER_FLAGS = (
     *("seed", "world_size", "batch_size", "accum_freq", "train_data", "train_num_samples", "dataset_type"),

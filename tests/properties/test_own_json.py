@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.anchors.manifest import begin_kind, problems_of, read_manifest, update_manifest
 from arf_plugin.errors import AnchorSetError, ArfError, StageError
+from arf_plugin.files import replacing
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.runner import describe, run_stage
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage

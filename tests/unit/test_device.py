@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from arf_plugin.pipeline.execution import pick_device
 
 

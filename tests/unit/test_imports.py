@@ -16,8 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "arf_plugin"
 CIRCLES = {
     ("arf_plugin", "arf_plugin.api"),  # names of the package that are imported when they are used
     ("arf_plugin.hooks.session", "arf_plugin.hooks.epoch"),
-    ("arf_plugin.report.page", "arf_plugin.report.report"),
-    ("arf_plugin.report.records", "arf_plugin.report.report"),
+    ("arf_plugin.pipeline.knn_service", "arf_plugin.pipeline.knn_backends"),
 }
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from support.building import folder_bytes
 
-from arf_plugin.anchors.files import replacing
 from arf_plugin.errors import PoolError, StageError
+from arf_plugin.files import replacing
 from arf_plugin.pipeline.bookkeeping import Bookkeeping, differences
 from arf_plugin.pipeline.execution import Execution, ranks
 from arf_plugin.pipeline.ownership import Ownership
