@@ -100,7 +100,8 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 def search(args: argparse.Namespace) -> Search:
     """Search settings from the command line."""
     from arf_plugin.errors import FlagError
-    from arf_plugin.pipeline.knn_backends import Search, Service
+    from arf_plugin.pipeline.knn_address import Service
+    from arf_plugin.pipeline.knn_backends import Search
 
     service = None
     if args.service_url:

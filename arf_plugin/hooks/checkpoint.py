@@ -29,7 +29,7 @@ from arf_plugin.resume.identity import content_of_data, data_identity
 from arf_plugin.resume.streams import ShardStream
 
 if TYPE_CHECKING:
-    from arf_plugin.hooks.epoch import Training
+    from arf_plugin.hooks.training import Training
 
 LATEST = "epoch_latest.pt"  # where open_clip's --save-most-recent saves, and --resume latest then looks
 

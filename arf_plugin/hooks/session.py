@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +12,7 @@ from torch import nn
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout, OptimizerStep
 from arf_plugin.data.trim import TextTrimmer
-
-if TYPE_CHECKING:
-    from arf_plugin.hooks.epoch import EpochListener
+from arf_plugin.hooks.training import EpochListener
 
 
 @dataclasses.dataclass(frozen=True)

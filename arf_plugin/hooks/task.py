@@ -15,10 +15,11 @@ from typing import Any
 from arf_plugin.data.batch import DeviceConcat, as_dictionary
 from arf_plugin.errors import FlagError, IncompatibleUpstreamError
 from arf_plugin.hooks.data import data_in_form
-from arf_plugin.hooks.epoch import Training, listening
+from arf_plugin.hooks.epoch import listening
 from arf_plugin.hooks.loss import build_loss
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.task_flags import VARIABLE_TEXT
+from arf_plugin.hooks.training import Training
 
 # Their loss takes what the model returns, so the anchored loss can take its place.
 TASKS = ("CLIPTask", "SigLIPTask", "DistillCLIPTask")

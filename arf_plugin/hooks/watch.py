@@ -34,7 +34,7 @@ from arf_plugin.evaluation.records import FORMAT, EvalRecord, append_record, rea
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
 from arf_plugin.files import replacing
-from arf_plugin.hooks.epoch import Training
+from arf_plugin.hooks.training import Training
 from arf_plugin.untrusted import printable, require_regular
 
 ROWS, START = "arf_watch.jsonl", "arf_watch_start.pt"

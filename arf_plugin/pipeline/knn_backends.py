@@ -6,13 +6,11 @@ computed from them and not taken from an approximate index.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool
 from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
 from arf_plugin.pipeline.knn import block_sizes, exact_search
+from arf_plugin.pipeline.knn_address import Service
 
 if TYPE_CHECKING:
     from arf_plugin.pipeline.knn_service import KnnClient
@@ -32,57 +31,18 @@ CANDIDATES_PER_NEIGHBOUR = 4
 _RANKED_AT_ONCE = 256  # queries
 
 
-@dataclass(frozen=True)
-class Service:
-    """Where a clip-retrieval service is and how to talk to it.
+def _client(service: Service) -> KnnClient:
+    """A client of a service.
 
-    Attributes:
-        url: address of ``clip-retrieval back``, such as ``http://127.0.0.1:1234``.
-        index: name of the index; None takes the only one.
-        threads: requests under way at once.
-        timeout: seconds for a whole answer, from the connection to its last byte.
-        patience: seconds without any answer after which the service is given up.
-        longest_pause: seconds between two tries, at most.
+    Raises:
+        MissingDependencyError: without requests or tenacity.
     """
-
-    url: str
-    index: str | None = None
-    threads: int = 4
-    timeout: float = 60.0
-    patience: float = 300.0
-    longest_pause: float = 10.0
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise FlagError(
-                f"--service-url {self.url}: expected an address such as http://127.0.0.1:1234, where clip-retrieval "
-                "back listens."
-            )
-        if self.threads < 1:
-            raise FlagError(f"--service-threads {self.threads}: expected at least 1.")
-        if not 0 < self.timeout < threading.TIMEOUT_MAX:
-            raise FlagError(f"--service-timeout {self.timeout:g}: expected seconds, more than 0.")
-        if not self.patience >= 0:
-            raise FlagError(f"--service-patience {self.patience:g}: expected seconds, 0 or more.")
-
-    @property
-    def base(self) -> str:
-        """The address without a trailing ``/knn-service``, which ClipClient's users are used to give."""
-        return self.url.rstrip("/").removesuffix("/knn-service")
-
-    def client(self) -> KnnClient:
-        """A client of it.
-
-        Raises:
-            MissingDependencyError: without requests or tenacity.
-        """
-        try:
-            from arf_plugin.pipeline.knn_service import KnnClient
-        except ImportError as cause:
-            name = cause.name or "requests"
-            raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
-        return KnnClient(self)
+    try:
+        from arf_plugin.pipeline.knn_service import KnnClient
+    except ImportError as cause:
+        name = cause.name or "requests"
+        raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
+    return KnnClient(service)
 
 
 @dataclass(frozen=True)
@@ -124,7 +84,7 @@ class Search:
             ServiceError: if no service answers, or not with the index that was named.
         """
         if self.service is not None:
-            self.service.client().check_index()
+            _client(self.service).check_index()
         elif self.index is not None:
             open_index(_index_file(self.index))
 
@@ -298,7 +258,7 @@ class ServiceBackend(Backend):
 
     def __init__(self, pool: Embeddings, service: Service) -> None:
         super().__init__(pool)
-        self._service, self._client = service, service.client()
+        self._service, self._client = service, _client(service)
         self.queries_at_once = self.queries_per_shard
 
     def config(self) -> dict[str, Any]:

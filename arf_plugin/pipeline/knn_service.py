@@ -23,16 +23,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tenacity
 
 from arf_plugin.errors import PoolError, ServiceError
+from arf_plugin.pipeline.knn_address import Service
 from arf_plugin.pipeline.knn_http import PassingFault, ServerFault, Session, shown
-
-if TYPE_CHECKING:
-    from arf_plugin.pipeline.knn_backends import Service
 
 TRIES, TRIES_500, TRIES_500_AT_START = 30, 10, 3  # for one query
 LARGEST_ROW = 1 << 62

@@ -29,7 +29,7 @@ from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.data.task import TaskLoader
 from arf_plugin.hooks.checkpoint import StepCheckpoints
-from arf_plugin.hooks.epoch import Training
+from arf_plugin.hooks.training import Training
 from arf_plugin.resume.order import SampleOrder
 from arf_plugin.resume.streams import ShardStream
 

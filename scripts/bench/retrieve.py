@@ -181,7 +181,7 @@ def service(args) -> dict[str, Callable[[], object]]:
     """The client with one thread, a loop of posts on one connection, and the client as it is by default."""
     import requests
 
-    from arf_plugin.pipeline.knn_backends import Service
+    from arf_plugin.pipeline.knn_address import Service
     from arf_plugin.pipeline.knn_service import KnnClient
 
     queries = Embeddings(args.service_queries).vectors(np.arange(args.queries)).astype(np.float32)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.knn_servers import JSON, LoopbackServer, send
 
 from arf_plugin.errors import ServiceError
-from arf_plugin.pipeline.knn_backends import Service
+from arf_plugin.pipeline.knn_address import Service
 
 pytest.importorskip("requests")
 pytest.importorskip("tenacity")

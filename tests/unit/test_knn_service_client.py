@@ -20,7 +20,7 @@ from support.building import unit_vectors
 from support.knn_servers import JSON, FlakyProxy, LoopbackServer, SmallService, send
 
 from arf_plugin.errors import FlagError, PoolError, ServiceError
-from arf_plugin.pipeline.knn_backends import Service
+from arf_plugin.pipeline.knn_address import Service
 
 pytest.importorskip("requests")
 pytest.importorskip("tenacity")
