@@ -2,6 +2,7 @@
 # Makes the environment and runs lint, types and tests. What follows is handed to pytest:
 #
 #   scripts/test.sh                          everything but the slow tests
+#   scripts/test.sh --unit                   those of tests/unit that start no process, in about a minute; no lint
 #   scripts/test.sh -m slow                  the slow tests alone
 #   scripts/test.sh tests/unit -k captions   some of them
 #
@@ -26,6 +27,16 @@ for packages in numpy==2.3.5 webdataset==1.0.2 "tensorboard==2.21.0 absl-py"; do
     fi
 done
 
+marker=(-m "not slow")
+case " $* " in
+    *" --unit "*)
+        marker=(-m "not slow and not process")
+        set -- tests/unit tests/hooks/test_engine.py tests/hooks/test_table.py "${@/--unit/-q}"
+        SKIP_LINT=1
+        ;;
+    *" -m "*) marker=() ;;
+esac
+
 if [ -z "${SKIP_LINT:-}" ]; then
     "$VENV/bin/ruff" check .
     "$VENV/bin/ruff" format --check .
@@ -33,6 +44,4 @@ if [ -z "${SKIP_LINT:-}" ]; then
 fi
 
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-marker=(-m "not slow")
-case " $* " in *" -m "*) marker=() ;; esac
 exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --durations 10 "${marker[@]}" "$@"

@@ -17,6 +17,13 @@ torch.set_num_threads(
 )  # train.forked forks this process: its children would wait for threads that they have not got
 
 
+def pytest_collection_modifyitems(items):
+    """What runs the trainer or a command starts a process."""
+    for item in items:
+        if {"train", "run_arf"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+
+
 @pytest.fixture(scope="session")
 def model_configs(tmp_path_factory) -> Path:
     """A folder of open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""

@@ -317,6 +317,7 @@ captions.open_captions({anchors!r})
 """
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_leaves_nothing_that_is_believed(anchors):
     """Between any two steps that writing takes: the next start finds the right captions."""
     code = KILLED.format(path=[p for p in sys.path if p], anchors=anchors)

@@ -68,6 +68,7 @@ def imported(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "statement",
     [
@@ -80,6 +81,7 @@ def test_light_parts_import_no_torch(statement):
     assert not imported(statement) & {"torch", "numpy", "pandas", "pyarrow", "open_clip", "transformers"}
 
 
+@pytest.mark.process
 def test_the_training_path_needs_no_retrieval_no_captioner_and_no_evaluation(graph):
     """Beyond what open_clip imports itself, transformers among it. A run that is watched imports evaluation."""
     hooks = sorted(
@@ -91,6 +93,7 @@ def test_the_training_path_needs_no_retrieval_no_captioner_and_no_evaluation(gra
     assert not {name for name in found if name.startswith(("arf_plugin.pipeline", "arf_plugin.evaluation"))}
 
 
+@pytest.mark.process
 def test_the_core_never_imports_the_hooks():
     names = ("data.batch", "data.pairs", "data.startup", "losses.anchored")
     found = imported("import " + ", ".join(f"arf_plugin.{name}" for name in names))
@@ -100,6 +103,7 @@ def test_the_core_never_imports_the_hooks():
     assert not {name for name in found if name.startswith("arf_plugin.hooks")}
 
 
+@pytest.mark.process
 def test_python_m_is_the_command():
     command = [sys.executable, "-m", "arf_plugin", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(

@@ -221,6 +221,7 @@ def test_interpolating_a_checkpoint_of_1_gb_takes_1_3_gb_of_its_own_at_most(tmp_
     assert highest - libraries < 1.3e9
 
 
+@pytest.mark.process
 def test_memory_is_that_of_one_mixture_however_many_are_written(tmp_path):
     paths = [tmp_path / f"{name}.pt" for name in ("original", "tuned")]
     size, _ = (save_large(path, 15, seed) for seed, path in enumerate(paths))

@@ -128,6 +128,7 @@ print(ascii((scan_task_ids(url).ids, [s["text"] for s in stage(iter([{"url": url
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", ["gnu", "pax"])
 def test_ids_are_the_same_under_every_locale(tmp_path, form):
     folder = tmp_path / "gr\udcf6sse"
