@@ -270,7 +270,7 @@ def same_bits(context: Context) -> Outcome:
                     step()
                 ends.append([p.detach().clone() for p in bench.core.parameters()])
             found.holds(
-                f"{precision}, {title}: two runs of two steps end equal to the bit",
+                f"{precision}, {title}: two runs of two steps end bitwise identical",
                 all(map(torch.equal, *ends)),
             )
     _random_numbers(context, found)

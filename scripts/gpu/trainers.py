@@ -256,13 +256,13 @@ def deterministic(context: Context) -> Outcome:
         calm, (_, saved, stop_run) = ends["calm"], ends["stopped"]
         found.holds("a step checkpoint was saved on request", saved is not None)
         found.holds("it went on in the middle of an epoch", "goes on after" in stop_run.output)
-        found.holds("stopped and resumed ends equal to the bit", _same_end(calm, stop_run, epochs))
+        found.holds("stopped and resumed ends bitwise identical", _same_end(calm, stop_run, epochs))
         if not context.tiny:
             kill, kill_run = ends["killed"]
-            found.holds("two runs end equal to the bit", _same_end(calm, ends["again"], epochs))
+            found.holds("two runs end bitwise identical", _same_end(calm, ends["again"], epochs))
             found.holds("another seed ends elsewhere", not _same_end(calm, ends["seeded"], epochs))
             found.holds("a run was killed in the middle", kill.status == -signal.SIGKILL)
-            found.holds("killed and resumed ends equal to the bit", _same_end(calm, kill_run, epochs))
+            found.holds("killed and resumed ends bitwise identical", _same_end(calm, kill_run, epochs))
             found.holds("it, too, went on in the middle", "goes on after" in kill_run.output)
         losses = calm.losses()
         found.figures |= {"losses": losses, "losses, stopped and resumed": stop_run.losses()}
@@ -276,7 +276,7 @@ def deterministic(context: Context) -> Outcome:
                 states = [process["rng"]["cuda"] for process in _rng_of(content)]
                 found.holds("and the GPU's random numbers", bool(states) and all(len(s) >= 1 for s in states))
         found.figures["steps"] = len(losses)
-    found.summary = f"{', '.join(ends)}: equal to the bit" if all(b.met for b in found.bars) else "differs"
+    found.summary = f"{', '.join(ends)}: bitwise identical" if all(b.met for b in found.bars) else "differs"
     return found
 
 
@@ -305,7 +305,7 @@ def cheaper_pairs(context: Context) -> Outcome:
         flags = trainers.data("--arf-deterministic", "--precision", "amp_bf16", "--arf-every", 2)
         flags += ["--arf-pair-batch-size", 5]
         runs = trainers.all([lambda n=name: trainers.run(n, *flags).check() for name in ("one", "two")])
-        found.holds("two runs end equal to the bit", _same_end(*runs, 1))
+        found.holds("two runs end bitwise identical", _same_end(*runs, 1))
         found.figures["losses"] = runs[0].losses()
         anchored = re.findall(r"Pair_anchor_loss: (\S+) \(", runs[0].output)
         found.holds(
@@ -314,7 +314,7 @@ def cheaper_pairs(context: Context) -> Outcome:
             == [step % 2 == 0 for step in range(len(anchored))]
             != [],
         )
-    found.summary = "equal to the bit" if all(bar.met for bar in found.bars) else "see the bounds"
+    found.summary = "bitwise identical" if all(bar.met for bar in found.bars) else "see the bounds"
     return found
 
 

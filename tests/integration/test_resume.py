@@ -1,4 +1,4 @@
-"""--arf-deterministic and --arf-checkpoint-every in the real trainer: equal to the bit, killed or not."""
+"""--arf-deterministic and --arf-checkpoint-every in the real trainer: bitwise identical, killed or not."""
 
 from __future__ import annotations
 
