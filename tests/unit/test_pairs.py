@@ -14,9 +14,10 @@ from open_clip_train.data import SharedEpoch
 from support import data
 from support.tars import write_tar
 
+from arf_plugin.anchors.pairs import list_pair_shards
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.loader import TrainingLoader
-from arf_plugin.data.pairs import NAMED, list_pair_shards, pair_loader
+from arf_plugin.data.pairs import NAMED, pair_loader
 from arf_plugin.data.startup import split_workers
 from arf_plugin.data.task import TaskLoader
 from arf_plugin.errors import AnchorSetError
