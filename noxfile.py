@@ -20,17 +20,17 @@ ROOT = Path(__file__).parent
 PYTHON = ROOT / ".venv" / "bin" / "python"
 LIST = runpy.run_path(str(ROOT / "arf_plugin" / "hooks" / "releases.py"))
 TESTS = (
-    "tests/hooks/test_table.py",
-    "tests/hooks/test_activation.py",
-    "tests/integration/test_trainer.py",
-    "tests/integration/test_resume.py",
-    "tests/integration/test_watch.py",
-    "tests/integration/test_create_task.py",
-    "tests/integration/test_step_equals_three_forwards.py",
-    "tests/integration/test_baseline_l2sp.py",
-    "tests/integration/test_baseline_lpft.py",
-    "tests/integration/test_baseline_distillation.py",
-    "tests/integration/test_baseline_mixing.py",
+    "tests/unit/hooks/test_table.py",
+    "tests/integration/hooks/test_activation.py",
+    "tests/integration/hooks/test_trainer.py",
+    "tests/integration/resume/test_resume.py",
+    "tests/integration/hooks/test_watch.py",
+    "tests/integration/hooks/test_create_task.py",
+    "tests/integration/losses/test_step_equals_three_forwards.py",
+    "tests/integration/losses/test_baseline_l2sp.py",
+    "tests/integration/losses/test_baseline_lpft.py",
+    "tests/integration/losses/test_baseline_distillation.py",
+    "tests/integration/losses/test_baseline_mixing.py",
 )
 
 

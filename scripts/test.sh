@@ -31,7 +31,7 @@ marker=(-m "not slow")
 case " $* " in
     *" --unit "*)
         marker=(-m "not slow and not process")
-        set -- tests/unit tests/hooks/test_engine.py tests/hooks/test_table.py "${@/--unit/-q}"
+        set -- tests/unit "${@/--unit/-q}"
         SKIP_LINT=1
         ;;
     *" -m "*) marker=() ;;

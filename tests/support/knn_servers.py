@@ -3,7 +3,7 @@
 :class:`FlakyProxy` stands in front of a service, real or not, and disturbs a share of the requests.
 :class:`SmallService` speaks the protocol of ``clip-retrieval back`` with an exact search behind it. It is there for
 answers that the real service cannot be made to give, such as a 503 or a redirect; that the client and the real service
-understand each other is tested in tests/integration/test_knn_service.py.
+understand each other is tested in tests/integration/pipeline/test_knn_service.py.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def slow_cases() -> list[Case]:
 
 
 def _broken_by_tasks(case: Case) -> bool:
-    """What stock open_clip 4 does not do right: a test of tests/integration/test_create_task.py shows it."""
+    """What stock open_clip 4 does not do right: a test of tests/integration/hooks/test_create_task.py shows it."""
     accumulates = case.accum_freq > 1
     static = accumulates and "--ddp-static-graph" in case.distributed
     compiled = set(COMPILED) <= set(case.distributed) and GRAD not in case.distributed

@@ -1,0 +1,225 @@
+"""`arf evaluate` as users run it: beside the real `clip_benchmark eval`, on a suite, resumed, and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import building, clip_benchmark
+from support.evaluation import NAMES, save_checkpoint, save_config, write_folders, write_set, write_texts
+
+from arf_plugin.evaluation.records import read_records
+
+SHIM = Path(__file__).parents[2] / "shim"
+SUITE = """\
+description: two sets
+sets:
+  seen:
+    classes: 6
+    sources: [{webdataset: "{set}", images: 60}]
+  unseen:
+    metric: mean_per_class
+    sources: [{folders: "{set}"}]
+  elsewhere:
+    sources: [{webdataset: elsewhere}, {builder: dtd, at: elsewhere}]
+averages:
+  S: {kind: class-split, of: [seen]}
+  U: {kind: class-split, of: [unseen]}
+  H: {kind: class-split, harmonic: [S, U]}
+"""
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    return save_config(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def named(model_configs, tmp_path, monkeypatch):
+    """A tiny ViT that open_clip knows by name, and a checkpoint of it."""
+    import open_clip
+
+    open_clip.add_model_config(model_configs)
+    monkeypatch.setenv("PYTHONPATH", str(SHIM))
+    monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
+    monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
+    return "tiny-vit", save_checkpoint("tiny-vit", tmp_path / "named.pt", 1)
+
+
+@pytest.fixture(scope="module")
+def path(clip, tmp_path_factory):
+    return save_checkpoint(clip, tmp_path_factory.mktemp("checkpoint") / "a.pt", 1)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A data root with two of the suite's three sets, the first of them cut short."""
+    write_set(tmp_path / "root" / "seen", images=58)
+    write_folders(tmp_path / "root" / "unseen", images=30)
+    write_texts(tmp_path / "root" / "unseen", sorted(NAMES))
+    (tmp_path / "own.yaml").write_text(SUITE)
+    return tmp_path / "root"
+
+
+def agrees(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    assert ours["top1"] == pytest.approx(100 * theirs["acc1"], abs=1e-9)
+    assert ours["top5"] == pytest.approx(100 * theirs["acc5"], abs=1e-9)
+    assert ours["mean_per_class"] == pytest.approx(100 * theirs["mean_per_class_recall"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("precision", "flags"), [("fp32", ["--no_amp"]), ("amp", [])])
+def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_arf, precision, flags):
+    clip, path = named
+    images = write_set(tmp_path / "shapes", images=210, shards=3)
+    theirs = clip_benchmark.evaluate(tmp_path, clip, path, "wds/shapes", images, "--batch_size", 64, *flags)
+    run_arf(
+        *("evaluate", path, "--model", clip, "--data", images, "--out", tmp_path / "records.jsonl"),
+        *("--batch-size", 64, "--precision", precision, "--workers", 2),
+    )
+    [record] = read_records(tmp_path / "records.jsonl")
+    agrees(record["metrics"], theirs)
+    assert 0.1 < theirs["acc1"] < 0.9  # neither all right nor all wrong
+    assert theirs["acc1"] != theirs["acc5"] != 1
+
+
+def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_arf):
+    """The Describable Textures' layout with eight classes, class names and templates of CLIP_benchmark."""
+    clip, path = named
+    root = tmp_path / "data"
+    folder = root / "dtd" / "dtd"
+    listed = [f"kind{n % 8}/kind{n % 8}_{n}.jpg" for n in range(64)]
+    for number, name in enumerate(listed):
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).write_bytes(building.drawing(number))
+    (folder / "labels").mkdir()
+    (folder / "labels" / "test1.txt").write_text("\n".join(listed) + "\n")
+    (tmp_path / "own.yaml").write_text("sets: {dtd: {sources: [{builder: dtd, at: .}]}}\n")
+    theirs = clip_benchmark.evaluate(tmp_path, clip, path, "dtd", root, "--batch_size", 24, "--no_amp")
+    run_arf(
+        *("evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root),
+        *("--out", tmp_path / "records.jsonl", "--batch-size", 24, "--workers", 2),
+    )
+    [record] = read_records(tmp_path / "records.jsonl")
+    agrees(record["metrics"], theirs)
+    assert record["images"] == 64
+    assert len({theirs["acc1"], theirs["acc5"], 1 / 8}) == 3
+
+
+def test_a_suite(clip, path, root, tmp_path, run_arf):
+    out, summary = tmp_path / "records.jsonl", tmp_path / "summary.json"
+    common = ["evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root]
+    missing = run_arf(*common, check=False)
+    assert missing.returncode == 1
+    assert f"elsewhere: no {root}/elsewhere/test/nshards.txt and no {root}/elsewhere/" in missing.stderr
+    assert "--skip-missing" in missing.stderr
+
+    planned = run_arf(*common, "--dry-run", "--out", out)
+    assert "has 58 images, a whole copy has 60" in planned.stdout
+    assert "2 sets, 88 images, 1 checkpoints" in planned.stdout
+    assert "0/1" in planned.stdout
+    assert not out.exists()
+
+    done = run_arf(*common, "--skip-missing", "--out", out, "--json", summary, "--workers", 1)
+    assert "warning: the set 'seen'" in done.stderr
+    assert "images/s" in done.stderr
+    records = {record["set"]: record for record in read_records(out)}
+    assert {name: record["headline"] for name, record in records.items()} == {
+        "seen": "top1",
+        "unseen": "mean_per_class",
+    }
+    assert {record["suite"] for record in records.values()} == {"own"}
+    assert (records["seen"]["images"], records["seen"]["expected_images"]) == (58, 60)
+    written = json.loads(summary.read_text())
+    s, u = records["seen"]["metrics"]["top1"], records["unseen"]["metrics"]["mean_per_class"]
+    assert written["averages"][str(path)] == pytest.approx({"S": s, "U": u, "H": 2 * s * u / (s + u)})
+    assert written["samples"] == {"seen": 58, "unseen": 30}
+    assert "unseen (per class)" in done.stdout
+
+    before = out.read_bytes()
+    again = run_arf(*common, "--skip-missing", "--out", out)
+    assert out.read_bytes() == before
+    assert again.stdout == done.stdout
+    assert "images/s" not in again.stderr  # nothing was measured
+    assert "1/1" in run_arf(*common, "--dry-run", "--out", out).stdout
+
+
+def test_own_folders_and_a_mixture(clip, path, tmp_path, run_arf):
+    """What the quickstart reads."""
+    write_set(tmp_path / "sets" / "id")
+    write_set(tmp_path / "sets" / "shift" / "a")
+    other = save_checkpoint(clip, tmp_path / "b.pt", 2)
+    done = run_arf(
+        *("evaluate", path, other, "--wise", 0.5, "--model", clip, "--data", tmp_path / "sets"),
+        *("--json", tmp_path / "out.json", "--workers", 0),
+    )
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert set(written["accuracy"]) == {str(path), str(other), f"{other}+wise"}
+    assert written["samples"] == {"id": 18, "shift/a": 18}
+    assert all(set(sets) == {"id", "shift/a"} for sets in written["accuracy"].values())
+    assert "[3]" in done.stdout
+
+
+def torchrun(*argv: object) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
+            *("--local-addr", "127.0.0.1", "-m", "arf_plugin.cli.main", *map(str, argv)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_two_processes_give_the_figures_of_one(clip, path, tmp_path, run_arf):
+    write_set(tmp_path / "sets" / "many", images=70, shards=2)
+    write_set(tmp_path / "sets" / "one-batch", images=6, shards=1)
+    other = save_checkpoint(clip, tmp_path / "b.pt", 2)
+    common = ["evaluate", path, other, "--wise", 0.5, "--model", clip, "--data", tmp_path / "sets"]
+    common += ["--batch-size", 8, "--workers", 1, "--device", "cpu"]
+    one = run_arf(*common, "--out", tmp_path / "one.jsonl")
+    two = torchrun(*common, "--out", tmp_path / "two.jsonl")
+
+    def timeless(name: str) -> list[dict]:
+        return [{**record, "time": None} for record in read_records(tmp_path / name)]
+
+    assert timeless("one.jsonl") == timeless("two.jsonl")
+    assert len(timeless("two.jsonl")) == 6
+    assert two.stdout == one.stdout  # one table, from the first process
+    before = (tmp_path / "two.jsonl").read_bytes()
+    assert torchrun(*common, "--out", tmp_path / "two.jsonl").stdout == one.stdout
+    assert (tmp_path / "two.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--suite", "imagenet", "--data-root", "."], "There is no suite 'imagenet'"),
+        (["--suite", "emojinet"], "needs --data-root"),
+        ([], "Name either a suite"),
+        (["--data", "none"], "There is no folder none"),
+        (
+            ["--suite", "emojinet", "--data-root", ".", "--sets", "shifts/*"],
+            "'shifts/*' is no set of the suite",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(clip, path, argv, message, run_arf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_arf("evaluate", path, "--model", clip, *argv, check=False)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_has_examples(run_arf):
+    shown = run_arf("evaluate", "--help").stdout
+    assert "--suite imagenet-shifts" in shown
+    assert "torchrun --nproc_per_node" in shown
