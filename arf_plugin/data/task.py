@@ -1,8 +1,8 @@
 """The task data as batches of named parts: open_clip's own pipeline, built from its own pieces.
 
 Same shards for the same worker, same shuffling, same counts, and the same samples passed over as open_clip's loader;
-tests/unit/data/test_task_loader.py compares the two. What differs is a sample: a dictionary (`arf_plugin.data.batch`) with
-its class prompt and its caption anchor in it.
+tests/unit/data/test_task_loader.py compares the two. What differs is a sample: a dictionary (`arf_plugin.data.batch`)
+with its class prompt and its caption anchor in it.
 
     tar or CSV  ->  RawSample (bytes)  ->  sample (image tensor, texts)  ->  batch (tensors)
 """
