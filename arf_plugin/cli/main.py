@@ -16,6 +16,7 @@ from arf_plugin.untrusted import printable
 # Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
 # on it. The modules import nothing heavy at their top level, so that `arf --help` stays instant.
 COMMANDS = (
+    "data",
     "caption",
     "embed",
     "index",
@@ -36,6 +37,7 @@ COMMANDS = (
 EPILOG = """\
 examples:
   arf doctor                                  is the plugin active, and does it fit this open_clip?
+  arf data my-images --out task               folders, tables, parquet or tars of images as task data
   arf anchors --train-data 'task/{000..099}.tar' --pool 'pool/{0000..0331}.tar' --out ANCHORS \\
       --captioner Salesforce/blip-image-captioning-base --model ViT-B-16-quickgelu --pretrained openai
   arf check ANCHORS --train-data 'task/{000..099}.tar'

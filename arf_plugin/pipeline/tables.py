@@ -29,7 +29,7 @@ def count_rows(path: Path, error: type[ArfError]) -> int:
     Raises:
         error: it is missing, damaged, or something else.
     """
-    with _opened(path, error) as file:
+    with open_parquet(path, error) as file:
         return int(file.metadata.num_rows)
 
 
@@ -50,7 +50,7 @@ def read_columns(
     """
     import pyarrow as pa
 
-    with _opened(path, error) as file:
+    with open_parquet(path, error) as file:
         names = file.schema_arrow.names
         for name in kinds:
             if names.count(name) > 1:
@@ -81,7 +81,8 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 @contextmanager
-def _opened(path: Path, error: type[ArfError]) -> Iterator[pq.ParquetFile]:
+def open_parquet(path: Path, error: type[ArfError]) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file; whatever Arrow raises within the block is an error about this file."""
     import pyarrow.parquet as pq
 
     require_regular(path, error)

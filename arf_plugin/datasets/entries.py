@@ -1,0 +1,131 @@
+"""What every form of images comes down to: entries that say where an image lies, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from arf_plugin.errors import TaskDataError
+from arf_plugin.untrusted import require_regular
+
+# Names of columns in order of preference; compared in lower case, without signs between words.
+IMAGE_COLUMNS = ("image", "img", "filepath", "filename", "path", "imagepath", "file", "imagefile")
+CLASS_COLUMNS = ("label", "class", "classname", "labelname", "category", "target", "cls", "y")
+SPLIT_COLUMNS = ("split", "subset", "set", "partition")
+TEXT_COLUMNS = ("text", "caption", "title", "txt", "description", "prompt")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """An image of a source.
+
+    Attributes:
+        shown: What the user knows it by: a path, or a place in a file of many images.
+        path: The file that holds it.
+        label: Name of its class, or its class index; None in a pool.
+        split: ``train``, ``val`` or ``test`` where the source says so.
+        text: What is said of it, if anything is.
+        offset: Where its bytes begin in a tar, or its row in a parquet file; -1 for an image file.
+        size: Number of its bytes in a tar; 0 elsewhere.
+    """
+
+    shown: str
+    path: Path
+    label: str | int | None
+    split: str | None = None
+    text: str | None = None
+    offset: int = -1
+    size: int = 0
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            OSError: It cannot be read.
+            TaskDataError: It is no file.
+            ValueError: There is nothing where it should be.
+        """
+        require_regular(self.path, TaskDataError)
+        if self.offset < 0:
+            return self.path.read_bytes()
+        if self.path.suffix == ".parquet":
+            return parquet_image(self.path, self.offset)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a source holds.
+
+    Attributes:
+        form: What it was taken for, in a few words.
+        entries: Its images.
+        classnames: Names by class index, where labels are indices.
+        empty: Classes without images.
+        notes: What was decided, or left out, and should be known.
+    """
+
+    form: str
+    entries: list[Entry]
+    classnames: list[str] | None = None
+    empty: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name stands for, such as ``validation``; None if it stands for none."""
+    return SPLITS.get(name.lower())
+
+
+def column(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    """The first of some columns that a table has, by whatever spelling: ``file_name``, ``FileName``."""
+    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in reversed(names)}
+    return next((plain[name] for name in wanted if name in plain), None)
+
+
+def parquet_image(path: Path, row: int) -> bytes:
+    """The encoded image in a row of a parquet file; rows are asked for in order, so a row group is read once.
+
+    Raises:
+        ValueError: The row has none.
+    """
+    group, first = next((group, first) for group, first, end in _row_groups(str(path)) if row < end)
+    value: Any = _row_group(str(path), group)[row - first].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise ValueError("has no image bytes")
+    return data
+
+
+@lru_cache(maxsize=64)
+def _row_groups(path: str) -> list[tuple[int, int, int]]:
+    """Number, first row and end of each row group."""
+    import pyarrow.parquet as pq
+
+    meta, found, first = pq.read_metadata(path), [], 0
+    for group in range(meta.num_row_groups):
+        end = first + meta.row_group(group).num_rows
+        found.append((group, first, end))
+        first = end
+    return found
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: str, group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        name = column(file.schema_arrow.names, IMAGE_COLUMNS)
+        if name is None:
+            raise TaskDataError(f"{path} has no column of images any more. Has it been replaced?")
+        return file.read_row_group(group, columns=[name]).column(0)

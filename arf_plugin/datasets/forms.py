@@ -1,0 +1,437 @@
+"""Recognises the usual forms of images, and lists what they hold.
+
+    class folders      cat/1.jpg, dog/2.PNG; below train/, val/, test/ too; images at any depth
+    tables             CSV or TSV: an image path, a class name or index, maybe a split and a text
+    metadata           metadata.jsonl or metadata.csv beside images, as Hugging Face's datasets write it
+    parquet            images within, as Hugging Face's datasets write them
+    WebDataset         tars of KEY.jpg and KEY.cls or KEY.txt: a glob, braces, or a folder of them
+    texts beside       1.jpg and 1.txt: a pool
+
+Everything here is untrusted: names in tables of a folder stay within it, tars are listed by their headers, and nothing
+that a table names is fetched from elsewhere.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import difflib
+import glob
+import io
+import itertools
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.task import expand_urls
+from arf_plugin.data.prompts import load_classnames
+from arf_plugin.datasets import entries
+from arf_plugin.datasets.entries import (
+    CLASS_COLUMNS,
+    IMAGE_COLUMNS,
+    SPLIT_COLUMNS,
+    TEXT_COLUMNS,
+    Entry,
+    Listing,
+)
+from arf_plugin.errors import TaskDataError
+from arf_plugin.evaluation.folders import is_image, listing, place_of, shortened
+from arf_plugin.pipeline.tables import open_parquet
+from arf_plugin.untrusted import decode_text, parse_json, split_lines, utf8
+
+TABLES = (".csv", ".tsv")
+FORMS = (
+    "a folder of class folders (cat/1.jpg), also below train/ and val/; a CSV with an image path and a class in each "
+    "row; a folder with metadata.jsonl; parquet files with images; WebDataset tars ('shards/{000..099}.tar')"
+)
+_BRACES = re.compile(r"\{[^{}]*(\.\.|,)[^{}]*\}")
+_SHARD_SPLIT = re.compile(r"^([A-Za-z]+)[-_.]")
+
+
+def read_source(source: str, *, pool: bool = False) -> Listing:
+    """Lists the images of a source.
+
+    Args:
+        source: A folder, a file, a glob, or tars in braces and ``::``.
+        pool: They have texts rather than classes.
+
+    Raises:
+        TaskDataError: Its form is not understood, or it holds no image.
+    """
+    found = _read(source, pool)
+    if not found.entries:
+        raise TaskDataError(f"{source} holds no image. Expected {FORMS}.")
+    missing = sum((one.text is None) if pool else (one.label is None) for one in found.entries)
+    if missing == len(found.entries):
+        what = "text (a column, or 1.txt beside 1.jpg)" if pool else "class (a folder, a column, or KEY.cls)"
+        raise TaskDataError(f"No image of {source} has a {what}. It was taken for: {found.form}.")
+    return found
+
+
+def _read(source: str, pool: bool) -> Listing:
+    path = Path(source)
+    if is_remote(source.split("::")[0]):
+        raise TaskDataError(
+            f"{source} is not on this machine. Copy it here first, or name its tars as --train-data."
+        )
+    if path.is_dir():
+        return _read_folder(path, pool)
+    if path.is_file():
+        return _read_files([path], pool)
+    if "::" in source or _BRACES.search(source):
+        return _read_files([local_path(url) for url in expand_urls(source)], pool)
+    if matched := sorted(map(Path, glob.glob(source, recursive=True))):
+        if all(one.is_dir() for one in matched):
+            return _class_folders(
+                [(one.name, one) for one in matched], f"class folders ({len(matched)} of a glob)"
+            )
+        return _read_files([one for one in matched if one.is_file()], pool)
+    raise TaskDataError(_not_found(source))
+
+
+def _not_found(source: str) -> str:
+    if glob.has_magic(source):
+        return f"No file matches {source!r}. Look with: ls {source}"
+    parent = Path(source).absolute()
+    while not parent.exists():
+        missing, parent = parent.name, parent.parent
+    beside = (
+        sorted(one.name for one in parent.iterdir() if not one.name.startswith("."))
+        if parent.is_dir()
+        else []
+    )
+    close = difflib.get_close_matches(missing, beside, n=1)
+    meant = (
+        f" Did you mean {parent / close[0]}?"
+        if close
+        else f" {parent} holds: {shortened(beside, 5) or 'nothing'}."
+    )
+    return f"{source} does not exist.{meant}"
+
+
+def _read_files(paths: list[Path], pool: bool) -> Listing:
+    if gone := [str(path) for path in paths if not path.is_file()]:
+        raise TaskDataError(
+            f"{shortened(gone)} of {len(paths)} files do not exist. Check the path and its braces."
+        )
+    suffixes = {"".join(path.suffixes[-1:]).lower() for path in paths}
+    if suffixes <= {".tar"}:
+        return _tars(paths, pool)
+    if suffixes == {".parquet"}:
+        return _parquet(paths)
+    if len(paths) == 1 and suffixes <= {*TABLES, ".jsonl"}:
+        return _table(paths[0], paths[0].parent, confined=False)
+    if all(is_image(path.name) for path in paths):
+        raise TaskDataError(
+            f"{paths[0]} is an image, not a set of images. Name the folder whose folders are the classes; where a "
+            "shell has expanded a glob, put it in quotes."
+        )
+    raise TaskDataError(
+        f"{paths[0]} has a form that is not understood ({', '.join(sorted(suffixes))}). Expected {FORMS}."
+    )
+
+
+def _read_folder(root: Path, pool: bool) -> Listing:
+    folders, files = _visible(root)
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+        tables = [root / one / name for one in ("", *folders) if (root / one / name).is_file()]
+        if tables:
+            return _joined(
+                [_table(one, one.parent, confined=True, split=_split(one, root)) for one in tables], name
+            )
+    parquet = _below(root, ".parquet")
+    if parquet:
+        return _parquet(parquet)
+    tars = _below(root, ".tar")
+    if tars:
+        return _tars(tars, pool, root)
+    if pool:
+        return _texts_beside(root)
+    tables = [root / name for name in files if name.lower().endswith(TABLES)]
+    if len(tables) == 1 and not any(_has_images(root / name) for name in folders if not is_image(name)):
+        return _table(tables[0], root, confined=False)
+    while len(folders) == 1 and not _images_in(root) and not _images_in(root / folders[0]):
+        root = root / folders[0]  # images/, data/: a folder that holds all others
+        folders, files = _visible(root)
+    if any(entries.split_of(name) for name in folders) and all(
+        entries.split_of(name) or not _has_images(root / name) for name in folders
+    ):
+        parts = [(entries.split_of(name), root / name) for name in folders if entries.split_of(name)]
+        return _joined(
+            [_by_class(part, split) for split, part in parts], "class folders below " + ", ".join(folders)
+        )
+    if not folders and _images_in(root):
+        raise TaskDataError(
+            f"{root} holds images, but no folders of classes. Expected {root}/<class>/<image>, or a table of classes: "
+            f"{FORMS}."
+        )
+    loose = _images_in(root)
+    found = _by_class(root, None)
+    if loose:
+        note = (
+            f"{len(loose)} images beside the class folders have no class and are left out: {shortened(loose)}"
+        )
+        found = Listing(found.form, found.entries, empty=found.empty, notes=(*found.notes, note))
+    return found
+
+
+# --- class folders -------------------------------------------------------------------------------------------------
+
+
+def _by_class(root: Path, split: str | None) -> Listing:
+    """Folders of classes: those at the top, or those that hold images, where the ones at the top only group them."""
+    tops = {name: list(_walk(root / name)) for name in _visible(root)[0]}
+    filled = {name: found for name, found in tops.items() if any(files for _, files in found)}
+    leaves = {name: [folder for folder, files in found if files] for name, found in filled.items()}
+    names = [leaf.name for found in leaves.values() for leaf in found]
+    empty = tuple(name for name in tops if name not in filled)
+    grouped = all(root / name not in found for name, found in leaves.items())
+    if grouped and len(set(names)) == len(names) > len(leaves):
+        note = f"{', '.join(list(leaves)[:3])} hold nothing but folders of images, so those are the classes"
+        classes = [(leaf.name, leaf) for found in leaves.values() for leaf in found]
+        return _class_folders(classes, "class folders in groups", split, empty, (note,))
+    return _class_folders([(name, root / name) for name in filled], "class folders", split, empty)
+
+
+def _class_folders(
+    classes: list[tuple[str, Path]], form: str, split: str | None = None, empty: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Listing:  # fmt: skip
+    found, others = [], collections.Counter[str]()
+    for label, top in classes:
+        for folder, files in _walk(top):
+            found += [Entry(str(folder / name), folder / name, utf8(label), split) for name in files]
+            others.update(
+                Path(name).suffix.lower() or name for name in _visible(folder)[1] if not is_image(name)
+            )
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        notes = (*notes, f"files that are no images, by their names, are left out: {kinds}")
+    return Listing(form, found, empty=tuple(map(utf8, empty)), notes=notes)
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders from one on, links followed once, and the names of the images in each."""
+    seen, waiting = set(), [top]
+    while waiting:
+        folder = waiting.pop(0)
+        if (place := place_of(str(folder))) in seen:
+            continue
+        seen.add(place)
+        folders, files = _visible(folder)
+        yield folder, [name for name in files if is_image(name)]
+        waiting += [folder / name for name in folders]
+
+
+def _visible(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of folders and files; hidden ones and those of archivers (``__MACOSX``) are left out."""
+    folders, files = listing(str(folder))
+    return [name for name in folders if not name.startswith((".", "__"))], [
+        n for n in files if not n.startswith(".")
+    ]
+
+
+def _images_in(folder: Path) -> list[str]:
+    return [name for name in _visible(folder)[1] if is_image(name)]
+
+
+def _has_images(folder: Path) -> bool:
+    return any(files for _, files in _walk(folder))
+
+
+def _below(root: Path, suffix: str) -> list[Path]:
+    found = [
+        folder / n for folder, _ in _walk(root) for n in _visible(folder)[1] if n.lower().endswith(suffix)
+    ]
+    return sorted(found)
+
+
+def _split(table: Path, root: Path) -> str | None:
+    return None if table.parent == root else entries.split_of(table.parent.name)
+
+
+def _joined(parts: list[Listing], form: str) -> Listing:
+    """Several parts of one source, such as its splits."""
+    names = next((part.classnames for part in parts if part.classnames), None)
+    return Listing(
+        form,
+        list(itertools.chain.from_iterable(part.entries for part in parts)),
+        names,
+        tuple(dict.fromkeys(name for part in parts for name in part.empty)),
+        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def _table(path: Path, folder: Path, *, confined: bool, split: str | None = None) -> Listing:
+    """A table of image paths, relative to its folder; ``confined`` refuses those that lead out of it."""
+    rows = list(_rows(path))
+    names = list(dict.fromkeys(name for row in rows[:1000] for name in row))
+    image = entries.column(names, IMAGE_COLUMNS)
+    if image is None:
+        raise TaskDataError(
+            f"{path} has no column of image paths (found: {', '.join(names)[:300]}). Expected one called filepath, "
+            "image, file_name or path."
+        )
+    label, part, text = (entries.column(names, some) for some in (CLASS_COLUMNS, SPLIT_COLUMNS, TEXT_COLUMNS))
+    found = []
+    for number, row in enumerate(rows, 1):
+        value = row.get(image)
+        if not isinstance(value, str) or not value.strip():
+            raise TaskDataError(f"{path}, row {number}: no image path in column {image!r}.")
+        if is_remote(value):
+            raise TaskDataError(
+                f"{path}, row {number}: {value!r} is a link. Fetch such a list first, with: arf download"
+            )
+        inner = PurePosixPath(value)
+        if confined and (inner.is_absolute() or ".." in inner.parts):
+            raise TaskDataError(
+                f"{path}, row {number}: {value!r} leads out of the folder {folder}. It was not opened."
+            )
+        said = row.get(part) if part else None
+        own = entries.split_of(str(said)) if said is not None else split
+        if said is not None and own is None:
+            raise TaskDataError(f"{path}, row {number}: {said!r} is no split. Expected train, val or test.")
+        found.append(
+            Entry(value, folder / value, _label(row.get(label) if label else None), own, _text(row, text))
+        )
+    return Listing(f"table {path.name}: images in {image!r}, classes in {label!r}", found)
+
+
+def _label(value: Any) -> str | int | None:
+    if value is None or (isinstance(value, float) and value != value) or value == "":
+        return None
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, int):
+        return value
+    text = utf8(str(value).strip())
+    return int(text) if re.fullmatch(r"\d{1,9}", text) else text
+
+
+def _text(row: dict[str, Any], name: str | None) -> str | None:
+    value = row.get(name) if name else None
+    return utf8(value.strip()) if isinstance(value, str) and value.strip() else None
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV, TSV, JSON lines or parquet file."""
+    if path.suffix == ".parquet":
+        with open_parquet(path, TaskDataError) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+        return
+    data = decode_text(path.read_bytes(), str(path), TaskDataError)
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(split_lines(data), 1):
+            if line.strip():
+                yield parse_json(line.encode(), f"{path}, line {number}", TaskDataError)
+        return
+    head = data[: 1 << 16]
+    counts = {sign: head.split("\n", 1)[0].count(sign) for sign in ",\t;|"}
+    sign = max(counts, key=counts.__getitem__)
+    reader = csv.DictReader(io.StringIO(data, newline=""), delimiter=sign)
+    for number, row in enumerate(reader, 1):
+        if None in row:
+            raise TaskDataError(
+                f"{path}, row {number} has more cells than the header. Is it separated by {sign!r}?"
+            )
+        yield row
+
+
+# --- parquet with images -------------------------------------------------------------------------------------------
+
+
+def _parquet(paths: list[Path]) -> Listing:
+    """Parquet files as Hugging Face's datasets write them: image bytes in a struct, class names in the schema."""
+    found: list[Entry] = []
+    names: list[str] | None = None
+    for path in paths:
+        with open_parquet(path, TaskDataError) as file:
+            schema = file.schema_arrow
+            image = entries.column(schema.names, IMAGE_COLUMNS)
+            if image is None:
+                raise TaskDataError(
+                    f"{path} has no column of images (found: {', '.join(schema.names)[:300]}). Expected 'image', with "
+                    "the bytes of an encoded image, as Hugging Face's datasets write it."
+                )
+            label, text = (entries.column(schema.names, some) for some in (CLASS_COLUMNS, TEXT_COLUMNS))
+            names = names or _feature_names(schema.metadata or {}, label)
+            word = _SHARD_SPLIT.match(path.name)
+            split = entries.split_of(word[1]) if word else entries.split_of(path.parent.name)
+            columns = [name for name in (label, text) if name]
+            row = 0
+            for batch in file.iter_batches(columns=columns) if columns else ():
+                for values in batch.to_pylist():
+                    shown = f"{path}, row {row + 1}"
+                    said = _label(values.get(label) if label else None)
+                    found.append(Entry(shown, path, said, split, _text(values, text), row))
+                    row += 1
+    return Listing(f"{len(paths)} parquet files", found, names)
+
+
+def _feature_names(metadata: dict[bytes, bytes], label: str | None) -> list[str] | None:
+    """Class names that Hugging Face's datasets note in a schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return [utf8(name) for name in names] if all(isinstance(name, str) for name in names) else None
+
+
+# --- tars ----------------------------------------------------------------------------------------------------------
+
+
+def _tars(paths: list[Path], pool: bool, root: Path | None = None) -> Listing:
+    """WebDataset tars: KEY.jpg with KEY.cls, an index or a name, and KEY.txt; classnames.txt beside or above them."""
+    found: list[Entry] = []
+    for path in paths:
+        split = entries.split_of(path.parent.name)
+        for sample in scan_samples(str(path), TaskDataError, read=("cls", "txt")):
+            if sample.image is None or sample.is_stray:
+                continue
+            image, shown = sample.image, f"{path}/{utf8(sample.key)}"
+            if image.offset < 0:
+                raise TaskDataError(
+                    f"{path} is compressed, so its images cannot be read by place. Unpack it: gunzip {path}"
+                )
+            texts = {name: _member(sample.members.get(name)) for name in ("cls", "txt")}
+            label = None if pool else _label(texts["cls"])
+            found.append(Entry(shown, path, label, split, texts["txt"], image.offset, image.size))
+    names = None
+    for place in dict.fromkeys((root or paths[0].parent, paths[0].parent, paths[0].parent.parent)):
+        if (place / "classnames.txt").is_file():
+            names = load_classnames(str(place / "classnames.txt"), "classnames.txt")
+            break
+    return Listing(f"{len(paths)} WebDataset tars", found, names)
+
+
+def _member(member: Any) -> str | None:
+    if member is None or member.data is None:
+        return None
+    return utf8(member.data.decode("utf-8", "surrogateescape").strip()) or None
+
+
+def _texts_beside(root: Path) -> Listing:
+    """Images with a text of the same name beside them: 1.jpg and 1.txt."""
+    found = []
+    for folder, files in _walk(root):
+        texts: dict[str, str] = defaultdict(str)
+        beside = {name for name in _visible(folder)[1] if name.endswith(".txt")}
+        for name in files:
+            stem = f"{name.rpartition('.')[0]}.txt"
+            if stem in beside:
+                texts[name] = decode_text(
+                    (folder / stem).read_bytes(), str(folder / stem), TaskDataError
+                ).strip()
+            found.append(Entry(str(folder / name), folder / name, None, None, texts[name] or None))
+    return Listing("images with texts beside them", found)

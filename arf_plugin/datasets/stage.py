@@ -1,0 +1,461 @@
+"""Stage data: the images of any usual form as WebDataset shards, with class names, prompts and a validation split.
+
+What is written depends on the images, their classes and their texts alone, never on the form they came in: classes are
+numbered in the order of their names, samples are ordered and called by the SHA-256 of their bytes, and so is the split
+drawn. An image that is there twice counts once; one that two classes claim has no class that could be learned.
+
+    OUT/train/000000.tar ...    KEY.(jpg|png|webp), KEY.cls, maybe KEY.txt; KEY is the start of the image's SHA-256
+    OUT/val/, OUT/test/         the same as sets that `arf evaluate` reads (CLIP_benchmark's layout)
+    OUT/classnames.txt          a name per class index
+    OUT/templates.txt           prompts, {c} for the name
+    OUT/sources.tsv             where each sample came from
+    OUT/rejected.tsv            what was set aside, by the user's own paths, and why
+
+A pool has OUT/000000.tar with KEY.txt and no classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arf_plugin.anchors.images import decode_image, size_problem
+from arf_plugin.console import progress
+from arf_plugin.datasets.entries import Entry, Listing
+from arf_plugin.datasets.forms import read_source
+from arf_plugin.errors import TaskDataError
+from arf_plugin.evaluation.folders import shortened
+from arf_plugin.files import digest, read_cache, replacing, stat_key, write_cache, write_json
+from arf_plugin.images import map_ordered
+from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.untrusted import printable
+
+KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # others become PNG
+SHARDS = 8  # at least so many, so that loader workers have one each
+LARGEST_SHARD = 1000
+_PARTS = ("test", "val", "train")
+FEW = 10  # images of a class below which little can be learned, let alone measured
+_LOOKED_AT_ONCE = 2000  # images whose look is cached together
+
+
+class Looked(NamedTuple):
+    """What a look at an image gave.
+
+    Attributes:
+        sha256: Of its bytes; empty where they could not be read.
+        format: Its suffix in a tar; empty where it is to become PNG.
+        problem: Why it is unreadable, as a clause; empty if it is not.
+    """
+
+    sha256: str
+    format: str
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image that goes into a shard: its first entry, its name and its class index."""
+
+    entry: Entry
+    looked: Looked
+    label: int | None
+
+    @property
+    def key(self) -> str:
+        """Its name in tars."""
+        return self.looked.sha256[:20]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be written: samples of each part, class names, and what was set aside and why."""
+
+    listing: Listing
+    parts: dict[str, list[Sample]]
+    classnames: list[str]
+    rejected: list[tuple[str, str]]
+    repeated: int
+    notes: list[str]
+
+
+@dataclasses.dataclass
+class DataStage(Stage):
+    """Writes task data, or a pool.
+
+    Attributes:
+        source: What the user named; see :mod:`arf_plugin.datasets.forms`.
+        val: Part of each class that is kept for validation, where the source has no validation images of its own.
+        pool: Images with texts and no classes.
+        classnames: File of class names by class index; None for those that the source has.
+        shard_size: Samples in a shard; None for one that gives every loader worker a shard.
+        workers: Threads that look at images.
+    """
+
+    source: str
+    val: float = 0.15
+    pool: bool = False
+    classnames: str | None = None
+    shard_size: int | None = None
+    workers: int = 2
+    name = "data"
+
+    def config(self) -> dict[str, Any]:
+        """All that the bytes depend on."""
+        content = {
+            part: [[s.looked.sha256, s.label, s.entry.text] for s in samples]
+            for part, samples in self.made.parts.items()
+        }
+        return {
+            "content": digest(content),
+            "classnames": self.made.classnames,
+            "templates": _templates(),
+            "shard_size": self.shard_size,
+            "pool": self.pool,
+        }
+
+    def plan(self) -> list[Shard]:
+        """One shard per output tar."""
+        found: list[tuple[str, int, list[Sample]]] = []
+        for part, samples in self.made.parts.items():
+            size = self.shard_size or max(1, min(LARGEST_SHARD, math.ceil(len(samples) / SHARDS)))
+            found += [
+                (part, n, samples[start : start + size])
+                for n, start in enumerate(range(0, len(samples), size))
+            ]
+        return [Shard.counted(index, each, len(each[2])) for index, each in enumerate(found)]
+
+    def artifacts(self, shards: list[Shard]) -> list[Path]:
+        """The output tars."""
+        return [self._tar(shard.source[0], shard.source[1]) for shard in shards]
+
+    def _tar(self, part: str, number: int) -> Path:
+        if self.pool:
+            return self.out / f"{number:06d}.tar"
+        return (
+            self.out / "train" / f"{number:06d}.tar"
+            if part == "train"
+            else self.out / part / "test" / f"{number}.tar"
+        )
+
+    def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
+        """Writes one tar; what was set aside is told with the first."""
+        outcome = Outcome()
+        if shard.index == 0:
+            outcome.rejects += self.made.rejected
+            outcome.samples += len(self.made.rejected)
+        with replacing(self.artifacts([shard])[0]) as temporary, tarfile.open(temporary, "w") as tar:
+            for sample in shard.source[2]:
+                image = sample.entry.read()
+                if hashlib.sha256(image).hexdigest() != sample.looked.sha256:
+                    raise TaskDataError(
+                        f"{sample.entry.shown} has changed since it was looked at. Run the command again."
+                    )
+                _add(
+                    tar,
+                    f"{sample.key}.{sample.looked.format or 'png'}",
+                    image if sample.looked.format else _png(image),
+                )
+                if sample.label is not None:
+                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                if sample.entry.text:
+                    _add(tar, f"{sample.key}.txt", sample.entry.text.encode())
+                outcome.samples += 1
+                outcome.kept += 1
+                advance(1)
+        return outcome
+
+    def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
+        """Writes the texts beside the tars, and says what there is."""
+        made = self.made
+        texts = {"rejected.tsv": [f"{_cell(path)}\t{_cell(reason)}" for path, reason in made.rejected]}
+        texts["sources.tsv"] = [
+            f"{part}/{sample.key}\t{_cell(sample.entry.shown)}"
+            for part, some in made.parts.items()
+            for sample in some
+        ]
+        if not self.pool:
+            texts |= {"classnames.txt": made.classnames, "templates.txt": _templates()}
+            for part in set(made.parts) - {"train"}:
+                texts[f"{part}/classnames.txt"] = made.classnames
+                texts[f"{part}/zeroshot_classification_templates.txt"] = _templates()
+                texts[f"{part}/test/nshards.txt"] = [str(sum(shard.source[0] == part for shard in shards))]
+        for name, lines in texts.items():
+            with replacing(self.out / name) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        per_class = Counter(sample.label for sample in made.parts.get("train", []))
+        summary = {
+            "form": made.listing.form,
+            "images": {part: len(samples) for part, samples in made.parts.items()},
+            "repeated": made.repeated,
+            "notes": made.notes,
+        }
+        if not self.pool:
+            counts = sorted(per_class.values())
+            summary |= {
+                "classes": len(made.classnames),
+                "images_per_class": {
+                    "least": counts[0],
+                    "median": counts[len(counts) // 2],
+                    "most": counts[-1],
+                },
+                "train_data": str(self._range("train", shards)),
+            }
+        write_json(self.out / "data.json", summary | {"source": self.source})
+        return summary
+
+    def _range(self, part: str, shards: list[Shard]) -> str:
+        count = sum(shard.source[0] == part for shard in shards)
+        return f"{self.out}/{part}/" + (f"{{000000..{count - 1:06d}}}.tar" if count > 1 else "000000.tar")
+
+    @cached_property
+    def made(self) -> Plan:
+        """What is to be written; looks at every image once.
+
+        Raises:
+            TaskDataError: The source is not understood, or nothing of it can be used.
+        """
+        listing = read_source(self.source, pool=self.pool)
+        notes = list(listing.notes)
+        if listing.empty:
+            notes.append(f"folders without images are no classes: {shortened(listing.empty)}")
+        rejected: list[tuple[str, str]] = []
+        if self.pool:
+            named: dict[Any, tuple[int, str]] = {}
+        else:
+            named = _class_names(listing, self.classnames, notes)
+        leaking = 0
+        same: dict[str, list[Sample]] = defaultdict(list)  # by content
+        for entry, looked in self._look(listing.entries):
+            label = None if self.pool else named.get(entry.label, (None, ""))[0]
+            if looked.problem:
+                rejected.append((entry.shown, looked.problem))
+            elif not self.pool and label is None:
+                rejected.append((entry.shown, "has no class"))
+            elif self.pool and not entry.text:
+                rejected.append((entry.shown, "has no text"))
+            else:
+                same[looked.sha256].append(Sample(entry, looked, label))
+        for sha in [sha for sha, some in same.items() if len({sample.label for sample in some}) > 1]:
+            labels = {sample.label for sample in same[sha]}
+            names = sorted({name for index, name in named.values() if index in labels})
+            problem = f"is there as {' and as '.join(names)}, byte for byte"
+            rejected += [(sample.entry.shown, problem) for sample in same.pop(sha)]
+        repeated = sum(len(some) - 1 for some in same.values())
+        for some in same.values():  # an image of two splits is no training image
+            some.sort(key=lambda sample: _PARTS.index(sample.entry.split or "train"))
+            leaking += len({sample.entry.split for sample in some}) > 1
+        if leaking:
+            notes.append(
+                f"{leaking} images are in several splits, and count for test or validation, not for training"
+            )
+        samples = sorted((some[0] for some in same.values()), key=lambda sample: sample.looked.sha256)
+        if not samples:
+            raise TaskDataError(
+                f"Not one of the {len(listing.entries)} images of {self.source} can be used; the first: "
+                f"{rejected[0][0]} {rejected[0][1]}."
+            )
+        if repeated:
+            notes.append(f"{repeated} images are there again, byte for byte, and count once")
+        if self.pool:
+            return Plan(listing, {"train": samples}, [], rejected, repeated, notes)
+        samples, names = _numbered(samples, named, notes)
+        return Plan(listing, _split(samples, self.val, notes), names, rejected, repeated, notes)
+
+    def _look(self, found: Sequence[Entry]) -> Iterator[tuple[Entry, Looked]]:
+        """Reads and decodes every image, or finds in the cache what was seen of it before."""
+        with progress("images", "images", len(found)) as bar:
+            for start in range(0, len(found), _LOOKED_AT_ONCE):
+                some = found[start : start + _LOOKED_AT_ONCE]
+                stats = {entry.path: _stat(entry.path) for entry in some}
+                key = digest(["look-1", [[str(e.path), e.offset, stats[e.path]] for e in some]])
+                known = read_cache("looks", key, list)
+                if not (isinstance(known, list) and len(known) == len(some)):
+                    known = []
+                    for _, result in map_ordered(look, some, self.workers):
+                        if isinstance(result, Exception):
+                            raise result
+                        known.append(list(result))
+                        bar.update()
+                    write_cache("looks", key, known)
+                else:
+                    bar.update(len(some))
+                yield from zip(some, (Looked(*each) for each in known), strict=True)
+
+
+def look(entry: Entry) -> Looked:
+    """Reads an image and decodes it in full."""
+    from PIL import Image
+
+    try:
+        data = entry.read()
+    except OSError as cause:
+        return Looked("", "", f"cannot be read ({cause.strerror or cause})")
+    except Exception as cause:  # of Arrow, which raises many kinds; and where there is no file
+        return Looked("", "", f"cannot be read ({printable(str(cause))[:120]})")
+    problem = size_problem(len(data))
+    kind = ""
+    if problem is None:
+        try:
+            decode_image(data)
+            with Image.open(io.BytesIO(data)) as image:
+                kind = KEPT_FORMATS.get(image.format or "", "")
+        except ValueError as cause:
+            problem = str(cause)
+    return Looked(hashlib.sha256(data).hexdigest(), kind, problem or "")
+
+
+def _stat(path: Path) -> list[int] | None:
+    try:
+        return stat_key(path)
+    except OSError:
+        return None
+
+
+def _class_names(listing: Listing, file: str | None, notes: list[str]) -> dict[Any, tuple[int, str]]:
+    """Class index and name of each label: indices count the names in their order.
+
+    Raises:
+        TaskDataError: Labels are indices and nobody says what they are called, or one has no name.
+    """
+    from arf_plugin.data.prompts import load_classnames
+
+    labels = {entry.label for entry in listing.entries if entry.label is not None}
+    numbers = {label for label in labels if isinstance(label, int)}
+    names = load_classnames(file, "--classnames") if file else listing.classnames
+    called: dict[Any, str] = {}
+    if names is not None and numbers == labels:
+        if beyond := sorted(number for number in numbers if not 0 <= number < len(names)):
+            raise TaskDataError(
+                f"The class index {beyond[0]} has no name: there are {len(names)} names, for 0 to {len(names) - 1}. "
+                "Are they the names of these data, and do indices begin with 0?"
+            )
+        called = {number: names[number] for number in numbers}
+    elif names is not None and file is not None:
+        ordered = sorted(labels, key=str)
+        if len(ordered) != len(names):
+            raise TaskDataError(
+                f"--classnames {file} has {len(names)} names, the source {len(ordered)} classes "
+                f"({shortened(map(str, ordered))}). Expected one name per class, in the order of the folders' names."
+            )
+        called = dict(zip(ordered, names, strict=True))
+    elif numbers == labels and numbers:
+        raise TaskDataError(
+            f"Classes are numbers ({shortened(map(str, sorted(numbers)))}), and nothing says what they are called. "
+            "Prompts need names: give them with --classnames FILE, one per line, the first for 0."
+        )
+    else:
+        called = {label: str(label) for label in labels}
+    if any("_" in name for name in called.values()):
+        example = min(name for name in called.values() if "_" in name)
+        notes.append(f"underscores in class names become spaces: {example!r} -> {_plain(example)!r}")
+    plain = {label: _plain(name) for label, name in called.items()}
+    if nameless := [label for label, name in plain.items() if not name]:
+        raise TaskDataError(f"The class {nameless[0]!r} has no name that a prompt could have. Rename it.")
+    repeated = [name for name, count in Counter(plain.values()).items() if count > 1]
+    if repeated and len(set(called.values())) == len(called):
+        raise TaskDataError(
+            f"Two classes are both called {repeated[0]!r}: prompts cannot tell them apart. Rename one, or merge them."
+        )
+    order = {name: index for index, name in enumerate(sorted(set(plain.values())))}
+    wordnet = [name for name in order if len(name) == 9 and name[0] == "n" and name[1:].isdigit()]
+    if len(wordnet) == len(order):
+        notes.append(
+            f"class names are WordNet's numbers ({wordnet[0]} ...), which say nothing to a text tower: --classnames"
+        )
+    return {label: (order[name], name) for label, name in plain.items()}
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())
+
+
+def _numbered(
+    samples: list[Sample], named: dict[Any, tuple[int, str]], notes: list[str]
+) -> tuple[list[Sample], list[str]]:
+    """Samples with the indices of the classes that have images, and their names."""
+    used = sorted({sample.label for sample in samples if sample.label is not None})
+    names = dict(named.values())
+    if gone := sorted(set(names.values()) - {names[index] for index in used}):
+        notes.append(f"classes without a usable image are left out: {', '.join(gone[:5])}")
+    renumbered = {old: new for new, old in enumerate(used)}
+    if len(used) < 2:
+        raise TaskDataError(
+            f"There is only one class, {names[used[0]]!r}. Expected two or more; name the folder whose folders are the "
+            "classes."
+        )
+    numbered = [dataclasses.replace(s, label=renumbered[s.label]) for s in samples if s.label is not None]
+    return numbered, [names[index] for index in used]
+
+
+def _split(samples: list[Sample], val: float, notes: list[str]) -> dict[str, list[Sample]]:
+    """Parts of the data: the source's own splits; validation is drawn from each class where it has none."""
+    parts: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    for sample in samples:
+        parts[sample.entry.split or "train"].append(sample)
+    if not parts["train"]:
+        raise TaskDataError(
+            "The source has no images to train on, only validation or test images. Name the folder above."
+        )
+    if not parts["val"] and val > 0:
+        by_class: dict[int | None, list[Sample]] = defaultdict(list)
+        for sample in parts["train"]:
+            by_class[sample.label].append(sample)
+        # Samples are in the order of their digests; another digest draws, so that shards tell nothing of the split.
+        drawn = {
+            sample.key
+            for some in by_class.values()
+            for sample in sorted(some, key=lambda s: digest(["val", s.looked.sha256]))[
+                : _val_count(len(some), val)
+            ]
+        }
+        parts["val"] = [sample for sample in parts["train"] if sample.key in drawn]
+        parts["train"] = [sample for sample in parts["train"] if sample.key not in drawn]
+    counts = Counter(sample.label for sample in parts["train"])
+    if only := {sample.label for sample in samples} - set(counts):
+        notes.append(f"{len(only)} classes have images to evaluate on, but none to train on")
+    least, most = min(counts.values()), max(counts.values())
+    if least < FEW:
+        few = sum(count < FEW for count in counts.values())
+        notes.append(
+            f"{few} of {len(counts)} classes have fewer than {FEW} images to train on (the least: {least})"
+        )
+    if most > 10 * least:
+        notes.append(f"classes are unbalanced: {least} to {most} images")
+    return {part: some for part, some in parts.items() if some}
+
+
+def _val_count(images: int, val: float) -> int:
+    """Validation images of a class: the part asked for, at least one, and never all."""
+    return min(images - 1, max(1, round(images * val)))
+
+
+def _templates() -> list[str]:
+    """OpenAI's seven prompts that did best on ImageNet, as open_clip has them."""
+    from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+    return [template("{c}") for template in SIMPLE_IMAGENET_TEMPLATES]
+
+
+def _png(data: bytes) -> bytes:
+    stream = io.BytesIO()
+    decode_image(data).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # TarInfo's own defaults: owner 0, mode 0644, time 0
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("\t", " ").replace("\n", " ")
