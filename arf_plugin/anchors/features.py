@@ -4,14 +4,16 @@
 
     features/features.json           model, digest of its weights, preprocessing, dtype, D, and what was embedded
     features/pairs/NAME.parquet      of pairs/NAME.tar: key, image [D], text [D]
-    features/captions/NAME.parquet   of captions/NAME.parquet: id, index of the caption within its id, text [D]
+    features/captions/NAME.parquet   of captions/NAME.parquet, row by row: id, text [D]
 
-Vectors are float16 of unit norm, images preprocessed as for evaluation. The header is written last and removed first,
-so features without one are not finished. It notes size and SHA-256 of each file that was embedded.
+Vectors are float16 of unit norm, images preprocessed as for evaluation. A pair that cannot be decoded has no row. The
+header is written last and removed first, so features without one are not finished; it notes size and SHA-256 of each
+file that was embedded, so features of what has changed since are known as such.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,23 +23,24 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, JsonValue
 
 from arf_plugin.anchors.captions import is_local
+from arf_plugin.anchors.manifest import KINDS
+from arf_plugin.anchors.mapped import MappedTable, file_stamp, mapped_file
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.files import list_files_of, replacing, write_json
-from arf_plugin.untrusted import parse_json, printable, require_regular
+from arf_plugin.files import content_digest, digest, list_files_of, replacing, sizes_in, write_json
+from arf_plugin.untrusted import parse_json, printable, require_regular, utf8
 from arf_plugin.validation import Strict, validated
 
 FOLDER, HEADER = "features", "features.json"
-AGAIN = "Write them again with: arf features ANCHORS --model ... --pretrained ... --restart"
+UPDATE = "Write them with: arf features ANCHORS --model ... --pretrained ..."
+AGAIN = "Write them again, with: arf features ANCHORS --model ... --pretrained ... --restart"
 _BATCH = 1 << 14  # rows
 _TOLERANCE = 0.01  # of a norm; float16 rounds it by 0.0005 at most
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _NO_PART = re.compile(r"(^|\.)logit_(scale|bias)$")  # of what features depend on
-_Rows = dict[str, pa.DataType]
 
 
 class Embedded(Strict):
@@ -86,13 +89,32 @@ class PairFeatures:
     text: np.ndarray
 
 
-@dataclass(frozen=True)
-class CaptionFeatures:
-    """Features of all captions, sorted by (id, index): ids large_string [n], index int16 [n], text float16 [n, D]."""
+class CaptionFeatures(MappedTable):
+    """Read-only features of all captions, memory-mapped; sorted by a digest of the ids, then as the captions are.
 
-    ids: pa.Array
-    index: np.ndarray
-    text: np.ndarray
+    Attributes:
+        ids: large_string [n].
+        text: float16 [n, D].
+    """
+
+    kind, column = "features", "text"
+
+    @functools.cached_property
+    def text(self) -> np.ndarray:
+        """float16 [n, D], mapped."""
+        return _matrix(self._values, self._values.type.list_size)
+
+    @functools.cached_property
+    def index(self) -> np.ndarray:
+        """int64 [n]: the how-manieth caption of its id each is, in the order of the set's files and their rows."""
+        place = np.arange(len(self))
+        first = np.ones(len(self), bool)
+        first[1:] = self._digests[1:] != self._digests[:-1]
+        return place - np.maximum.accumulate(np.where(first, place, 0))
+
+    def get(self, sample_id: str) -> np.ndarray:
+        """float16 [k, D] of a sample's captions, in the order of the set's files and their rows."""
+        return self.text[list(self._rows(sample_id))]
 
 
 def read_header(anchors: Path | str) -> FeatureHeader | None:
@@ -108,8 +130,7 @@ def read_header(anchors: Path | str) -> FeatureHeader | None:
         fs, root = fsspec.core.url_to_fs(str(anchors))
         path = f"{root.rstrip('/')}/{FOLDER}/{HEADER}"
         if not fs.exists(path):
-            kinds = ("pairs", "captions")
-            if any(list_files_of(str(anchors), f"{FOLDER}/{kind}", ".parquet")[1] for kind in kinds):
+            if any(sizes_in(fs, f"{root.rstrip('/')}/{FOLDER}/{kind}", ".parquet") for kind in KINDS):
                 raise AnchorSetError(
                     f"{where} does not exist, though there are features beside it: they are not finished. Run the same "
                     "arf command (features, or anchors) again, to its end, or remove the folder."
@@ -139,40 +160,103 @@ def pair_features(
         AnchorSetError: there are none, or they are not what the header says: D, unit norm, a row per key.
     """
     header = header or _header(anchors)
-    name = _stem(shard, ".tar")
+    tar = _name(shard)
+    if (embedded := header.pairs.get(utf8(tar))) is None:
+        raise AnchorSetError(f"{anchors} has no features of pairs/{tar}. {UPDATE}")
+    name = f"{tar.removesuffix('.tar')}.parquet"
     vector = pa.list_(pa.float16(), header.dim)
-    table = _read(anchors, "pairs", name, {"key": pa.string(), "image": vector, "text": vector})
+    schema = pa.schema([("key", pa.large_string()), ("image", vector), ("text", vector)])
+    table = _read(anchors, "pairs", name, schema)
     keys = table["key"].to_pylist()
     if len(set(keys)) < len(keys):
         double = next(key for key in keys if keys.count(key) > 1)
         raise AnchorSetError(
-            f"{FOLDER}/pairs/{name}.parquet has the key {double!r} more than once; expected a row per pair. {AGAIN}"
+            f"{FOLDER}/pairs/{name} has the key {double!r} more than once; expected a row per pair. {AGAIN}"
         )
+    _require_rows(len(keys), embedded, f"{FOLDER}/pairs/{name}")
     return PairFeatures(keys, _vectors(table["image"], header.dim), _vectors(table["text"], header.dim))
 
 
 def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -> CaptionFeatures:
-    """Features of all captions.
+    """Features of all captions, turned into one memory-mapped file where that is not there yet.
+
+    Args:
+        anchors: folder or fsspec URL of the set.
+        header: the set's, if it has been read.
 
     Raises:
-        AnchorSetError: there are none, or they are not what the header says.
+        AnchorSetError: there are none, or they are not what the header says: D, unit norm, a row per caption.
+        CacheError: there is no place for the file.
     """
     header = header or _header(anchors)
-    vector = pa.list_(pa.float16(), header.dim)
-    kinds = {"id": pa.large_string(), "index": pa.int16(), "text": vector}
-    schema = pa.schema(list(kinds.items()))
-    tables = [_read(anchors, "captions", _stem(name, ".parquet"), kinds) for name in sorted(header.captions)]
-    table = pa.concat_tables([schema.empty_table(), *tables])
-    table = table.sort_by([("id", "ascending"), ("index", "ascending")]).combine_chunks()
-    index = table["index"].to_numpy()
-    same = np.asarray(pc.equal(table["id"][1:], table["id"][:-1]))
-    if bool(np.any(same & (index[1:] == index[:-1]))):
-        raise AnchorSetError(f"{FOLDER}/captions has a caption of an id more than once. {AGAIN}")
-    return CaptionFeatures(
-        table["id"].combine_chunks() if len(table) else pa.array([], pa.large_string()),
-        index,
-        _vectors(table["text"], header.dim),
-    )
+    vector = pa.field("text", pa.list_(pa.float16(), header.dim))
+    schema = pa.schema([("id", pa.large_string()), vector])
+    try:
+        fs, files = list_files_of(str(anchors), f"{FOLDER}/captions", ".parquet")
+        stamps = [[_name(path), file_stamp(fs, path)] for path in files]
+    except (OSError, ValueError, ImportError) as cause:
+        raise AnchorSetError(
+            f"{anchors}: the features of the captions cannot be read: {cause}. {AGAIN}"
+        ) from cause
+    if (found := {utf8(_name(path)) for path in files}) != set(header.captions):
+        raise AnchorSetError(
+            f"{anchors}/{FOLDER}/captions holds {len(found)} files; expected the {len(header.captions)} that {HEADER} "
+            f"names. {AGAIN}"
+        )
+
+    def read() -> pa.Table:
+        tables = [schema.empty_table()]
+        for name in map(_name, files):
+            table = _read(anchors, "captions", name, schema)
+            _require_rows(len(table), header.captions[utf8(name)], f"{FOLDER}/captions/{name}")
+            tables.append(table)
+        return pa.concat_tables(tables)
+
+    key = digest([str(fs.protocol), files, stamps, header.model_dump()])
+    return CaptionFeatures(mapped_file("features", key, vector, read))
+
+
+def changes_since(anchors: Path | str, header: FeatureHeader) -> list[str]:
+    """Says which pairs and captions have no features, or those of what they were before they changed.
+
+    Files are compared by size and, where they are on this machine, by their contents, which are read once and then
+    known for as long as a file is not written again.
+
+    Returns:
+        A sentence per kind; empty if the features are those of the set.
+
+    Raises:
+        AnchorSetError: a file cannot be read.
+    """
+    import fsspec
+
+    problems = []
+    try:
+        fs, root = fsspec.core.url_to_fs(str(anchors))
+        for kind, suffix in KINDS.items():
+            embedded = dict(getattr(header, kind))
+            sizes = sizes_in(fs, f"{root.rstrip('/')}/{kind}", suffix)
+            new, other = [], []
+            for path, size in sorted(sizes.items()):
+                then = embedded.pop(utf8(_name(path)), None)
+                if then is None:
+                    new.append(path)
+                elif size != then.bytes or (is_local(fs) and content_digest([Path(path)]) != then.sha256):
+                    other.append(path)
+            found = [
+                f"{len(names)} {what} (first: {printable(_name(names[0]))})"
+                for names, what in (
+                    (new, "have no features"),
+                    (other, "have changed since"),
+                    (sorted(embedded), "are gone"),
+                )
+                if names
+            ]
+            if found:
+                problems.append(f"of the {len(sizes)} files of {kind}, {', '.join(found)}")
+    except (OSError, ValueError, ImportError) as cause:
+        raise AnchorSetError(f"{anchors} cannot be read: {printable(str(cause))[:200]}.") from cause
+    return problems
 
 
 def weights_digest(state_dict: Mapping[str, Any]) -> str:
@@ -205,27 +289,27 @@ def write_header(anchors: Path, header: FeatureHeader) -> None:
 
 def pair_file(anchors: Path, shard: Path | str) -> Path:
     """The file with the features of a pair tar."""
-    return anchors / FOLDER / "pairs" / f"{_stem(shard, '.tar')}.parquet"
+    return anchors / FOLDER / "pairs" / f"{_name(shard).removesuffix('.tar')}.parquet"
 
 
 def caption_file(anchors: Path, file: Path | str) -> Path:
     """The file with the features of a caption file."""
-    return anchors / FOLDER / "captions" / f"{_stem(file, '.parquet')}.parquet"
+    return anchors / FOLDER / "captions" / _name(file)
 
 
 def write_pair_features(anchors: Path, shard: Path | str, features: PairFeatures) -> None:
     """Writes the features of a pair tar."""
-    columns = {"key": pa.array(features.keys, pa.string())}
+    columns = {"key": pa.array(features.keys, pa.large_string())}
     columns |= {"image": _list_array(features.image), "text": _list_array(features.text)}
     _write(pair_file(anchors, shard), columns)
 
 
 def write_caption_features(
-    anchors: Path, file: Path | str, ids: Sequence[str] | pa.Array, index: np.ndarray, text: np.ndarray
+    anchors: Path, file: Path | str, ids: Sequence[str] | pa.ChunkedArray, text: np.ndarray
 ) -> None:
-    """Writes the features of a caption file: ids [n], index of each caption within its id [n], vectors [n, D]."""
-    columns = {"id": pa.array(ids, pa.string()), "index": pa.array(index, pa.int16())}
-    _write(caption_file(anchors, file), columns | {"text": _list_array(text)})
+    """Writes the features [n, D] of a caption file, with the ids of its rows."""
+    column = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.large_string())
+    _write(caption_file(anchors, file), {"id": column, "text": _list_array(text)})
 
 
 def _write(path: Path, columns: Mapping[str, pa.Array]) -> None:
@@ -248,12 +332,17 @@ def _header(anchors: Path | str) -> FeatureHeader:
     return header
 
 
-def _stem(name: Path | str, suffix: str) -> str:
-    """The name of a file, or of a URL's, without its suffix."""
-    return str(name).rsplit("/", 1)[-1].removesuffix(suffix)
+def _require_rows(found: int, embedded: Embedded, short: str) -> None:
+    if found != embedded.rows:
+        raise AnchorSetError(f"{short} has {found} rows; {HEADER} says {embedded.rows}. {AGAIN}")
 
 
-def _read(anchors: Path | str, kind: str, name: str, columns: _Rows) -> pa.Table:
+def _name(path: Path | str) -> str:
+    """The name of a file, given by its path or URL."""
+    return str(path).rsplit("/", 1)[-1]
+
+
+def _read(anchors: Path | str, kind: str, name: str, schema: pa.Schema) -> pa.Table:
     """Reads a file of features, every value of it checked.
 
     Raises:
@@ -261,8 +350,7 @@ def _read(anchors: Path | str, kind: str, name: str, columns: _Rows) -> pa.Table
     """
     import fsspec
 
-    short = f"{FOLDER}/{kind}/{name}.parquet"
-    schema = pa.schema(list(columns.items()))
+    short = f"{FOLDER}/{kind}/{name}"
     batches = []
     try:
         fs, root = fsspec.core.url_to_fs(str(anchors))

@@ -22,6 +22,7 @@ COMMANDS = (
     "index",
     "retrieve",
     "pack",
+    "features",
     "anchors",
     "check",
     "train",

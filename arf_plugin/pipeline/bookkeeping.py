@@ -152,7 +152,7 @@ class Bookkeeping:
         return self.marker(shard, self.made_by) is not None
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of finished.json; None if it is not there, damaged, or of another configuration."""
+        """The summary of finished.json; None if it is not there, damaged, or of another configuration or plan."""
         try:
             summary: dict[str, Any] = read_json(self.work / "finished.json", StageError)
         except StageError:
@@ -160,7 +160,9 @@ class Bookkeeping:
         counts = [summary.get(name) for name in ("shards", "samples", "kept", "rejected")]
         if summary.pop("config", None) != self.made_by or summary.get("finished") is not True:
             return None
-        return summary if all(type(count) is int and count >= 0 for count in counts) else None
+        if not all(type(count) is int and count >= 0 for count in counts) or counts[0] != len(self.shards):
+            return None
+        return summary
 
     def write_finished(self, summary: dict[str, Any]) -> None:
         """Notes that the stage is finalized."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from support import data
 
-from arf_plugin.data import captions
+from arf_plugin.anchors import mapped
 from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.errors import CacheError
 
@@ -164,7 +164,7 @@ def test_what_is_not_sound_is_made_again(anchors, damage):
 def test_a_damaged_file_is_refused_in_a_loader_worker(anchors):
     store = open_captions(anchors)
     store.path.write_bytes(b"ARROW1")
-    with pytest.raises(CacheError, match="is no readable caption cache"):
+    with pytest.raises(CacheError, match="is no readable cache of captions"):
         CaptionStore(store.path)
 
 
@@ -301,8 +301,9 @@ KILLED = """
 import os, sys
 sys.path[:0] = {path!r}
 from pathlib import Path
+from arf_plugin.anchors import mapped
 from arf_plugin.data import captions
-step, real = int(sys.argv[1]), (Path.replace, captions._crc32)
+step, real = int(sys.argv[1]), (Path.replace, mapped._crc32)
 calls = 0
 def count(call):
     def counted(*args):
@@ -312,7 +313,7 @@ def count(call):
             os._exit(9)
         return call(*args)
     return counted
-Path.replace, captions._crc32 = count(real[0]), count(real[1])
+Path.replace, mapped._crc32 = count(real[0]), count(real[1])
 captions.open_captions({anchors!r})
 """
 
@@ -322,11 +323,11 @@ def test_a_kill_at_any_moment_leaves_nothing_that_is_believed(anchors):
     """Between any two steps that writing takes: the next start finds the right captions."""
     code = KILLED.format(path=[p for p in sys.path if p], anchors=anchors)
     for step in range(1, 6):
-        for path in captions.cache_folder().glob("captions/*"):
+        for path in mapped.cache_folder().glob("captions/*"):
             path.unlink()
         status = subprocess.run([sys.executable, "-c", code, str(step)], check=False).returncode
         assert texts(open_captions(anchors)) == CAPTIONS
-        assert not list((captions.cache_folder() / "captions").glob(".incomplete-*"))
+        assert not list((mapped.cache_folder() / "captions").glob(".incomplete-*"))
         if status == 0:
             break
     assert status == 0 and step > 3
