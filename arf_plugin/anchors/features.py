@@ -259,6 +259,18 @@ def changes_since(anchors: Path | str, header: FeatureHeader) -> list[str]:
     return problems
 
 
+def require_sound(anchors: Path | str, header: FeatureHeader) -> None:
+    """Reads every value.
+
+    Raises:
+        AnchorSetError: a file is missing or damaged, or holds something else.
+    """
+    for name in header.pairs:
+        pair_features(anchors, name, header)
+    if header.captions:
+        caption_features(anchors, header)
+
+
 def weights_digest(state_dict: Mapping[str, Any]) -> str:
     """SHA-256 of a model's weights: name, dtype, shape and bytes of each, by name.
 

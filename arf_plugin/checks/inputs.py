@@ -77,6 +77,7 @@ class Inputs:
     caption_weight: float = 1.0  # 0 switches the captions and their checks off
     pair_weight: float = 1.0  # 0 switches the pairs and their checks off
     missing_caption: str = "error"  # as --arf-missing-caption
+    need_features: bool = False  # whether a term of the loss reads features
     train_data: str | None = None  # this and the following are open_clip's flags
     dataset_type: str = "auto"
     csv_img_key: str = "filepath"

@@ -572,6 +572,50 @@ def _pairs(inputs: Inputs) -> Iterator[Finding]:
 
 
 @_rule(
+    "features",
+    "features of pairs and captions",
+    "of all pairs and captions as they are now; finished, of unit norm, without gaps (`--full`, and a term that needs "
+    "them: every value)",
+    "warning; error where a term needs them",
+    lambda inputs: _has_anchors(inputs) and (inputs.need_features or not inputs.training),
+)
+def _features(inputs: Inputs) -> Iterator[Finding]:
+    level = "error" if inputs.need_features else "warning"
+    for problem in check_features(inputs.anchors or "", inputs.need_features, inputs.full):
+        yield Finding(level, problem)
+
+
+def check_features(anchors: str, needed: bool, full: bool) -> Iterator[str]:
+    """Says what is wrong with a set's features.
+
+    Args:
+        anchors: folder or fsspec URL.
+        needed: a set without features is one of the problems.
+        full: reads every value.
+    """
+    from arf_plugin.anchors.features import changes_since, read_header, require_sound
+
+    try:
+        header = read_header(anchors)
+        if header is None:
+            if needed:
+                yield (
+                    f"{anchors} has no features of its pairs and captions, which this run's loss compares. Write them "
+                    f"with: arf features {anchors} --model ... --pretrained ... (those that this run starts from)"
+                )
+            return
+        if changes := changes_since(anchors, header):
+            yield (
+                f"the features of {anchors} are of other pairs or captions: {'; '.join(changes)}. Run again, and what "
+                f"has not changed is kept: arf features {anchors} --model {header.model} ..."
+            )
+        elif full:
+            require_sound(anchors, header)
+    except AnchorSetError as cause:
+        yield str(cause)
+
+
+@_rule(
     "schedule",
     "`--lr`, `--warmup`",
     "a rate of at most 1e-4 for trained weights, a warm-up shorter than the run",

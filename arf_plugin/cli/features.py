@@ -27,7 +27,7 @@ def register(subparsers: options.Subparsers) -> None:
         "again to resume, and when pairs or captions have changed: what has not is kept.",
         EXAMPLES,
     )
-    parser.add_argument("anchors", type=Path, metavar="ANCHORS", help="the anchor set, a folder")
+    parser.add_argument("anchors", metavar="ANCHORS", help="the anchor set, a folder")
     add_model_options(parser, required=True)
     options.add_device_options(parser, batch_size=256)
     options.add_run_options(parser)
@@ -36,8 +36,14 @@ def register(subparsers: options.Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
+    from arf_plugin.anchors.tars import is_remote
+    from arf_plugin.errors import FlagError
     from arf_plugin.pipeline.embedder import ClipModel
     from arf_plugin.pipeline.features import FeaturesStage
 
+    if is_remote(args.anchors):
+        raise FlagError(
+            f"{args.anchors} is remote. Write the features of a local copy, and upload its features/."
+        )
     model = ClipModel(args.model, args.pretrained, args.precision)
-    return options.execute(FeaturesStage(args.anchors, model), args)
+    return options.execute(FeaturesStage(Path(args.anchors), model), args)

@@ -145,6 +145,8 @@ class Bookkeeping:
         paths = self.stage.artifacts([shard])
         if marker.config != made_by or not all(path.is_file() for path in paths):
             return None
+        if self.stage.redo_changed and marker.inputs != self.input_digest(shard):
+            return None
         return marker if marker.sizes in (None, [path.stat().st_size for path in paths]) else None
 
     def is_done(self, shard: Shard) -> bool:

@@ -1,7 +1,7 @@
 """Stage features: what the model to be fine-tuned gives an anchor set's pairs and captions, before it is fine-tuned.
 
-It needs the anchor set alone, however that was made. Shards are known by the contents of their files: where pairs or
-captions have changed since, the same command does those again, and keeps the rest.
+It needs the anchor set alone, however that was made. Where pairs or captions have changed since, the same command does
+those files again, and keeps the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import problems_of, update_manifest
 from arf_plugin.anchors.pairs import RawPair, list_pair_shards, read_pairs
 from arf_plugin.anchors.scan import cached_scan
-from arf_plugin.anchors.tars import is_remote, local_path
+from arf_plugin.anchors.tars import local_path
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.files import content_digest, digest, list_files
 from arf_plugin.images import load_batches
@@ -48,11 +48,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of the anchor set: ``pairs`` or ``captions``, where it is, and what it holds."""
+    """A file of the anchor set, of ``pairs`` or ``captions``."""
 
     kind: str
     path: Path
-    sha256: str
 
 
 @dataclass
@@ -66,21 +65,20 @@ class FeaturesStage(Stage):
     model: ClipModel
     name = "features"
     unit = "pairs and captions"
+    redo_changed = True
     _clip: LoadedClip | None = field(default=None, init=False, repr=False)
 
     def config(self) -> dict[str, Any]:
-        """Model, weights and precision; the inputs are in the shards' names."""
+        """Model, weights and precision; inputs may change."""
         return {"model": self.model.identity(), "precision": self.model.precision}
 
     def plan(self) -> list[Shard]:
         """One shard per tar of pairs and per file of captions.
 
         Raises:
-            AnchorSetError: the set is remote, not finished, or holds neither.
+            AnchorSetError: the set is not finished, or holds neither.
         """
         anchors = str(self.out)
-        if is_remote(anchors):
-            raise AnchorSetError(f"{anchors} is remote. Write the features of a local copy, and upload it.")
         if problems := problems_of(anchors):
             raise AnchorSetError(f"{anchors}: {problems[0]}")
         paths = [("pairs", local_path(url)) for url in list_pair_shards(anchors)]
@@ -96,6 +94,10 @@ class FeaturesStage(Stage):
         """One parquet file per shard."""
         files = {"pairs": pair_file, "captions": caption_file}
         return [files[shard.source.kind](self.out, shard.source.path) for shard in shards]
+
+    def input_digest(self, shard: Shard) -> str:
+        """Content of the file."""
+        return content_digest([shard.source.path])
 
     def prepare(self, execution: Execution) -> None:
         """Loads the model."""
@@ -186,7 +188,7 @@ class FeaturesStage(Stage):
             source: _File = shard.source
             embedded[source.kind][utf8(source.path.name)] = Embedded(
                 bytes=source.path.stat().st_size,
-                sha256=source.sha256,
+                sha256=self.input_digest(shard),
                 rows=int(pq.read_metadata(path).num_rows),
             )
         for kind in embedded:
@@ -232,17 +234,13 @@ class _Vectors:
 
 def _shard(index: int, kind: str, path: Path) -> Shard:
     require_regular(path, AnchorSetError)
-    try:
-        sha256, weight = content_digest([path]), float(path.stat().st_size)
-    except OSError as cause:
-        raise AnchorSetError(f"{path} cannot be read: {cause.strerror or cause}.") from cause
     if kind == "captions":
         samples: int | None = count_rows(path, AnchorSetError)
     else:
         scan = cached_scan(str(path))
         samples = len(scan.keys) if scan else None
-    name = f"{kind}-{digest([path.name, sha256])[:20]}"
-    return Shard(index, name, _File(kind, path, sha256), weight, samples)
+    name = f"{kind}-{digest(utf8(path.name))[:20]}"  # stays where other files come and go
+    return Shard(index, name, _File(kind, path), float(path.stat().st_size), samples)
 
 
 def _dim(clip: LoadedClip) -> int:

@@ -73,6 +73,10 @@ class Stage(ABC):
         ""  # entry of the configuration that may list the shards' inputs, one by one
     )
 
+    redo_changed: ClassVar[bool] = (
+        False  # does shards again whose inputs have changed, rather than refuse them
+    )
+
     @property
     def work(self) -> Path:
         """Folder of the bookkeeping."""
