@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
+    from arf_plugin.anchors.features import FeatureHeader
+
 _ENDLESS = 2**31  # batches
 
 
@@ -62,6 +64,17 @@ class AnchorSet:
             return None
         found: dict[str, Any] = parse_json(fs.cat_file(path), f"{self.path}/{MANIFEST}", AnchorSetError)
         return found
+
+    @functools.cached_property
+    def features(self) -> FeatureHeader | None:
+        """Which model's features of captions and pairs the set holds, and of how many; None if it has none.
+
+        Raises:
+            AnchorSetError: They are not finished, or their header is damaged.
+        """
+        from arf_plugin.anchors.features import read_header
+
+        return read_header(self.path)
 
     @functools.cached_property
     def _captions(self) -> Any:
@@ -163,6 +176,7 @@ def build_anchors(
     captioner: str | None = None,
     model: str | None = None,
     pretrained: str | None = None,
+    features: bool = True,
     **flags: Any,
 ) -> AnchorSet:
     """Builds an anchor set as ``arf anchors`` does, and goes on with one that was begun.
@@ -174,6 +188,7 @@ def build_anchors(
         captioner: Captioner of transformers or open_clip, by name or folder; None leaves caption anchors out.
         model: open_clip model that searches the pool.
         pretrained: Its weights.
+        features: Whether the set gets the features of `model`, for losses that compare features.
         **flags: Other flags of ``arf anchors``, with underscores: ``k=20``, ``near_duplicates=0.97``,
             ``device="cuda"``. True gives a flag without a value, a list one with several.
 
@@ -184,8 +199,15 @@ def build_anchors(
         FlagError: A flag that ``arf anchors`` does not know, or a value that it refuses.
         ArfError: What the stages raise.
     """
-    named = {"out": out, "task_data": train_data, "pool": pool, "captioner": captioner, "model": model}
-    args = _parsed("anchors", {**named, "pretrained": pretrained, **flags})
+    named: dict[str, Any] = {
+        "out": out,
+        "task_data": train_data,
+        "pool": pool,
+        "captioner": captioner,
+        "model": model,
+    }
+    named |= {"pretrained": pretrained, "no_features": not features}
+    args = _parsed("anchors", {**named, **flags})
     with contextlib.redirect_stdout(sys.stderr):
         args.run(args)
     return AnchorSet(out)

@@ -216,7 +216,9 @@ def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -
     return CaptionFeatures(mapped_file("features", key, vector, read))
 
 
-def changes_since(anchors: Path | str, header: FeatureHeader) -> list[str]:
+def changes_since(
+    anchors: Path | str, header: FeatureHeader, kinds: Sequence[str] = tuple(KINDS)
+) -> list[str]:
     """Says which pairs and captions have no features, or those of what they were before they changed.
 
     Files are compared by size and, where they are on this machine, by their contents, which are read once and then
@@ -233,7 +235,8 @@ def changes_since(anchors: Path | str, header: FeatureHeader) -> list[str]:
     problems = []
     try:
         fs, root = fsspec.core.url_to_fs(str(anchors))
-        for kind, suffix in KINDS.items():
+        for kind in kinds:
+            suffix = KINDS[kind]
             embedded = dict(getattr(header, kind))
             sizes = sizes_in(fs, f"{root.rstrip('/')}/{kind}", suffix)
             new, other = [], []

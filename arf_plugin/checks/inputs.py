@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arf_plugin.anchors.captions import read_caption_files
+from arf_plugin.anchors.features import FeatureHeader, read_header
 from arf_plugin.anchors.scan import ShardScan, scan_shard
 from arf_plugin.anchors.tars import is_remote
 from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_csv, scan_task_ids
@@ -76,8 +77,9 @@ class Inputs:
     anchors: str | None = None  # folder or fsspec URL
     caption_weight: float = 1.0  # 0 switches the captions and their checks off
     pair_weight: float = 1.0  # 0 switches the pairs and their checks off
+    caption_loss: str = "contrastive"  # as --arf-caption-loss
+    pair_loss: str = "contrastive"  # as --arf-pair-loss
     missing_caption: str = "error"  # as --arf-missing-caption
-    need_features: bool = False  # whether a term of the loss reads features
     train_data: str | None = None  # this and the following are open_clip's flags
     dataset_type: str = "auto"
     csv_img_key: str = "filepath"
@@ -152,6 +154,17 @@ class Inputs:
             ValueError,
         ):  # the set cannot be opened at all: a rule of its own says so
             return None, []
+
+    @property
+    def by_feature(self) -> list[str]:
+        """The kinds of anchors that are held by their features."""
+        pairs = bool(self.pair_shards) and self.pair_weight != 0 and self.pair_loss != "contrastive"
+        return ["captions"] * (self.joins and self.caption_loss != "contrastive") + ["pairs"] * pairs
+
+    @cached_property
+    def features(self) -> FeatureHeader | None:
+        """What the set says of its features; None if it has none."""
+        return self._once("features", lambda: read_header(self.anchors or ""))
 
     @cached_property
     def captions(self) -> Captions:

@@ -26,7 +26,7 @@ class Report:
 
     Attributes:
         anchors: the set.
-        captions, pairs, task, coverage, features: counts, as JSON; None for what is not there.
+        captions, pairs, features, task, coverage: counts, as JSON; None for what is not there.
         errors: what would stop training, or spoil it.
         warnings: what training would work around.
     """
@@ -35,9 +35,9 @@ class Report:
     manifest: dict[str, Any] | None = None
     captions: dict[str, Any] | None = None
     pairs: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
     task: dict[str, Any] | None = None
     coverage: dict[str, Any] | None = None
-    features: dict[str, Any] | None = None
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -47,13 +47,13 @@ class Report:
         for name, found, text in (
             ("captions", self.captions, "{rows:,} for {samples:,} samples, {mean_length:.0f} characters"),
             ("pairs", self.pairs, "{count:,} in {shards:,} shards, {image_megabytes:.1f} MB of images"),
-            ("task data", self.task, "{samples:,} samples"),
-            ("coverage", self.coverage, "{covered:,} of {samples:,} samples have a caption ({percent:.1f}%)"),
             (
                 "features",
                 self.features,
-                "of {pairs:,} pairs and {captions:,} captions by {model} (D = {dim})",
+                "of {pairs:,} pairs and {captions:,} captions by {model} ({weights_sha256:.12}), D {dim}",
             ),
+            ("task data", self.task, "{samples:,} samples"),
+            ("coverage", self.coverage, "{covered:,} of {samples:,} samples have a caption ({percent:.1f}%)"),
         ):
             if found:
                 megabytes = found.get("image_bytes", 0) / 1e6
@@ -118,6 +118,13 @@ def _count_pairs(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
+def _count_features(inputs: Inputs) -> dict[str, Any] | None:
+    if (header := inputs.features) is None:
+        return None
+    counts = {kind: header.rows(kind) for kind in ("pairs", "captions")}
+    return {"model": header.model, "weights_sha256": header.weights_sha256, "dim": header.dim, **counts}
+
+
 def _count_task(inputs: Inputs) -> dict[str, Any] | None:
     if inputs.train_data is None:
         return None
@@ -147,27 +154,10 @@ def _count_coverage(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
-def _describe_features(inputs: Inputs) -> dict[str, Any] | None:
-    """Which model's, of how many pairs and captions, and what they are not of."""
-    from arf_plugin.anchors.features import changes_since, read_header
-
-    anchors = inputs.anchors or ""
-    if (header := read_header(anchors)) is None:
-        return None
-    return {
-        "model": header.model,
-        "weights_sha256": header.weights_sha256,
-        "dim": header.dim,
-        "pairs": header.rows("pairs"),
-        "captions": header.rows("captions"),
-        "changed": changes_since(anchors, header),
-    }
-
-
 _COUNTS = {
     "captions": _count_captions,
     "pairs": _count_pairs,
+    "features": _count_features,
     "task": _count_task,
     "coverage": _count_coverage,
-    "features": _describe_features,
 }

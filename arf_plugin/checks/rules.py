@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from arf_plugin.anchors.features import changes_since, require_sound
 from arf_plugin.anchors.manifest import problems_of
 from arf_plugin.anchors.scan import ShardScan, require_unique_keys
 from arf_plugin.anchors.tars import is_remote
@@ -465,6 +466,19 @@ def _coverage(inputs: Inputs) -> Iterator[Finding]:
 
 
 @_rule(
+    "feature-values",
+    "features in the anchor set",
+    "each file holds unit vectors of D numbers, without gaps, a row for each pair and caption that it is of (`--full`)",
+    "error with the file",
+    lambda inputs: inputs.full and inputs.features is not None,
+    where="`arf check --full`",
+)
+def _feature_values(inputs: Inputs) -> None:
+    assert inputs.features is not None
+    require_sound(inputs.anchors or "", inputs.features)
+
+
+@_rule(
     "batches",
     "task data, `--batch-size`, `--accum-freq`, `--workers`",
     "each epoch has a step; in every epoch each loader worker's shards hold a batch",
@@ -573,46 +587,31 @@ def _pairs(inputs: Inputs) -> Iterator[Finding]:
 
 @_rule(
     "features",
-    "features of pairs and captions",
-    "of all pairs and captions as they are now; finished, of unit norm, without gaps (`--full`, and a term that needs "
-    "them: every value)",
-    "warning; error where a term needs them",
-    lambda inputs: _has_anchors(inputs) and (inputs.need_features or not inputs.training),
+    "anchor set, `--arf-pair-loss`, `--arf-caption-loss`",
+    "features of every pair tar or caption file as it is, if anchors are held by them",
+    "error with the files, and `arf features`; without these flags a warning",
+    lambda inputs: _has_anchors(inputs) and bool(inputs.by_feature or not inputs.training),
 )
 def _features(inputs: Inputs) -> Iterator[Finding]:
-    level = "error" if inputs.need_features else "warning"
-    for problem in check_features(inputs.anchors or "", inputs.need_features, inputs.full):
-        yield Finding(level, problem)
-
-
-def check_features(anchors: str, needed: bool, full: bool) -> Iterator[str]:
-    """Says what is wrong with a set's features.
-
-    Args:
-        anchors: folder or fsspec URL.
-        needed: a set without features is one of the problems.
-        full: reads every value.
-    """
-    from arf_plugin.anchors.features import changes_since, read_header, require_sound
-
+    anchors = inputs.anchors or ""
     try:
-        header = read_header(anchors)
-        if header is None:
-            if needed:
-                yield (
-                    f"{anchors} has no features of its pairs and captions, which this run's loss compares. Write them "
-                    f"with: arf features {anchors} --model ... --pretrained ... (those that this run starts from)"
-                )
-            return
-        if changes := changes_since(anchors, header):
-            yield (
-                f"the features of {anchors} are of other pairs or captions: {'; '.join(changes)}. Run again, and what "
-                f"has not changed is kept: arf features {anchors} --model {header.model} ..."
-            )
-        elif full:
-            require_sound(anchors, header)
+        header = inputs.features
     except AnchorSetError as cause:
-        yield str(cause)
+        if inputs.by_feature:
+            raise
+        yield _warning(str(cause))
+        return
+    if header is None:
+        if inputs.by_feature:
+            raise AnchorSetError(
+                f"{anchors} has no features of its {' and '.join(inputs.by_feature)}, which --arf-pair-loss and "
+                f"--arf-caption-loss other than contrastive need.\nWrite those of the model that you fine-tune with: "
+                f"arf features {anchors} --model ... --pretrained ..."
+            )
+        return
+    for problem in changes_since(anchors, header, inputs.by_feature or ("captions", "pairs")):
+        text = f"features: {problem}. Write them with: arf features {anchors} --model ... --pretrained ..."
+        yield Finding("error" if inputs.by_feature else "warning", text)
 
 
 @_rule(

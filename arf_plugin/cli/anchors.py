@@ -19,15 +19,17 @@ EXAMPLES = """\
   arf anchors ... --backend service --service-url http://127.0.0.1:1234   its index: that of WORK/pool (arf embed)
   arf anchors ... --dry-run                   what would be done, with counts
   arf anchors --train-data ... --captioner ... --out ANCHORS            captions alone
+  arf anchors ... --no-features               not the features of --model: another one will be fine-tuned
 """
 
-# What to do again when a stage is: itself and all that comes after it.
+# What to do again when a stage is: itself and all that comes after it. Features notice by themselves.
 RESTART = {
-    "all": ("caption", "embed", "retrieve", "pack"),
+    "all": ("caption", "embed", "retrieve", "pack", "features"),
     "caption": ("caption",),
     "embed": ("embed", "retrieve", "pack"),
     "retrieve": ("retrieve", "pack"),
     "pack": ("pack",),
+    "features": ("features",),
 }
 
 
@@ -36,9 +38,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = options.add_parser(
         subparsers,
         "anchors",
-        "build an anchor set: caption, embed, retrieve, pack",
-        "Builds an anchor set with one command: captions of the task images, and the pool pairs nearest\n"
-        "to them. Run the same command again to resume; start it on several ranks to share the work.",
+        "build an anchor set: caption, embed, retrieve, pack, features",
+        "Builds an anchor set with one command: captions of the task images, the pool pairs nearest\n"
+        "to them, and what --model gives both. Run the same command again to resume; start it on several ranks to share the work.",
         EXAMPLES,
     )
     options.add_task_options(parser)
@@ -57,6 +59,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_search_options(parser)
     add_pack_options(parser)
     options.add_device_options(parser, batch_size=256)
+    features = "write the features of --model, for losses that compare features (default: yes, with --model)"
+    add("--features", action=argparse.BooleanOptionalAction, default=True, help=features)
     add("--caption-batch-size", type=options.positive, default=32, metavar="N", help="default: %(default)s")
     options.add_run_options(parser, restart_stages=RESTART)
     parser.set_defaults(run=run)

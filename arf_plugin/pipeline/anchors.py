@@ -5,9 +5,12 @@
     task data --caption--> ANCHORS/captions
     task data --embed----> WORK/task --+
     pool      --embed----> WORK/pool --+--retrieve--> WORK/retrieve --pack--> ANCHORS/pairs
+    ANCHORS/captions and pairs --features--> ANCHORS/features
 
 The pool may also be searched by the captions, or by class prompts; these are embedded in the task images' place. Either
-kind may be left out: without a captioner there are no captions, without a pool no pairs.
+kind may be left out: without a captioner there are no captions, without a pool no pairs. Features are those of the model
+that the pool is searched with: computed again, from what is in the set, which costs what embedding as many pairs of the
+pool does.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
 from arf_plugin.pipeline.embedder import ClipModel
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
+from arf_plugin.pipeline.features import FeaturesStage
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.pack import PackStage
 from arf_plugin.pipeline.retrieve import RetrieveStage
@@ -52,7 +56,7 @@ class Build:
         precision: of the captioner; that of the search is its model's.
         caption_batch_size: images per batch of the captioner; that of embedding is the execution's.
         pool: URLs of the pool's tars; None leaves pair anchors out.
-        model: open_clip model of the search.
+        model: open_clip model of the search and of the features.
         selection: which hits become pairs.
         query_by: what the pool is searched by: ``image``, ``caption`` or ``prompt``.
         prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.text_queries.PromptTexts`.
@@ -60,6 +64,8 @@ class Build:
         search: how to search.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
+        features: also write the features of `model`, if there is one; see
+            :class:`arf_plugin.pipeline.features.FeaturesStage`.
     """
 
     out: Path
@@ -80,6 +86,7 @@ class Build:
     search: Search = field(default_factory=Search)
     salvage: bool = False
     shard_size: int = 1000
+    features: bool = True
 
     def __post_init__(self) -> None:
         if self.captioner is None and self.pool is None:
@@ -97,6 +104,8 @@ class Build:
             yield self.caption
         if self.pool is not None:
             yield from (self.embed_queries, self.embed_pool, self.retrieve, self.pack)
+        if self.features and self.model is not None:
+            yield self.write_features
 
     def caption(self) -> Stage:
         """The stage caption."""
@@ -137,6 +146,11 @@ class Build:
         return PackStage(
             self.out, self.work / "retrieve", self.pool, self.shard_size, work_folder=self.work / "pack"
         )
+
+    def write_features(self) -> Stage:
+        """The stage features."""
+        assert self.model is not None
+        return FeaturesStage(self.out, self.model, work_folder=self.work / "features")
 
     @property
     def _queries(self) -> Path:
@@ -202,6 +216,13 @@ def plan_anchors(build: Build, advance: Callable[[], object] | None = None) -> d
             result["pairs_at_most"] = min(
                 build.selection.k * queries, build.selection.max_pairs or pairs, pairs
             )
+    if build.features and build.model is not None:  # of what is still to be made
+        parts = [result.get("pairs_at_most", 0 if build.pool is None else None)]
+        if build.captioner is not None:
+            images = plans[0]["samples"]
+            parts.append(None if images is None else images * build.generation.captions_per_image)
+        samples = None if None in parts else sum(parts)
+        plans.append({"stage": "features", "out": str(build.out), "samples": samples})
     for plan in plans:
         plan.pop("config", None)
     return result | {"stages": plans}

@@ -34,7 +34,7 @@ from arf_plugin.anchors.pairs import RawPair, list_pair_shards, read_pairs
 from arf_plugin.anchors.scan import cached_scan
 from arf_plugin.anchors.tars import local_path
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.files import content_digest, digest, list_files
+from arf_plugin.files import content_digest, digest, list_files, remove_incomplete
 from arf_plugin.images import load_batches
 from arf_plugin.pipeline.embedder import ClipModel, LoadedClip, as_fp16, load_model
 from arf_plugin.pipeline.execution import Execution
@@ -191,6 +191,7 @@ class FeaturesStage(Stage):
                 sha256=self.input_digest(shard),
                 rows=int(pq.read_metadata(path).num_rows),
             )
+        remove_incomplete(self.out / FOLDER)
         for kind in embedded:
             for path in set(list_files(self.out / FOLDER / kind, ".parquet")) - set(artifacts):
                 path.unlink()

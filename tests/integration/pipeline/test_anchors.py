@@ -39,6 +39,21 @@ def test_one_command_builds_a_set_that_check_accepts(arf, inputs: Inputs, undist
     assert report["errors"] == report["warnings"] == []
     assert report["coverage"]["covered"] == report["captions"]["rows"] == 21
     assert report["pairs"]["count"] == report["manifest"]["pairs"]["count"] > 10
+    assert report["features"]["captions"] == 21 and report["features"]["pairs"] == report["pairs"]["count"]
+
+
+def test_features_are_those_of_the_commands_of_their_own_and_follow_a_change(
+    arf, inputs: Inputs, tmp_path: Path, undisturbed: Path
+):
+    out = tmp_path / "A"
+    arf(*command(inputs, out, "--no-features"))
+    assert not (out / "features").exists()
+    arf("features", out, "--model", inputs.clip)
+    assert folder_bytes(out / "features") == folder_bytes(undisturbed / "features")
+    _, err = arf(*command(inputs, out, "--shard-size", 5, "--restart", "pack"))
+    assert "features: " in err and "nothing left to do in" in err
+    report = json.loads(arf("check", out, "--train-data", inputs.task, "--full", "--json")[0])
+    assert report["errors"] == report["warnings"] == []
 
 
 def test_equal_inputs_give_equal_bytes(arf, inputs: Inputs, undisturbed: Path, tmp_path: Path):
@@ -67,6 +82,7 @@ def test_every_stage_killed_at_random_ends_with_the_same_bytes(inputs: Inputs, t
                 out / "hits",
             ],
             ["pack", "--retrieved", out / "hits", "--shard-size", "5", "--out", out / "A"],
+            ["features", out / "A", *model],
         ]
         return [[str(word) for word in stage] for stage in words]
 
@@ -108,8 +124,8 @@ def test_a_dry_run_counts_and_writes_nothing(arf, inputs: Inputs, tmp_path: Path
     out, _ = arf(*command(inputs, tmp_path / "A", "--dry-run", "--json"))
     plan = json.loads(out)
     assert plan["pool"] == {"tars": 4, "pairs": 48} and plan["pairs_at_most"] == 48
-    assert [stage["samples"] for stage in plan["stages"]] == [21, 21, 48]
-    assert [stage["shards"] for stage in plan["stages"]] == [3, 3, 4]
+    assert [stage["samples"] for stage in plan["stages"]] == [21, 21, 48, 69]
+    assert [stage["shards"] for stage in plan["stages"][:-1]] == [3, 3, 4]
     assert not (tmp_path / "A").exists()
     out, _ = arf(*command(inputs, tmp_path / "A", "--dry-run"))
     assert any(
@@ -125,8 +141,10 @@ def test_either_half_alone(arf, inputs: Inputs, tmp_path: Path):
         "--work", tmp_path / "W")  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "P").iterdir() if path.suffix != ".lock") == [
         "anchors.json",
+        "features",
         "pairs",
     ]
+    assert not (tmp_path / "C/features").exists(), "no model is known"
     arf("check", tmp_path / "C", "--train-data", inputs.task)
     arf("check", tmp_path / "P")
 
