@@ -40,7 +40,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "anchors",
         "build an anchor set: caption, embed, retrieve, pack, features",
         "Builds an anchor set with one command: captions of the task images, the pool pairs nearest\n"
-        "to them, and what --model gives both. Run the same command again to resume; start it on several ranks to share the work.",
+        "to them, and what --model gives both. Run the same command again to resume; start it on several\n"
+        "ranks to share the work.",
         EXAMPLES,
     )
     options.add_task_options(parser)

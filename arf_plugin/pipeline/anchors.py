@@ -8,9 +8,9 @@
     ANCHORS/captions and pairs --features--> ANCHORS/features
 
 The pool may also be searched by the captions, or by class prompts; these are embedded in the task images' place. Either
-kind may be left out: without a captioner there are no captions, without a pool no pairs. Features are those of the model
-that the pool is searched with: computed again, from what is in the set, which costs what embedding as many pairs of the
-pool does.
+kind may be left out: without a captioner there are no captions, without a pool no pairs. Features are those of the
+model that the pool is searched with. They are computed again, from what is in the set, which costs what embedding as
+many images of the pool does.
 """
 
 from __future__ import annotations
@@ -217,11 +217,10 @@ def plan_anchors(build: Build, advance: Callable[[], object] | None = None) -> d
                 build.selection.k * queries, build.selection.max_pairs or pairs, pairs
             )
     if build.features and build.model is not None:  # of what is still to be made
-        parts = [result.get("pairs_at_most", 0 if build.pool is None else None)]
-        if build.captioner is not None:
-            images = plans[0]["samples"]
-            parts.append(None if images is None else images * build.generation.captions_per_image)
-        samples = None if None in parts else sum(parts)
+        most: int | None = result.get("pairs_at_most") if build.pool is not None else 0
+        images: int | None = plans[0]["samples"] if build.captioner is not None else 0
+        each = build.generation.captions_per_image
+        samples = None if most is None or images is None else most + images * each
         plans.append({"stage": "features", "out": str(build.out), "samples": samples})
     for plan in plans:
         plan.pop("config", None)

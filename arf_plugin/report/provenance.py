@@ -90,7 +90,8 @@ def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, st
     manifest = read_manifest(folder)
     if manifest is None:
         return [], {}
-    kinds = {kind: manifest[kind] for kind in ("captions", "pairs") if isinstance(manifest.get(kind), dict)}
+    names = ("captions", "pairs", "features")
+    kinds = {kind: manifest[kind] for kind in names if isinstance(manifest.get(kind), dict)}
     sentences = []
     if "captions" in kinds:
         writer = kinds["captions"].get("captioner")
@@ -98,6 +99,10 @@ def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, st
         sentences.append(f"{_count(kinds['captions'].get('count'))} captions{written}.")
     if "pairs" in kinds:
         sentences.append(_pairs_sentence(kinds["pairs"]))
+    if "features" in kinds:
+        held, model = kinds["features"], _cut(_plain(kinds["features"].get("model")))
+        counts = " and ".join(f"{_count(held.get(kind))} {kind}" for kind in ("captions", "pairs"))
+        sentences.append(f"Features of {counts}, by {model} before fine-tuning.")
     # The list of a kind's files is as long as the set.
     rows = {
         kind: flatten({name: item for name, item in value.items() if name != "written"})
