@@ -117,13 +117,6 @@ def test_a_header_that_is_none(anchors: Path, change: dict[str, object], expecte
 
 
 def lists(vectors: np.ndarray) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-
-    given = {"key": pa.array(KEYS), "image": lists(IMAGES), "text": lists(TEXTS)}
-    return {name: value for name, value in (given | changes).items() if value is not None}
-
-
-def lists(vectors: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
 
 
