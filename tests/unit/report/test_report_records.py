@@ -16,7 +16,7 @@ from arf_plugin.ablation.config import AnchorSet
 from arf_plugin.ablation.plan import count_samples
 from arf_plugin.errors import GridError, ReportError, TaskDataError
 from arf_plugin.report.images import thumbnail
-from arf_plugin.report.provenance import anchors_folder, class_names, task_data
+from arf_plugin.report.provenance import anchors_folder, class_names, manifest_rows, task_data
 from arf_plugin.report.report import Options, gather
 from arf_plugin.report.sources import collect, finite, is_below
 
@@ -163,3 +163,13 @@ def test_sizes_that_are_no_numbers(tmp_path):
             continue
         with pytest.raises(TaskDataError, match=r"sizes\.json: '0\.tar' is .*expected a number"):
             count_samples(str(tmp_path / "0.tar"))
+
+
+def test_the_manifest_of_a_set_with_features_says_whose_they_are(tmp_path):
+    entry = {"model": "ViT-B-16", "weights_sha256": "0" * 64, "dim": 512, "pairs": 1200, "captions": None}
+    (tmp_path / "anchors.json").write_text(json.dumps({"format_version": 1, "features": entry}))
+    sentences, rows = manifest_rows(tmp_path)
+    assert sentences == [
+        "Features of an unknown number of captions and 1,200 pairs, by ViT-B-16 before fine-tuning."
+    ]
+    assert ("model", "ViT-B-16") in rows["features"] and "features" not in dict(rows["set"])
