@@ -47,6 +47,8 @@ def test_an_anchor_set_is_read(built):
     pairs = list(built.pairs())
     assert built.manifest["pairs"]["count"] == counts["pairs"] == len(pairs) > 10
     assert counts["captions"] == 21
+    features = built.features
+    assert (features.rows("captions"), features.rows("pairs")) == (21, counts["pairs"])
     identity = arf_plugin.sample_id("elsewhere/000.tar", "00003")
     assert len(built.captions_of(identity)) == 1 and built.captions_of("000/none") == []
     image, text = pairs[0]
