@@ -2,7 +2,7 @@
 # Submits all stages of anchor building to SLURM, each after those that it needs, and prints their job ids:
 #
 #   caption (array) ---------------------------------------+
-#   embed task (array) --+                                 +--> the anchor set
+#   embed task (array) --+                                 +--> features (array) --> the anchor set
 #   embed pool (array) --+--> retrieve --> pack -----------+
 #
 #   TASK_DATA='task/{000..099}.tar' CAPTIONER=Salesforce/blip-image-captioning-base \
@@ -18,12 +18,13 @@
 #   TASK_DATA   task data: tars with braces and ::, or a CSV file                 (required)
 #   CAPTIONER   captioner of the caption anchors                                  (none: no captions)
 #   POOL        pool tars of the pair anchors                                     (none: no pairs)
-#   MODEL, PRETRAINED   open_clip model that the pairs are found with             (MODEL is required with POOL)
+#   MODEL, PRETRAINED   open_clip model that the pairs are found with, and whose features are written
+#                                                                                 (MODEL is required with POOL)
 #   K, SHARD_SIZE       neighbours per image; pairs per output tar                (10, 1000)
 #   WORK        embeddings, hits and logs                                         (OUT/work)
-#   ARRAY       array of the stages caption and embed; 0-31%8 runs 8 at a time    (0-3)
+#   ARRAY       array of the stages that run a model; 0-31%8 runs 8 at a time    (0-3)
 #   GPU_SBATCH, CPU_SBATCH   flags of sbatch for the stages that run a model, and for pack
-#   CAPTION_FLAGS, EMBED_FLAGS, RETRIEVE_FLAGS, PACK_FLAGS   more flags of the stages
+#   CAPTION_FLAGS, EMBED_FLAGS, RETRIEVE_FLAGS, PACK_FLAGS, FEATURES_FLAGS   more flags of the stages
 #   ARF_SETUP, MAX_RESTARTS  see the .sbatch files
 # sbatch's own variables work too: SBATCH_ACCOUNT, SBATCH_PARTITION, ...
 set -euo pipefail
@@ -56,7 +57,7 @@ submit() {
     local command=(env -u TASK_DATA -u POOL -u OUT -u K "$@" sbatch --parsable --job-name="arf-$stage")
     local log="%x-%j.log"
     case $stage in
-        caption | embed-*)
+        caption | embed-* | features)
             command+=(--array="${ARRAY:-0-3}")
             log="%x-%A_%a.log"
             ;;
@@ -77,13 +78,15 @@ submit() {
     fi
 }
 
+made=
 [ -n "$dry_run" ] || mkdir -p "$work/logs"
 if [ -n "${CAPTIONER:-}" ]; then
     submit caption "" "${GPU_SBATCH:-}" "${CAPTION_FLAGS:-}" \
         TASK_DATA="$TASK_DATA" CAPTIONER="$CAPTIONER" OUT="$OUT"
+    made=$id
 fi
+model=(MODEL="${MODEL:-}" PRETRAINED="${PRETRAINED:-}")
 if [ -n "${POOL:-}" ]; then
-    model=(MODEL="$MODEL" PRETRAINED="${PRETRAINED:-}")
     submit embed-task "" "${GPU_SBATCH:-}" "${EMBED_FLAGS:-}" \
         "${model[@]}" TASK_DATA="$TASK_DATA" OUT="$work/task"
     task=$id
@@ -92,6 +95,10 @@ if [ -n "${POOL:-}" ]; then
         QUERIES="$work/task" POOL_EMBEDDINGS="$work/pool" OUT="$work/retrieve" K="${K:-10}"
     submit pack "$id" "${CPU_SBATCH:-}" "--shard-size ${SHARD_SIZE:-1000} ${PACK_FLAGS:-}" \
         RETRIEVED="$work/retrieve" POOL="$POOL" OUT="$OUT"
+    made=${made:+$made:}$id
+fi
+if [ -n "${MODEL:-}" ]; then
+    submit features "$made" "${GPU_SBATCH:-}" "${FEATURES_FLAGS:-}" "${model[@]}" OUT="$OUT"
 fi
 
 [ -n "$dry_run" ] || echo "Logs are in $work/logs; look at the queue with: squeue --me" >&2

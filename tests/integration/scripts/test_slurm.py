@@ -197,14 +197,14 @@ def test_the_whole_chain_gives_the_bytes_of_arf_anchors(
     settings |= {"OUT": tmp_path / "A", "GPU_SBATCH": "--cpus-per-task=1", "CPU_SBATCH": "--cpus-per-task=1"}
     lines = cluster.run(SCRIPTS / "anchors.sh", **settings).stdout.splitlines()
     jobs = dict(line.split()[:2] for line in lines)
-    assert list(jobs) == ["caption", "embed-task", "embed-pool", "retrieve", "pack"]
+    assert list(jobs) == ["caption", "embed-task", "embed-pool", "retrieve", "pack", "features"]
     for job in jobs.values():
         cluster.wait(job)
-    assert len(list((tmp_path / "A/work/logs").iterdir())) == 3 * 4 + 2
+    assert len(list((tmp_path / "A/work/logs").iterdir())) == 4 * 4 + 2
     shutil.rmtree(tmp_path / "A/work/logs")
     assert folder_bytes(tmp_path / "A") == folder_bytes(tmp_path / "one")
     _, err = arf(*one, "--out", tmp_path / "A")  # the two ways are one and the same work
-    assert err.count("nothing left to do") == 5
+    assert err.count("nothing left to do") == 6
 
 
 def test_what_comes_after_a_failed_stage_is_cancelled(cluster: Cluster, inputs: Inputs, tmp_path: Path):

@@ -51,7 +51,7 @@ def test_jobs_can_be_requeued_and_keep_their_log(path: Path):
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@120"} <= set(words)
 
 
-@pytest.mark.parametrize("stage", ["caption", "embed", "retrieve", "pack"])
+@pytest.mark.parametrize("stage", ["caption", "embed", "retrieve", "pack", "features"])
 def test_the_flags_that_jobs_use_exist(stage: str, capsys: pytest.CaptureFixture[str]):
     from arf_plugin.cli.main import main
 
@@ -69,7 +69,7 @@ def test_a_dry_run_prints_commands_with_their_dependencies():
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     named = {next(w for w in words if w.startswith("--job-name=")).removeprefix("--job-name=arf-"): words
              for words in commands}  # fmt: skip
-    assert list(named) == ["caption", "embed-task", "embed-pool", "retrieve", "pack"]
+    assert list(named) == ["caption", "embed-task", "embed-pool", "retrieve", "pack", "features"]
     assert (
         "CAPTIONER=my captioner" in named["caption"] and "TASK_DATA=task/{000..099}.tar" in named["caption"]
     )
@@ -77,10 +77,12 @@ def test_a_dry_run_prints_commands_with_their_dependencies():
         "--dependency=afterok:<embed-task>:<embed-pool>" in named["retrieve"] and "K=3" in named["retrieve"]
     )
     assert "--dependency=afterok:<retrieve>" in named["pack"]
+    assert "--dependency=afterok:<caption>:<pack>" in named["features"] and "OUT=A" in named["features"]
     assert {name for name, words in named.items() if "--array=0-7%2" in words} == {
         "caption",
         "embed-task",
         "embed-pool",
+        "features",
     }
     assert {name for name, words in named.items() if "--gpus-per-task=1" not in words} == {"pack"}
     assert not any(word.startswith("TASK_DATA=") for word in named["embed-pool"]), "it embeds the pool"
@@ -90,7 +92,7 @@ def test_either_half_alone():
     captions = {name: value for name, value in SETTINGS.items() if name not in ("POOL", "MODEL")}
     assert len(run("anchors.sh", "--dry-run", **captions).stdout.splitlines()) == 1
     pairs = {name: value for name, value in SETTINGS.items() if name != "CAPTIONER"}
-    assert len(run("anchors.sh", "--dry-run", **pairs).stdout.splitlines()) == 4
+    assert len(run("anchors.sh", "--dry-run", **pairs).stdout.splitlines()) == 5
 
 
 @pytest.mark.parametrize(
