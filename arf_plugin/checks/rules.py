@@ -466,19 +466,6 @@ def _coverage(inputs: Inputs) -> Iterator[Finding]:
 
 
 @_rule(
-    "feature-values",
-    "features in the anchor set",
-    "each file holds unit vectors of D numbers, without gaps, a row for each pair and caption that it is of (`--full`)",
-    "error with the file",
-    lambda inputs: inputs.full and inputs.features is not None,
-    where="`arf check --full`",
-)
-def _feature_values(inputs: Inputs) -> None:
-    assert inputs.features is not None
-    require_sound(inputs.anchors or "", inputs.features)
-
-
-@_rule(
     "batches",
     "task data, `--batch-size`, `--accum-freq`, `--workers`",
     "each epoch has a step; in every epoch each loader worker's shards hold a batch",
@@ -587,9 +574,9 @@ def _pairs(inputs: Inputs) -> Iterator[Finding]:
 
 @_rule(
     "features",
-    "anchor set, `--arf-pair-loss`, `--arf-caption-loss`",
-    "features of every pair tar or caption file as it is, if anchors are held by them",
-    "error with the files, and `arf features`; without these flags a warning",
+    "features in the anchor set",
+    "features of every pair tar or caption file as it is, if anchors are held by them (`--full`: every value)",
+    "error with the files, and `arf features`; a warning where they are not needed",
     lambda inputs: _has_anchors(inputs) and bool(inputs.by_feature or not inputs.training),
 )
 def _features(inputs: Inputs) -> Iterator[Finding]:
@@ -612,6 +599,8 @@ def _features(inputs: Inputs) -> Iterator[Finding]:
     for problem in changes_since(anchors, header, inputs.by_feature or ("captions", "pairs")):
         text = f"features: {problem}. Write them with: arf features {anchors} --model ... --pretrained ..."
         yield Finding("error" if inputs.by_feature else "warning", text)
+    if inputs.full:
+        require_sound(anchors, header)
 
 
 @_rule(

@@ -42,6 +42,7 @@ class Made:
         self.data = f"{folder}/{{0..1}}.tar"
         self.missing_caption = "error"
         self.caption_weight = 1.0
+        self.pair_loss = "contrastive"
         for shard in range(2):
             self.shard(shard, range(4 * shard, 4 * shard + 4))
             members = []
@@ -76,6 +77,7 @@ class Made:
             anchors=str(self.anchors),
             caption_weight=self.caption_weight,
             missing_caption=self.missing_caption,
+            pair_loss=self.pair_loss,
             train_data=self.data,
             classes=self.classes,
             texts_known=self.texts_known,
@@ -216,6 +218,10 @@ def pair_without_text(made):
     write_tar(made.anchors / "pairs/1.tar", [("a.jpg", drawing(0))])
 
 
+def no_features(made: Made) -> None:
+    made.pair_loss = "feature"
+
+
 ERRORS: list[tuple[str, Change, str]] = [
     ("anchor-set", no_set, "does not exist"),
     ("whole", unknown_manifest, "format_version 99"),
@@ -253,6 +259,7 @@ ERRORS: list[tuple[str, Change, str]] = [
     ("batches", accumulation_of_more_than_an_epoch, "fewer than --accum-freq 5"),
     ("batches", nothing_usable, "pass over every sample"),
     ("pairs", pair_without_text, "pair a: has no txt"),
+    ("features", no_features, "has no features of its pairs"),
 ]
 
 
