@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,24 +21,18 @@ SHIM = Path(__file__).parents[1] / "shim" / "sitecustomize.py"
 
 # What trainer and commands import, but for the modules that are run themselves. A name that is not there is left out.
 PRELOADED = [
-    *(
-        "open_clip_train.data",
-        "open_clip_train.train",
-        "open_clip_train.params",
-        "transformers.modeling_utils",
-    ),
-    *(
-        "arf_plugin.hooks.data",
-        "arf_plugin.hooks.training",
-        "arf_plugin.hooks.loss",
-        "arf_plugin.hooks.checkpoint",
-    ),
-    *(
-        "arf_plugin.hooks.epoch",
-        "arf_plugin.hooks.watch",
-        "arf_plugin.evaluation.sweep",
-        "arf_plugin.losses.head",
-    ),
+    "arf_plugin.evaluation.sweep",
+    "arf_plugin.hooks.checkpoint",
+    "arf_plugin.hooks.data",
+    "arf_plugin.hooks.epoch",
+    "arf_plugin.hooks.loss",
+    "arf_plugin.hooks.training",
+    "arf_plugin.hooks.watch",
+    "arf_plugin.losses.head",
+    "open_clip_train.data",
+    "open_clip_train.params",
+    "open_clip_train.train",
+    "transformers.modeling_utils",
 ]
 
 # What tests have other releases of, and what imports those.
@@ -67,14 +62,37 @@ def start(
     return process
 
 
-def run(module: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    """Runs a module to its end, with this process's environment variables."""
+def run(
+    module: str, *argv: object, nproc: int = 1, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a module to its end.
+
+    Args:
+        module: See `start`.
+        *argv: Its arguments.
+        nproc: Processes; several are told of each other, and print into one place.
+        env: Variables beyond this process's.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder, "output"), Path(folder, "errors")
-        process = start(module, list(map(str, argv)), dict(os.environ), output, errors)
-        process.join()
+        processes = [
+            start(module, list(map(str, argv)), {**os.environ, **(env or {}), **told}, output, errors)
+            for told in (torchrun_env(nproc) if nproc > 1 else [{}])
+        ]
+        for process in processes:
+            process.join()
+        status = next((process.exitcode for process in processes if process.exitcode), 0)
         texts = (path.read_text("utf-8", "surrogateescape") for path in (output, errors))
-        return subprocess.CompletedProcess([module, *argv], process.exitcode, *texts)
+        return subprocess.CompletedProcess([module, *argv], status, *texts)
+
+
+def torchrun_env(nproc: int) -> list[dict[str, str]]:
+    """What torchrun tells each of its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
 
 def _run(module: str, argv: list[str], env: dict[str, str], output: Path, errors: Path) -> None:

@@ -226,7 +226,7 @@ def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_con
     output = path.with_suffix(".out")
     processes = [
         forks.start(reference.__file__, [str(path)], {**env, **told}, output)
-        for told in trainer.torchrun_env(nproc)
+        for told in forks.torchrun_env(nproc)
     ]
     run = trainer.Started(processes, output, path.parent).wait(1200)
     assert run.status == 0, run.output

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -83,7 +82,8 @@ class Trainer:
     def forked(self, *flags: Any, check: bool = True, timeout: float = 300, **options: Any) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
 
-        See `support.forks`; `__call__` is for tests of what starts the trainer. Several processes are told of each other by the variables that torchrun sets.
+        See `support.forks`; `__call__` is for tests of what starts the trainer. Several processes are told of each
+        other by the variables that torchrun sets.
 
         Args:
             *flags: Flags beyond those for a short run of a tiny model.
@@ -113,7 +113,7 @@ class Trainer:
         environment = {"ARF_TEST_SHIM_ALWAYS": "1", **self.environment(open_clip, env)}
         processes = [
             forks.start("open_clip_train.main", argv, {**environment, **told}, output)
-            for told in (torchrun_env(nproc) if nproc > 1 else [{}])
+            for told in (forks.torchrun_env(nproc) if nproc > 1 else [{}])
         ]
         return Started(processes, output, self.logs / name)
 
@@ -132,15 +132,6 @@ class Trainer:
         argv += ["--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
         # The tiny models have no weights of their own.
         return [*argv, "--arf-random-weights"] if "--arf-anchors" in argv else argv
-
-
-def torchrun_env(nproc: int) -> list[dict[str, str]]:
-    """What torchrun tells each of its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
 
 class Started:
