@@ -207,12 +207,12 @@ class Raw(LoopbackServer):
 )
 def test_a_reply_that_drips_is_given_up(parts, drip):
     """No wait for a byte is ever as long as the timeout; the reply as a whole is."""
-    with Raw(parts, pause=0.1, for_ever=drip) as service:
-        client = client_of(service.url, timeout=0.4, patience=1.0)
+    with Raw(parts, pause=0.05, for_ever=drip) as service:
+        client = client_of(service.url, timeout=0.25, patience=0.3)
         started = time.monotonic()
         with pytest.raises(ServiceError) as error:
             rows_of(client, QUERIES[:1])
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 30  # it has no end
     assert any(
         said in str(error.value) for said in ("gave no answer", "redirects to", "more than 100 headers")
     )
