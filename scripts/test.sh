@@ -12,6 +12,25 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 make_environment captions,retrieval,evaluation,emojinet,dev,docs
 
+marker=(-m "not slow")
+case " $* " in
+    *" --unit "*)
+        marker=(-m "not slow and not process")
+        set -- tests/unit "${@/--unit/-q}"
+        SKIP_LINT=1
+        ;;
+    *" -m "*) marker=() ;;
+esac
+
+lint() {
+    "$VENV/bin/ruff" check . && "$VENV/bin/ruff" format --check . && "$VENV/bin/mypy"
+}
+linting=
+if [ -z "${SKIP_LINT:-}" ]; then
+    lint & # while pip waits for the network
+    linting=$!
+fi
+
 # Files alone, beside the environment: the open_clip releases that are tested on every change; the numpy that
 # CLIP_benchmark 1.6.2 can count with, for the test that compares with it; a webdataset that stock open_clip cannot read;
 # TensorBoard, which open_clip would import at the start of every run if it were in the environment itself.
@@ -27,21 +46,11 @@ for packages in numpy==2.3.5 webdataset==1.0.2 "tensorboard==2.21.0 absl-py"; do
     fi
 done
 
-marker=(-m "not slow")
-case " $* " in
-    *" --unit "*)
-        marker=(-m "not slow and not process")
-        set -- tests/unit "${@/--unit/-q}"
-        SKIP_LINT=1
-        ;;
-    *" -m "*) marker=() ;;
-esac
-
-if [ -z "${SKIP_LINT:-}" ]; then
-    "$VENV/bin/ruff" check .
-    "$VENV/bin/ruff" format --check .
-    "$VENV/bin/mypy"
+if [ -n "$linting" ]; then
+    wait "$linting"
 fi
 
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --durations 10 "${marker[@]}" "$@"
+# In the order of the folders, integration tests first: the last ones are then short, and no process waits for another.
+exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --no-loadscope-reorder --durations 10 \
+    "${marker[@]}" "$@"

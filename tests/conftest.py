@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import data, trainer
+from support import data, forks, trainer
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(
@@ -58,16 +56,10 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_arf():
-    """Runs the command `arf` of the environment under test."""
+    """Runs the command `arf` in a fork; see `support.forks`."""
 
     def run(*argv: object, check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, "-m", "arf_plugin.cli.main", *map(str, argv)],
-            capture_output=True,
-            text=True,
-            env=os.environ.copy(),
-            check=False,
-        )
+        done = forks.run("arf_plugin.cli.main", *argv)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-settings.register_profile("tests", derandomize=True, max_examples=25, database=None, **COMMON)
+settings.register_profile("tests", derandomize=True, max_examples=15, database=None, **COMMON)
 settings.register_profile(
     "fuzz", max_examples=int(os.environ.get("ARF_FUZZ", "1000")), database=None, **COMMON
 )

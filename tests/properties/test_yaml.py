@@ -83,9 +83,9 @@ def outcome(read, path: Path, error: type[Exception]) -> str | None:
     except error as cause:
         said = str(cause)
         assert said and len(said) < 1500
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
         return said
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     return None
 
 

@@ -7,8 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from packaging.version import Version
 
 from arf_plugin.hooks.source_patches import Series
 from arf_plugin.hooks.versions import trains_tasks
-from support import data, reference, releases, trainer
+from support import data, forks, reference, releases, trainer
 
 TASK_SIZE = 6
 BOUND = 1e-10
@@ -76,14 +74,14 @@ EXCHANGES = tuple(("--loss-dist-impl", impl) for impl in ("bidir", "shift", "red
 COMPILED = ("--torchcompile",)
 MEMORY = (("--ddp-static-graph",), ("--grad-checkpointing",), ("--ddp-static-graph", "--grad-checkpointing"))
 
-# Every size alone and in two processes; in two, each way to gather or to exchange, one after the other.
+# Every size alone, and in two processes with one way to gather or to exchange each.
 SIZES = tuple(itertools.product((1, 2), (TASK_SIZE, 4)))
 CASES = [
     *(
         Case(siglip, *size, nproc, way)
         for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
         for size, exchange in zip(SIZES, ways, strict=True)
-        for nproc, way in dict.fromkeys([(1, ()), (2, ()), (2, exchange)])
+        for nproc, way in ((1, ()), (2, exchange))
     ),
     Case(False, 1, 4, 2, (LOCAL, GRAD)),
     Case(False, 2, 4, 1, patched=True),
@@ -96,8 +94,10 @@ CASES = [
     *(Case(False, 1, TASK_SIZE, 2, (LOCAL, GRAD), every=2, step=step) for step in (0, 1)),
 ]
 
-# What is left: every way with every size in four processes, and what saves memory or time with every way in two.
+# What is left: sizes in two processes with the usual way, every way with every size in four, and what saves memory or
+# time with every way in two.
 SLOW_CASES = [
+    *(Case(siglip, *size, 2) for siglip in (False, True) for size in SIZES if siglip or size != SIZES[0]),
     *(
         Case(siglip, accum_freq, 4, 4, way)
         for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
@@ -169,7 +169,7 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
 
     def record(case: Case) -> trainer.Run:
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
-        samples = 48 if case.nproc == 4 else 24
+        samples = TASK_SIZE * case.accum_freq * case.nproc * (case.step + 1)
         flags = ["--train-data", task.urls, "--train-num-samples", samples, "--arf-anchors", anchors]
         options = {
             "nproc": case.nproc,
@@ -181,10 +181,9 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 "ARF_TEST_RECORD": str(folder / str(case)),
                 "ARF_TEST_RECORD_STEP": str(case.step),
             },
+            "open_clip": fork if case.patched else None,
             "check": False,
         }
-        if case.patched:  # a run of its own: forks of this process have imported open_clip already
-            return train(*flags, *case.flags, open_clip=fork, **options)
         return train.forked(*flags, *case.flags, timeout=1200, **options)
 
     by_size = {nproc: [case for case in cases if case.nproc == nproc] for nproc in (1, 2, 4)}
@@ -218,17 +217,18 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
 
 def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_configs: Path) -> None:
     path.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
     env = {
         **os.environ,
-        "PYTHONPATH": releases.path(trainer.SHIM, Path(__file__).parents[1]),
         "ARF_TEST_SHIM_ALWAYS": "1",
         "ARF_TEST_FP64": "1",
         "ARF_TEST_MODEL_CONFIGS": str(model_configs),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(
-        [*argv, reference.__file__, str(path)], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = path.with_suffix(".out")
+    processes = [
+        forks.start(reference.__file__, [str(path)], {**env, **told}, output)
+        for told in forks.torchrun_env(nproc)
+    ]
+    run = trainer.Started(processes, output, path.parent).wait(1200)
+    assert run.status == 0, run.output

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.safe_loading import plain_numbers
-from support import releases
+from support import forks, releases
 
 SHIM = Path(__file__).parents[1] / "shim"
 
@@ -76,9 +73,7 @@ class Trainer:
         torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
         trainer = self.argv(flags, name, model, batch_size, open_clip)
         argv = [*torchrun, "-m", "--", "open_clip_train.main", *trainer]
-        environment = {**self.env, **(env or {})}
-        if open_clip is not None:
-            environment["PYTHONPATH"] = releases.path(SHIM, open_clip)
+        environment = self.environment(open_clip, env)
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300, check=False)
         run = Run(done.returncode, done.stdout + done.stderr, self.logs / name)
         assert not check or run.status == 0, run.output
@@ -87,8 +82,8 @@ class Trainer:
     def forked(self, *flags: Any, check: bool = True, timeout: float = 300, **options: Any) -> Run:
         """Runs ``python -m open_clip_train.main FLAGS`` in a fork of a process that has imported the libraries.
 
-        The same as a run of its own in all but the seconds that importing takes, for tests of many short runs.
-        Several processes are told of each other by the variables that torchrun sets.
+        See `support.forks`; `__call__` is for tests of what starts the trainer. Several processes are told of each
+        other by the variables that torchrun sets.
 
         Args:
             *flags: Flags beyond those for a short run of a tiny model.
@@ -108,22 +103,24 @@ class Trainer:
         model: str = "tiny-vit",
         batch_size: int = 8,
         env: dict[str, str] | None = None,
+        open_clip: Path | None = None,
     ) -> Started:
         """Starts what `forked` runs."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["open_clip_train.data", "open_clip_train.train"])
         self.logs.mkdir(parents=True, exist_ok=True)
         output = self.logs / f"{name}.out"
-        argv = self.argv(flags, name, model, batch_size)
+        argv = self.argv(flags, name, model, batch_size, open_clip)
         output.unlink(missing_ok=True)
-        environment = {**self.env, "ARF_TEST_SHIM_ALWAYS": "1", **(env or {})}
+        environment = {"ARF_TEST_SHIM_ALWAYS": "1", **self.environment(open_clip, env)}
         processes = [
-            context.Process(target=_run_main, args=(argv, {**environment, **told}, output))
-            for told in (_torchrun_env(nproc) if nproc > 1 else [{}])
+            forks.start("open_clip_train.main", argv, {**environment, **told}, output)
+            for told in (forks.torchrun_env(nproc) if nproc > 1 else [{}])
         ]
-        for process in processes:
-            process.start()
         return Started(processes, output, self.logs / name)
+
+    def environment(self, open_clip: Path | None, more: dict[str, str] | None) -> dict[str, str]:
+        """Variables of a run, with another release of open_clip in the folder, and more."""
+        path = {} if open_clip is None else {"PYTHONPATH": releases.path(SHIM, open_clip)}
+        return {**self.env, **path, **(more or {})}
 
     def argv(
         self, flags: tuple[Any, ...], name: str, model: str, batch_size: int, open_clip: Path | None = None
@@ -135,39 +132,6 @@ class Trainer:
         argv += ["--save-frequency", "1", "--log-every-n-steps", "1", *EXACT_CROP, *map(str, flags)]
         # The tiny models have no weights of their own.
         return [*argv, "--arf-random-weights"] if "--arf-anchors" in argv else argv
-
-
-def _run_main(argv: list[str], env: dict[str, str], output: Path) -> None:
-    """What ``python -m open_clip_train.main`` does, with its output in a file, in a process group of its own."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # Python's default, but not in a fork server's child
-    with output.open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os.environ.clear()
-    os.environ.update(env)
-    runpy.run_path(str(SHIM / "sitecustomize.py"))
-    sys.argv = ["open_clip_train.main", *argv]
-    status = 0
-    try:
-        runpy.run_module("open_clip_train.main", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _torchrun_env(nproc: int) -> list[dict[str, str]]:
-    """What torchrun tells each of its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
 
 
 class Started:

@@ -58,7 +58,7 @@ def test_odd_files_are_refused_in_one_sentence(tmp_path, content, expected, kind
     started = time.monotonic()
     with pytest.raises(EvaluationError if kind == "suite" else GridError, match=expected) as error:
         read_suite(path) if kind == "suite" else load_grid(str(path), tmp_path / "out")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert "own.yaml" in str(error.value) and len(str(error.value)) < 800 and "\n" not in str(error.value)
 
 

@@ -178,7 +178,7 @@ def wait_for(condition, what: str, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_grid_goes_on(ablate, world, how):
     config, run = slow_grid(world), ablate.out / "runs" / "flyp-0"
     first = ablate.start(config)

@@ -228,7 +228,7 @@ def test_anchor_flags_need_an_anchor_set(parse, flags):
 
 
 def test_anchor_flags_without_an_anchor_set_end_the_trainer(train, task):
-    run = train("--train-data", task.urls, "--arf-pair-weight", "0.5", check=False)
+    run = train.forked("--train-data", task.urls, "--arf-pair-weight", "0.5", check=False)
     assert run.status != 0 and "--arf-pair-weight given without --arf-anchors" in run.output
 
 

@@ -70,7 +70,7 @@ def test_under_autocast_and_compilation(train, task, anchors, precision):
     for term in TERMS:
         one, other = (torch.tensor(logged(run, term)) for run in runs)
         assert len(one) == 4
-        torch.testing.assert_close(one, other, rtol=1e-4 if precision == "compiled" else 0.03, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-4 if precision == "compiled" else 0.1, atol=1e-4)
 
 
 def test_a_tower_where_it_is_not_exact_keeps_its_texts(train, tmp_path, task, anchors):

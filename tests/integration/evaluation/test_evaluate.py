@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import building, clip_benchmark
+from support import building, clip_benchmark, forks
 from support.evaluation import NAMES, save_checkpoint, save_config, write_folders, write_set, write_texts
 
 from arf_plugin.evaluation.records import read_records
@@ -71,7 +69,9 @@ def agrees(ours: dict[str, float], theirs: dict[str, float]) -> None:
     assert ours["mean_per_class"] == pytest.approx(100 * theirs["mean_per_class_recall"], abs=1e-9)
 
 
-@pytest.mark.parametrize(("precision", "flags"), [("fp32", ["--no_amp"]), ("amp", [])])
+@pytest.mark.parametrize(
+    ("precision", "flags"), [("fp32", ["--no_amp"]), pytest.param("amp", [], marks=pytest.mark.slow)]
+)
 def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_arf, precision, flags):
     clip, path = named
     images = write_set(tmp_path / "shapes", images=210, shards=3)
@@ -164,16 +164,8 @@ def test_own_folders_and_a_mixture(clip, path, tmp_path, run_arf):
 
 
 def torchrun(*argv: object) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"),
-            *("--local-addr", "127.0.0.1", "-m", "arf_plugin.cli.main", *map(str, argv)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Two processes of the command; what both print is in one place."""
+    done = forks.run("arf_plugin.cli.main", *argv, nproc=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -188,41 +188,31 @@ def test_a_dry_run_says_what_would_be_done(arf, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_processes_share_a_sweep(world, tmp_path):
-    argv = [
-        "original.pt",
-        "tuned.pt",
-        "--alphas",
-        "0",
-        "0.5",
-        *map(str, ON_SUITE),
-        "--validation",
-        "--batch-size",
-        "5",
+def test_processes_share_a_sweep(arf, tmp_path):
+    """Two of torchrun's say and measure what one does."""
+    argv = ["original.pt", "tuned.pt", "--alphas", 0, 0.5, *ON_SUITE, "--validation", "--batch-size", 5]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    status, said, _ = arf(*argv, "--json", one)
+    assert status == 0 and said.count("chosen by ID") == 1
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "--",
     ]
-    outs = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.json"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
-        done = subprocess.run(
-            [*command, "-m", "--", "arf_plugin.cli.main", "interpolate", *argv, "--json", str(out)],
-            cwd=world,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("chosen by ID") == 1
-        outs.append(json.loads(out.read_text()))
-    assert outs[0] == outs[1]
+    done = subprocess.run(
+        [*torchrun, "arf_plugin.cli.main", "interpolate", *map(str, argv), "--json", str(two)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said and json.loads(one.read_text()) == json.loads(two.read_text())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import data, releases
+from support import data, forks, releases
 from support.environments import copy_project, make_environment, pip
 
 from arf_plugin.hooks.versions import trains_tasks
@@ -102,11 +102,11 @@ def test_run_without_flags_is_bit_equal_to_one_without_the_plugin(tmp_path, trai
 def trainer_output(
     *flags: object, path: Path | None = None, check: bool = False
 ) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    if path is not None:
-        environment["PYTHONPATH"] = releases.path(path)
-    command = [sys.executable, "-m", "open_clip_train.main", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=check)
+    """The trainer, with a folder of other packages in front of the environment's."""
+    env = {"PYTHONPATH": releases.path(path)} if path is not None else {}
+    done = forks.run("open_clip_train.main", *flags, env=env)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def test_help_shows_the_group():

@@ -98,7 +98,7 @@ def test_what_open_clip_itself_breaks_in_two_processes(train, tmp_path, csv_flag
 
 def test_fsdp_trains_what_ddp_trains(train, csv_flags):
     runs = [
-        train(*csv_flags, *more, "--precision", "fp32", nproc=2, batch_size=4, name=name)
+        train.forked(*csv_flags, *more, "--precision", "fp32", nproc=2, batch_size=4, name=name)
         for name, more in (("ddp", []), ("fsdp", ["--fsdp"]))
     ]
     assert "FSDP2: sharding" in runs[1].output

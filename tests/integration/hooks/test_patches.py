@@ -240,11 +240,11 @@ def test_a_patched_run_equals_one_with_hooks_to_the_bit(train, sources, task, an
     run_arf("patch", "apply", folder)
     flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
     flags += ["--arf-deterministic", "--arf-stop-file", tmp_path / "stop"]
-    hooked = train(*flags, name="hooked")
+    hooked = train.forked(*flags, name="hooked")
     (tmp_path / "stop").touch()
-    train(*flags, name="patched", open_clip=folder)
+    train.forked(*flags, name="patched", open_clip=folder)
     assert [path.name for path in (train.logs / "patched" / "checkpoints").iterdir()] == ["epoch_0_step_1.pt"]
-    patched = train(*flags, "--resume", "latest", name="patched", open_clip=folder)
+    patched = train.forked(*flags, "--resume", "latest", name="patched", open_clip=folder)
     assert "goes on after 1 of 4 batches" in patched.output
     for name, weight in hooked.checkpoint["state_dict"].items():
         assert torch.equal(weight, patched.checkpoint["state_dict"][name]), name
@@ -266,7 +266,7 @@ def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_p
 def test_errors_are_as_clear_as_with_hooks(train, sources, task, run_arf, tmp_path):
     folder = sources()
     run_arf("patch", "apply", folder)
-    run = train(
+    run = train.forked(
         "--train-data", task.urls, "--arf-anchors", tmp_path / "nowhere", open_clip=folder, check=False
     )
     assert run.status != 0 and "nowhere" in run.output and "does not exist" in run.output
@@ -277,12 +277,12 @@ def test_two_processes_on_the_cpu(train, sources, task, run_arf):
     folder = sources()
     flags = ["--train-data", task.urls, "--train-num-samples", 32]
     off = {"ARF_TEST_DDP_CPU": ""}
-    broken = train(*flags, nproc=2, env=off, open_clip=folder, check=False)
+    broken = train.forked(*flags, nproc=2, env=off, open_clip=folder, check=False)
     assert broken.status != 0 and "device_ids" in broken.output
     run_arf("patch", "apply", folder, "--series", "upstream")
-    assert "[32/32(100%)]" in train(*flags, nproc=2, env=off, open_clip=folder, name="mended").output.replace(
-        " ", ""
-    )
+    assert "[32/32(100%)]" in train.forked(
+        *flags, nproc=2, env=off, open_clip=folder, name="mended"
+    ).output.replace(" ", "")
 
 
 def test_newer_webdataset(train, sources, task, run_arf):
@@ -290,7 +290,7 @@ def test_newer_webdataset(train, sources, task, run_arf):
     folder = sources()
     flags = ["--train-data", task.urls, "--train-num-samples", 32]
     both = {"PYTHONPATH": f"{SHIM}:{folder}:{NEWER_WEBDATASET}"}
-    broken = train(*flags, env=both, check=False)
+    broken = train.forked(*flags, env=both, check=False)
     assert broken.status != 0 and "KeyError: 'fname'" in broken.output
     run_arf("patch", "apply", folder, "--series", "upstream")
-    assert "[32/32(100%)]" in train(*flags, env=both, name="mended").output.replace(" ", "")
+    assert "[32/32(100%)]" in train.forked(*flags, env=both, name="mended").output.replace(" ", "")

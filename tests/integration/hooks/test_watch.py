@@ -182,7 +182,7 @@ def test_weights_that_are_not_numbers_any_more(train, task_csv, held_out):
 def test_two_processes_see_what_one_sees(train, task_csv, held_out, start):
     common = watched(task_csv, held_out, start)
     one = train.forked(*common, "--lr", 0, name="one", batch_size=4)
-    two = train(*common, "--lr", 0, "--workers", 1, nproc=2, name="two", batch_size=4)
+    two = train.forked(*common, "--lr", 0, "--workers", 1, nproc=2, name="two", batch_size=4)
     assert two.output.count("before training: held-out") == 1
     for a, b in zip(rows(one), rows(two), strict=True):
         assert a["metrics"] == b["metrics"] and a["drift"] == pytest.approx(b["drift"], abs=1e-6)
@@ -237,7 +237,7 @@ def test_a_resumed_run_whose_file_of_rows_is_damaged(train, task_csv, held_out, 
 
 def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors, held_out):
     assert TENSORBOARD.is_dir(), f"tensorboard is missing in {TENSORBOARD}: run scripts/test.sh"
-    run = train(
+    run = train.forked(
         *("--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors),
         *("--arf-watch", held_out, "--arf-watch-drift", "--report-to", "tensorboard"),
         env={"PYTHONPATH": f"{train.env['PYTHONPATH']}{os.pathsep}{TENSORBOARD}"},

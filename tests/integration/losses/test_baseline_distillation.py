@@ -74,7 +74,7 @@ def test_class_prompts_are_distilled_as_open_clip_distils_them(train, model, tas
 
 def test_the_oldest_tested_release_distils_from_a_file(train, model, task, prompts):
     weights = Path(model.removeprefix("local-dir:")) / "weights.pt"
-    run = train(
+    run = train.forked(
         *("--train-data", task, "--pretrained", weights, *prompts),
         *("--distill-model", "tiny-vit", "--distill-pretrained", weights),
         open_clip=releases.folder("2.32.0"),

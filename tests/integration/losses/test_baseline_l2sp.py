@@ -28,7 +28,7 @@ def test_gradient_is_the_pull_to_the_start_beside_the_ordinary_one(tmp_path, tra
         env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(tmp_path / name), "ARF_TEST_RECORD_STEP": "1"}
         size = 12 // nproc // accum_freq
         common = ["--train-data", task, "--pretrained", start, "--accum-freq", accum_freq]
-        train(*common, *flags, nproc=nproc, name=name, batch_size=size, env=env)
+        train.forked(*common, *flags, nproc=nproc, name=name, batch_size=size, env=env)
         records[name] = torch.load(f"{tmp_path / name}.0", weights_only=True)
     stock, ours = records["stock"], records["l2sp"]
     theta_0 = torch.load(start, weights_only=True)

@@ -61,7 +61,7 @@ def adamw_step(model: torch.nn.Module, head: list[torch.nn.Parameter], loss: tor
 def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe, nproc, accum_freq, release):
     """All 16 images are one step, however they are dealt out; in fp64."""
     csv = data.write_csv_task(tmp_path / "csv", IMAGES)
-    run = train(
+    run = train.forked(
         *("--train-data", csv, "--pretrained", start, "--accum-freq", accum_freq),
         *("--arf-head", probe, "--arf-classnames", task.classnames),
         *("--beta1", 0.9, "--beta2", 0.98, "--eps", 1e-6, "--wd", 0.2),

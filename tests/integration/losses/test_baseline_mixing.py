@@ -23,7 +23,7 @@ def mixture(task, anchors):
 
 def test_class_prompts_for_classes_and_own_texts_for_pairs(tmp_path, train, task, anchors, mixture):
     env = {"ARF_TEST_FP64": "1", "ARF_TEST_RECORD": str(tmp_path / "record")}
-    run = train(*mixture, batch_size=32, env=env)
+    run = train.forked(*mixture, batch_size=32, env=env)
     line = "ARF: plain mixing: 32 task samples have a class and get class prompts, 24 have none and keep"
     assert line in run.output and "samples of both kinds" not in run.output
     ((images, texts),) = torch.load(tmp_path / "record.0", weights_only=True)["inputs"]

@@ -48,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -92,8 +92,8 @@ def test_children_end_with_their_parent(arf, start, hits: Path, tmp_path: Path, 
     ranks = children(parent.pid)
     assert len(ranks) == 2
     parent.send_signal(number)
-    assert parent.wait(timeout=30) == (130 if name == "SIGINT" else -number)
-    wait_for(lambda: not any(map(is_there, ranks)), seconds=5)
+    assert parent.wait(timeout=120) == (130 if name == "SIGINT" else -number)
+    wait_for(lambda: not any(map(is_there, ranks)), seconds=60)
     left = folder_bytes(out)
     assert problems_of(str(out)) != [], "what is left is not whole"
     time.sleep(0.5)

@@ -65,7 +65,7 @@ def test_nothing_is_fetched_from_another_place(site):
     assert not outside
 
 
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("width", [390, pytest.param(1400, marks=pytest.mark.slow)])
 def test_in_a_browser_no_page_is_wider_than_the_screen_and_none_leaves_the_folder(site, width):
     from support.browser import browser
 

@@ -56,8 +56,8 @@ def test_what_there_is_no_time_for_is_not_run(tmp_path):
 
 
 def test_a_check_that_runs_too_long_is_ended(tmp_path):
-    """Importing torch and open_clip, and drawing vectors, takes more than is left of the budget."""
-    done, content, _ = check(tmp_path, "--only", "waiting", "--budget", 5.5)
+    """Two runs of the trainer take more than the budget on any machine."""
+    done, content, _ = check(tmp_path, "--only", "waiting", "--budget", 9)
     assert content["checks"]["waiting"]["status"] in ("timeout", "error")
     assert done.returncode == 1
 

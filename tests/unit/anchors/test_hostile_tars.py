@@ -120,7 +120,7 @@ def test_hostile_headers_are_one_error_and_no_memory(tmp_path: Path, what: str, 
     begin = time.monotonic()
     with pytest.raises(TaskDataError, match=r"x\.tar is cut off or corrupt after member '(0\.txt|a\.jpg)'"):
         list(members_of(str(path), read=("jpg", "txt"), images=True))
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize(

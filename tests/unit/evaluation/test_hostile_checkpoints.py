@@ -76,6 +76,7 @@ def refused(capsys, *argv: object) -> str:
     return said
 
 
+@pytest.mark.process  # many commands
 def test_commands(hostile, named, clip, tmp_path, capsys):
     write_set(tmp_path / "set")
     good = save_checkpoint(named, tmp_path / "good.pt", 1)

@@ -110,8 +110,16 @@ def test_under_autocast(precision):
     torch.testing.assert_close(cut, whole, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+@pytest.mark.process  # compiling takes seconds
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        (CLIP, False),
+        (CustomTextCLIP, True),
+        pytest.param(CLIP, True, marks=pytest.mark.slow),
+        pytest.param(CustomTextCLIP, False, marks=pytest.mark.slow),
+    ],
+)
 def test_under_compilation(kind, checkpointing):
     """Features stay, and lengths cost three compilations: for the first, for any other, for untrimmed texts."""
     torch._dynamo.reset()

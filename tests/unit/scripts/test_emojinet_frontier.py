@@ -6,6 +6,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import pytest
+
 from arf_plugin.evaluation.records import append_record
 
 ROOT = Path(__file__).parents[3]
@@ -47,6 +49,7 @@ def test_the_cheapest_arm_that_validation_cannot_tell_from_the_full_one_is_chose
     assert frontier.choose([entry for entry in ARMS if entry["arm"] != "arf"]) is None
 
 
+@pytest.mark.process  # draws with Matplotlib
 def test_table_and_picture(tmp_path):
     result = {"metrics": list(frontier.METRICS), "arms": ARMS, "chosen": "a4"}
     lines = frontier.table(result).splitlines()
@@ -79,6 +82,7 @@ def test_validation_figures_are_read_by_arm_and_seed(tmp_path):
     assert found == {"a4": {"0": mean}, "a4-every2": {"1": mean}}
 
 
+@pytest.mark.process  # makes a model of full size
 def test_the_vision_transformer_begins_with_the_texts_of_the_quickstarts_clip(tmp_path):
     import open_clip
     import torch

@@ -14,12 +14,13 @@ pytestmark = pytest.mark.process
 SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz.py"
 
 
-def fuzz(*argv: object) -> subprocess.CompletedProcess[str]:
+def fuzz(*argv: object, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True, check=False
+        [sys.executable, str(script), *map(str, argv)], capture_output=True, text=True, check=False
     )
 
 
+@pytest.mark.slow
 def test_a_few_seconds_of_one_property(tmp_path):
     record = tmp_path / "fuzz.json"
     done = fuzz("--minutes", 0.05, "service_replies::test_any_json", "--json", record, "--seed", 3)
@@ -31,7 +32,7 @@ def test_a_few_seconds_of_one_property(tmp_path):
     assert "service_replies::any_json" in done.stdout and "by kind: decoding 0" in done.stdout
 
 
-def test_a_failure_is_counted_and_can_be_reproduced(tmp_path):
+def test_a_failure_is_counted_and_can_be_reproduced_and_unknown_topics_are_said(tmp_path):
     """With a property that fails: the blob is shown, the exit status says so."""
     script = tmp_path / "scripts" / "fuzz.py"
     script.parent.mkdir()
@@ -46,14 +47,12 @@ def test_a_failure_is_counted_and_can_be_reproduced(tmp_path):
         "@given(st.integers())\ndef test_small(number):\n    assert number < 1000\n"
         "@given(st.integers())\ndef test_whole(number):\n    assert type(number) is int\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script), "--minutes", "0.05"], capture_output=True, text=True, check=False
-    )
+    done = fuzz("--minutes", 0.05, script=script)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "@reproduce_failure(" in done.stdout and "wrong::whole" in done.stdout
-
-
-def test_help_has_examples_and_unknown_topics_are_said():
-    assert "scripts/fuzz.py --minutes 10" in fuzz("--help").stdout
-    done = fuzz("--minutes", 1, "no_such_topic")
+    done = fuzz("--minutes", 1, "no_such_topic", script=script)
     assert done.returncode == 1 and "no properties found for no_such_topic" in done.stderr
+
+
+def test_help_has_examples():
+    assert "scripts/fuzz.py --minutes 10" in fuzz("--help").stdout
