@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
-from arf_plugin.errors import EvaluationError
+from arf_plugin.errors import EvaluationError, FlagError
 from arf_plugin.untrusted import printable
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.records import EvalRecord
     from arf_plugin.evaluation.run_settings import Settings
     from arf_plugin.evaluation.sets import EvaluationSet
     from arf_plugin.evaluation.suites import Suite
@@ -24,6 +25,8 @@ EXAMPLES = """\
   arf evaluate --model ViT-B-16-quickgelu --pretrained openai --suite domainnet --data-root /data --skip-missing
   arf evaluate original.pt tuned.pt --wise 0.5 --model local-dir:clip --data sets    own sets; also: both mixed
   arf evaluate tuned.pt --model ViT-B-16 --suite my-suite.yaml --data-root /data --dry-run     what is there?
+  arf evaluate --compare flyp arf --among runs/ablation/results.jsonl                      is ARF ahead? by image
+  arf evaluate --compare flyp+wise@0.5 'runs/arf-*' --among a/results.jsonl b/results.jsonl
   torchrun --nproc_per_node 8 --no-python arf evaluate tuned.pt --model ViT-L-14 --suite domainnet --data-root /data
 
 suites that come along: domainnet, emojinet, imagenet-shifts, zero-shot-transfer. Sets are read as CLIP_benchmark's
@@ -45,7 +48,7 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT", help="weights of --model")
-    add("--model", required=True, metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME")
+    add("--model", metavar="M", help="open_clip model, local-dir:FOLDER or hf-hub:NAME; needed to measure")
     add("--pretrained", metavar="P", help="without checkpoints: open_clip tag or checkpoint file")
     wise = "also mix the first checkpoint with each other one in weight space (WiSE-FT)"
     add("--wise", type=float, metavar="ALPHA", help=wise)
@@ -55,6 +58,14 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     add = parser.add_argument_group("results").add_argument
     add("--out", type=Path, metavar="FILE", help="append records to this JSONL file; resumes")
     add("--json", type=Path, metavar="FILE", help="write a summary of the scores to FILE")
+    text = (
+        "say where AFTER is ahead of BEFORE, paired by image: each a checkpoint, a pattern of checkpoints or an arm "
+        "(several runs are seeds, by their folders ARM-SEED), with +wise@ALPHA for mixtures; or a file of records. "
+        "Without --model nothing is measured"
+    )
+    add("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help=text)
+    text = "records to compare, a file per grid or model (default: what is measured, or --out)"
+    add("--among", nargs="+", type=Path, default=[], metavar="FILE", help=text)
     add_run_flags(parser)
     add_device_options(parser)
     parser.set_defaults(run=run)
@@ -142,6 +153,17 @@ def run(args: argparse.Namespace) -> int:
 
     first = Processes().first
     warn_as("arf evaluate", first)
+    if args.model is None:
+        if args.compare is None or args.checkpoints or args.dry_run:
+            raise FlagError(
+                "--model is needed to measure: an open_clip model, local-dir:FOLDER or hf-hub:NAME."
+            )
+        if first:
+            content, text = compare(args, None)
+            if args.json:
+                write_json(args.json, content)
+            print(text)
+        return 0
     suite, sets = find(args, args.split, dry_run=args.dry_run)
     candidates = _candidates(args)
     if args.dry_run:
@@ -157,10 +179,64 @@ def run(args: argparse.Namespace) -> int:
         **device_options(args),
     )
     if first:
+        content, text = compare(args, records) if args.compare else ({}, "")
         if args.json:
-            write_json(args.json, summary(records, suite))
-        print(table(records, suite))
+            write_json(args.json, {**summary(records, suite), **content})
+        print(table(records, suite) + (f"\n\n{text}" if text else ""))
     return 0
+
+
+def compare(args: argparse.Namespace, measured: list[EvalRecord] | None) -> tuple[dict[str, Any], str]:
+    """Compares two arms by image.
+
+    Args:
+        args: the command line.
+        measured: records of this command; None if it has measured nothing.
+
+    Returns:
+        The verdicts for JSON, and as text.
+
+    Raises:
+        EvaluationError: the arms are not there, or nothing can be paired.
+    """
+    from arf_plugin.evaluation import verdicts
+    from arf_plugin.evaluation.records import read_records
+    from arf_plugin.evaluation.suites import known_suites, load_suite
+    from arf_plugin.evaluation.tables import comparison_table
+
+    files = [measured is None and Path(name).suffix == ".jsonl" for name in args.compare]
+    among = args.among or ([args.out] if args.out and measured is None else [])
+    pools = [read_records(path) for path in among] or ([measured] if measured is not None else [])
+    if not all(files) and (not pools or (any(files) and len(pools) > 1)):
+        raise FlagError(
+            f"--compare {' '.join(map(printable, args.compare))}: expected two files of records (.jsonl), or two arms "
+            "and the files that their records are in (--among FILE, or --out)."
+        )
+    sides = []
+    for name, is_file in zip(args.compare, files, strict=True):
+        found = [read_records(Path(name))] if is_file else pools
+        # What is compared is top-1, whatever heads a set's column.
+        of_split = [
+            [{**one, "headline": "top1"} for one in pool if one.get("split") in (None, args.split)]
+            for pool in found
+        ]
+        sides.append([verdicts.find_arm(pool, "*" if is_file else name) for pool in of_split])
+    before, after = verdicts.joined(*sides)
+    records = [record for run in after.values() for record in run.values()]
+    suites = {record.get("suite") for record in records} & set(known_suites())
+    suite = args.suite or (suites.pop() if len(suites) == 1 else None)
+    averages = load_suite(suite).averages if suite else {}
+    by_set = verdicts.compare(
+        after, before, verdicts.single(record["set"] for record in records), mean=not averages
+    )
+    by_average = verdicts.compare(after, before, averages, mean=True)
+    if not by_set.verdicts:
+        why = "; ".join(dict.fromkeys(by_set.unpaired.values())) or "no run of one has a run of the other"
+        raise EvaluationError(f"{' and '.join(map(printable, args.compare))} cannot be compared: {why}.")
+    told = {"before": args.compare[0], "after": args.compare[1], "unpaired": by_set.unpaired}
+    for key, one in (("sets", by_set), ("averages", by_average)):
+        told[key] = {name: verdict.as_json() for name, verdict in one.verdicts.items()}
+    return {"compare": told}, comparison_table(*args.compare, by_set, by_average)
 
 
 def find(

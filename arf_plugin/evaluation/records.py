@@ -8,24 +8,33 @@
      "model": "ViT-B-16", "pretrained": null, "preprocess": null or the flags that change model and preprocessing,
      "images": 871, "expected_images": null, "classes": 21,
      "metrics": {"top1": 43.2, "top5": 70.1, "mean_per_class": 40.0, "macro_f1": 39.1, "ece": 3.2},
-     "headline": "top1", "prompts": SHA-256 of class names and templates, "data": SHA-256 of what was read,
+     "headline": "top1", "right": a bit per image, see :func:`packed`,
+     "prompts": SHA-256 of class names and templates, "data": SHA-256 of what was read,
      "device": "cpu", "precision": "fp32", "batch_size": 256, "classifier": "zero-shot" or "head",
      "versions": {...}, "time": "2025-01-31T12:00:00+00:00"}
 
-Averages are not stored; they follow from the suite's definition when records are read.
+``right`` says of every image whether it was right at the first guess, so that arms can be compared by image
+(:mod:`arf_plugin.evaluation.verdicts`); ``data`` says which images they are, in order. Records of earlier versions are
+without. Averages are not stored; they follow from the suite's definition when records are read.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.untrusted import parse_json, printable, require_fields, require_regular, utf8
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FORMAT = 1
 EvalRecord = dict[str, Any]
@@ -49,12 +58,13 @@ _NUMBERS: dict[str, type | tuple[type, ...]] = {
     **{"epoch": int, "step": int, "start": (int, float), "batch_size": int},
 }
 _FIELDS = {
-    **dict.fromkeys((*IDENTITY, *_NAMES, "time"), (str, type(None))),
+    **dict.fromkeys((*IDENTITY, *_NAMES, "time", "right"), (str, type(None))),
     **dict.fromkeys(("set", "checkpoint", "headline"), str),
     **_NUMBERS,
     "metrics": dict,
 }
 _LARGEST = 1e15
+_ARM_AND_SEED = re.compile(r"(?P<arm>.+?)[-_](?:seed[-_]?|s)?(?P<seed>\d+)")
 
 
 def identity(record: EvalRecord) -> tuple[Any, ...]:
@@ -137,6 +147,55 @@ def _check(record: Any, where: str, whole: bool) -> None:
             raise EvaluationError(
                 f"{where}: '{printable(name)}' is {str(value)[:40]}, expected a finite number."
             )
+    if record.get("right") is not None:
+        right_images(record, where)
+
+
+def packed(right: NDArray[np.bool_]) -> str:
+    """Bits of images [N], right or wrong, for a record: eight to a byte, the first one highest, in base64."""
+    import numpy as np
+
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
+def right_images(record: EvalRecord, where: str | None = None) -> NDArray[np.bool_]:
+    """Which images of a record with the field ``right`` were right, [N] in the set's order.
+
+    Args:
+        record: the record.
+        where: what it is, for messages.
+
+    Raises:
+        EvaluationError: the field is not of that record: no base64, of another length, or of another accuracy.
+    """
+    import numpy as np
+
+    where = where or f"The record of {printable(record['checkpoint'])} on '{printable(record['set'])}'"
+    images, top1 = record.get("images"), record["metrics"].get("top1")
+    if not isinstance(images, int) or top1 is None or not record.get("data"):
+        raise EvaluationError(
+            f"{where}: 'right' says which images were right, so 'images', 'data' and the metric 'top1' are expected, "
+            "too. Measure it again."
+        )
+    try:
+        content = base64.b64decode(record["right"], validate=True)
+    except (ValueError, TypeError):
+        raise EvaluationError(
+            f"{where}: 'right' is {printable(str(record['right']))[:40]!r}, expected base64. Measure it again."
+        ) from None
+    if len(content) != (images + 7) // 8:
+        raise EvaluationError(
+            f"{where}: 'right' has {len(content)} bytes, expected {(images + 7) // 8} for {images} images. Measure it "
+            "again."
+        )
+    bits = np.unpackbits(np.frombuffer(content, dtype=np.uint8)).astype(bool)
+    count = int(bits.sum())
+    if bits[images:].any() or not abs(count - top1 * images / 100) < 0.5:
+        raise EvaluationError(
+            f"{where}: 'right' has {count} right images of {images}, but top1 is {top1:.4f}, expected "
+            f"{100 * count / max(1, images):.4f}. They are of different records. Measure it again."
+        )
+    return bits[:images]
 
 
 def append_record(path: Path, record: EvalRecord) -> None:
@@ -234,6 +293,27 @@ class Results:
         self._listed.add(_values(record, _LISTING))
         if self.path is not None and self.writes:
             append_record(self.path, record)
+
+
+def arm_and_seed(name: str) -> tuple[str, int | None]:
+    """Splits the name of a run.
+
+    >>> arm_and_seed("caption-only-2"), arm_and_seed("arf_seed1"), arm_and_seed("clip")
+    (('caption-only', 2), ('arf', 1), ('clip', None))
+    """
+    match = _ARM_AND_SEED.fullmatch(name)
+    return (match["arm"], int(match["seed"])) if match else (name, None)
+
+
+def run_name(checkpoint: str) -> str:
+    """The folder that a checkpoint's run is named after, or the file's own name if it lies in none.
+
+    >>> run_name("logs/arf-0/checkpoints/epoch_10.pt"), run_name("./flyp-1.pt")
+    ('arf-0', 'flyp-1')
+    """
+    path = Path(checkpoint)
+    parts = [part for part in path.parts[:-1] if part not in ("checkpoints", ".", "..", "/")]
+    return parts[-1] if parts else path.stem
 
 
 def select(records: Iterable[EvalRecord], **wanted: Any) -> list[EvalRecord]:

@@ -19,7 +19,7 @@ from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.candidates import Candidate, build, how_many_fit, load_all, weights_digest
 from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import Predictions, joined, measure
-from arf_plugin.evaluation.records import FORMAT, EvalRecord, Results
+from arf_plugin.evaluation.records import FORMAT, EvalRecord, Results, packed
 from arf_plugin.evaluation.run_settings import Settings
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.zeroshot import PRECISIONS, Classifier
@@ -121,6 +121,7 @@ def evaluate(
                     for task, found, classifier in _predict(part, runtime, bar.update):
                         scores = measure(found, len(task.dataset.classnames))
                         told = {"metrics": scores, "classifier": classifier, "time": _now()}
+                        told["right"] = packed((found.target == found.predicted).numpy())
                         results.add({**task.record, **told})
         if expected and processes.first:
             rate = expected / (time.monotonic() - started)

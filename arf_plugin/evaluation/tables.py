@@ -8,6 +8,7 @@ from typing import Any
 from arf_plugin.console import text_table
 from arf_plugin.evaluation.records import EvalRecord
 from arf_plugin.evaluation.suites import Suite, average
+from arf_plugin.evaluation.verdicts import Comparison
 from arf_plugin.untrusted import printable
 
 _HEADINGS = {
@@ -75,3 +76,37 @@ def table(records: Sequence[EvalRecord], suite: Suite | None) -> str:
     shown = text_table(["percent", "images", *columns], lines)
     keys = [f"{column} {name}" for column, name in zip(columns, names, strict=True)] if not one else []
     return printable("\n".join([*names[:one], shown, *keys]))
+
+
+def comparison_table(before: str, after: str, *found: Comparison) -> str:
+    """Lays verdicts on one arm less another out for a console."""
+    lines = [
+        [name, each.images, each.differ, f"{each.other:.1f}", f"{each.one:.1f}", f"{each.difference:+.1f}",
+         f"{each.low:+.1f} to {each.high:+.1f}", f"{each.p:.2g}", f"{each.corrected:.2g}", each.word]
+        for one in found
+        for name, each in one.verdicts.items()
+    ]  # fmt: skip
+    seeds = max(each.seeds for one in found for each in one.verdicts.values())
+    columns = (
+        "images",
+        "differ",
+        "before",
+        "after",
+        "after - before",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+        "verdict",
+    )
+    return "\n".join(
+        [
+            f"before: {printable(before)}; after: {printable(after)}",
+            f"top-1 in percent, paired by image, {seeds} {'run' if seeds == 1 else 'runs'} each",
+            text_table(["", *columns], lines),
+            *(
+                f"not compared: {printable(name)}: {why}"
+                for one in found
+                for name, why in one.unpaired.items()
+            ),
+        ]
+    )

@@ -109,6 +109,7 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
     first, further = ([], []) if not said else (said[0][1][:1], [(said[0][0], said[0][1][1:]), *said[1:]])
     sentences, kinds = provenance.manifest_rows(report.anchors) if report.anchors else ([], {})
     by_set = results.by_set()
+    pairs = [item for one in report.slices for _, by in one.pairs(found.reference) for item in by.values()]
     html = environment.get_template("report.html").render(
         title=report.title,
         version=__version__,
@@ -127,7 +128,9 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         tables=[(one, one.names(averages)) for one in report.slices],
         signs=SIGNS,
         meanings=MEANINGS,
-        comparisons=sum(len(by) for one in report.slices for by in one.differences.values()),
+        comparisons=len(pairs),
+        paired=any(item.paired for item in pairs),
+        all_paired=all(item.paired for item in pairs),
         groups=groups,
         by_set={arm: by_set[arm, None] for arm in found.arms if by_set.get((arm, None))},
         alphas=[f"{alpha:g}" for alpha in results.alphas()],
@@ -164,7 +167,11 @@ def _about(score: Score) -> str:
         parts.append(MEANINGS[score.verdict])
         if score.interval is not None:
             low, high = map(signed, score.interval)
-            parts.append(f"95 % interval over {len(score.seeds)} seeds {low} to {high}")
+            seeds = "one seed" if len(score.seeds) == 1 else f"{len(score.seeds)} seeds"
+            over = f"images and {seeds}" if score.paired else seeds
+            parts.append(f"95 % interval over {over} {low} to {high}")
+        if score.paired is not None:
+            return "; ".join([*parts, f"p = {score.paired.corrected:.2g}, corrected"])
     elif set(score.seeds) != {None}:
         parts.append(
             ", ".join(f"seed {seed}: {value:.1f}" for seed, value in score.seeds.items() if seed is not None)
@@ -243,6 +250,7 @@ def _differences(report: Report) -> list[dict[str, Any]]:
             "standard_error": None if item.error is None else round(item.error, 4),
             "interval95": None if item.interval is None else [round(end, 4) for end in item.interval],
             "every_seed": item.every_seed,
+            "paired": None if item.paired is None else item.paired.as_json(),
             "verdict": item.verdict,
         }
         for one in report.slices

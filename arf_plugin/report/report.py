@@ -213,6 +213,9 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
 
 def _add_notes(report: Report) -> None:
     report.notes += report.results.truncated()
+    for reason in dict.fromkeys(report.results.unpaired.values()):
+        names = ", ".join(name for name, why in report.results.unpaired.items() if why == reason)
+        report.notes.append(f"Differences on {names} are not all paired by image: {reason}.")
     seeds = (seed for grid in report.found.grids for seed in entries(grid.get("seeds")))
     wanted = sorted({seed for seed in seeds if type(seed) is int})
     for arm, by_average in report.slices[0].scores.items() if report.slices else ():

@@ -4,10 +4,13 @@ Two kinds of noise are kept apart. The spread over seeds is measured. The error 
 the same kind would change: binomial, ``sqrt(p (1 - p) / n)`` per set, carried through the suite's averages. It is an
 upper bound, for it takes a seed's mistakes for independent of another seed's.
 
-A difference is taken seed by seed (both arms share the seed), so what a seed does to both drops out. Its 95 % interval
-is Student's, with one degree of freedom less than seeds. The test images leave an error of their own, which more
-seeds do not lower; its bound here takes the two arms' mistakes for independent, though both see the same images, so the
-true one is smaller. A verdict names the strictest claim that holds:
+A difference is taken seed by seed (both arms share the seed), so what a seed does to both drops out. Where records say
+which images were right, it is taken image by image, too: interval and verdict are those of
+:mod:`arf_plugin.evaluation.verdicts`, and hold for new images and new seeds.
+
+Otherwise the 95 % interval is Student's, with one degree of freedom less than seeds. The test images leave an error of
+their own, which more seeds do not lower; its bound here takes the two arms' mistakes for independent, though both see
+the same images, so the true one is smaller. A verdict names the strictest claim that holds:
 
 =============  =================================================================================================
 ``ahead``      the interval over seeds leaves out zero, and the mean exceeds 1.96 errors of the test images
@@ -16,7 +19,7 @@ true one is smaller. A verdict names the strictest claim that holds:
 ``behind``, ``behind here``   likewise
 =============  =================================================================================================
 
-One seed alone gives no interval; its verdict is ``here`` at most.
+One seed alone gives no interval then; its verdict is ``here`` at most.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any
 
 from arf_plugin.errors import EvaluationError, ReportError
 from arf_plugin.evaluation.suites import Average, Suite, average, load_suite
+from arf_plugin.evaluation.verdicts import ByRun, Comparison, Verdict, compare, single
 from arf_plugin.report.sources import Measurement
 
 Seeds = dict[int | None, float]
@@ -74,7 +78,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference(Score):
-    """One arm less another, in points of percent."""
+    """One arm less another, in points of percent.
+
+    Attributes:
+        paired: the verdict by image, where records say which images were right.
+    """
+
+    paired: Verdict | None = None
 
     @property
     def error(self) -> float | None:
@@ -83,13 +93,20 @@ class Difference(Score):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval over seeds; None for one seed."""
+        """95 % interval: over images and seeds, if they are paired by image; else over seeds, None for one."""
+        if self.paired is not None:
+            return self.paired.low, self.paired.high
         if self.error is None:
             return None
         from scipy.special import stdtrit  # Student's quantiles; scipy.stats takes seconds to import
 
         half = float(stdtrit(len(self.seeds) - 1, 0.975)) * self.error
         return self.mean - half, self.mean + half
+
+    @property
+    def half(self) -> float | None:
+        """Half of the interval."""
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     @property
     def every_seed(self) -> bool:
@@ -99,6 +116,8 @@ class Difference(Score):
     @property
     def verdict(self) -> str:
         """See the module's docstring."""
+        if self.paired is not None:
+            return self.paired.word
         side = "ahead" if self.mean > 0 else "behind"
         beyond_images = abs(self.mean) > 1.96 * self.image_error
         if self.interval is None:
@@ -109,8 +128,13 @@ class Difference(Score):
         return side if beyond_images else f"{side} here"
 
 
-def difference(one: Score, other: Score) -> Difference | None:
+def difference(one: Score, other: Score, paired: Verdict | None = None) -> Difference | None:
     """One less the other over the seeds that both have; a model without a seed is compared with every seed.
+
+    Args:
+        one: an arm's score.
+        other: the score of the arm it is compared with.
+        paired: the verdict by image.
 
     Returns:
         None if they share no seed.
@@ -121,12 +145,16 @@ def difference(one: Score, other: Score) -> Difference | None:
         pairs = {seed: one.seeds[None] - value for seed, value in other.seeds.items()}
     else:
         pairs = {seed: value - other.seeds[seed] for seed, value in one.seeds.items() if seed in other.seeds}
-    return Difference(pairs, math.hypot(one.image_error, other.image_error)) if pairs else None
+    return Difference(pairs, math.hypot(one.image_error, other.image_error), paired) if pairs else None
 
 
-def differences(one: Mapping[str, Score], other: Mapping[str, Score]) -> dict[str, Difference]:
+def differences(
+    one: Mapping[str, Score], other: Mapping[str, Score], paired: Mapping[str, Verdict]
+) -> dict[str, Difference]:
     """What two arms differ by, by average; see :func:`difference`."""
-    found = {name: difference(score, other[name]) for name, score in one.items() if name in other}
+    found = {
+        name: difference(score, other[name], paired.get(name)) for name, score in one.items() if name in other
+    }
     return {name: item for name, item in found.items() if item is not None}
 
 
@@ -173,8 +201,7 @@ class Averages:
     """
 
     def __init__(self, suites: Sequence[str], sets: Sequence[str]) -> None:
-        each = {name: Average.model_construct(kind="", of=(name,)) for name in sets}  # of no kind
-        by_set = Suite.model_construct(name="", description="", sets={}, averages=each)
+        by_set = Suite.model_construct(name="", description="", sets={}, averages=single(sets))
         self.suites = [load_suite(name) for name in suites] or [by_set]
         repeated = [name for suite in self.suites for name in suite.averages]
         self.known: dict[str, Average] = {}
@@ -201,6 +228,16 @@ class Averages:
             for suite in self.suites
             for name, value in average(suite, values).items()
         }
+
+    def compare(self, one: ByRun, other: ByRun) -> Comparison:
+        """Compares two arms' records by image, on all averages."""
+        found = Comparison({}, {})
+        for suite in self.suites:
+            of_suite = compare(one, other, suite.averages)
+            shown = {name: self._names[suite.name, name] for name in suite.averages}
+            found.verdicts.update({shown[name]: verdict for name, verdict in of_suite.verdicts.items()})
+            found.unpaired.update({shown[name]: reason for name, reason in of_suite.unpaired.items()})
+        return found
 
     def error(self, values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
         """Standard errors of the averages from those of the sets, by the first derivatives."""
@@ -235,6 +272,7 @@ class Results:
         self.records: dict[Key, dict[int | None, dict[str, dict[str, Any]]]] = {}  # by seed and set
         for (arm, alpha, seed, name), record in latest.items():
             self.records.setdefault((arm, alpha), {}).setdefault(seed, {})[name] = record
+        self.unpaired: dict[str, str] = {}  # why averages could not be compared by image
 
     @property
     def sets(self) -> list[str]:
@@ -247,6 +285,12 @@ class Results:
     def unit(self) -> str:
         """What the scores are, for headings."""
         return "top-1 %" if {record["headline"] for record in self._all()} <= {"top1"} else "accuracy, %"
+
+    def verdicts(self, one: Key, other: Key) -> dict[str, Verdict]:
+        """Verdicts by image on one arm less another, by average; `unpaired` has why others are missing."""
+        found = self.averages.compare(self.records[one], self.records[other])
+        self.unpaired.update(found.unpaired)
+        return found.verdicts
 
     def alphas(self) -> list[float]:
         """All alphas of mixtures."""

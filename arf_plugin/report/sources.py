@@ -10,7 +10,6 @@ a file of records         ``*.jsonl`` by ``arf evaluate --out``; the checkpoints
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from arf_plugin import untrusted
 from arf_plugin.errors import EvaluationError, ReportError
+from arf_plugin.evaluation.records import arm_and_seed, run_name
 from arf_plugin.files import list_files
 from arf_plugin.validation import validated
 
-_ARM_AND_SEED = re.compile(r"(?P<arm>.+?)[-_](?:seed[-_]?|s)?(?P<seed>\d+)")
 _KNOWN_ARMS = {
     "before": ("before", "before"),
     "flyp": ("FLYP", "baseline"),
@@ -260,16 +259,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def arm_and_seed(name: str) -> tuple[str, int | None]:
-    """Splits the name of a run.
-
-    >>> arm_and_seed("caption-only-2"), arm_and_seed("arf_seed1"), arm_and_seed("clip")
-    (('caption-only', 2), ('arf', 1), ('clip', None))
-    """
-    match = _ARM_AND_SEED.fullmatch(name)
-    return (match["arm"], int(match["seed"])) if match else (name, None)
-
-
 def _measurement(
     found: Collected,
     record: dict[str, Any],
@@ -279,8 +268,7 @@ def _measurement(
 ) -> Measurement:
     """Says whose a record is: by its run's folder, as the original of mixtures, else by the checkpoint's folder."""
     alpha, path = finite(record.get("alpha")), Path(record["checkpoint"])
-    parts = [part for part in path.parts[:-1] if part not in ("checkpoints", ".", "..", "/")]
-    name = parts[-1] if parts else path.stem  # the folder that the run is named after
+    name = run_name(record["checkpoint"])
     above = [parent for place in (folder / path, path) for parent in place.resolve().parents]
     run = next((folders[parent] for parent in above if parent in folders), None)
     run = run or {place.name: run for place, run in folders.items()}.get(name)

@@ -56,34 +56,38 @@ def build_slices(
     """Builds the tables that the measurements allow."""
     by_key = results.by_average()
 
-    def scores(alphas: Mapping[str, float | None]) -> dict[str, dict[str, Score]]:
+    def table(key: str, title: str, alphas: Mapping[str, float | None]) -> Slice:
         """Scores of arms at alphas; the model before fine-tuning has none, and alpha 1 is the fine-tuned one."""
-        chosen = {arm: by_key.get(_measured(by_key, arm, alpha), {}) for arm, alpha in alphas.items()}
-        return {arm: chosen[arm] for arm in found.arms if chosen.get(arm)}
+        keys = {arm: _measured(by_key, arm, alphas[arm]) for arm in found.arms if arm in alphas}
+        keys = {arm: key for arm, key in keys.items() if by_key.get(key)}
+        made = Slice(key, title, {arm: by_key[key] for arm, key in keys.items()})
+
+        def less(arm: str, other: str) -> dict[str, Difference]:
+            paired = results.verdicts(keys[arm], keys[other])
+            return differences(made.scores[arm], made.scores[other], paired)
+
+        reference = found.reference
+        if reference in keys:
+            made.differences = {arm: less(arm, reference) for arm in keys if arm != reference}
+        wanted = [pair for pair in comparisons if set(pair) <= keys.keys() and pair[1] != reference]
+        made.comparisons = {pair: less(*pair) for pair in wanted}
+        return made
 
     before: dict[str, float | None] = {found.before: None} if found.before else {}
-    slices = [Slice("tuned", "as fine-tuned", scores(dict.fromkeys(found.arms)))]
+    slices = [table("tuned", "as fine-tuned", dict.fromkeys(found.arms))]
     inner = [alpha for alpha in results.alphas() if 0.0 < alpha < 1.0]
     wise = 0.5 if 0.5 in inner else statistics.median_low(inner) if inner else None
     if wise is not None:
         slices.append(
-            Slice("wise", f"WiSE-FT at α = {wise:g}", scores({**dict.fromkeys(found.arms, wise), **before}))
+            table("wise", f"WiSE-FT at α = {wise:g}", {**dict.fromkeys(found.arms, wise), **before})
         )
     chosen = chosen_alphas(found, averages)
     if wise is not None and set(chosen.values()) == {wise}:  # a table of its own would say the same twice
         if len(results.alphas()) > 1:
             slices[-1].title += ", which validation chose for every arm"
-    elif scores(chosen):
-        title = "WiSE-FT, α chosen on validation"
-        slices.append(Slice("chosen", title, scores({**before, **chosen}), alphas=chosen))
-    for one in slices:
-        reference = one.scores.get(found.reference or "", {})
-        for arm, by_average in one.scores.items():
-            if arm != found.reference and reference:
-                one.differences[arm] = differences(by_average, reference)
-        for arm, other in comparisons:
-            if arm in one.scores and other in one.scores and other != found.reference:
-                one.comparisons[arm, other] = differences(one.scores[arm], one.scores[other])
+    elif any(by_key.get(_measured(by_key, arm, alpha)) for arm, alpha in chosen.items()):
+        slices.append(table("chosen", "WiSE-FT, α chosen on validation", {**before, **chosen}))
+        slices[-1].alphas = chosen
     return slices
 
 
