@@ -17,6 +17,10 @@ from arf_plugin.files import replacing, write_json
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+VERDICTS = (
+    "points, ± half of the 95 % interval, paired by image and seed; ▲ ahead, ▼ behind, ≈ level (after Holm)"
+)
+
 
 def scores(grid: Grid, folder: Path, runs: Sequence[Run], records: Path) -> DataFrame:
     """Reads records and reduces them to the suite's averages.
@@ -158,7 +162,7 @@ def _line(arm: Arm, alpha: float | None, test: DataFrame) -> dict[str, Any] | No
         return None
     return {
         "arm": arm.name,
-        "label": arm.label if alpha is None else f"{arm.label} + WiSE-FT {alpha:g}",
+        "label": _label(arm, alpha),
         "alpha": alpha,
         "mean": found.mean().round(3).to_dict(),
         "std": found.std().round(3).to_dict() if len(found) > 1 else None,
@@ -178,6 +182,82 @@ def _against(reference: str | None, test: DataFrame) -> dict[str, Any]:
                 for average, values in less.items()
             }
     return result
+
+
+def verdicts(
+    grid: Grid, folder: Path, runs: Sequence[Run], records: Path, alphas: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Compares every line of the table by image with the reference arm, and with its mixture at the chosen alpha.
+
+    Args:
+        grid: The grid.
+        folder: GRID.
+        runs: The finished runs.
+        records: File of records.
+        alphas: Chosen alpha by arm.
+
+    Returns:
+        An entry per pair of lines (arm, label, alpha; against, against_label, against_alpha), with ``averages``: the
+        suite's and their ``mean``, see :class:`arf_plugin.evaluation.verdicts.Verdict`; and ``unpaired``: why others
+        are missing.
+    """
+    from arf_plugin.evaluation.records import read_records
+    from arf_plugin.evaluation.suites import load_suite
+    from arf_plugin.evaluation.verdicts import compare
+
+    averages = load_suite(grid.evaluation.suite).averages
+    by_name = {str(run.weights.relative_to(folder)): run for run in runs}
+    lines: dict[tuple[str, float | None], dict[int | None, dict[str, Any]]] = {}
+    for record in read_records(records) if records.is_file() else ():
+        if (run := by_name.get(record["checkpoint"])) is not None:
+            seed = run.seed if run.arm.is_trained else None  # the model before has none
+            by_seed = lines.setdefault((run.arm.name, record.get("alpha")), {})
+            by_seed.setdefault(seed, {})[record["set"]] = record
+    of_arms = [(arm, alpha) for arm in grid.arms for alpha in dict.fromkeys((None, alphas.get(arm.name)))]
+    shown = [(arm, alpha) for arm, alpha in of_arms if (arm.name, alpha) in lines]
+    found = []
+    for other, other_alpha in [(arm, alpha) for arm, alpha in shown if arm.name == grid.reference]:
+        for arm, alpha in shown:
+            if (arm, alpha) == (other, other_alpha):
+                continue
+            one = compare(lines[arm.name, alpha], lines[other.name, other_alpha], averages, mean=True)
+            found.append(
+                {
+                    "arm": arm.name,
+                    "label": _label(arm, alpha),
+                    "alpha": alpha,
+                    "against": other.name,
+                    "against_label": _label(other, other_alpha),
+                    "against_alpha": other_alpha,
+                    "averages": {name: verdict.as_json() for name, verdict in one.verdicts.items()},
+                    "unpaired": one.unpaired,
+                }
+            )
+    return found
+
+
+def _label(arm: Arm, alpha: float | None) -> str:
+    return arm.label if alpha is None else f"{arm.label} + WiSE-FT {alpha:g}"
+
+
+def _verdict_cells(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The tables of verdicts, one per arm that is compared with: title, heading, and a line per arm."""
+    from arf_plugin.evaluation.verdicts import as_cell
+
+    tables = []
+    entries = [entry for entry in result.get("verdicts", ()) if entry["averages"]]
+    for other in dict.fromkeys(entry["against_label"] for entry in entries):
+        of_other = [entry for entry in entries if entry["against_label"] == other]
+        names = list(dict.fromkeys(name for entry in of_other for name in entry["averages"]))
+        lines = [
+            [
+                entry["label"],
+                *(as_cell(entry["averages"][n]) if n in entry["averages"] else "" for n in names),
+            ]
+            for entry in of_other
+        ]
+        tables.append((f"less {other}", names, lines))
+    return tables
 
 
 def _cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -201,7 +281,9 @@ def as_text(result: Mapping[str, Any]) -> str:
     header, lines = _cells(result)
     count = len(result["seeds"])
     title = f"test sets, percent, mean ± standard deviation over {count} seed{'s' if count != 1 else ''}"
-    return f"{title}\n{text_table(['', *header], lines)}"
+    text = f"{title}\n{text_table(['', *header], lines)}"
+    tables = [text_table([title, *names], lines) for title, names, lines in _verdict_cells(result)]
+    return "\n\n".join([text, f"{VERDICTS}\n{tables[0]}", *tables[1:]] if tables else [text])
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
@@ -210,8 +292,15 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return markdown_table(["%", *header], lines) + "\n"
 
 
+def verdicts_as_markdown(result: Mapping[str, Any]) -> str:
+    """The tables of verdicts for a page of documentation; empty without any."""
+    tables = [markdown_table([title, *names], lines) for title, names, lines in _verdict_cells(result)]
+    return "\n\n".join([f"{VERDICTS}:", *tables]) + "\n" if tables else ""
+
+
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes results.json and table.md."""
     write_json(folder / "results.json", result)
     with replacing(folder / "table.md") as temporary:
-        temporary.write_text(as_markdown(result), encoding="utf-8")
+        paired = verdicts_as_markdown(result)
+        temporary.write_text(as_markdown(result) + (f"\n{paired}" if paired else ""), encoding="utf-8")

@@ -14,7 +14,7 @@ Several seeds, or several sets
     seeds is all there is, as many as images where it is not.
 
     Percentiles of one bootstrap over images and seeds are what is found more often. With two or three seeds that
-    differ they cover the truth in 70 to 90 % of simulations in place of 95, this in 88 to 98; see
+    differ they cover the truth in 70 to 90 % of simulations in place of 95, this in 88 to 99; see
     ``tests/unit/evaluation/test_verdicts.py``.
 
 No p is below what the exact test could give for as many images as the arms differ on, whatever the bootstrap says of
@@ -96,9 +96,11 @@ class Verdict:
             "verdict": self.word,
         }
 
-    def __str__(self) -> str:
-        """``+6.3 ± 2.2 ▲``, with half of the interval."""
-        return f"{self.difference:+.1f} ± {(self.high - self.low) / 2:.1f} {SIGNS[self.word]}"
+
+def as_cell(verdict: Mapping[str, Any]) -> str:
+    """A verdict, as JSON has it, for a table: ``+6.3 ± 2.2 ▲``, with half of the interval."""
+    low, high = verdict["interval95"]
+    return f"{verdict['difference']:+.1f} ± {(high - low) / 2:.1f} {SIGNS[verdict['verdict']]}"
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,7 @@ def _judge(found: Mapping[str, _Set], averages: Mapping[str, Average], names: Se
     seeds, mean = len(one), float((one - other).mean())
     of_images = float((drawn[0] - drawn[1]).mean(axis=1).var())
     of_seeds = float((one - other).var(ddof=1)) / seeds if seeds > 1 else 0.0
-    half, p, error = 0.0, 1.0, (of_images + of_seeds) ** 0.5
+    half, p, error = 0.0, float(mean == 0), (of_images + of_seeds) ** 0.5
     if error > 0:
         freedom = error**4 / (of_images**2 / max(1, images - len(found)) + of_seeds**2 / max(1, seeds - 1))
         half = float(_special().stdtrit(freedom, 0.975)) * error
