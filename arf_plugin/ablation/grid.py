@@ -177,7 +177,7 @@ class Ablation:
             else {}
         )
         result = table.summarize(grid, runs, scores["test"], alphas)
-        result["verdicts"] = table.verdicts(grid, folder, runs, folder / "results.jsonl", alphas)
+        result["verdicts"] = table.verdicts(grid, folder, runs, folder / "results.jsonl", result["rows"])
         table.write(folder, result)
         return result
 

@@ -17,6 +17,7 @@ from arf_plugin.files import replacing, write_json
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+_AGAINST = {"": "arm", "_label": "label", "_alpha": "alpha"}
 VERDICTS = (
     "points, ± half of the 95 % interval, paired by image and seed; ▲ ahead, ▼ behind, ≈ level (after Holm)"
 )
@@ -162,7 +163,7 @@ def _line(arm: Arm, alpha: float | None, test: DataFrame) -> dict[str, Any] | No
         return None
     return {
         "arm": arm.name,
-        "label": _label(arm, alpha),
+        "label": arm.label if alpha is None else f"{arm.label} + WiSE-FT {alpha:g}",
         "alpha": alpha,
         "mean": found.mean().round(3).to_dict(),
         "std": found.std().round(3).to_dict() if len(found) > 1 else None,
@@ -185,16 +186,16 @@ def _against(reference: str | None, test: DataFrame) -> dict[str, Any]:
 
 
 def verdicts(
-    grid: Grid, folder: Path, runs: Sequence[Run], records: Path, alphas: Mapping[str, float]
+    grid: Grid, folder: Path, runs: Sequence[Run], records: Path, lines: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Compares every line of the table by image with the reference arm, and with its mixture at the chosen alpha.
+    """Compares every line of the table by image with those of the reference arm.
 
     Args:
         grid: The grid.
         folder: GRID.
         runs: The finished runs.
         records: File of records.
-        alphas: Chosen alpha by arm.
+        lines: ``rows`` of :func:`summarize`.
 
     Returns:
         An entry per pair of lines (arm, label, alpha; against, against_label, against_alpha), with ``averages``: the
@@ -207,37 +208,28 @@ def verdicts(
 
     averages = load_suite(grid.evaluation.suite).averages
     by_name = {str(run.weights.relative_to(folder)): run for run in runs}
-    lines: dict[tuple[str, float | None], dict[int | None, dict[str, Any]]] = {}
+    measured: dict[tuple[str, float | None], dict[int | None, dict[str, Any]]] = {}
     for record in read_records(records) if records.is_file() else ():
         if (run := by_name.get(record["checkpoint"])) is not None:
             seed = run.seed if run.arm.is_trained else None  # the model before has none
-            by_seed = lines.setdefault((run.arm.name, record.get("alpha")), {})
+            by_seed = measured.setdefault((run.arm.name, record.get("alpha")), {})
             by_seed.setdefault(seed, {})[record["set"]] = record
-    of_arms = [(arm, alpha) for arm in grid.arms for alpha in dict.fromkeys((None, alphas.get(arm.name)))]
-    shown = [(arm, alpha) for arm, alpha in of_arms if (arm.name, alpha) in lines]
     found = []
-    for other, other_alpha in [(arm, alpha) for arm, alpha in shown if arm.name == grid.reference]:
-        for arm, alpha in shown:
-            if (arm, alpha) == (other, other_alpha):
+    for other in [line for line in lines if line["arm"] == grid.reference]:
+        for line in lines:
+            if line is other:
                 continue
-            one = compare(lines[arm.name, alpha], lines[other.name, other_alpha], averages, mean=True)
+            one, reference = (measured.get((each["arm"], each["alpha"]), {}) for each in (line, other))
+            compared = compare(one, reference, averages, mean=True)
             found.append(
                 {
-                    "arm": arm.name,
-                    "label": _label(arm, alpha),
-                    "alpha": alpha,
-                    "against": other.name,
-                    "against_label": _label(other, other_alpha),
-                    "against_alpha": other_alpha,
-                    "averages": {name: verdict.as_json() for name, verdict in one.verdicts.items()},
-                    "unpaired": one.unpaired,
+                    **{name: line[name] for name in ("arm", "label", "alpha")},
+                    **{f"against{end}": other[name] for end, name in _AGAINST.items()},
+                    "averages": {name: verdict.as_json() for name, verdict in compared.verdicts.items()},
+                    "unpaired": compared.unpaired,
                 }
             )
     return found
-
-
-def _label(arm: Arm, alpha: float | None) -> str:
-    return arm.label if alpha is None else f"{arm.label} + WiSE-FT {alpha:g}"
 
 
 def _verdict_cells(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -172,7 +172,7 @@ def right_images(record: EvalRecord, where: str | None = None) -> NDArray[np.boo
 
     where = where or f"The record of {printable(record['checkpoint'])} on '{printable(record['set'])}'"
     images, top1 = record.get("images"), record["metrics"].get("top1")
-    if not isinstance(images, int) or top1 is None or not record.get("data"):
+    if not isinstance(images, int) or images < 1 or top1 is None or not record.get("data"):
         raise EvaluationError(
             f"{where}: 'right' says which images were right, so 'images', 'data' and the metric 'top1' are expected, "
             "too. Measure it again."
@@ -193,7 +193,7 @@ def right_images(record: EvalRecord, where: str | None = None) -> NDArray[np.boo
     if bits[images:].any() or not abs(count - top1 * images / 100) < 0.5:
         raise EvaluationError(
             f"{where}: 'right' has {count} right images of {images}, but top1 is {top1:.4f}, expected "
-            f"{100 * count / max(1, images):.4f}. They are of different records. Measure it again."
+            f"{100 * count / images:.4f}. They are of different records. Measure it again."
         )
     return bits[:images]
 

@@ -129,7 +129,7 @@ def compare(one: ByRun, other: ByRun, averages: Mapping[str, Average], mean: boo
     """
     import numpy as np
 
-    seeds = matched(one, other)
+    seeds = matched(one, other) if one and other else []
     verdicts: dict[str, Verdict] = {}
     unpaired: dict[str, str] = {}
     reduced: dict[tuple[Any, ...], _Set] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from support import building, clip_benchmark, forks
 from support.evaluation import NAMES, save_checkpoint, save_config, write_folders, write_set, write_texts
 
-from arf_plugin.evaluation.records import read_records
+from arf_plugin.evaluation.records import append_record, read_records, right_images
 
 SHIM = Path(__file__).parents[2] / "shim"
 SUITE = """\
@@ -183,11 +184,84 @@ def test_two_processes_give_the_figures_of_one(clip, path, tmp_path, run_arf):
         return [{**record, "time": None} for record in read_records(tmp_path / name)]
 
     assert timeless("one.jsonl") == timeless("two.jsonl")
+    # Seven batches of two processes, and which image was right is in the set's order all the same.
+    many = [record for record in timeless("two.jsonl") if record["set"] == "many"]
+    assert all(0 < right_images(record).sum() < 70 for record in many)
     assert len(timeless("two.jsonl")) == 6
     assert two.stdout == one.stdout  # one table, from the first process
     before = (tmp_path / "two.jsonl").read_bytes()
     assert torchrun(*common, "--out", tmp_path / "two.jsonl").stdout == one.stdout
     assert (tmp_path / "two.jsonl").read_bytes() == before
+
+
+def test_two_arms_compared_by_image(clip, tmp_path, run_arf):
+    """Three seeds each on two sets, measured and compared; compared again from the file; with damaged bits."""
+    for name, images in (("id", 60), ("shift/a", 36)):
+        write_set(tmp_path / "sets" / name, images=images)
+    paths = []
+    for seed in range(3):
+        for arm in ("flyp", "arf"):
+            (tmp_path / f"{arm}-{seed}").mkdir()
+            paths.append(save_checkpoint(clip, tmp_path / f"{arm}-{seed}" / "w.pt", 10 * seed + len(arm)))
+    out, summary = tmp_path / "results.jsonl", tmp_path / "summary.json"
+    measured = run_arf(
+        *("evaluate", *paths, "--model", clip, "--data", tmp_path / "sets", "--workers", 0),
+        *("--out", out, "--json", summary, "--compare", "flyp", "arf"),
+    )
+    compared = json.loads(summary.read_text())["compare"]
+    assert set(compared["sets"]) == {"id", "shift/a", "mean"} and compared["averages"] == {}
+    by_arm = {
+        arm: [
+            100 * right_images(r).mean()
+            for r in read_records(out)
+            if arm in r["checkpoint"] and r["set"] == "id"
+        ]
+        for arm in ("flyp-", "arf-")
+    }
+    found = compared["sets"]["id"]
+    assert (found["images"], found["seeds"]) == (60, 3)
+    assert found["difference"] == pytest.approx((sum(by_arm["arf-"]) - sum(by_arm["flyp-"])) / 3, abs=1e-3)
+    assert compared["sets"]["mean"]["difference"] == pytest.approx(
+        (found["difference"] + compared["sets"]["shift/a"]["difference"]) / 2, abs=1e-3
+    )
+    assert "top-1 in percent, paired by image, 3 runs each" in measured.stdout
+
+    again = run_arf("evaluate", "--compare", "flyp", "arf", "--among", out, "--json", summary)
+    assert measured.stdout.endswith(again.stdout)
+    assert json.loads(summary.read_text()) == {"compare": compared}
+    back = run_arf("evaluate", "--compare", "arf", "flyp", "--out", out, "--json", summary)
+    assert json.loads(summary.read_text())["compare"]["sets"]["id"]["difference"] == -found["difference"]
+    assert "before: arf; after: flyp" in back.stdout
+
+    # A file per arm; of the first, an earlier version's records on one set.
+    for arm in ("flyp", "arf"):
+        records = [r for r in read_records(out) if f"{arm}-" in r["checkpoint"]]
+        for record in records:
+            if (arm, record["set"]) == ("flyp", "id"):
+                del record["right"]
+            append_record(tmp_path / f"{arm}.jsonl", record)
+    apart = run_arf("evaluate", "--compare", tmp_path / "flyp.jsonl", tmp_path / "arf.jsonl")
+    assert "not compared: id: a record does not say which images were right" in apart.stdout
+    assert re.search(r"^shift/a +36 ", apart.stdout, re.MULTILINE)
+
+    out.write_text(out.read_text().replace('"right": "', '"right": "AAAA', 1))
+    broken = run_arf("evaluate", "--compare", "flyp", "arf", "--among", out, check=False)
+    assert broken.returncode == 1 and "results.jsonl, line 1: 'right' has" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "a.pt"], "--model is needed to measure"),
+        (["evaluate", "a.pt", "--compare", "a", "b"], "--model is needed to measure"),
+        (["evaluate", "--compare", "a", "b"], "expected two files of records"),
+        (["evaluate", "--compare", "a", "b", "--among", "none.jsonl"], "none.jsonl cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(argv, message, run_arf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_arf(*argv, check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

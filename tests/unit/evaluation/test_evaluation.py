@@ -26,7 +26,7 @@ from arf_plugin.evaluation import run
 from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.head import names_digest
 from arf_plugin.evaluation.interpolation import interpolate_files
-from arf_plugin.evaluation.records import read_records, select
+from arf_plugin.evaluation.records import read_records, right_images, select
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets
 
@@ -52,15 +52,15 @@ def sets(tmp_path):
     return [*find_sets(tmp_path / "sets"), *find_sets(tmp_path / "folders")]
 
 
-def direct(clip: str, path) -> float:
-    """Top-1 in percent on the drawings, by hand."""
+def direct(clip: str, path) -> list[bool]:
+    """Which drawings are right, by hand."""
     from PIL import Image
 
     model, _, preprocess = open_clip.create_model_and_transforms(clip)
     open_clip.load_checkpoint(model, str(path))
     model.eval()
     tokenizer = open_clip.get_tokenizer(clip)
-    hits = 0
+    hits = []
     with torch.no_grad():
         columns = []
         for name in NAMES:
@@ -69,8 +69,8 @@ def direct(clip: str, path) -> float:
             columns.append(mean / mean.norm())
         for n in range(18):
             image = preprocess(Image.open(io.BytesIO(building.drawing(n))).convert("RGB"))[None]
-            hits += int((model.encode_image(image) @ torch.stack(columns, 1)).argmax()) == n % 6
-    return 100 * hits / 18
+            hits.append(int((model.encode_image(image) @ torch.stack(columns, 1)).argmax()) == n % 6)
+    return hits
 
 
 def scores(records) -> list[tuple]:
@@ -81,8 +81,10 @@ def scores(records) -> list[tuple]:
 def test_accuracy_of_several_checkpoints_agrees_with_a_direct_computation(clip, paths, sets):
     records = evaluate(paths, clip, sets[:1], batch_size=5, workers=0)
     assert [record["checkpoint"] for record in records] == list(map(str, paths))
+    expected = [direct(clip, path) for path in paths]
+    assert [right_images(record).tolist() for record in records] == expected
     found = [record["metrics"]["top1"] for record in records]
-    assert found == pytest.approx([direct(clip, path) for path in paths])
+    assert found == pytest.approx([100 * sum(right) / 18 for right in expected])
     assert len(set(found)) > 1  # else the comparison would show nothing
 
 
@@ -206,6 +208,7 @@ def test_a_head_classifies_the_set_it_was_made_for(clip, paths, sets, tmp_path):
     records = evaluate([tmp_path / "probe.pt", paths[0]], clip, sets, workers=0)
     assert [record["classifier"] for record in records] == ["head", "zero-shot", "zero-shot", "zero-shot"]
     assert records[0]["metrics"]["top1"] == pytest.approx(100 / 6)
+    assert right_images(records[0]).tolist() == [n % 6 == 2 for n in range(18)]
     confidence = torch.softmax(bias, 0).max().item()
     assert records[0]["metrics"]["ece"] == pytest.approx(100 * (confidence - 1 / 6), abs=1e-3)
     assert records[1]["metrics"] == records[3]["metrics"]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import os
 
+import numpy as np
 import pytest
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.records import Results, append_record, by_set, read_records, select
+from arf_plugin.evaluation.records import (
+    Results,
+    append_record,
+    by_set,
+    packed,
+    read_records,
+    right_images,
+    select,
+)
 from arf_plugin.evaluation.tables import table
 
 
@@ -172,3 +183,64 @@ def test_records_of_other_data_are_said_once(tmp_path):
 def test_tables_print_nothing_that_moves_the_cursor():
     shown = table([record("set\x1b[2J", checkpoint="a\x07.pt", images=1)], None)
     assert "\\x1b[2J" in shown and "\x1b" not in shown and "\x07" not in shown
+
+
+def of_bits(right, /, **fields) -> dict:
+    share = 100 * float(np.mean(right))
+    return record(
+        **{"images": len(right), "data": "d", "metrics": {"top1": share}, "right": packed(right), **fields}
+    )
+
+
+@pytest.mark.parametrize("images", [1, 7, 8, 9, 50_000])
+def test_which_images_were_right(tmp_path, images):
+    right = np.random.default_rng(images).random(images) < 0.4
+    append_record(tmp_path / "results.jsonl", of_bits(right))
+    [found] = read_records(tmp_path / "results.jsonl")
+    assert np.array_equal(right_images(found), right)
+    assert len(found["right"]) == 4 * math.ceil(math.ceil(images / 8) / 3)  # 8.3 kB for 50,000 images
+
+
+def test_the_first_image_is_the_highest_bit():
+    assert (
+        base64.b64decode(packed(np.array([True, False, False, False, False, False, False, True, True])))
+        == b"\x81\x80"
+    )
+
+
+def test_records_of_earlier_versions_have_no_bits(tmp_path):
+    for each in (record(), record("null", right=None)):
+        append_record(tmp_path / "results.jsonl", each)
+    assert [each.get("right") for each in read_records(tmp_path / "results.jsonl")] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"right": 5}, "'right' is 5, expected a text or null"),
+        ({"right": "no base64!"}, "'right' is 'no base64!', expected base64"),
+        ({"right": "ä"}, "'right' is 'ä', expected base64"),
+        ({"right": "\x1b[2J"}, r"'right' is '.*x1b\[2J', expected base64"),
+        ({"right": "//8="}, "'right' has 2 bytes, expected 1 for 4 images"),
+        ({"images": 10**12}, "'right' has 1 bytes, expected 125000000000 for"),
+        ({"images": -8}, "'images', 'data' and the metric 'top1' are expected, too"),
+        ({"right": "8A=="}, "'right' has 4 right images of 4, but top1 is 50.0000, expected 100.0000"),
+        ({"right": "wQ=="}, "are of different records"),  # bits behind the last image
+        (
+            {"metrics": {"top1": 75.0}},
+            "'right' has 2 right images of 4, but top1 is 75.0000, expected 50.0000",
+        ),
+        ({"data": None}, "'images', 'data' and the metric 'top1' are expected, too"),
+        ({"images": None}, "'images' is None, expected"),
+        (
+            {"metrics": {"mean_per_class": 50.0}, "headline": "mean_per_class"},
+            "the metric 'top1' are expected",
+        ),
+    ],
+)
+def test_bits_that_are_not_of_their_record(tmp_path, fields, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(of_bits(np.array([True, True, False, False]), **fields)) + "\n")
+    with pytest.raises(EvaluationError, match=f"line 1.*{message}") as error:
+        read_records(path)
+    assert len(str(error.value)) < 400
