@@ -14,7 +14,7 @@ Several seeds, or several sets
     seeds is all there is, as many as images where it is not.
 
     Percentiles of one bootstrap over images and seeds are what is found more often. With two or three seeds that
-    differ they cover the truth in 70 to 90 % of simulations in place of 95, this in 88 to 99; see
+    differ they cover the truth in 69 to 92 % of simulations in place of 95, this in 88 to 99; see
     ``tests/unit/evaluation/test_verdicts.py``.
 
 No p is below what the exact test could give for as many images as the arms differ on, whatever the bootstrap says of
@@ -141,9 +141,10 @@ def compare(one: ByRun, other: ByRun, averages: Mapping[str, Average], mean: boo
         usable = [pair for pair in seeds if all(m in one[pair[0]] and m in other[pair[1]] for m in members)]
         if not usable or (name == MEAN and not set(main) <= verdicts.keys()):
             continue
-        pairs = [(one[a][member], other[b][member]) for a, b in usable for member in members]
-        if reasons := [reason for pair in pairs if (reason := obstacle(*pair))]:
-            unpaired[name] = reasons[0]
+        every = {m: [record for a, b in usable for record in (one[a][m], other[b][m])] for m in members}
+        reasons = (obstacle(records[0], record) for records in every.values() for record in records)
+        if reason := next(filter(None, reasons), None):
+            unpaired[name] = reason
             continue
         for member in members:
             if (member, *usable) not in reduced:
@@ -256,7 +257,7 @@ def obstacle(one: EvalRecord, other: EvalRecord) -> str | None:
             return "a record does not say which images were right: it was made by an earlier version; measure it again"
         if record["headline"] != "top1":
             return f"its score is {record['headline']}, which is no share of right images"
-    digests = [str(record.get("data")) for record in (one, other)]
+    digests = [printable(str(record.get("data"))) for record in (one, other)]
     if digests[0] != digests[1]:
         return (
             f"the arms were measured on different images (digests {digests[0][:12]} and {digests[1][:12]}); measure "

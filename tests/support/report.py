@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from arf_plugin.evaluation.records import packed
 from support import data, grids
 from support.tars import write_tar
 from support.trainer import Trainer
@@ -43,6 +46,18 @@ def row(checkpoint: str, name: str, top1: float, alpha: float | None = None, **m
         "metrics": {"top1": top1, "ece": top1 / 10}, "headline": "top1", "device": "cpu", "precision": "fp32",
         "batch_size": 8, "versions": {"torch": "2"}, "time": "2025-01-31T12:00:00+00:00", **ended, **more,
     }  # fmt: skip
+
+
+def bits(right: Sequence[bool], name: str) -> dict:
+    """Fields of a row that says which images were right."""
+    share = 100 * sum(right) / len(right)
+    metrics = {"top1": share, "ece": share / 10}
+    return {
+        "metrics": metrics,
+        "images": len(right),
+        "data": f"images of {name}",
+        "right": packed(np.array(right)),
+    }
 
 
 class Made:

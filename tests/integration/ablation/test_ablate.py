@@ -90,11 +90,21 @@ def test_a_grid_ends_with_its_table(finished):
         ("arf", 0.5),
     ]
     table = (ablate.out / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 5 and table[2].startswith("| before |")
+    assert (
+        table[2].startswith("| before |") and table[6].startswith("| ARF + WiSE-FT 0.5 |") and table[7] == ""
+    )
     assert results["cost"]["arf"] == {"steps": 6, "images": 96, "relative": 2.0}
     difference = results["against_reference"]["arf"]["ID"]["per_seed"][0]
     means = {row["arm"]: row["mean"]["ID"] for row in results["rows"] if row["alpha"] is None}
     assert difference == pytest.approx(means["arf"] - means["flyp"], abs=2e-3)
+    lines = [(entry["arm"], entry["alpha"], entry["against_alpha"]) for entry in results["verdicts"]]
+    assert len(lines) == 2 * 4 and ("arf", None, None) in lines and ("arf", 0.5, 0.5) in lines
+    paired = results["verdicts"][lines.index(("arf", None, None))]["averages"]
+    assert set(paired) == {"ID", "shift", "mean"} and paired["ID"]["difference"] == pytest.approx(
+        difference, abs=2e-3
+    )
+    assert re.search(r"^less FLYP +ID +shift +mean$", printed, re.MULTILINE)
+    assert any(line.startswith("| less FLYP + WiSE-FT 0.5 | ID | shift | mean |") for line in table)
 
 
 def test_figures_are_those_of_arf_evaluate(finished, world, run_arf, tmp_path):

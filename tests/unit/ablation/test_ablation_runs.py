@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arf_plugin.ablation import table
@@ -26,6 +28,8 @@ from arf_plugin.ablation.plan import Run, final_runs
 from arf_plugin.ablation.reader import load_grid
 from arf_plugin.ablation.runs import places
 from arf_plugin.errors import GridError
+from arf_plugin.evaluation.records import append_record, packed, read_records
+from arf_plugin.evaluation.verdicts import as_cell
 
 GRID = """\
 name: small
@@ -214,6 +218,64 @@ def test_results_are_means_with_sample_deviation_and_differences_paired_by_seed(
     assert written[0] == "| % | ID | images forwarded |" and written[3] == "| FLYP | 41.0 ± 1.4 | 128 (1x) |"
 
 
+def test_arms_are_compared_by_image_with_the_reference(grid, tmp_path):
+    """As fine-tuned and at the chosen alpha; the model before, which has no seed, with every seed."""
+    generator = np.random.default_rng(0)
+    hard = {name: generator.normal(size=200) for name in ("id", "zero_shot")}
+    runs = [Run(grid, tmp_path, grid.before, 0), *final_runs(grid, tmp_path, ["flyp", "tuned"], [0, 1], 1)]
+    measured = []
+    for run in runs:
+        for alpha in (None, 0.25) if run.arm.is_trained else (None,):
+            gain = {"before": 0.0, "flyp": 0.1, "tuned": 0.6}[run.arm.name]
+            averages = {}
+            for name, images in hard.items():
+                right = images + gain * (1 if alpha is None else 0.5) + 0.2 * generator.normal(size=200) > 0
+                averages[{"id": "ID", "zero_shot": "zero-shot"}[name]] = 100 * right.mean()
+                append_record(
+                    tmp_path / "results.jsonl",
+                    {
+                        **{
+                            "format": 1,
+                            "set": name,
+                            "checkpoint": f"runs/{run.name}/weights.pt",
+                            "alpha": alpha,
+                        },
+                        **{"metrics": {"top1": 100 * right.mean()}, "headline": "top1", "images": 200},
+                        **{"data": name, "right": packed(right)},
+                    },
+                )
+            measured.append((run.arm.name, run.seed, alpha, averages))
+    result = table.summarize(grid, runs, table.scores_table(measured, ["ID", "zero-shot"]), {"flyp": 0.25})
+    found = table.verdicts(grid, tmp_path, runs, tmp_path / "results.jsonl", result["rows"])
+    assert [(entry["label"], entry["against_label"]) for entry in found] == [
+        ("before", "FLYP"),
+        ("FLYP + WiSE-FT 0.25", "FLYP"),
+        ("tuned", "FLYP"),
+        ("before", "FLYP + WiSE-FT 0.25"),
+        ("FLYP", "FLYP + WiSE-FT 0.25"),
+        ("tuned", "FLYP + WiSE-FT 0.25"),
+    ]
+    tuned, mean = found[2]["averages"], {row["label"]: row["mean"] for row in result["rows"]}
+    assert set(tuned) == {"ID", "zero-shot", "unseen"}  # no mean: the other averages are not measured
+    assert tuned["ID"]["difference"] == pytest.approx(mean["tuned"]["ID"] - mean["FLYP"]["ID"], abs=2e-3)
+    assert (tuned["ID"]["verdict"], tuned["ID"]["seeds"], found[0]["averages"]["ID"]["seeds"]) == (
+        "ahead",
+        2,
+        2,
+    )
+    result["verdicts"] = found
+    assert re.search(r"^less FLYP +ID +zero-shot", table.as_text(result), re.MULTILINE)
+    table.write(tmp_path, result)
+    written = (tmp_path / "table.md").read_text()
+    assert written.startswith(table.as_markdown(result)) and f"| tuned | {as_cell(tuned['ID'])} |" in written
+    # What earlier versions have measured is left without a verdict.
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps({**r, "right": None}) + "\n" for r in read_records(path)))
+    old = table.verdicts(grid, tmp_path, runs, path, result["rows"])
+    assert all(not entry["averages"] and "earlier version" in entry["unpaired"]["ID"] for entry in old)
+    assert "less" not in table.as_text({**result, "verdicts": old})
+
+
 def test_alphas_are_chosen_by_the_mean_over_seeds_of_validation(grid, tmp_path):
     measured = [
         *(("flyp", seed, None, {"ID": 9.0}) for seed in (0, 1)),
@@ -228,8 +290,6 @@ def test_alphas_are_chosen_by_the_mean_over_seeds_of_validation(grid, tmp_path):
 
 
 def test_rows_of_restarted_arms_are_dropped_and_no_others(tmp_path):
-    import re
-
     rows = [
         {"format": 1, "set": "id", "checkpoint": f"runs/{name}/weights.pt", "metrics": {}, "headline": "top1"}
         for name in ("arf-0", "arf-random-0", "arf-1")

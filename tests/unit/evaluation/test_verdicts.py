@@ -212,6 +212,15 @@ def test_what_cannot_be_paired_is_said(fields, why):
     assert re.search(why, found.unpaired["id"])
 
 
+def test_every_seed_has_seen_the_same_images():
+    """Such as of two grids, each of them on its own copy of the data."""
+    [one], [other] = answers(np.random.default_rng(9), 60)
+    before, after = arm(*[{"id": one}] * 2), arm(*[{"id": other}] * 2)
+    for run in (before[1], after[1]):
+        run["id"] |= {"data": "another copy"}
+    assert "on different images" in compare(after, before, single(["id"])).unpaired["id"]
+
+
 def test_arms_are_found_by_name_pattern_and_mixture():
     def of(checkpoint: str, alpha=None, **fields) -> dict:
         return record([True, False], checkpoint=checkpoint, digest=checkpoint, alpha=alpha, **fields)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
 
 import pytest
 from support import report as made
 
-from arf_plugin.errors import ReportError
-from arf_plugin.report.output import as_json
+from arf_plugin.errors import ArfError, ReportError
+from arf_plugin.report.output import as_json, as_page
 from arf_plugin.report.report import Options, gather
 from arf_plugin.report.scores import Difference, Score, binomial, difference, sentence
 from arf_plugin.report.tables import markdown
@@ -111,6 +112,60 @@ def test_the_sentence_says_what_holds_and_what_does_not(usual):
     assert sentence("A", "B", {}) == ""
     one = sentence("A", "B", {"ID": Difference({0: -9.0}, 1.0)})
     assert one == "A against B (one seed): behind on ID (−9.0) but within the error of the test images."
+
+
+def paired_rows(grid: made.Made, gains: Sequence[int], **more: object) -> None:
+    """Seeds of FLYP and ARF on 400 images, of which ARF has some more right."""
+    for seed, gain in enumerate(gains):
+        for arm, right in (("flyp", 200), ("arf", 200 + gain)):
+            fields = {**made.bits([n < right for n in range(400)], "id"), **(more if arm == "arf" else {})}
+            grid.rows.append(made.row(f"runs/{arm}-{seed}/weights.pt", "id", 0.0, **fields))
+
+
+def test_pairing_by_image_sees_more_than_noise(tmp_path):
+    """A difference of 3.7 standard errors over three seeds: within Student's interval, and sure image by image."""
+    grid = made.Made(tmp_path)
+    paired_rows(grid, (10, 19, 28))
+    report = gather([grid.write()], Options())
+    [found] = [r for r in as_json(report)["differences"] if (r["arm"], r["name"]) == ("arf", "ID")]
+    assert found["mean"] / found["standard_error"] < 4.303  # what three seeds' interval takes
+    assert found["verdict"] == found["paired"]["verdict"] == "ahead"
+    assert found["interval95"] == pytest.approx(found["paired"]["interval95"])
+    assert found["paired"]["corrected"] < 0.05 and found["paired"]["seeds"] == 3
+    assert report.summary() == [
+        "As fine-tuned: ARF against FLYP (3 seeds): ahead on ID (+4.8), in every seed."
+    ]
+    assert not any("paired" in note for note in report.notes)
+    page = as_page(report)
+    assert "paired by seed and image" in page and "95 % interval over images and 3 seeds +" in page
+    for row in grid.rows:  # as an earlier version would have written them
+        del row["right"]
+    report = gather([grid.write()], Options())
+    [found] = [r for r in as_json(report)["differences"] if (r["arm"], r["name"]) == ("arf", "ID")]
+    assert (found["verdict"], found["paired"]) == ("level", None)
+    [note] = [note for note in report.notes if "paired" in note]
+    assert note.startswith(
+        "Differences on ID, seen are not all paired by image: a record does not say which images"
+    )
+    assert "paired by seed and image" not in as_page(report)
+
+
+def test_other_images_are_not_paired(tmp_path):
+    grid = made.Made(tmp_path)
+    paired_rows(grid, (20, 20), data="a copy with other images")
+    report = gather([grid.write()], Options())
+    assert all(found["paired"] is None for found in as_json(report)["differences"])
+    assert any("on different images (digests a copy with  and images of id)" in note for note in report.notes)
+
+
+def test_bits_of_another_record_are_refused(tmp_path):
+    grid = made.Made(tmp_path)
+    paired_rows(grid, (20, 20))
+    grid.rows[-1]["right"] = grid.rows[0]["right"]
+    with pytest.raises(
+        ArfError, match=r"runs/arf-1/weights.pt on 'id': 'right' has 200 right images of 400, but top1"
+    ):
+        gather([grid.write()], Options())
 
 
 def test_controls_are_compared_with_the_subject(tmp_path):
