@@ -103,6 +103,8 @@ def one_sentence(error: ArfError) -> None:
 def grid(tmp_path_factory) -> Path:
     grid = made.Made(tmp_path_factory.mktemp("made")).usual()
     grid.add_run("arf", 0, made.step(0, 64, contrastive_loss=2.0))
+    for row in grid.rows:
+        row |= made.bits([n < row["metrics"]["top1"] for n in range(100)], row["set"])
     folder = grid.write()
     choices = {
         "arms": {"arf": {"by": "ID", "seed": 0, "chosen": 0, "candidates": [{"flags": {"lr": "1"}}]}},
