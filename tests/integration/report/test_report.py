@@ -12,6 +12,9 @@ from support.browser import browser
 from support.report import HOSTILE, train_grid, write_pair_shards
 from support.trainer import Trainer
 
+from arf_plugin.evaluation.records import read_records
+from arf_plugin.evaluation.verdicts import compare, find_arm, single
+
 WIDTHS = (390, 1600)
 
 
@@ -202,6 +205,23 @@ def test_figures_and_files_agree(report, grid):
         for n in ("results", "curves", "domains", "calibration", "training")
         for e in ("svg", "png")
     }
+
+
+def test_differences_are_paired_by_image(report, grid):
+    """The verdicts are those of `arf evaluate --compare` on the same records."""
+    content = json.loads((report / "report.json").read_text())
+    assert all(found["paired"]["verdict"] == found["verdict"] for found in content["differences"])
+    [found] = [
+        found["paired"]
+        for found in content["differences"]
+        if (found["table"], found["arm"], found["name"]) == ("tuned", "arf", "ID")
+    ]
+    records = read_records(grid / "results.jsonl")
+    arms = [find_arm(records, name) for name in ("arf", "flyp")]
+    expected = compare(*arms, single(["id"])).verdicts["id"].as_json()
+    assert {**found, "corrected": None} == {**expected, "corrected": None}
+    assert found["seeds"] == 2 and found["images"] == 12
+    assert "paired by seed and image" in (report / "index.html").read_text()
 
 
 def test_the_page_needs_nothing_but_itself(report):
