@@ -15,14 +15,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from emojinet import draw, texts, write
+from benchmarks import draw, write
+from benchmarks.contact import contact_sheet
+from benchmarks.download import DownloadError, download
+from benchmarks.files import Stage, unit_hash, write_json, write_text
+from benchmarks.icons import load_icons, visible_names
+from benchmarks.sources import Source
+
+from emojinet import texts
 from emojinet.attribution import attribution
 from emojinet.classes import CLASS_NAMES, GROUPS, held_out_classes
-from emojinet.contact import contact_sheet
-from emojinet.download import DownloadError, download
-from emojinet.files import Stage, unit_hash, write_json, write_text
-from emojinet.join import Concept, join, load_icons, visible_names
-from emojinet.sources import ALL_SOURCES, EMOJI_SETS, NAMES, UNRELATED_SETS, Source
+from emojinet.join import Concept, join
+from emojinet.sources import ALL_SOURCES, EMOJI_SETS, NAMES, UNRELATED_SETS
 from emojinet.split import MONO_VENDORS, Sample, split
 
 TASK_SHARDS = 4

@@ -17,11 +17,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.files import replacing
+from benchmarks.recipe import THREADS, VIT
+from benchmarks.trainer import Run, TrainingError, model_folder, train
+
 from arf_plugin.ablation.launch import cpu_threads
-from emojinet.files import replacing
 from emojinet.quickstart import pattern
-from emojinet.recipe import FAST, FULL, THREADS, VIT
-from emojinet.trainer import Run, TrainingError, model_folder, train
+from emojinet.recipe import FAST, FULL
 
 WEIGHTS = "open_clip_model.safetensors"
 

@@ -13,9 +13,9 @@ from arf_plugin.evaluation.records import append_record
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from benchmarks.trainer import model_folder  # noqa: E402
 from emojinet import frontier, vit  # noqa: E402
 from emojinet.split import MONO_VENDORS  # noqa: E402
-from emojinet.trainer import model_folder  # noqa: E402
 
 VENDORS = ("twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "emojione-v1", "fxemoji")
 

@@ -6,8 +6,8 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from emojinet.draw import add_bytes
-from emojinet.files import replacing, write_json, write_text
+from benchmarks.draw import add_bytes
+from benchmarks.files import replacing, write_json, write_text
 
 Record = tuple[str, Mapping[str, bytes]]  # key, and the content of each extension
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from arf_plugin.ablation import launch
 from arf_plugin.ablation.launch import stop_all
 from arf_plugin.ablation.runs import strip
-from emojinet.files import bar, replacing, write_json
-from emojinet.recipe import MODEL, THREADS, Training
+from benchmarks.files import bar, replacing, write_json
+from benchmarks.recipe import MODEL, THREADS, Training
 
 __all__ = ["Run", "TrainingError", "call", "model_folder", "stop_all", "train"]
 
