@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.download import member
+from benchmarks.download import DownloadError, member
 from benchmarks.files import read_json
 from benchmarks.sources import Source
 
@@ -27,3 +27,17 @@ def visible_names(folder: Path, source: Source) -> list[str]:
     """Names of a set's icons, without those that its authors have withdrawn."""
     icons = read_json(member(folder, source, "icons.json"))["icons"]
     return [name for name, icon in icons.items() if not icon.get("hidden")]
+
+
+def check_license(folder: Path, source: Source) -> None:
+    """Compares a set's licence with the one in its package.
+
+    Raises:
+        DownloadError: They differ.
+    """
+    found = read_json(member(folder, source, "info.json"))["license"]["spdx"]
+    if found != source.license:
+        raise DownloadError(
+            f"{source.package} {source.version} says its licence is {found!r}, expected {source.license!r}. "
+            "Look at the package, and correct sources.py and ATTRIBUTION.md."
+        )

@@ -22,7 +22,7 @@ from benchmarks import captioner
 from benchmarks.download import DownloadError
 from benchmarks.files import Stage, read_json
 from benchmarks.recipe import THREADS, Recipe
-from benchmarks.trainer import Run, TrainingError, call, model_folder, stop_all, train
+from benchmarks.trainer import Run, TrainingError, call, model_folder, pattern, stop_all, train
 
 from arf_plugin.ablation.launch import cpu_threads
 from emojinet import report
@@ -186,12 +186,6 @@ class Quickstart:
             )
             stage.finish()
         return report.write(self.results, read_json(figures), names)
-
-
-def pattern(shards: list[Path]) -> str:
-    """Writes shards that are numbered through as one pattern: `a/emoji-{000..004}.tar`."""
-    first, last = shards[0], shards[-1]
-    return f"{first.parent}/{first.stem[:-3]}{{{first.stem[-3:]}..{last.stem[-3:]}}}.tar"
 
 
 def main() -> int:
