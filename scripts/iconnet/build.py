@@ -315,6 +315,12 @@ def main() -> int:
     )
     parser.add_argument("--no-unrelated", action="store_true", help="no emoji and other icons in the pool")
     parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FOLDER",
+        help="also put the counts there, as iconnet.json (docs/figures)",
+    )
+    parser.add_argument(
         "--attribution", action="store_true", help="only write scripts/iconnet/ATTRIBUTION.md"
     )
     args = parser.parse_args()
@@ -324,6 +330,8 @@ def main() -> int:
     try:
         cache = args.cache or args.out.parent / "emojinet-cache"
         summary = build(args.out, cache, args.sets, not args.no_unrelated)
+        if args.write:
+            write_json(args.write / "iconnet.json", summary)
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -343,22 +343,15 @@ yen: currency-yen yen japanese-yen
 
 # Names that a set gives to something else: its "filter" are three lines, its "cup" is a trophy.
 _EXCEPT = """
-bi:event bi:filter bi:mask bi:phone bi:save bi:server bi:water
-bx:candle bx:card bx:joystick bx:map bx:box
-carbon:anchor carbon:box carbon:delete carbon:equalizer carbon:event carbon:key carbon:road carbon:scale
-    carbon:tennis carbon:warning
-fluent:group fluent:speaker
-heroicons:command
-iconoir:movie iconoir:pound iconoir:warning
-ion:filter ion:radio ion:scale ion:server
-lucide:group lucide:pointer lucide:radio lucide:school
-material-symbols:camera material-symbols:filter material-symbols:satellite material-symbols:scale
-    material-symbols:shop material-symbols:stack material-symbols:tag
-mdi:box mdi:spade mdi:contrast mdi:cup mdi:equalizer mdi:group mdi:moon mdi:satellite
-mingcute:movie mingcute:park mingcute:scale mingcute:stack mingcute:video
-ph:speaker ph:video
-solar:send solar:traffic solar:album solar:cup solar:help solar:plane solar:scale
-tabler:movie tabler:percentage
+bi:event bi:filter bi:phone bi:save bi:server bx:box bx:candle bx:chart bx:filter bx:joystick bx:map
+carbon:anchor carbon:box carbon:delete carbon:equalizer carbon:event carbon:key carbon:package carbon:road
+carbon:scale carbon:tennis carbon:warning fluent:filter fluent:group fluent:speaker heroicons:command
+iconoir:movie iconoir:pound iconoir:warning ion:filter ion:radio ion:scale ion:server lucide:group
+lucide:pointer lucide:radio material-symbols:camera material-symbols:filter material-symbols:satellite
+material-symbols:scale material-symbols:shop material-symbols:stack material-symbols:tag mdi:bolt mdi:box
+mdi:contrast mdi:cup mdi:equalizer mdi:group mdi:moon mdi:satellite mdi:spade mingcute:movie mingcute:park
+mingcute:scale mingcute:stack mingcute:video ph:speaker ph:video solar:album solar:cup solar:dropper
+solar:help solar:plane solar:scale solar:send solar:traffic tabler:movie tabler:percentage
 """
 
 GROUPS = (
