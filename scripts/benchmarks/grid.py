@@ -79,11 +79,8 @@ class Plan:
 
     def estimate(self) -> float:
         """Prints what all of it takes on two idle cores, in hours, and returns that."""
-        hours = 0.0
-        for tower in self.args.towers:
-            time = minutes(self.bench, [tower], list(range(self.args.models)), self.out) / 60
-            print(f"pretraining, {tower}: {time:.1f} h")
-            hours += time
+        hours = minutes(self.bench, self.args.towers, list(range(self.args.models)), self.out) / 60
+        print(f"pretraining: {hours:.1f} h")
         test = sum(read_json(self.bench.data / f"{self.bench.name}.json")["evaluation"].values())
         for tower, number in self.models:
             runs = self.planned(tower, number)

@@ -98,8 +98,7 @@ def prepare(cache: Path, sources: Sequence[Source]) -> Content:
             f"{source.name}-{source.version}-{draw.SIZE}px-{digest}", chosen, cache / "drawn"
         )
         pngs |= {f"{source.name}_{icon}": png for icon, png in draw.read_set(path).items()}
-    known = [s for s in sources if s.name in texts.SORTED]
-    return Content(classes, without_copies(places, pngs), pngs, texts.categories(unpacked, known))
+    return Content(classes, without_copies(places, pngs), pngs, texts.categories(unpacked, sources))
 
 
 def without_copies(places: Mapping[Drawing, str], pngs: Mapping[str, bytes]) -> dict[Drawing, str]:

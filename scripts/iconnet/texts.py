@@ -57,14 +57,14 @@ VAGUE = {"other", "system", "ui", "actions", "android", "home automation", "vect
 def categories(unpacked: Path, sources: Sequence[Source]) -> dict[str, str]:
     """The category that the packages themselves give a name, such as "food" for "pizza"; not every name has one."""
     found: dict[str, str] = {}
-    for set_name in reversed(SORTED):
-        source = next(s for s in sources if s.name == set_name)
+    sorting = [source for source in sources if source.name in SORTED]
+    for source in sorted(sorting, key=lambda source: SORTED.index(source.name), reverse=True):
         listed: dict[str, Counter[str]] = {}
         for category, icons in read_json(member(unpacked, source, "metadata.json"))["categories"].items():
             word = category.split(" / ")[0].split(" +")[0].lower()
             if word not in VAGUE:
                 for icon in icons:
-                    listed.setdefault(strip_style(set_name, icon)[0], Counter())[word] += 1
+                    listed.setdefault(strip_style(source.name, icon)[0], Counter())[word] += 1
         found |= {name: min(words, key=lambda word: (-words[word], word)) for name, words in listed.items()}
     return found
 
