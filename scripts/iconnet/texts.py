@@ -51,7 +51,10 @@ STYLE_WORDS = {
 }
 # Packages that sort their icons, the most telling first, and what they call no kind of thing.
 SORTED = ("mdi", "iconoir", "solar", "material-symbols")
-VAGUE = {"other", "system", "ui", "actions", "android", "home automation", "vector", "tooltip", "parts"}
+VAGUE = {
+    *("other", "system", "ui", "actions", "ui actions", "android", "home automation", "vector", "tooltip"),
+    *("parts", "hardware", "social"),
+}
 
 
 def categories(unpacked: Path, sources: Sequence[Source]) -> dict[str, str]:
