@@ -154,6 +154,50 @@ def _grid_table(rows: Callable[[dict[str, Any]], list[dict[str, Any]]]) -> str:
     return as_markdown({**found, "rows": chosen}).rstrip()
 
 
+def iconnet_data() -> str:
+    """What IconNet holds; written by scripts/iconnet/build.py."""
+    found = _figures("iconnet")
+    classes, task, pool = found["classes"], found["task"], found["pool"]
+    tuned, held_out, validated = (len(classes[part]) for part in ("fine_tuned", "held_out", "validation"))
+
+    def images(kind: str) -> str:
+        counts = (
+            sum(n for name, n in found["evaluation"].items() if name.startswith(f"{half}/{kind}"))
+            for half in ("test", "validation")
+        )
+        return " / ".join(f"{count:,}" for count in counts)
+
+    domains = sum(name.startswith("test/shift/") for name in found["evaluation"])
+    fine = found["fine_classes"]
+    both = found["evaluation"]
+    zero_shot = " / ".join(f"{both[f'{half}/zero_shot']:,}" for half in ("test", "validation"))
+    rows = [
+        ["task", "`task/train`", f"{task['train']:,}", f"line drawings of {tuned} classes, `png` + `cls`"],
+        ["pool for pretraining", "`pretraining`", f"{pool['icons']:,}", "three texts each"],
+        [
+            "pool for retrieval",
+            "`pool/icons-*`, `pool/unrelated-*`",
+            f"{pool['icons']:,} + {pool['unrelated']:,}",
+            "one text each",
+        ],
+        ["ID, test / validation", "`evaluation/{test,validation}/id`", images("id"), f"{tuned} classes"],
+        [
+            "shift",
+            "`.../shift/SET-STYLE`",
+            images("shift/"),
+            f"the same classes in {domains} sets and styles",
+        ],
+        ["zero-shot", "`.../zero_shot`", zero_shot, f"{held_out} / {validated} held-out classes"],
+        [
+            "zero-shot fine",
+            "`.../zero_shot_fine`",
+            images("zero_shot_fine"),
+            f"concepts with their variants: {fine['test']} / {fine['validation']} classes",
+        ],
+    ]
+    return _table(["part", "where", "images", "what it is"], rows)
+
+
 def frontier() -> str:
     """Accuracy against the cost of a step, of the arms of `arf ablate emojinet-frontier`."""
     return _frontier("emojinet-frontier")
@@ -300,6 +344,7 @@ def rewritten(text: str) -> str:
         seeds,
         grid,
         grid_wise,
+        iconnet_data,
         frontier,
         frontier_vit,
         step,

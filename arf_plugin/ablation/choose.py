@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field
 
-from arf_plugin.ablation.config import Arm, Grid
+from arf_plugin.ablation.config import Arm, Grid, deciding
 from arf_plugin.errors import GridError
 from arf_plugin.files import write_json
 from arf_plugin.untrusted import read_json
@@ -93,12 +94,14 @@ class Choices:
         assert arm.choice is not None
         by = arm.choice.by
         for found in averages:
-            if by not in found:
+            if not found.keys() >= set(deciding(by)):
                 raise GridError(
                     f"{arm.where}: the choice is by '{by}', which is no average of the validation sets. "
                     f"Expected one of: {', '.join(found)}."
                 )
-        best = max(range(len(averages)), key=lambda number: averages[number][by])
+        best = max(
+            range(len(averages)), key=lambda number: fmean(averages[number][name] for name in deciding(by))
+        )
         listed = [
             {"flags": flags, "validation": {name: round(value, 4) for name, value in found.items()}}
             for flags, found in zip(_candidates(arm), averages, strict=True)

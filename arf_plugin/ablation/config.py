@@ -20,6 +20,7 @@
         captions: retrieved         take the captions of that set
         build: ['retrieve --random ... --out ${out}/hits', 'pack --retrieved ${out}/hits --out ${out}']
     choose: {over: [{lr: 1e-5}, {lr: 3e-5}], by: ID}    for every arm that has no `choose` of its own
+                                    `by: ID + shift` is the mean of both
     arms:
       - {name: before, kind: before}                    not trained
       - {name: flyp, label: FLYP, kind: baseline, what: one sentence, flags: {...}}
@@ -43,7 +44,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr
 
 from arf_plugin.validation import Strict
 
-BUILDERS = ("caption", "embed", "index", "retrieve", "pack", "anchors")
+BUILDERS = ("caption", "embed", "index", "retrieve", "pack", "anchors", "features")
 COUNTS = {"epochs": 32, "batch-size": 64, "workers": 4, "accum-freq": 1}  # open_clip's defaults
 RESERVED = {  # flags that the grid sets itself, and where it takes them from
     "model": "the entry 'model'",
@@ -65,6 +66,12 @@ RESERVED = {  # flags that the grid sets itself, and where it takes them from
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*(?:-[A-Za-z0-9._+]+)*")
 T = TypeVar("T")
+
+
+def deciding(by: str) -> list[str]:
+    """The averages whose mean decides a choice: one, or several as `ID + shift`."""
+    return [name.strip() for name in by.split(" + ")]
+
 
 # What follows reads a file's scalars, which are texts as they were written, but for true, false and nothing.
 
@@ -199,7 +206,7 @@ class AnchorSet(Strict):
 
 
 class Choice(Strict):
-    """Hyper-parameters chosen on validation: candidates, and the average that decides."""
+    """Hyper-parameters chosen on validation: candidates, and the average (or a mean of some: `A + B`) that decides."""
 
     over: Annotated[Several[Flags], AfterValidator(_candidates)]
     by: Text

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.ablation import table
 from arf_plugin.ablation.anchors import build, needed
 from arf_plugin.ablation.choose import Choices
-from arf_plugin.ablation.config import AnchorSet, Arm, Grid
+from arf_plugin.ablation.config import AnchorSet, Arm, Grid, deciding
 from arf_plugin.ablation.launch import take
 from arf_plugin.ablation.plan import Run, before, candidate_runs, final_runs, missing_inputs
 from arf_plugin.ablation.runs import changes, is_finished, run_all, save_before, versions
@@ -220,13 +220,11 @@ class Ablation:
         from arf_plugin.evaluation.suites import load_suite
 
         known = load_suite(self.grid.evaluation.suite).averages
-        deciding = {
-            arm.choice.by: f"{arm.where}: 'choose'" for arm in self.grid.arms if arm.choice is not None
-        }
+        judges = {arm.choice.by: f"{arm.where}: 'choose'" for arm in self.grid.arms if arm.choice is not None}
         if self.grid.wise.by is not None:
-            deciding[self.grid.wise.by] = "'wise'"
-        for name, place in deciding.items():
-            if name not in known:
+            judges[self.grid.wise.by] = "'wise'"
+        for name, place in judges.items():
+            if not set(deciding(name)) <= known.keys():
                 raise GridError(
                     f"{place} is by '{name}', which is no average of the suite '{self.grid.evaluation.suite}'. "
                     f"Expected one of: {', '.join(known)}."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.ablation.choose import Choices
-from arf_plugin.ablation.config import Arm, Grid
+from arf_plugin.ablation.config import Arm, Grid, deciding
 from arf_plugin.ablation.plan import Run
 from arf_plugin.console import markdown_table, text_table
 from arf_plugin.files import replacing, write_json
@@ -97,10 +97,11 @@ def choose_alphas(
     by = grid.wise.by
     for arm in arms if by is not None else ():
         assert by is not None
+        names = deciding(by)
         measured = {alpha: scores_of(validation, arm.name, alpha) for alpha in grid.wise.alphas}
         seeds = len(scores_of(validation, arm.name, None))
         means = {
-            alpha: float(found[by].mean()) if by in found else 0.0
+            alpha: float(found[names].mean(axis=1).mean()) if set(names) <= set(found) else 0.0
             for alpha, found in measured.items()
             if seeds and len(found) == seeds
         }

@@ -32,7 +32,7 @@ dry_run=
 for argument in "$@"; do [ "$argument" != --dry-run ] || dry_run=yes; done
 if [ "$name" = captioner ] && [ -z "$dry_run" ]; then
     for steps in 50 150; do
-        "$VENV/bin/python" scripts/emojinet/captioner.py "$DATA" "$RUN" "$steps" "$OUT/captioners/$steps"
+        "$VENV/bin/python" scripts/benchmarks/captioner.py "$DATA" "$RUN" "$steps" "$OUT/captioners/$steps"
     done
 fi
 if [ "$name" = frontier-vit ] && [ -z "$dry_run" ]; then

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from emojinet.sources import EMOJI_SETS, NAMES, UNRELATED_SETS, Source
+from benchmarks.attribution import table
 
-LICENSE_LINKS = {
-    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
-    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
-    "CC-BY-3.0": "https://creativecommons.org/licenses/by/3.0/",
-    "CC0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
-    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
-    "MIT": "https://opensource.org/license/mit",
-}
-
-
-def _table(sources: tuple[Source, ...]) -> list[str]:
-    rows = ["| package | by | licence |", "|---|---|---|"]
-    for s in sources:
-        link = LICENSE_LINKS[s.license]
-        rows.append(f"| {s.package} {s.version} | [{s.author}]({s.url}) | [{s.license}]({link}) |")
-    return rows
+from emojinet.sources import EMOJI_SETS, NAMES, UNRELATED_SETS
 
 
 def attribution() -> str:
@@ -35,15 +20,15 @@ def attribution() -> str:
             "",
             "## Emoji",
             "",
-            *_table(EMOJI_SETS),
+            *table(EMOJI_SETS),
             "",
             "## Names and keywords",
             "",
-            *_table(NAMES),
+            *table(NAMES),
             "",
             "## Icons in the retrieval pool",
             "",
-            *_table(UNRELATED_SETS),
+            *table(UNRELATED_SETS),
             "",
         ]
     )

@@ -15,18 +15,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from emojinet import draw, texts, write
+from benchmarks import draw, write
+from benchmarks.contact import contact_sheet
+from benchmarks.download import DownloadError, download
+from benchmarks.files import Stage, unit_hash, write_json, write_text
+from benchmarks.icons import load_icons, visible_names
+from benchmarks.sources import Source
+
+from emojinet import texts
 from emojinet.attribution import attribution
 from emojinet.classes import CLASS_NAMES, GROUPS, held_out_classes
-from emojinet.contact import contact_sheet
-from emojinet.download import DownloadError, download
-from emojinet.files import Stage, unit_hash, write_json, write_text
-from emojinet.join import Concept, join, load_icons, visible_names
-from emojinet.sources import ALL_SOURCES, EMOJI_SETS, NAMES, UNRELATED_SETS, Source
+from emojinet.join import Concept, join
+from emojinet.sources import ALL_SOURCES, EMOJI_SETS, NAMES, UNRELATED_SETS
 from emojinet.split import MONO_VENDORS, Sample, split
 
 TASK_SHARDS = 4
-POOL_SHARD_SIZE = 1000
 # Texts per drawing in pretraining: a small pool seen many times is learned by heart if each image has one text only.
 PRETRAINING_VARIANTS = 5
 PRETRAINING_SHARDS = 16
@@ -71,36 +74,59 @@ def write_task(
         )
 
 
-def write_pool(
-    out: Path,
+def pool_records(
     samples: list[Sample],
     pngs: dict[str, bytes],
     concepts: dict[str, Concept],
     unrelated: dict[str, dict[str, bytes]],
-) -> None:
-    """Writes the pool: `emoji-NNN.tar` (pretraining and retrieval) and `icons-NNN.tar` (retrieval only)."""
+) -> tuple[list[write.Record], list[write.Record]]:
+    """The pool's emoji and its unrelated icons, as image, text and licence, each in the order of a hash."""
     licenses = {source.name: source.license for source in ALL_SOURCES}
-
-    def record(key: str, png: bytes, text: str, vendor: str, **facts: str) -> write.Record:
-        about = {"set": vendor, "license": licenses[vendor], **facts}
-        return key, {"png": png, "txt": text.encode(), "json": json.dumps(about, sort_keys=True).encode()}
-
     emoji = [
-        record(s.key, pngs[s.key], texts.caption(concepts[s.code], s.vendor), s.vendor, concept=s.code)
+        write.pair(
+            s.key,
+            pngs[s.key],
+            texts.caption(concepts[s.code], s.vendor),
+            {"set": s.vendor, "license": licenses[s.vendor], "concept": s.code},
+        )
         for s in samples
         if s.place == "pool"
     ]
     icons = [
-        record(f"{vendor}_{icon}", png, texts.icon_caption(icon, vendor), vendor, icon=icon)
+        write.pair(
+            f"{vendor}_{icon}",
+            png,
+            texts.icon_caption(icon, vendor),
+            {"set": vendor, "license": licenses[vendor], "icon": icon},
+        )
         for vendor, drawn in unrelated.items()
         for icon, png in drawn.items()
     ]
-    sizes = {}
-    for prefix, records in (("emoji-", emoji), ("icons-", icons)):
-        records.sort(key=lambda r: unit_hash("order", r[0]))
-        shards = max(2, round(len(records) / POOL_SHARD_SIZE))
-        sizes |= write.write_shards(out / "pool", prefix, records, shards)
-    write.write_sizes(out / "pool", sizes)
+    return write.shuffled(emoji), write.shuffled(icons)
+
+
+def prepare(
+    cache: Path, unrelated_sets: tuple[Source, ...]
+) -> tuple[list[Sample], dict[str, bytes], dict[str, Concept], dict[str, dict[str, bytes]]]:
+    """Downloads, joins, splits and draws.
+
+    Args:
+        cache: folder of downloads and drawings.
+        unrelated_sets: the sets of unrelated icons to take.
+
+    Returns:
+        Every emoji's place, their PNGs by key, all concepts by code, and the unrelated icons' PNGs by set and name.
+    """
+    unpacked = download((*EMOJI_SETS, *NAMES, *unrelated_sets), cache)
+    concepts, vendors = join(unpacked)
+    vendors = {
+        vendor: {code: icon for code, icon in icons.items() if concepts[code].group in GROUPS}
+        for vendor, icons in vendors.items()
+    }
+    images = draw_all(unpacked, cache, vendors, unrelated_sets)
+    samples = [s for s in split(concepts, vendors) if s.icon in images[s.vendor]]
+    pngs = {s.key: images[s.vendor][s.icon] for s in samples}
+    return samples, pngs, concepts, {s.name: images[s.name] for s in unrelated_sets}
 
 
 def write_pretraining(
@@ -177,22 +203,14 @@ def build(out: Path, cache: Path, fast: bool = False) -> dict:
     if stage.done:
         print(f"{out} is complete")
         return json.loads(summary_path.read_text())
-    unpacked = download((*EMOJI_SETS, *NAMES, *unrelated_sets), cache)
-    concepts, vendors = join(unpacked)
-    vendors = {
-        vendor: {code: icon for code, icon in icons.items() if concepts[code].group in GROUPS}
-        for vendor, icons in vendors.items()
-    }
-    images = draw_all(unpacked, cache, vendors, unrelated_sets)
-    samples = [s for s in split(concepts, vendors) if s.icon in images[s.vendor]]
-    pngs = {s.key: images[s.vendor][s.icon] for s in samples}
-
+    samples, pngs, concepts, unrelated = prepare(cache, unrelated_sets)
     held_out = held_out_classes({c.subgroup: c.group for c in concepts.values()})
     names = {"held_out": held_out, "fine_tuned": [c for c in CLASS_NAMES if c not in held_out]}
     write_task(out, samples, pngs, {c: n for n, c in enumerate(names["fine_tuned"])})
     write_text(out / "task" / "classnames.txt", "\n".join(CLASS_NAMES[c] for c in names["fine_tuned"]) + "\n")
     write_text(out / "task" / "templates.txt", "\n".join(texts.TEMPLATES) + "\n")
-    write_pool(out, samples, pngs, concepts, {s.name: images[s.name] for s in unrelated_sets})
+    emoji, icons = pool_records(samples, pngs, concepts, unrelated)
+    write.write_pool(out / "pool", {"emoji-": emoji, "icons-": icons})
     write_pretraining(out, samples, pngs, concepts)
     evaluation = write_evaluation(out, samples, pngs, concepts, names)
     write_text(out / "ATTRIBUTION.md", attribution())
@@ -212,7 +230,7 @@ def build(out: Path, cache: Path, fast: bool = False) -> dict:
         "task": {place: sum(s.place == place for s in samples) for place in ("task/train", "validation/id")},
         "pool": {
             "emoji": sum(s.place == "pool" for s in samples),
-            "unrelated": sum(len(images[s.name]) for s in unrelated_sets),
+            "unrelated": len(icons),
         },
         "evaluation": evaluation,
     }

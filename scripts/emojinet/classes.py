@@ -7,7 +7,7 @@ in the order of `unit_hash("held-out", subgroup)`.
 
 from __future__ import annotations
 
-from emojinet.files import unit_hash
+from benchmarks.files import unit_hash
 
 GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 

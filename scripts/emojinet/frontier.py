@@ -22,7 +22,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from emojinet.files import read_json, replacing, write_json
+from benchmarks.files import read_json, replacing, write_json
 
 CHOSEN_BY = ("ID", "shift", "mono", "zero-shot")
 METRICS = (*CHOSEN_BY, "zero-shot fine")

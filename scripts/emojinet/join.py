@@ -13,9 +13,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emojinet.download import member
-from emojinet.files import read_json
-from emojinet.sources import EMOJI_SETS, NAMES, SHORTCODES, Source
+from benchmarks.download import member
+from benchmarks.files import read_json
+
+from emojinet.sources import EMOJI_SETS, NAMES, SHORTCODES
 
 EMOJIBASE, EMOJILIB = NAMES
 
@@ -122,26 +123,6 @@ def match_icons(
                 matched[code] = name
                 taken.add(name)
     return matched
-
-
-def load_icons(folder: Path, source: Source) -> dict[str, str]:
-    """Reads a set's icons as SVG documents, by name."""
-    data = read_json(member(folder, source, "icons.json"))
-    documents = {}
-    for name, icon in data["icons"].items():
-        left, top = (icon.get(side, data.get(side, 0)) for side in ("left", "top"))
-        width, height = (icon.get(side, data.get(side, 16)) for side in ("width", "height"))
-        documents[name] = (
-            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
-        )
-    return documents
-
-
-def visible_names(folder: Path, source: Source) -> list[str]:
-    """Names of a set's icons, without those that its authors have withdrawn."""
-    icons = read_json(member(folder, source, "icons.json"))["icons"]
-    return [name for name, icon in icons.items() if not icon.get("hidden")]
 
 
 def join(folder: Path) -> tuple[dict[str, Concept], dict[str, dict[str, str]]]:

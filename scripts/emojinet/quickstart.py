@@ -18,13 +18,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import captioner
+from benchmarks.download import DownloadError
+from benchmarks.files import Stage, read_json
+from benchmarks.recipe import THREADS, Recipe
+from benchmarks.trainer import Run, TrainingError, call, model_folder, pattern, stop_all, train
+
 from arf_plugin.ablation.launch import cpu_threads
-from emojinet import captioner, report
+from emojinet import report
 from emojinet.build import build
-from emojinet.download import DownloadError
-from emojinet.files import Stage, read_json
-from emojinet.recipe import FAST, FULL, THREADS, Recipe
-from emojinet.trainer import Run, TrainingError, call, model_folder, stop_all, train
+from emojinet.recipe import FAST, FULL
 
 
 class Quickstart:
@@ -183,12 +186,6 @@ class Quickstart:
             )
             stage.finish()
         return report.write(self.results, read_json(figures), names)
-
-
-def pattern(shards: list[Path]) -> str:
-    """Writes shards that are numbered through as one pattern: `a/emoji-{000..004}.tar`."""
-    first, last = shards[0], shards[-1]
-    return f"{first.parent}/{first.stem[:-3]}{{{first.stem[-3:]}..{last.stem[-3:]}}}.tar"
 
 
 def main() -> int:

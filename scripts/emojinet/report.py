@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emojinet.files import replacing, write_json
+from benchmarks.files import replacing, write_json
+
 from emojinet.split import MONO_VENDORS
 
 # key -> heading, in the table's order

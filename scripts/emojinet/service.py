@@ -20,12 +20,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow.parquet as pq
+from benchmarks.files import read_json, write_json
+from benchmarks.trainer import TrainingError, call, train
 
-from emojinet.files import read_json, write_json
 from emojinet.quickstart import Quickstart
 from emojinet.recipe import FAST, FULL
 from emojinet.report import metrics
-from emojinet.trainer import TrainingError, call, train
 
 SCRIPT = Path(__file__).resolve().parent.parent / "knn_service.sh"
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from benchmarks.files import unit_hash
+
 from emojinet.classes import CLASS_NAMES, held_out_classes
-from emojinet.files import unit_hash
 from emojinet.join import Concept
 
 TASK_VENDORS = ("noto", "noto-v1")

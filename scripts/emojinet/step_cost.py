@@ -22,8 +22,9 @@ if __name__ == "__main__":
     here = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(here), str(here / "bench")]
 
+from benchmarks.files import read_json, write_json
+
 from arf_plugin.ablation.launch import cpu_threads
-from emojinet.files import read_json, write_json
 
 PLAIN = "plain"
 

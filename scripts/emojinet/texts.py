@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from benchmarks.files import unit_hash
+
 from emojinet.classes import CLASS_NAMES
-from emojinet.files import unit_hash
 from emojinet.join import Concept
 
 # Class prompts in CLIP_benchmark's notation; `{c}` is the class name.

@@ -17,38 +17,12 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.pretrain import start
+from benchmarks.recipe import THREADS, VIT
+from benchmarks.trainer import Run, TrainingError, model_folder, pattern, train
+
 from arf_plugin.ablation.launch import cpu_threads
-from emojinet.files import replacing
-from emojinet.quickstart import pattern
-from emojinet.recipe import FAST, FULL, THREADS, VIT
-from emojinet.trainer import Run, TrainingError, model_folder, train
-
-WEIGHTS = "open_clip_model.safetensors"
-
-
-def start(run: Path, out: Path) -> str:
-    """Makes the model that pretraining begins with: random images, known texts.
-
-    Args:
-        run: a quickstart's folder.
-        out: folder of the model.
-
-    Returns:
-        What to give to `--model`.
-    """
-    import open_clip
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    name = model_folder(out, config=VIT)
-    if not (out / WEIGHTS).is_file():
-        torch.manual_seed(0)
-        weights = open_clip.create_model(name).state_dict()
-        known = load_file(run / "clip" / WEIGHTS)
-        weights |= {key: known[key] for key in weights if not key.startswith("visual.")}
-        with replacing(out / WEIGHTS) as temporary:
-            save_file(weights, temporary)
-    return name
+from emojinet.recipe import FAST, FULL
 
 
 def main() -> int:

@@ -23,8 +23,8 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from emojinet.download import fetch, find_npm, unpack  # noqa: E402
-from emojinet.sources import Source  # noqa: E402
+from benchmarks.download import fetch, find_npm, unpack  # noqa: E402
+from benchmarks.sources import Source  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -174,6 +174,16 @@ def test_the_best_candidate_on_validation_is_chosen_and_written_down(grid, tmp_p
     assert Choices(tmp_path).chosen(arm) is None
 
 
+def test_a_choice_may_be_by_the_mean_of_several_averages(grid, tmp_path):
+    path = tmp_path / "other.yaml"
+    path.write_text(GRID.replace("by: shift", "by: ID + shift"))
+    arm = load_grid(str(path), tmp_path).arm("tuned")
+    values = [{"ID": 50.0, "shift": 30.0}, {"ID": 40.0, "shift": 31.0}, {"ID": 60.0, "shift": 25.0}]
+    assert Choices(tmp_path).decide(arm, 0, values) == 2
+    with pytest.raises(GridError, match=r"'ID \+ shift', which is no average .* Expected one of: ID"):
+        Choices(tmp_path).decide(arm, 0, [{"ID": 1.0}] * 3)
+
+
 def test_a_choice_among_other_candidates_is_not_taken_over(grid, tmp_path):
     Choices(tmp_path).decide(grid.arm("tuned"), 0, [{"shift": 1.0}] * 3)
     path = tmp_path / "other.yaml"

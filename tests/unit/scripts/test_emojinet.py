@@ -13,10 +13,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
-from emojinet import attribution, download, draw, files, join, report, texts, write
+from benchmarks import download, draw, files, write
+from benchmarks.sources import Source
+from emojinet import attribution, join, report, texts
 from emojinet.classes import CLASS_NAMES, held_out_classes
 from emojinet.join import Concept
-from emojinet.sources import ALL_SOURCES, EMOJI_SETS, Source
+from emojinet.sources import ALL_SOURCES, EMOJI_SETS
 from emojinet.split import FAMILIES, TASK_VENDORS, split
 
 VENDORS = [source.name for source in EMOJI_SETS]

@@ -13,9 +13,10 @@ from arf_plugin.evaluation.records import append_record
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from emojinet import frontier, vit  # noqa: E402
+from benchmarks import pretrain  # noqa: E402
+from benchmarks.trainer import model_folder  # noqa: E402
+from emojinet import frontier  # noqa: E402
 from emojinet.split import MONO_VENDORS  # noqa: E402
-from emojinet.trainer import model_folder  # noqa: E402
 
 VENDORS = ("twemoji", "openmoji", "fluent-emoji", "fluent-emoji-flat", "emojione", "emojione-v1", "fxemoji")
 
@@ -90,8 +91,8 @@ def test_the_vision_transformer_begins_with_the_texts_of_the_quickstarts_clip(tm
     from safetensors.torch import save_file
 
     clip = open_clip.create_model(model_folder(tmp_path / "run" / "clip")).eval()
-    save_file(clip.state_dict(), tmp_path / "run" / "clip" / vit.WEIGHTS)
-    begun = open_clip.create_model(vit.start(tmp_path / "run", tmp_path / "begun")).eval()
+    save_file(clip.state_dict(), tmp_path / "run" / "clip" / pretrain.WEIGHTS)
+    begun = open_clip.create_model(pretrain.start(tmp_path / "run", tmp_path / "begun")).eval()
     texts = open_clip.tokenize(["a red apple", "an owl"], context_length=clip.context_length)
     assert torch.equal(begun.encode_text(texts), clip.encode_text(texts))
     assert type(begun.visual) is VisionTransformer

