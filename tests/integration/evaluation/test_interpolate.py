@@ -258,4 +258,4 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
 )
 def test_the_rule_for_ties(scores, alpha, tied):
     choice = choose({a: Scores({"set": value}, {}) for a, value in scores.items()}, "set")
-    assert (choice.alpha, choice.tied) == (alpha, tied)
+    assert (choice.point, choice.tied) == (alpha, tied)
