@@ -169,10 +169,10 @@ def stock_share(start: torch.Tensor, runs: Sequence[torch.Tensor]) -> float:
     count = len(runs)
     flat = [tensor.reshape(-1) for tensor in (start, *runs)]
     products = torch.zeros(count, count, dtype=torch.float64)  # of the updates
-    size = max(1, CHUNK // count)
+    size = max(1, CHUNK // (4 * count))
     for i in range(0, start.numel(), size):
         first, *others = (tensor[i : i + size].double() for tensor in flat)
-        updates = torch.stack(others) - first
+        updates = torch.stack(others).sub_(first)
         products += updates @ updates.T
     lengths = products.diagonal().sqrt()
     scale = lengths.outer(lengths)
