@@ -12,13 +12,14 @@ __all__ = [
     "build_anchors",
     "evaluate",
     "interpolate",
+    "merge",
     "sample_id",
 ]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module itself would cost every process a millisecond
     from arf_plugin.anchors.ids import sample_id
-    from arf_plugin.api import AnchorSet, build_anchors, evaluate, interpolate
+    from arf_plugin.api import AnchorSet, build_anchors, evaluate, interpolate, merge
     from arf_plugin.data.batch import OptimizerStep
     from arf_plugin.losses.anchored import AnchoredLoss
 

@@ -300,6 +300,44 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
     return Path(out)
 
 
+def merge(
+    original: str | Path,
+    tuned: str | Path | Sequence[str | Path],
+    out: str | Path,
+    method: str = "stock",
+    lines: tuple[float, float] = (0.0, 1.0),
+) -> Path:
+    """Merges fine-tuned checkpoints and writes the result, as ``arf interpolate --method`` does.
+
+    Args:
+        original: Checkpoint before fine-tuning, or ``MODEL@PRETRAINED`` for weights that open_clip knows.
+        tuned: Checkpoints after it: two or more for ``stock`` and ``soup``, one for ``lines``.
+        out: Checkpoint to write; ``.safetensors`` works, too.
+        method: ``stock`` (Model Stock), ``soup`` (the mean) or ``lines`` (LiNeS).
+        lines: a and b of LiNeS: the update of layer l of L is scaled by ``a + b (l - 1) / (L - 1)``.
+
+    Returns:
+        `out`.
+
+    Raises:
+        EvaluationError: Checkpoints of different architectures, all with the same weights, too few or too many for the
+            method; a file that is none; a scale outside [0, 1]; for ``lines``, a model whose layers are not known.
+    """
+    from arf_plugin.evaluation.candidates import find_original
+    from arf_plugin.evaluation.checkpoints import open_checkpoint
+    from arf_plugin.evaluation.merging import Merge, write_merges
+    from arf_plugin.evaluation.sweep import Family
+
+    how = Merge(method, lines if method == "lines" else None)
+    runs = (tuned,) if isinstance(tuned, (str, Path)) else tuned
+    family = Family(method, find_original(str(original)), tuple(map(Path, runs)))
+    family.check()
+    write_merges(
+        open_checkpoint(family.original), [open_checkpoint(path) for path in family.tuned], {Path(out): how}
+    )
+    return Path(out)
+
+
 def _parsed(command: str, flags: dict[str, Any]) -> argparse.Namespace:
     """Arguments of a command of ``arf``, from keywords."""
     from arf_plugin.cli.main import build_parser

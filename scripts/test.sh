@@ -33,9 +33,10 @@ fi
 
 # Files alone, beside the environment: the open_clip releases that are tested on every change; the numpy that
 # CLIP_benchmark 1.6.2 can count with, for the test that compares with it; a webdataset that stock open_clip cannot read;
-# TensorBoard, which open_clip would import at the start of every run if it were in the environment itself.
+# TensorBoard, which open_clip would import at the start of every run if it were in the environment itself; mergekit,
+# whose Model Stock ours is compared with.
 "$VENV/bin/python" scripts/versions/install.py --every-change
-for packages in numpy==2.3.5 webdataset==1.0.2 "tensorboard==2.21.0 absl-py"; do
+for packages in numpy==2.3.5 webdataset==1.0.2 mergekit==0.1.5 "tensorboard==2.21.0 absl-py"; do
     first=${packages%% *}
     folder=.venvs/${first/==/-}
     if [ ! -d "$folder" ]; then

@@ -13,6 +13,7 @@
     seeds: [0, 1, 2]
     evaluation: {suite: imagenet-shifts, test: FOLDER, validation: FOLDER}     data roots, as of `arf evaluate`
     wise: {alphas: [0.25, 0.5, 0.75], by: ID}       WiSE-FT: every arm is mixed at these, one is chosen by validation
+    merge: [stock, soup]            also the seeds of every arm merged: Model Stock, the uniform soup
     reference: flyp                 the arm that cost is compared with
     anchors:                        anchor sets by name: a folder, or how to build one under GRID/anchors/NAME
       retrieved: ANCHORS
@@ -279,6 +280,7 @@ class Grid(Strict):
     wise: Annotated[
         Wise, BeforeValidator(lambda value: value if isinstance(value, dict) else {"alphas": value})
     ] = Wise()
+    merge: Several[Literal["stock", "soup"]] = ()
     reference: Text | None = None
     choose: Choice | None = None
     anchors: dict[str, AnchorSet] = Field(default_factory=dict)

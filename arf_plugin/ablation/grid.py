@@ -23,7 +23,16 @@ from arf_plugin.ablation.anchors import build, needed
 from arf_plugin.ablation.choose import Choices
 from arf_plugin.ablation.config import AnchorSet, Arm, Grid, deciding
 from arf_plugin.ablation.launch import take
-from arf_plugin.ablation.plan import Run, before, candidate_runs, final_runs, missing_inputs
+from arf_plugin.ablation.plan import (
+    Merged,
+    Run,
+    before,
+    candidate_runs,
+    final_runs,
+    merged,
+    merged_arm,
+    missing_inputs,
+)
 from arf_plugin.ablation.runs import changes, is_finished, run_all, save_before, versions
 from arf_plugin.errors import GridError
 from arf_plugin.files import write_json
@@ -166,18 +175,22 @@ class Ablation:
         trained = [arm for arm in arms.values() if arm.is_trained]
         runs = [Run(grid, folder, arm, seed, None, self.processes) for arm in trained for seed in grid.seeds]
         runs = [run for run in (before(grid, folder), *runs) if is_finished(run)]
+        merges = merged(grid, runs)
         scores = {}
+        # What earlier starts have merged of fewer seeds, or of an arm's runs before they were thrown away.
+        gone = re.compile("".join(f"(?!{re.escape(one.listed)}$)" for one in merges) + "merged/")
         for split, records in self._records().items():
-            measure(grid, folder, runs, open_sets(grid, split), folder / records, grid.wise.alphas)
-            scores[split] = table.scores(grid, folder, runs, folder / records)
+            table.drop_records(folder / records, gone)
+            measure(grid, folder, runs, open_sets(grid, split), folder / records, grid.wise.alphas, merges)
+            scores[split] = table.scores(grid, [*runs, *merges], folder / records)
         mixed = [arm for arm in trained if not arm.is_probe]
         alphas = (
             table.choose_alphas(grid, self.choices, mixed, scores["validation"])
             if "validation" in scores
             else {}
         )
-        result = table.summarize(grid, runs, scores["test"], alphas)
-        result["verdicts"] = table.verdicts(grid, folder, runs, folder / "results.jsonl", result["rows"])
+        result = table.summarize(grid, runs, scores["test"], alphas, merges)
+        result["verdicts"] = table.verdicts(grid, [*runs, *merges], folder / "results.jsonl", result["rows"])
         table.write(folder, result)
         return result
 
@@ -198,11 +211,15 @@ class Ablation:
             anchors = str(grid.anchors[arm.anchors].path) if arm.anchors is not None else None
             return entry | {"anchors": anchors, "mix": arm.mix, "head": arm.head}
 
+        listed = [described(arm) for arm in grid.arms]
+        for arm in grid.arms if grid.merge else ():
+            if arm.is_trained and not arm.is_probe:
+                listed += [described(merged_arm(arm, method)) for method in grid.merge]
         used = [arm.anchors for arm in grid.arms if arm.anchors is not None and arm.kind == "arf"]
         evaluation = grid.evaluation
         return {
             "name": grid.name,
-            "arms": [described(arm) for arm in grid.arms],
+            "arms": listed,
             "seeds": list(grid.seeds),
             "model": grid.model,
             "pretrained": grid.pretrained,
@@ -213,6 +230,7 @@ class Ablation:
             "wise": list(grid.wise.alphas),
             "wise_by": grid.wise.by,
             "versions": versions(),
+            **({"merge": list(grid.merge)} if grid.merge else {}),
         }
 
     def _check_averages(self) -> None:
@@ -248,7 +266,7 @@ class Ablation:
                     f"{name}: not all of its candidates could be trained, so nothing was chosen and it is left out"
                 )
                 continue
-            scores = [table.scores(self.grid, self.folder, [run], records) for run in own]
+            scores = [table.scores(self.grid, [run], records) for run in own]
             averages = [{} if found.empty else found.iloc[0].to_dict() for found in scores]
             best = own[self.choices.decide(self.grid.arm(name), self.grid.seeds[0], averages)]
             final = Run(self.grid, self.folder, best.arm, best.seed, None, self.processes)
@@ -264,7 +282,7 @@ class Ablation:
             self.choices.forget(arm)
         if self.restart:
             names = "|".join(re.escape(arm.name) for arm in self.restart)
-            gone = re.compile(rf"(runs|candidates)/({names})(\.\d+)?-\d+/")
+            gone = re.compile(rf"(runs|candidates)/({names})(\.\d+)?-\d+/|merged/({names})\+\w+/")
             for records in ("results.jsonl", "validation.jsonl", "candidates/validation.jsonl"):
                 table.drop_records(self.folder / records, gone)
 
@@ -312,6 +330,7 @@ def measure(
     sets: Sequence[EvaluationSet],
     records: Path,
     alphas: Sequence[float],
+    merges: Sequence[Merged] = (),
 ) -> None:
     """Measures what the records do not hold yet; images are decoded once for all checkpoints.
 
@@ -322,19 +341,35 @@ def measure(
         sets: Opened sets.
         records: The file that records are appended to.
         alphas: WiSE-FT: each run is also mixed with the weights it started from; 0 and 1 are these and the run itself.
+        merges: Arms whose seeds are also merged. Model Stock's start is that of the first seed, which differs from the
+            others' only where each seed has a probe's head of its own.
     """
     from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.merging import Merge
     from arf_plugin.evaluation.run import evaluate
 
     candidates = []
     for run in runs:
-        name = str(run.weights.relative_to(folder))
+        name = run.listed
         candidates.append(Candidate(run.weights, name=name))
         if (
             run.arm.is_trained and not run.arm.is_probe
         ):  # a probe differs from the model before by its head alone
             original = str(run.original.relative_to(folder))
             candidates += [Candidate(run.weights, run.original, alpha, name, original) for alpha in alphas]
+    for one in merges:
+        first, *others = one.runs
+        start = None if one.method == "soup" else first.original
+        candidates.append(
+            Candidate(
+                first.weights,
+                start,
+                name=one.listed,
+                original_name=str(start.relative_to(folder)) if start else None,
+                merge=Merge(one.method),
+                others=tuple(run.weights for run in others),
+            )
+        )
     if candidates:
         evaluate(
             candidates,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from arf_plugin.ablation.config import Arm, Grid, command_words, number
 from arf_plugin.ablation.launch import trainer
@@ -16,6 +17,7 @@ from arf_plugin.files import list_files
 from arf_plugin.untrusted import read_json
 
 ARF = [sys.executable, "-m", "arf_plugin.cli.main"]
+MERGES = {"stock": "Model Stock", "soup": "uniform soup"}  # of an arm's seeds, and what tables call them
 MISSING = "..."  # stands for what is not known before the anchors are built
 
 
@@ -59,6 +61,11 @@ class Run:
     def weights(self) -> Path:
         """The finished run's checkpoint: weights alone."""
         return self.path / "weights.pt"
+
+    @property
+    def listed(self) -> str:
+        """What records call its checkpoint."""
+        return str(self.weights.relative_to(self.folder))
 
     @property
     def anchors(self) -> Path | None:
@@ -177,6 +184,48 @@ class Run:
         weight_of_task = (1 - self.arm.mix) / own
         weights = [weight_of_task] * task_sources + [self.arm.mix / pairs] * len(shards)
         return "::".join(f"{weight / weight_of_task:.4g}" for weight in weights)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The model that an arm's seeds are merged into, in memory, when it is measured.
+
+    Attributes:
+        method: a key of `MERGES`.
+        runs: the arm's finished runs, one for each seed of the grid.
+    """
+
+    method: str
+    runs: tuple[Run, ...]
+    seed: ClassVar[int] = -1  # where tables have a run's
+
+    @property
+    def arm(self) -> Arm:
+        """Stands for it in tables and records."""
+        return merged_arm(self.runs[0].arm, self.method)
+
+    @property
+    def listed(self) -> str:
+        """What records call it."""
+        return f"merged/{self.arm.name}/{'-'.join(str(run.seed) for run in self.runs)}"
+
+
+def merged_arm(arm: Arm, method: str) -> Arm:
+    """What an arm's seeds, merged, are called and are."""
+    update = {"name": f"{arm.name}+{method}", "label": f"{arm.label} + {MERGES[method]}"}
+    return arm.model_copy(update={**update, "what": f"The seeds of {arm.label} merged: {MERGES[method]}."})
+
+
+def merged(grid: Grid, finished: Sequence[Run]) -> list[Merged]:
+    """What the grid merges: every trained arm whose runs are all finished; a probe moves its head alone."""
+    found = []
+    for arm in grid.arms:
+        own = tuple(
+            run for run in finished if run.arm.name == arm.name and arm.is_trained and not arm.is_probe
+        )
+        if len(own) == len(grid.seeds):
+            found += [Merged(method, own) for method in grid.merge]
+    return found
 
 
 def before(grid: Grid, folder: Path) -> Run:

@@ -252,6 +252,11 @@ class _Reader:
             )
         if grid.choose is not None and not validation:
             raise self.error(("choose",), "a choice is made on validation sets, but 'evaluation' names none.")
+        taken = {f"{arm.name}+{method}" for arm in grid.arms for method in grid.merge}
+        if twice := [arm.name for arm in grid.arms if arm.name in taken]:
+            raise self.error(("merge",), f"the arm '{twice[0]}' has the name of another one's merged seeds.")
+        if grid.merge and len(grid.seeds) < 2:
+            raise self.error(("merge",), "an arm's seeds are merged, but 'seeds' has one. Give two or more.")
         if grid.reference is not None:
             self._require(grid.reference, [arm.name for arm in grid.arms], ("reference",))
         earlier: dict[str, None] = {}

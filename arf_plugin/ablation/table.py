@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from arf_plugin.ablation.choose import Choices
 from arf_plugin.ablation.config import Arm, Grid, deciding
-from arf_plugin.ablation.plan import Run
+from arf_plugin.ablation.plan import Merged, Run
 from arf_plugin.console import markdown_table, text_table
 from arf_plugin.files import replacing, write_json
 
@@ -23,13 +23,12 @@ VERDICTS = (
 )
 
 
-def scores(grid: Grid, folder: Path, runs: Sequence[Run], records: Path) -> DataFrame:
+def scores(grid: Grid, runs: Sequence[Run | Merged], records: Path) -> DataFrame:
     """Reads records and reduces them to the suite's averages.
 
     Args:
         grid: The grid.
-        folder: GRID.
-        runs: The runs to look for; that of the model before may be among them.
+        runs: The runs to look for, and merged ones; that of the model before may be among them.
         records: File of records.
 
     Returns:
@@ -43,7 +42,7 @@ def scores(grid: Grid, folder: Path, runs: Sequence[Run], records: Path) -> Data
     grouped: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
     for record in read_records(records) if records.is_file() else ():
         grouped.setdefault((record["checkpoint"], record.get("alpha")), []).append(record)
-    by_name = {str(run.weights.relative_to(folder)): run for run in runs}
+    by_name = {run.listed: run for run in runs}
     found = [
         (by_name[name].arm.name, by_name[name].seed, alpha, averages)
         for (name, alpha), group in grouped.items()
@@ -83,7 +82,10 @@ def drop_records(path: Path, gone: re.Pattern[str]) -> None:
 
     if not path.is_file():
         return
-    kept = [record for record in read_records(path, whole=False) if not gone.match(str(record["checkpoint"]))]
+    records = read_records(path, whole=False)
+    kept = [record for record in records if not gone.match(str(record["checkpoint"]))]
+    if len(kept) == len(records):
+        return
     with replacing(path) as temporary:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -111,7 +113,11 @@ def choose_alphas(
 
 
 def summarize(
-    grid: Grid, runs: Sequence[Run], test: DataFrame, alphas: Mapping[str, float]
+    grid: Grid,
+    runs: Sequence[Run],
+    test: DataFrame,
+    alphas: Mapping[str, float],
+    merges: Sequence[Merged] = (),
 ) -> dict[str, Any]:
     """Builds the content of results.json.
 
@@ -120,16 +126,19 @@ def summarize(
         runs: The finished runs.
         test: Scores on the test sets.
         alphas: Chosen alpha by arm.
+        merges: Arms whose seeds have been merged.
 
     Returns:
-        ``rows``: one per line of the table (arm, alpha, mean, std, per_seed; percent). ``against_reference``: the
-        difference to the reference arm, paired by seed. All scores are of the test sets.
+        ``rows``: one per line of the table (arm, alpha, mean, std, per_seed; percent); merged seeds have one score
+        alone, and ARM+METHOD as ``arm``. ``against_reference``: the difference to the reference arm, paired by seed.
+        All scores are of the test sets.
     """
     lines = []
     for arm in grid.arms:
         lines += [
             _line(arm, None, test),
             *([_line(arm, alphas[arm.name], test)] if arm.name in alphas else []),
+            *(_line(one.arm, None, test) for one in merges if one.runs[0].arm.name == arm.name),
         ]
     of_arm = {run.arm.name: run for run in runs}
     reference = of_arm[grid.reference].images() if grid.reference in of_arm else None
@@ -168,7 +177,7 @@ def _line(arm: Arm, alpha: float | None, test: DataFrame) -> dict[str, Any] | No
         "alpha": alpha,
         "mean": found.mean().round(3).to_dict(),
         "std": found.std().round(3).to_dict() if len(found) > 1 else None,
-        "per_seed": {str(seed): values.round(3).to_dict() for seed, values in found.iterrows()},
+        "per_seed": {str(seed): values.round(3).to_dict() for seed, values in found.iterrows() if seed >= 0},
     }
 
 
@@ -187,14 +196,13 @@ def _against(reference: str | None, test: DataFrame) -> dict[str, Any]:
 
 
 def verdicts(
-    grid: Grid, folder: Path, runs: Sequence[Run], records: Path, lines: Sequence[Mapping[str, Any]]
+    grid: Grid, runs: Sequence[Run | Merged], records: Path, lines: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Compares every line of the table by image with those of the reference arm.
 
     Args:
         grid: The grid.
-        folder: GRID.
-        runs: The finished runs.
+        runs: The finished runs, and merged ones.
         records: File of records.
         lines: ``rows`` of :func:`summarize`.
 
@@ -208,15 +216,18 @@ def verdicts(
     from arf_plugin.evaluation.verdicts import compare
 
     averages = load_suite(grid.evaluation.suite).averages
-    by_name = {str(run.weights.relative_to(folder)): run for run in runs}
+    by_name = {run.listed: run for run in runs}
     measured: dict[tuple[str, float | None], dict[int | None, dict[str, Any]]] = {}
     for record in read_records(records) if records.is_file() else ():
         if (run := by_name.get(record["checkpoint"])) is not None:
-            seed = run.seed if run.arm.is_trained else None  # the model before has none
+            alone = (
+                isinstance(run, Merged) or not run.arm.is_trained
+            )  # merged, or the model before: without a seed
+            seed = None if alone else run.seed
             by_seed = measured.setdefault((run.arm.name, record.get("alpha")), {})
             by_seed.setdefault(seed, {})[record["set"]] = record
     found = []
-    for other in [line for line in lines if line["arm"] == grid.reference]:
+    for other in [line for line in lines if line["arm"].split("+")[0] == grid.reference]:
         for line in lines:
             if line is other:
                 continue

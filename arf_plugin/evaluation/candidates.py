@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.errors import ArfError, EvaluationError
 from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into, open_checkpoint, write_weights
 from arf_plugin.evaluation.head import Head
-from arf_plugin.evaluation.interpolation import check_alpha, load_mixture
+from arf_plugin.evaluation.interpolation import check_alpha, load_made, load_mixture
+from arf_plugin.evaluation.merging import Merge, merge_checkpoints
 from arf_plugin.evaluation.run_settings import Run, Settings, find_run, resolve
 from arf_plugin.files import cache_folder, digest, file_digest
 from arf_plugin.safe_loading import first_line, safe_loading
@@ -26,14 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint, or its WiSE-FT mixture with another one.
+    """A checkpoint, its WiSE-FT mixture with another one, or several merged.
 
     Attributes:
         checkpoint: the (fine-tuned) weights; None for those that come with the model.
-        original: the weights before fine-tuning, of a mixture.
+        original: the weights before fine-tuning, of a mixture or a merge.
         alpha: share of `checkpoint` in the mixture, 0 to 1.
-        name: what records call the checkpoint; its path if None.
+        name: what records call the checkpoint; its path if None, and what is merged of which paths.
         original_name: what records call the original; its path if None.
+        merge: how weights are made of `checkpoint`, the others and the original.
+        others: further fine-tuned weights, of a merge.
     """
 
     checkpoint: Path | None
@@ -41,24 +44,49 @@ class Candidate:
     alpha: float | None = None
     name: str | None = None
     original_name: str | None = None
+    merge: Merge | None = None
+    others: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.original is None) != (self.alpha is None) or (self.original and not self.checkpoint):
+        if self.merge is not None:
+            lacking = self.original is None and self.merge.method != "soup"
+            if self.checkpoint is None or self.alpha is not None or lacking:
+                raise EvaluationError(
+                    "A merge needs checkpoints, and all but a soup the original; it has no alpha."
+                )
+            self.merge.check_count(1 + len(self.others))
+        elif (self.original is None) != (self.alpha is None) or (self.original and not self.checkpoint):
             raise EvaluationError("A mixture needs two checkpoints and an alpha.")
         if self.alpha is not None:
             check_alpha(self.alpha)
 
+    @property
+    def runs(self) -> tuple[Path, ...]:
+        """The fine-tuned checkpoints."""
+        return () if self.checkpoint is None else (self.checkpoint, *self.others)
+
+    @property
+    def title(self) -> str:
+        """What records call the checkpoint."""
+        return self.name or (self.merge.title(self.runs) if self.merge else str(self.checkpoint))
+
     def check(self) -> None:
         """Raises an EvaluationError if a file is missing."""
-        for path in (self.checkpoint, self.original):
+        for path in (*self.runs, self.original):
             if path is not None and not path.is_file():
                 raise EvaluationError(
                     f"There is no checkpoint at {path}. Expected a .pt or .safetensors file."
                 )
 
     def digest(self) -> str | None:
-        """SHA-256 of the checkpoint's file."""
-        return _digest(self.checkpoint)
+        """SHA-256 of the checkpoint's file; of a merge, over the method and the files' digests."""
+        if self.merge is None:
+            return _digest(self.checkpoint)
+        return digest([str(self.merge), *self.run_digests()])
+
+    def run_digests(self) -> list[str | None]:
+        """SHA-256 of each fine-tuned checkpoint's file."""
+        return [_digest(path) for path in self.runs]
 
     def original_digest(self) -> str | None:
         """SHA-256 of the original's file."""
@@ -69,18 +97,18 @@ class Candidate:
     ) -> tuple[Settings, Run | None]:
         """How it is to be measured; see :func:`arf_plugin.evaluation.run_settings.resolve`.
 
-        Of a mixture the fine-tuned end tells, whose run went on from the other.
+        Of a mixture the fine-tuned end tells, whose run went on from the other; of a merge the first run.
         """
         if self.checkpoint is None:
             path = weights_file(model, pretrained)
             return (flags, None) if path is None else resolve(path, _told(path), model, flags)
         found, run = resolve(self.checkpoint, _told(self.checkpoint), model, flags, pretrained)
-        if self.original is not None and run is not None:
-            start = find_run(self.original, _told(self.original), flags)
-            if start is not None and start.settings.given() != run.settings.given():
+        for path in (self.original, *self.others) if run is not None else ():
+            other = None if path is None else find_run(path, _told(path), flags)
+            if other is not None and run is not None and other.settings.given() != run.settings.given():
                 warnings.warn(
-                    f"{self.original} was trained with {start.settings.flags() or 'the default settings'} "
-                    f"({start.source}), and is measured and mixed as {self.checkpoint} was trained: "
+                    f"{path} was trained with {other.settings.flags() or 'the default settings'} "
+                    f"({other.source}), and is measured and mixed as {self.checkpoint} was trained: "
                     f"{found.flags() or 'the default settings'}.",
                     stacklevel=2,
                 )
@@ -97,6 +125,10 @@ class Candidate:
         """
         if self.checkpoint is None:
             return None
+        if self.merge is not None:
+            original = None if self.original is None else open_checkpoint(self.original)
+            made = merge_checkpoints(self.merge, [open_checkpoint(path) for path in self.runs], original)
+            return load_made(model, made, self.checkpoint)
         if self.original is None or self.alpha is None:
             return load_into(model, self.checkpoint)
         return load_mixture(

@@ -8,9 +8,10 @@ Both checkpoints are mapped from their files, so memory holds one mixture and pa
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 ALPHAS = tuple(number / 10 for number in range(11))
-_CHUNK = 1 << 20  # elements whose fp64 sums are held at a time
+CHUNK = 1 << 20  # elements whose fp64 sums are held at a time
 _IMAGE, _TEXTS = "visual.positional_embedding", ("positional_embedding", "text.positional_embedding")
 
 
@@ -50,7 +51,7 @@ def interpolate(
         EvaluationError: if the names or shapes differ, or alpha is outside [0, 1].
     """
     check_alpha(alpha)
-    _check_same(original, tuned, "The two checkpoints")
+    check_same(original, tuned, "The two checkpoints")
     return {name: mix(original[name], end, alpha) for name, end in tuned.items()}
 
 
@@ -67,12 +68,31 @@ def mix(start: torch.Tensor, end: torch.Tensor, alpha: float) -> torch.Tensor:
 
     if alpha in (0.0, 1.0) or not end.is_floating_point():
         return (start if alpha < 0.5 else end).clone(memory_format=torch.contiguous_format)
-    mixed = torch.empty(end.shape, dtype=end.dtype)
-    target, left, right = mixed.view(-1), start.reshape(-1), end.reshape(-1)
-    for i in range(0, target.numel(), _CHUNK):
-        part = slice(i, i + _CHUNK)
-        target[part] = (1.0 - alpha) * left[part].double() + alpha * right[part].double()
-    return mixed
+    return combine((start, end), (1.0 - alpha, alpha), end.dtype)
+
+
+def combine(tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Sums tensors times their shares, in fp64, rounded once; integers are those of the first tensor.
+
+    Args:
+        tensors: of one shape.
+        shares: a number for each.
+        dtype: of the result.
+
+    Returns:
+        A tensor of its own, contiguous.
+    """
+    import torch
+
+    if not dtype.is_floating_point:
+        return tensors[0].clone(memory_format=torch.contiguous_format)
+    total = torch.empty(tensors[0].shape, dtype=dtype)
+    target, flat = total.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for i in range(0, target.numel(), CHUNK):
+        part = slice(i, i + CHUNK)
+        parts = (share * tensor[part].double() for share, tensor in zip(shares, flat, strict=True))
+        target[part] = functools.reduce(torch.Tensor.add_, parts)
+    return total
 
 
 def interpolate_files(original: Path, tuned: Path, alpha: float, out: Path) -> None:
@@ -103,14 +123,32 @@ def write_mixtures(
     starts = check_pair(original, tuned)
     for alpha in targets.values():
         check_alpha(alpha)
+
+    def made(alpha: float) -> tuple[str, Callable[[], dict[str, torch.Tensor]]]:
+        name = f"{original.path.stem} and {tuned.path.stem} at {alpha:g}"
+        return name, lambda: interpolate(starts, tuned.weights, alpha)
+
+    write_all(original, tuned, {path: made(alpha) for path, alpha in targets.items()}, advance, flags)
+
+
+def write_all(
+    original: Checkpoint,
+    tuned: Checkpoint,
+    targets: Mapping[Path, tuple[str, Callable[[], Mapping[str, torch.Tensor]]]],
+    advance: Callable[[int], object],
+    flags: Settings | None,
+) -> None:
+    """Writes checkpoints one after the other: by their files, their names and what makes their weights.
+
+    The others are as :func:`write_mixtures` has them.
+    """
     flags = flags or Settings()
     told = note(find_run(tuned.path, tuned.run, flags), flags)
     size = max(original.bytes, tuned.bytes)
     for folder in {path.parent for path in targets}:
         _require_space(folder, size, sum(path.parent == folder for path in targets))
-    for path, alpha in targets.items():
-        name = f"{original.path.stem} and {tuned.path.stem} at {alpha:g}"
-        write_weights(path, interpolate(starts, tuned.weights, alpha), name, told)
+    for path, (name, make) in targets.items():
+        write_weights(path, make(), name, told)
         advance(1)
 
 
@@ -141,11 +179,16 @@ def load_mixture(
     Raises:
         EvaluationError: if one of the three is of another architecture, or alpha is outside [0, 1].
     """
-    weights, head = split_head(interpolate(check_pair(original, tuned), tuned.weights, alpha))
+    return load_made(model, interpolate(check_pair(original, tuned), tuned.weights, alpha), tuned.path)
+
+
+def load_made(model: torch.nn.Module, made: Mapping[str, torch.Tensor], path: Path) -> Head | None:
+    """Loads weights that were made of a checkpoint's, and returns the head among them, if there is one."""
+    weights, head = split_head(made)
     try:
-        model.load_state_dict(fitted(model, weights, tuned.path))
+        model.load_state_dict(fitted(model, weights, path))
     except EvaluationError as error:
-        raise EvaluationError(f"--model and {tuned.path} are of different architectures: {error}") from error
+        raise EvaluationError(f"--model and {path} are of different architectures: {error}") from error
     return head
 
 
@@ -163,24 +206,30 @@ def check_pair(original: Checkpoint, tuned: Checkpoint) -> Mapping[str, torch.Te
     Returns:
         The original's weights in the form of the other's.
     """
-    heads = [any(name.startswith(PREFIX) for name in end.weights) for end in (original, tuned)]
-    if heads[0] != heads[1]:
-        having, other = (original, tuned) if heads[0] else (tuned, original)
-        raise EvaluationError(
-            f"{having.path} has a classification head and {other.path} has none, so they cannot be mixed. Give two "
-            "checkpoints with a head (arf probe makes the one before fine-tuning), or two without."
-        )
+    check_heads(original, tuned)
     starts = align(original.weights, tuned.weights)
-    _check_same(starts, tuned.weights, f"{original.path} and {tuned.path}")
-    classes = f"{PREFIX}classnames"
-    if classes in tuned.weights and starts[classes].tolist() != tuned.weights[classes].tolist():
-        raise EvaluationError(
-            f"The heads of {original.path} and {tuned.path} are for different class names. Mix checkpoints of one task."
-        )
+    check_same(starts, tuned.weights, f"{original.path} and {tuned.path}")
     return starts
 
 
-def _check_same(original: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], which: str) -> None:
+def check_heads(one: Checkpoint, other: Checkpoint) -> None:
+    """Raises an EvaluationError unless both have a head for the same classes, or neither has one."""
+    heads = [any(name.startswith(PREFIX) for name in end.weights) for end in (one, other)]
+    if heads[0] != heads[1]:
+        having, without = (one, other) if heads[0] else (other, one)
+        raise EvaluationError(
+            f"{having.path} has a classification head and {without.path} has none, so they cannot be mixed. Give two "
+            "checkpoints with a head (arf probe makes the one before fine-tuning), or two without."
+        )
+    names = [end.weights.get(f"{PREFIX}classnames") for end in (one, other)]
+    if names[0] is not None and names[1] is not None and names[0].tolist() != names[1].tolist():
+        raise EvaluationError(
+            f"The heads of {one.path} and {other.path} are for different class names. Mix checkpoints of one task."
+        )
+
+
+def check_same(original: Mapping[str, torch.Tensor], tuned: Mapping[str, torch.Tensor], which: str) -> None:
+    """Raises an EvaluationError, about `which`, unless both have the same names and shapes."""
     if problems := difference(original, tuned):
         raise EvaluationError(
             f"{which} are of different architectures; in the second, {listed(problems)}. Only one model's weights can "

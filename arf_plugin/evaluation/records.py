@@ -5,6 +5,7 @@
     {"format": 1, "suite": "emojinet", "set": "shift/twemoji", "split": "test",
      "checkpoint": "runs/arf-0/weights.pt", "digest": SHA-256 of the file,
      "original": null, "original_digest": null, "alpha": null,          set for WiSE-FT mixtures alone
+     "merge": "stock", "runs": [SHA-256 of each file],      of merges alone; their digest is over the method and these
      "model": "ViT-B-16", "pretrained": null, "preprocess": null or the flags that change model and preprocessing,
      "images": 871, "expected_images": null, "classes": 21,
      "metrics": {"top1": 43.2, "top5": 70.1, "mean_per_class": 40.0, "macro_f1": 39.1, "ece": 3.2},

@@ -220,8 +220,11 @@ def describe(candidate: Candidate, model: str, pretrained: str | None = None, ow
     if candidate.checkpoint is None:
         name, tag = candidate.name or model, pretrained
     else:
-        name, tag = candidate.name or str(candidate.checkpoint), None
+        name, tag = candidate.title, None
     original = candidate.original_name or (str(candidate.original) if candidate.original else None)
+    merged = (
+        {"merge": str(candidate.merge), "runs": list(map(str, candidate.runs))} if candidate.merge else {}
+    )
     return {
         "checkpoint": name,
         "digest": candidate.digest() if candidate.checkpoint else weights_digest(own[0]),
@@ -229,6 +232,7 @@ def describe(candidate: Candidate, model: str, pretrained: str | None = None, ow
         "original_digest": candidate.original_digest(),
         "alpha": candidate.alpha,
         "pretrained": tag,
+        **merged,
     }
 
 

@@ -173,6 +173,48 @@ def test_a_changed_grid_is_refused_with_the_difference(finished, world):
     assert "flyp-0: --epochs: was 2, is 3" in ablate(other, status=1).stderr
 
 
+def test_the_seeds_of_an_arm_are_merged(ablate, world, run_arf, tmp_path):
+    text = grids.CONFIG.replace("seeds: [0]", "seeds: [0, 1]\nmerge: [stock, soup]")
+    text = text.replace("  - {{name: arf, label: ARF, kind: arf, anchors: hand-made}}\n", "")
+    config = world.config(text=text.replace("epochs: 2", "epochs: 1"))
+    printed = ablate(config).stdout
+    rows = {row["arm"]: row for row in ablate.json("results.json")["rows"] if row["alpha"] is None}
+    assert list(rows) == ["before", "flyp", "flyp+stock", "flyp+soup"]
+    assert re.search(r"^FLYP \+ Model Stock +\d", printed, re.MULTILINE)
+    assert rows["flyp+soup"]["label"] == "FLYP + uniform soup" and rows["flyp+soup"]["per_seed"] == {}
+    assert (
+        set(rows["flyp"]["per_seed"]) == {"0", "1"}
+        and "flyp+stock" not in ablate.json("results.json")["wise"]
+    )
+    runs = [ablate.out / "runs" / name / "weights.pt" for name in ("before-0", "flyp-0", "flyp-1")]
+    for method in ("stock", "soup"):
+        out = tmp_path / f"{method}.jsonl"
+        run_arf(
+            *("interpolate", *runs, "--method", method, "--model", f"local-dir:{world.folder}/clip"),
+            *(
+                "--suite",
+                world.folder / "drawings.yaml",
+                "--data-root",
+                world.folder / "sets",
+                "--results",
+                out,
+            ),
+        )
+        direct = {row["set"]: row["metrics"] for row in map(json.loads, out.read_text().splitlines())}
+        own = [r for r in ablate.rows("results.jsonl") if r["checkpoint"] == f"merged/flyp+{method}/0-1"]
+        assert {r["set"]: r["metrics"] for r in own} == direct and set(direct) == {"id", "shift"}
+        assert {r["merge"] for r in own} == {method}
+        assert rows[f"flyp+{method}"]["mean"]["ID"] == pytest.approx(direct["id"]["top1"], abs=1e-3)
+    kept = (ablate.out / "results.jsonl").read_bytes()
+    assert ablate(config).stdout == printed and (ablate.out / "results.jsonl").read_bytes() == kept
+    run_arf("report", ablate.out, "--out", tmp_path / "report")
+    assert "FLYP + Model Stock" in (tmp_path / "report" / "index.html").read_text()
+    plain = world.config(text=text.replace("epochs: 2", "epochs: 1").replace("merge: [stock, soup]\n", ""))
+    ablate(plain)
+    assert not [row for row in ablate.rows("results.jsonl") if "merge" in row]
+    assert "merge" not in ablate.json("grid.json")
+
+
 def slow_grid(world: grids.World) -> Path:
     """One arm beside the model before, with enough epochs to be killed in between."""
     text = grids.CONFIG.replace("epochs: 2", "epochs: 12")

@@ -31,10 +31,10 @@ averages:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Two checkpoints of a tiny CLIP, and two test and two validation sets with a suite over them."""
+    """Four checkpoints of a tiny CLIP, and two test and two validation sets with a suite over them."""
     folder = tmp_path_factory.mktemp("world")
     clip = save_config(folder / "clip")
-    for seed, name in enumerate(("original", "tuned")):
+    for seed, name in enumerate(("original", "tuned", "second", "third")):
         save_checkpoint(clip, folder / f"{name}.pt", seed)
     for split, images in (("test", 24), ("validation", 36)):
         for number, name in enumerate(("plain", "other")):
@@ -215,6 +215,205 @@ def test_processes_share_a_sweep(arf, tmp_path):
     assert done.stdout == said and json.loads(one.read_text()) == json.loads(two.read_text())
 
 
+RUNS = ("original.pt", "tuned.pt", "second.pt", "third.pt")
+
+
+def loaded(path) -> dict:
+    """A checkpoint's weights, as open_clip itself loads them."""
+    model = open_clip.create_model("local-dir:clip")
+    open_clip.load_checkpoint(model, str(path))
+    return model.state_dict()
+
+
+def test_merged_checkpoints_are_their_formulas(arf, tmp_path):
+    start, *runs = map(loaded, RUNS)
+    assert arf(*RUNS, "--method", "soup", "--out", tmp_path / "soup.pt")[0] == 0
+    assert arf(*RUNS, "--method", "stock", "--out", tmp_path / "stock.safetensors")[0] == 0
+    assert arf(*RUNS[:2], "--method", "lines", "--lines", 0, 1, "--out", tmp_path / "lines.pt")[0] == 0
+    soup, stock, lines = (loaded(tmp_path / name) for name in ("soup.pt", "stock.safetensors", "lines.pt"))
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    mean = torch.stack([run[name].double() for run in runs]).mean(0)
+    torch.testing.assert_close(soup[name], mean.float(), rtol=0, atol=1e-7)
+    updates = [(run[name].double() - start[name].double()).flatten() for run in runs]
+    cosine = (
+        sum(torch.cosine_similarity(updates[i], updates[j], dim=0) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+    )
+    share = 3 * cosine / (1 + 2 * cosine)
+    assert 0.2 < share < 0.9
+    torch.testing.assert_close(
+        stock[name], (share * mean + (1 - share) * start[name]).float(), rtol=0, atol=1e-6
+    )
+    assert torch.equal(lines[name], start[name])  # the first of two blocks
+    last = name.replace("resblocks.0", "resblocks.1")
+    assert torch.equal(lines[last], runs[0][last])
+    assert torch.equal(lines["visual.conv1.weight"], start["visual.conv1.weight"])
+
+
+def test_a_merge_is_measured_as_its_file_is(arf, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    argv = (*RUNS, "--method", "stock", *ON_SUITE, "--results", results)
+    status, said, errors = arf(*argv, "--out", tmp_path / "stock.pt", "--json", tmp_path / "stock.json")
+    assert status == 0, errors
+    file = tmp_path / "stock.pt"
+    expected = evaluated(capsys, file, *MODEL, "--data", "data/test", "--json", tmp_path / "file.json")
+    records = read_records(results)
+    assert {record["set"]: record["metrics"] for record in records} == expected["metrics"][str(file)]
+    (merged,) = {
+        (record["checkpoint"], record["merge"], record["original"], record["alpha"]) for record in records
+    }
+    assert merged == ("stock of tuned.pt, second.pt, third.pt", "stock", "original.pt", None)
+    summary = json.loads((tmp_path / "stock.json").read_text())
+    assert (summary["method"], summary["tuned"]) == ("stock", list(RUNS[1:]))
+    assert f"{summary['test']['stock']['averages']['both']:.2f}" in said
+    before = results.read_bytes()
+    assert arf(*argv)[0] == 0
+    assert results.read_bytes() == before
+
+
+def test_validation_makes_a_greedy_soup(arf, tmp_path, capsys):
+    status, said, errors = arf(
+        *(*RUNS, "--method", "soup", "--greedy", *ON_SUITE, "--validation", "--choose-by", "both"),
+        *(
+            "--out",
+            tmp_path / "soup.pt",
+            "--json",
+            tmp_path / "soup.json",
+            "--results",
+            tmp_path / "results.jsonl",
+        ),
+    )
+    assert status == 0, errors
+
+    def score(*paths) -> float:
+        """Of the soup, through files of its own."""
+        if len(paths) == 1:
+            path = Path(paths[0])
+        else:
+            path = tmp_path / f"{'-'.join(Path(one).stem for one in paths)}.pt"
+            assert arf("original.pt", *paths, "--method", "soup", "--out", path)[0] == 0
+        argv = (path, *MODEL, "--data", "data/validation", "--json", tmp_path / "score.json")
+        metrics = evaluated(capsys, *argv)["metrics"][str(path)]
+        return sum(one["top1"] for one in metrics.values()) / 2
+
+    alone = {path: score(path) for path in RUNS[1:]}
+    order = sorted(alone, key=lambda path: -alone[path])
+    kept, best = [order[0]], alone[order[0]]
+    for path in order[1:]:
+        if (value := score(*kept, path)) >= best - 1e-9:
+            kept, best = [*kept, path], value
+    summary = json.loads((tmp_path / "soup.json").read_text())
+    chosen = summary["chosen"]
+    assert chosen["runs"] == kept and chosen["value"] == pytest.approx(best)
+    assert [step["run"] for step in chosen["steps"]] == order
+    assert {
+        path: scores["averages"]["both"] for path, scores in summary["validation"].items()
+    } == pytest.approx(alone)
+    assert f"soup of {len(kept)} by both" in said
+    assert {record["split"] for record in read_records(tmp_path / "results.jsonl")} == {"test"}
+    soup, runs = loaded(tmp_path / "soup.pt"), [loaded(path) for path in kept]
+    for name, tensor in soup.items():
+        mean = torch.stack([run[name].double() for run in runs]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+
+
+def test_validation_chooses_how_lines_scales(arf, tmp_path):
+    status, said, errors = arf(
+        *("original.pt", "tuned.pt", "--method", "lines", *ON_SUITE, "--validation", "--choose-by", "both"),
+        *("--out", tmp_path / "lines.pt", "--json", tmp_path / "lines.json", "--only-chosen"),
+    )
+    assert status == 0, errors
+    summary = json.loads((tmp_path / "lines.json").read_text())
+    values = {point: scores["averages"]["both"] for point, scores in summary["validation"].items()}
+    assert list(values) == ["0 1", "0.25 0.75", "0.5 0.5", "0.75 0.25", "1 0"]
+    a, b = summary["chosen"]["lines"]
+    best = f"{a:g} {b:g}"
+    assert values[best] == max(values.values())
+    assert (
+        next(point for point in values if values[point] == max(values.values())) == best
+    )  # of equals the smaller a
+    assert list(summary["test"]) == [best] and f"test at lines {best}" in said
+    assert (
+        arf("original.pt", "tuned.pt", "--method", "lines", "--lines", a, b, "--out", tmp_path / "same.pt")[0]
+        == 0
+    )
+    assert (tmp_path / "same.pt").read_bytes() == (tmp_path / "lines.pt").read_bytes()
+
+
+def test_a_dry_run_of_a_merge_says_what_would_be_done(arf, tmp_path):
+    argv = (*RUNS, "--method", "soup", "--greedy", *ON_SUITE, "--validation", "--out", tmp_path / "soup.pt")
+    status, said, _ = arf(*argv, "--dry-run")
+    assert status == 0 and "greedy soup of 3 checkpoints" in said and "2 sets, 66 images" in said
+    assert not (tmp_path / "soup.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ("tuned.pt", "second.pt"),
+            "WiSE-FT mixes one fine-tuned checkpoint with the original, 2 were given",
+        ),
+        (
+            ("tuned.pt", "--method", "stock"),
+            "--method stock merges two fine-tuned checkpoints or more; 1 given",
+        ),
+        (
+            ("tuned.pt", "second.pt", "--method", "lines"),
+            "lines takes one fine-tuned checkpoint, 2 were given",
+        ),
+        (("tuned.pt", "tuned.pt", "--method", "soup"), "tuned.pt is given twice"),
+        (("tuned.pt", "copy.pt", "--method", "soup"), "tuned.pt and copy.pt hold the same weights"),
+        (
+            ("tuned.pt", "second.pt", "--method", "soup", "--alpha", 0),
+            "--alpha is for --method wise, not for soup",
+        ),
+        (("tuned.pt", "--lines", 0, 1), "--lines is for --method lines, not for wise"),
+        (
+            ("tuned.pt", "--method", "lines", "--lines", 0.5, 0.6),
+            "by 1.1 in the last layer. Expected both from 0",
+        ),
+        (
+            ("tuned.pt", "--method", "lines", "--lines", 0, 1, "--lines", 1, 0),
+            "--out takes one pair of a and b, 2",
+        ),
+        (
+            ("tuned.pt", "second.pt", "--method", "soup", "--greedy"),
+            "A greedy soup is made by validation data",
+        ),
+        (
+            ("tuned.pt", "second.pt", "--method", "soup", *ON_SUITE, "--validation"),
+            "nothing to choose with --method soup. A soup's runs are chosen with --greedy",
+        ),
+    ],
+)
+def test_merges_that_cannot_work_are_refused(arf, world, tmp_path, argv, message):
+    (world / "copy.pt").write_bytes((world / "tuned.pt").read_bytes())
+    status, _, errors = arf("original.pt", *argv, "--out", tmp_path / "x.pt")
+    assert status == 1 and message in errors and "Traceback" not in errors, errors
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_run_that_has_not_moved_is_said(arf, tmp_path):
+    status, _, errors = arf(
+        "original.pt", "original.pt", "tuned.pt", "--method", "soup", "--out", tmp_path / "x.pt"
+    )
+    assert status == 0
+    assert "warning: original.pt holds the weights of original.pt: it has not been fine-tuned" in errors
+
+
+def test_merging_from_python(world, tmp_path, monkeypatch):
+    import arf_plugin
+
+    monkeypatch.chdir(world)
+    out = arf_plugin.merge("original.pt", ["tuned.pt", "second.pt"], tmp_path / "soup.pt", "soup")
+    one, other, found = loaded("tuned.pt"), loaded("second.pt"), loaded(out)
+    assert torch.equal(
+        found["visual.proj"], ((one["visual.proj"].double() + other["visual.proj"]) / 2).float()
+    )
+    arf_plugin.merge("original.pt", "tuned.pt", tmp_path / "lines.pt", "lines", lines=(1.0, 0.0))
+    assert all(tensor.equal(one[name]) for name, tensor in loaded(tmp_path / "lines.pt").items())
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -258,4 +457,4 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
 )
 def test_the_rule_for_ties(scores, alpha, tied):
     choice = choose({a: Scores({"set": value}, {}) for a, value in scores.items()}, "set")
-    assert (choice.alpha, choice.tied) == (alpha, tied)
+    assert (choice.point, choice.tied) == (alpha, tied)

@@ -8,7 +8,7 @@ import math
 import pytest
 from support import data, grids
 
-from arf_plugin.ablation.plan import Run, candidate_runs, final_runs
+from arf_plugin.ablation.plan import Run, candidate_runs, final_runs, merged
 from arf_plugin.ablation.reader import load_grid, ready
 from arf_plugin.errors import GridError
 
@@ -68,6 +68,21 @@ def test_a_file_becomes_a_grid(tmp_path):
     assert random.build[1] == ("pack", "--retrieved", f"{random.path}/hits", "--out", str(random.path))
 
 
+def test_what_is_merged_are_all_seeds_of_trained_arms(tmp_path):
+    text = CONFIG.replace("wise:", "merge: [stock, soup]\nwise:")
+    grid = load(tmp_path, text + "  - {name: probe, kind: baseline, probe: true}\n")
+    runs = [Run(grid, tmp_path, arm, seed) for arm in grid.arms for seed in grid.seeds]
+    assert [one.listed for one in merged(grid, runs)] == [
+        f"merged/{arm}+{method}/0-1" for arm in ("flyp", "arf") for method in ("stock", "soup")
+    ]
+    assert merged(grid, [run for run in runs if run.seed == 0]) == []
+    assert merged(load(tmp_path), runs) == []
+    with pytest.raises(
+        GridError, match=r"merge: the arm 'flyp\+soup' has the name of another one's merged seeds"
+    ):
+        load(tmp_path, text + "  - {name: flyp+soup, kind: baseline}\n")
+
+
 def test_a_grid_that_extends_another_takes_its_arms_by_name(tmp_path):
     base = write(tmp_path, CONFIG, "base.yaml")
     grid = load(
@@ -84,6 +99,8 @@ def test_a_grid_that_extends_another_takes_its_arms_by_name(tmp_path):
     ("old", "new", "message"),
     [
         ("seeds: [0, 1]", "seeds: [0, 0]", "line 7, seeds: found [0, 0], expected one seed or more"),
+        ("wise: [0.5, 0.25]", "merge: [slerp]", "line 9, merge[0]"),
+        ("seeds: [0, 1]", "merge: [soup]\nseeds: [0]", "line 7, merge: an arm's seeds are merged, but 'seeds' has one"),
         ("lr: 5e-4", "lr: 5e-4, model: RN50", "line 6, trainer.model: --model is set by the grid"),
         ("lr: 5e-4", "lr: 5e-4, --wd: 1", "line 6, trainer.--wd: found the flag '--wd'"),
         ("lr: 5e-4", "lr: 5e-4, lr: 1", "line 6, trainer.lr: this key stands on line 6, too"),

@@ -256,7 +256,7 @@ def test_arms_are_compared_by_image_with_the_reference(grid, tmp_path):
                 )
             measured.append((run.arm.name, run.seed, alpha, averages))
     result = table.summarize(grid, runs, table.scores_table(measured, ["ID", "zero-shot"]), {"flyp": 0.25})
-    found = table.verdicts(grid, tmp_path, runs, tmp_path / "results.jsonl", result["rows"])
+    found = table.verdicts(grid, runs, tmp_path / "results.jsonl", result["rows"])
     assert [(entry["label"], entry["against_label"]) for entry in found] == [
         ("before", "FLYP"),
         ("FLYP + WiSE-FT 0.25", "FLYP"),
@@ -281,7 +281,7 @@ def test_arms_are_compared_by_image_with_the_reference(grid, tmp_path):
     # What earlier versions have measured is left without a verdict.
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps({**r, "right": None}) + "\n" for r in read_records(path)))
-    old = table.verdicts(grid, tmp_path, runs, path, result["rows"])
+    old = table.verdicts(grid, runs, path, result["rows"])
     assert all(not entry["averages"] and "earlier version" in entry["unpaired"]["ID"] for entry in old)
     assert "less" not in table.as_text({**result, "verdicts": old})
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 import zipfile
 
 import open_clip
 import pytest
 import safetensors.torch
 import torch
+from support.memory import peak, save_large
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.checkpoints import open_checkpoint
@@ -165,50 +163,11 @@ def test_files_of_before_torch_1_6_are_read(ends, tmp_path):
     assert all(torch.equal(tensor, state["state_dict"][name]) for name, tensor in found.items())
 
 
-MEMORY = """
-    import sys, threading, torch
-    from pathlib import Path
-    from arf_plugin.evaluation.checkpoints import open_checkpoint
-    from arf_plugin.evaluation.interpolation import write_mixtures
-
-    def own():  # bytes that are no pages of files, which the system can take back at any time
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-    def watch():
-        while not done.wait(0.002):
-            seen.append(own())
-
-    seen, done, out = [own()], threading.Event(), sys.argv[3:]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    ends = (open_checkpoint(Path(path)) for path in sys.argv[1:3])
-    write_mixtures(*ends, {Path(o): float(Path(o).stem) for o in out})
-    done.set()
-    watcher.join()
-    print(seen[0], max(seen))
+MIXTURES = """
+from arf_plugin.evaluation.interpolation import write_mixtures
+ends = (open_checkpoint(Path(path)) for path in sys.argv[1:3])
+write_mixtures(*ends, {Path(out): float(Path(out).stem) for out in sys.argv[3:]})
 """
-
-
-def peak(*argv: object) -> tuple[int, int]:
-    """Interpolates in a process of its own; returns its memory after imports, and at the peak, without mapped files."""
-    script = [sys.executable, "-c", textwrap.dedent(MEMORY), *map(str, argv)]
-    done = subprocess.run(script, capture_output=True, text=True, check=True)
-    libraries, highest = map(int, done.stdout.split())
-    return libraries, highest
-
-
-def save_large(path, layers: int, seed: int) -> int:
-    """Saves a checkpoint of 20 MB layers with AdamW's state beside them; returns the bytes of its weights."""
-    torch.manual_seed(seed)
-    layer = torch.randn(5_000_000)
-    weights = {f"layers.{n}.weight": layer + n for n in range(layers)}
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(weights, path)
-    else:
-        state = {n: {"exp_avg": w * 0.1, "exp_avg_sq": w * w} for n, w in enumerate(weights.values())}
-        torch.save({"epoch": 1, "name": "large", "state_dict": weights, "optimizer": {"state": state}}, path)
-    return 4 * 5_000_000 * layers
 
 
 @pytest.mark.slow
@@ -216,7 +175,7 @@ def save_large(path, layers: int, seed: int) -> int:
 def test_interpolating_a_checkpoint_of_1_gb_takes_1_3_gb_of_its_own_at_most(tmp_path, suffix):
     paths = [tmp_path / f"{name}{suffix}" for name in ("original", "tuned")]
     assert [save_large(path, 50, seed) for seed, path in enumerate(paths)] == [10**9, 10**9]
-    libraries, highest = peak(*paths, tmp_path / f"0.5{suffix}")
+    libraries, highest = peak(MIXTURES, *paths, tmp_path / f"0.5{suffix}")
     print(f"{suffix}: {highest / 1e9:.2f} GB at the peak, {libraries / 1e9:.2f} GB of it libraries")
     assert highest - libraries < 1.3e9
 
@@ -225,7 +184,7 @@ def test_interpolating_a_checkpoint_of_1_gb_takes_1_3_gb_of_its_own_at_most(tmp_
 def test_memory_is_that_of_one_mixture_however_many_are_written(tmp_path):
     paths = [tmp_path / f"{name}.pt" for name in ("original", "tuned")]
     size, _ = (save_large(path, 15, seed) for seed, path in enumerate(paths))
-    libraries, highest = peak(*paths, tmp_path / "0.25.pt", tmp_path / "0.75.pt")
+    libraries, highest = peak(MIXTURES, *paths, tmp_path / "0.25.pt", tmp_path / "0.75.pt")
     assert (
         0.9 * size < highest - libraries < 1.3 * size
     )  # one mixture; two models and a result would be 3 * size
