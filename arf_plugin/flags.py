@@ -274,6 +274,11 @@ class ArfConfig:
         return bool(self.anchors and self.pair_weight) and self.pair_loss != "contrastive"
 
     @property
+    def by_feature(self) -> bool:
+        """Whether any anchors are held by their features."""
+        return self.caption_features or self.pair_features
+
+    @property
     def saves_steps(self) -> bool:
         """Whether step checkpoints may be saved."""
         return bool(self.checkpoint_every or self.stop_file)

@@ -45,6 +45,8 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
     random = facts is not None and bool(facts.random_parts)
     if not (session.config.head or random or getattr(args, "siglip", False)):
         _warn_of_first_loss(getattr(loss, "task", loss), args)
+    if session.config.by_feature:
+        _warn_of_gathering(args)
     if facts is None or facts.start is None:
         return loss
     session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
@@ -102,6 +104,17 @@ class KeptMean:
 
     def after_epoch(self, training: Training) -> None:
         """Nothing to do."""
+
+
+def _warn_of_gathering(args: Any) -> None:
+    """Terms of features pass on all of their gradient; open_clip's contrastive loss may not, beside them."""
+    partial = args.world_size > 1 and not (getattr(args, "siglip", False) or args.gather_with_grad)
+    if partial and args.rank == 0:
+        logging.warning(
+            "ARF: in several processes open_clip's contrastive loss passes on a part of its gradient only (1 in "
+            f"{args.world_size} without --local-loss), the terms of features all of theirs, so these weigh more than "
+            "in one process. With --local-loss --gather-with-grad they weigh the same."
+        )
 
 
 def _warn_of_first_loss(loss: Any, args: Any) -> None:

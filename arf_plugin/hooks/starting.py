@@ -44,7 +44,7 @@ def starting_model(
         processes but the first.
     """
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if not first or not (config.pair_features or config.caption_features):
+    if not first or not config.by_feature:
         return None
     length = options.get("force_context_length")
     tokenize = open_clip.get_tokenizer(name, **({"context_length": length} if length else {}))

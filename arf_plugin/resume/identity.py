@@ -86,7 +86,7 @@ def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
         raise CheckpointError(
             f"Data cannot be read, so that a resumed run could not know them: {cause}"
         ) from cause
-    header = read_header(config.anchors or "") if config.caption_features or config.pair_features else None
+    header = read_header(config.anchors or "") if config.by_feature else None
     return {
         **{"task contents": task, "caption contents": captions, "pair contents": pairs},
         "feature contents": f"sha256 {digest(header.model_dump())}" if header else None,
