@@ -48,7 +48,8 @@ def starting_model(
         return None
     length = options.get("force_context_length")
     tokenize = open_clip.get_tokenizer(name, **({"context_length": length} if length else {}))
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device
+    dtype = open_clip.get_input_dtype(options.get("precision", "fp32"))
     assert config.anchors is not None
     compared: list[tuple[str, float]] = []
     dim = 0
@@ -57,9 +58,9 @@ def starting_model(
             towers: Any = model
             for place, tower, given, cached in _anchors(config, preprocess, tokenize):
                 if tower == "image":
-                    found = towers.encode_image(given.to(parameter), normalize=True)
+                    found = towers.encode_image(given.to(device=device, dtype=dtype), normalize=True)
                 else:
-                    found = towers.encode_text(given.to(parameter.device), normalize=True)
+                    found = towers.encode_text(given.to(device), normalize=True)
                 dim = found.shape[1]
                 if len(cached) == dim:
                     compared.append((place, float(found[0].cpu().double() @ torch.tensor(cached).double())))
@@ -74,7 +75,7 @@ def starting_model(
         return AnchorSetError(
             f"{config.anchors}: pairs and captions cannot be compared with their features: {cause}"
         )
-    exact = parameter.dtype in (torch.float32, torch.float64)
+    exact = not any(each.dtype in (torch.float16, torch.bfloat16) for each in model.parameters())
     return StartingModel(name, digest, dim, exact, tuple(compared))
 
 

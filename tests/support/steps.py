@@ -217,9 +217,7 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
 
     def record(case: Case) -> trainer.Run:
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
-        samples = max(
-            48 if case.nproc == 4 else 24, TASK_SIZE * case.accum_freq * (case.step + 1) * case.nproc
-        )
+        samples = _samples(case)
         flags = ["--train-data", task.urls, "--train-num-samples", samples, "--arf-anchors", anchors]
         flags += ["--pretrained", start] if case.by_feature else []
         options = {
@@ -268,6 +266,11 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
         if jobs:
             _run_references(folder / f"jobs-{nproc}.json", jobs, nproc, model_configs)
     return {case: (finished[case], folder / str(case)) for case in cases}
+
+
+def _samples(case: Case) -> int:
+    """Samples of an epoch, which has the recorded step."""
+    return max(48 if case.nproc == 4 else 24, TASK_SIZE * case.accum_freq * (case.step + 1) * case.nproc)
 
 
 def _run_references(path: Path, jobs: list[reference.Job], nproc: int, model_configs: Path) -> None:
