@@ -143,14 +143,14 @@ class ArfConfig:
     caption_weight: float = _anchors(
         None,
         _weight,
-        "Weight of the caption-anchor loss; 0 switches the term and its data off (default: 1; 10 for --arf-caption-loss"
-        " feature).",
+        "Weight of the caption-anchor loss; 0 switches the term and its data off (default: 1, or 10 where "
+        "captions are held by features).",
     )
     pair_weight: float = _anchors(
         None,
         _weight,
-        "Weight of the pair-anchor loss; 0 switches the term and its data off (default: 1; 10 for --arf-pair-loss "
-        "feature and difference).",
+        "Weight of the pair-anchor loss; 0 switches the term and its data off (default: 1, or 10 where pairs "
+        "are held by features).",
     )
     caption_loss: str = _anchors(
         "contrastive",

@@ -215,15 +215,15 @@ def training_loader(
     shape: Run,
     *,
     preprocess: Preprocess,
-    preprocess_pairs: Preprocess,
     tokenizer: Any,
     epoch: int,
     classes: ClassPrompts | ClassIndices | None,
     captions: CaptionStore | None,
-    features: CaptionFeatures | None,
     pair_shards: list[str],
     trimmer: TextTrimmer | None,
     adapt: Adapt = as_tuple,
+    features: CaptionFeatures | None = None,
+    preprocess_pairs: Preprocess | None = None,
 ) -> TrainingLoader:
     """Puts the loader of a run together.
 
@@ -232,15 +232,15 @@ def training_loader(
         config: The ARF flags.
         shape: Which data this process gets.
         preprocess: The trainer's image transform for training.
-        preprocess_pairs: The same for pairs; that for evaluation where they are held by features.
         tokenizer: The trainer's tokenizer.
         epoch: The first epoch.
         classes: Class prompts, or class indices for a head.
         captions: Caption anchors; None if that term is off.
-        features: Those of the captions, if captions are held by these.
         pair_shards: URLs of the pair tars; empty if that term is off.
         trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
         adapt: Gives a batch the trainer's form.
+        features: Those of the captions, if captions are held by these.
+        preprocess_pairs: Another transform for pairs: that for evaluation, if pairs are held by features.
 
     Raises:
         ArfError: The data cannot be shared among as many loader workers.
@@ -264,7 +264,7 @@ def training_loader(
     if pair_shards:
         pairs = pair_loader(
             pair_shards,
-            preprocess=preprocess_pairs,
+            preprocess=preprocess_pairs or preprocess,
             tokenize=tokenizer,
             batch_size=shape.pair_batch,
             num_batches=task.num_batches,

@@ -80,7 +80,7 @@ def _training_data(
         config,
         shape,
         preprocess=preprocess_fns[0],
-        preprocess_pairs=preprocess_fns[1 if config.pair_features else 0],
+        preprocess_pairs=preprocess_fns[1] if config.pair_features else None,
         tokenizer=tokenizer,
         epoch=epoch,
         classes=classes,

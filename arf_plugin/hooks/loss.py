@@ -112,8 +112,8 @@ def _warn_of_gathering(args: Any) -> None:
     if partial and args.rank == 0:
         logging.warning(
             "ARF: in several processes open_clip's contrastive loss passes on a part of its gradient only (1 in "
-            f"{args.world_size} without --local-loss), the terms of features all of theirs, so these weigh more than "
-            "in one process. With --local-loss --gather-with-grad they weigh the same."
+            f"{args.world_size}, about half with --local-loss), the terms of features all of theirs, so these weigh "
+            "more than in one process. With --local-loss --gather-with-grad they weigh the same."
         )
 
 

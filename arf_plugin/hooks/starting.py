@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,8 +47,11 @@ def starting_model(
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if not first or not config.by_feature:
         return None
-    length = options.get("force_context_length")
-    tokenize = open_clip.get_tokenizer(name, **({"context_length": length} if length else {}))
+    known = inspect.signature(open_clip.get_tokenizer).parameters
+    named = {"context_length": options.get("force_context_length"), "cache_dir": options.get("cache_dir")}
+    tokenize = open_clip.get_tokenizer(
+        name, **{key: each for key, each in named.items() if each and key in known}
+    )
     device = next(model.parameters()).device
     dtype = open_clip.get_input_dtype(options.get("precision", "fp32"))
     assert config.anchors is not None
