@@ -27,6 +27,7 @@ TESTS = (
     "tests/integration/hooks/test_watch.py",
     "tests/integration/hooks/test_create_task.py",
     "tests/integration/losses/test_step_equals_three_forwards.py",
+    "tests/integration/losses/test_feature_anchors.py",
     "tests/integration/losses/test_baseline_l2sp.py",
     "tests/integration/losses/test_baseline_lpft.py",
     "tests/integration/losses/test_baseline_distillation.py",

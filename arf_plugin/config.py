@@ -58,6 +58,7 @@ def resolve(args: TrainerArgs) -> ArfConfig:
             "--arf-caption-weight 0 and --arf-pair-weight 0 leave no anchors; drop --arf-anchors instead."
         )
     _check_trainer(args, config)
+    _check_features(args, config)
     _check_baselines(args, config)
     for field in fields:
         setattr(args, f"arf_{field.name}", getattr(config, field.name))
@@ -111,6 +112,33 @@ def _check_resuming(args: TrainerArgs, config: ArfConfig) -> None:
         )
 
 
+def _check_features(args: TrainerArgs, config: ArfConfig) -> None:
+    by_feature = [
+        spelling(f"{kind}_loss")
+        for kind, there in (("pair", config.pair_features), ("caption", config.caption_features))
+        if there
+    ]
+    if by_feature and getattr(args, "resume", None) and not _start_is_known(args):
+        raise FlagError(
+            f"{by_feature[0]} holds features to those of the model that training started from, which --resume alone "
+            "does not tell.\nName it with --pretrained, as when the run began."
+        )
+    if config.caption_features and config.missing_caption == "prompt":
+        raise FlagError(
+            "--arf-caption-loss feature and --arf-missing-caption prompt do not go together: the anchor set has no "
+            "features of prompts. Drop one."
+        )
+    if config.pair_features and config.pair_loss == "difference" and getattr(args, "horovod", False):
+        raise FlagError(
+            "--arf-pair-loss difference and --horovod do not go together: processes would each have a mean of their "
+            "own. Start them with torchrun."
+        )
+
+
+def _start_is_known(args: TrainerArgs) -> bool:
+    return bool(getattr(args, "pretrained", None)) or ":" in args.model
+
+
 def _check_baselines(args: TrainerArgs, config: ArfConfig) -> None:
     distill = [getattr(args, name, None) is not None for name in ("distill_model", "distill_pretrained")]
     if any(distill) and not all(distill):
@@ -126,7 +154,7 @@ def _check_baselines(args: TrainerArgs, config: ArfConfig) -> None:
             f"--distill-model with --accum-freq {args.accum_freq}: open_clip distils without accumulation only.\n"
             "Use --accum-freq 1, with a larger --batch-size if memory allows."
         )
-    start_is_known = getattr(args, "pretrained", None) or ":" in args.model or config.head
+    start_is_known = _start_is_known(args) or config.head
     if config.l2sp and getattr(args, "resume", None) and not start_is_known:
         raise FlagError(
             "--arf-l2sp holds the weights to those that training started from, which --resume alone does not tell.\n"

@@ -22,6 +22,8 @@ RESUME = "Reproducible and resumable training (arf-plugin), with anchors or with
 WATCH = f"{ANCHORS}, watching"
 BASELINES = f"{ANCHORS}, baselines"
 
+FEATURE_WEIGHT = 10.0  # of a term of features, where none is given
+
 EPILOG = """\
 Anchor-based Robust Fine-tuning (arf-plugin):
   torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16-quickgelu --pretrained openai \\
@@ -139,12 +141,28 @@ class ArfConfig:
 
     anchors: str | None = _arf(None, "PATH", "Anchor set (folder or fsspec URL); turns ARF on.")
     caption_weight: float = _anchors(
-        1.0,
+        None,
         _weight,
-        "Weight of the caption-anchor loss; 0 switches the term and its data off (default: 1.0).",
+        "Weight of the caption-anchor loss; 0 switches the term and its data off (default: 1, or 10 where "
+        "captions are held by features).",
     )
     pair_weight: float = _anchors(
-        1.0, _weight, "Weight of the pair-anchor loss; 0 switches the term and its data off (default: 1.0)."
+        None,
+        _weight,
+        "Weight of the pair-anchor loss; 0 switches the term and its data off (default: 1, or 10 where pairs "
+        "are held by features).",
+    )
+    caption_loss: str = _anchors(
+        "contrastive",
+        ("contrastive", "feature"),
+        "What holds captions: the contrastive loss with their images, as in the paper; or 'feature', the features that "
+        "the starting model gives them, kept in the anchor set (default: contrastive).",
+    )
+    pair_loss: str = _anchors(
+        "contrastive",
+        ("contrastive", "feature", "difference"),
+        "What holds pairs: the contrastive loss; 'feature', the starting model's features of image and text, kept in "
+        "the anchor set; 'difference', that all features move alike (DiVE, Suzuki et al. 2025) (default: contrastive).",
     )
     pair_batch_size: int | None = _anchors(
         None, _batch, "Anchor pairs per process and micro-batch (default: --batch-size)."
@@ -238,6 +256,27 @@ class ArfConfig:
         "LP-FT (Kumar et al. 2022): trains with cross-entropy on each sample's `cls` from the weights and the linear "
         "head of CHECKPOINT, made by `arf probe`. The text tower is frozen. Needs the probe's --arf-classnames.",
     )
+
+    def __post_init__(self) -> None:
+        for kind in ("caption", "pair"):  # a weight that was not given depends on the loss
+            if getattr(self, f"{kind}_weight") is None:
+                loss = getattr(self, f"{kind}_loss")
+                object.__setattr__(self, f"{kind}_weight", 1.0 if loss == "contrastive" else FEATURE_WEIGHT)
+
+    @property
+    def caption_features(self) -> bool:
+        """Whether captions are held by their features."""
+        return bool(self.anchors and self.caption_weight) and self.caption_loss != "contrastive"
+
+    @property
+    def pair_features(self) -> bool:
+        """Whether pairs are held by their features."""
+        return bool(self.anchors and self.pair_weight) and self.pair_loss != "contrastive"
+
+    @property
+    def by_feature(self) -> bool:
+        """Whether any anchors are held by their features."""
+        return self.caption_features or self.pair_features
 
     @property
     def saves_steps(self) -> bool:

@@ -60,6 +60,25 @@ class Run:
         return -(-batches // workers) * workers
 
 
+@dataclass(frozen=True)
+class StartingModel:
+    """The model that training starts from, compared with the features in the anchor set.
+
+    Attributes:
+        name: of its configuration.
+        digest: of its weights, as `arf_plugin.anchors.features.weights_digest` computes it.
+        dim: D of its features.
+        exact: whether its weights are as they were read, not cast to 16 bits.
+        cosines: of a few anchors' features with those in the set, by their places.
+    """
+
+    name: str
+    digest: str
+    dim: int
+    exact: bool
+    cosines: tuple[tuple[str, float], ...]
+
+
 @dataclass
 class Captions:
     """The captions of a set: number of rows, Arrow array of their ids, mean length in characters, and repetitions."""
@@ -79,6 +98,7 @@ class Inputs:
     pair_weight: float = 1.0  # 0 switches the pairs and their checks off
     caption_loss: str = "contrastive"  # as --arf-caption-loss
     pair_loss: str = "contrastive"  # as --arf-pair-loss
+    starting: StartingModel | ArfError | None = None  # or the error that looking at it has met
     missing_caption: str = "error"  # as --arf-missing-caption
     train_data: str | None = None  # this and the following are open_clip's flags
     dataset_type: str = "auto"

@@ -28,6 +28,16 @@ def missing_caption_message(missing: Sequence[str], named: int = 1) -> str:
     )
 
 
+def no_features_message(what: str, count: int = 1) -> str:
+    """Says what to do about anchors without features, where they are held by these."""
+    others = f" (and {count - 1} more)" if count > 1 else ""
+    return (
+        f"{what}{others} has no features of the starting model, which --arf-pair-loss and --arf-caption-loss need.\n"
+        "Was the set changed since they were written? Write them again with: "
+        "arf features ANCHORS --model ... --pretrained ..."
+    )
+
+
 def unusable_label_message(
     identity: str, label: object, classes: int, count: int = 1, from_one: bool = False
 ) -> str:

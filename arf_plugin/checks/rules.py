@@ -30,6 +30,7 @@ BUILD = "Build one with `arf anchors`, look at it with `arf check`."
 HIGH_RATE = 1e-4  # learning rate above which CLIP is trained from scratch
 STRAY_FRACTION = 0.01  # of images that belong to no sample, as of what stages reject by default
 DECODED_AT_MOST = 1000  # images without a caption that are decoded to see whether they could have one
+LEAST_COSINE, LEAST_COSINE_CAST = 0.999, 0.99  # of features of one model, in 32 and in 16 bits
 _AT_THE_START = "start of a run, `arf check`"
 
 
@@ -601,6 +602,44 @@ def _features(inputs: Inputs) -> Iterator[Finding]:
         yield Finding("error" if inputs.by_feature else "warning", text)
     if inputs.full:
         require_sound(anchors, header)
+
+
+@_rule(
+    "starting-model",
+    "anchor set, `--model`, `--pretrained`",
+    "features are those of the weights that training starts from: by a digest of these (unless they are cast to 16 "
+    "bits), by D, and by the features of some pairs and captions",
+    "error",
+    lambda inputs: inputs.starting is not None and bool(inputs.by_feature),
+    where="start of a run",
+)
+def _starting_model(inputs: Inputs) -> None:
+    start, header = inputs.starting, inputs.features
+    if isinstance(start, ArfError):
+        raise start
+    assert start is not None
+    if header is None:
+        raise Unknown("features")
+    again = f"Write them with: arf features {inputs.anchors} --model {start.name} --pretrained ... --restart"
+    if start.dim and start.dim != header.dim:
+        raise AnchorSetError(
+            f"The features of {inputs.anchors} have {header.dim} dimensions (of {header.model}), those of {start.name} "
+            f"{start.dim}. {again}"
+        )
+    if start.exact and start.digest != header.weights_sha256:
+        raise AnchorSetError(
+            f"The features of {inputs.anchors} are those of other weights than training starts from.\n"
+            f"  features: {header.model}, SHA-256 {header.weights_sha256[:16]}...\n"
+            f"  this run: {start.name}, SHA-256 {start.digest[:16]}...\n{again}"
+        )
+    bound = LEAST_COSINE if start.exact and header.precision == "float32" else LEAST_COSINE_CAST
+    place, cosine = min(start.cosines, key=lambda each: each[1], default=("", 1.0))
+    if not cosine >= bound:
+        raise AnchorSetError(
+            f"{place}: its feature in {inputs.anchors} has a cosine of {cosine:.5f} with what the model gives it now, "
+            f"expected at least {bound}. Is it preprocessed in another way, or the model built with other flags "
+            f"(--force-quick-gelu, --image-mean, ...)? {again}"
+        )
 
 
 @_rule(

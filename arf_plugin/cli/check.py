@@ -36,6 +36,13 @@ def register(subparsers: options.Subparsers) -> None:
         default="error",
         help="judge samples without a caption as training would with the same flag",
     )
+    for kind in ("pair", "caption"):
+        parser.add_argument(
+            f"--arf-{kind}-loss",
+            choices=("contrastive", "feature", *(("difference",) if kind == "pair" else ())),
+            default="contrastive",
+            help="does the set have the features that training needs with the same flag?",
+        )
     parser.add_argument(
         "--arf-classnames",
         metavar="FILE",
@@ -70,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             args,
             anchors=args.anchors,
             missing_caption=args.arf_missing_caption,
+            pair_loss=args.arf_pair_loss,
+            caption_loss=args.arf_caption_loss,
             classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
             texts_known=args.arf_classnames is not None,
             full=args.full,

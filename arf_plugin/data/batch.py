@@ -1,13 +1,16 @@
 """The one form of data between disk and loss: a sample, and a batch, is a dictionary of named parts.
 
-    part            of a sample     of a batch
-    image           [3, H, W]       [B, 3, H, W]    task images x
-    text            a text          [B, L]          their class prompts t_cls, or own texts
-    label           a number        [B]             their classes; a linear head reads them in the texts' place
-    caption_text    a text          [B, L]          their caption anchors t_cap
-    pair_image      [3, H, W]       [A, 3, H, W]    images of pair anchors x_a
-    pair_text       [L]             [A, L]          their texts t_a
-    index           a number        [B] or [A]      of a seeded stream: which raw samples these are
+    part                  of a sample     of a batch
+    image                 [3, H, W]       [B, 3, H, W]    task images x
+    text                  a text          [B, L]          their class prompts t_cls, or own texts
+    label                 a number        [B]             their classes; a linear head reads them in the texts' place
+    caption_text          a text          [B, L]          their caption anchors t_cap
+    caption_text_feature  [D]             [B, D]          what the starting model makes of these, from the anchor set
+    pair_image            [3, H, W]       [A, 3, H, W]    images of pair anchors x_a
+    pair_text             [L]             [A, L]          their texts t_a
+    pair_image_feature    [D]             [A, D]          what the starting model makes of x_a
+    pair_text_feature     [D]             [A, D]          and of t_a
+    index                 a number        [B] or [A]      of a seeded stream: which raw samples these are
 
 B task samples and A pair anchors per process and micro-batch, L tokens per text, D features. A new part is a name that
 a loader puts into its samples: `collate` stacks it, the loaders hand it on, and `OptimizerStep.parts` brings to the
@@ -90,18 +93,21 @@ class OptimizerStep:
         accum_freq: Micro-batches in an optimizer step.
 
     Attributes:
+        number: Of the current step, among all that have been noted.
         layouts: Of each micro-batch of the current step.
         parts: Of each of them, the parts that no tower takes, as they were loaded.
     """
 
     def __init__(self, accum_freq: int = 1) -> None:
         self.accum_freq = accum_freq
+        self.number = 0
         self.layouts: list[BatchLayout] = []
         self.parts: list[Batch] = []
 
     def note(self, number: int, batch: Batch) -> None:
         """Notes a micro-batch; its number in the epoch tells whether a step begins with it."""
         if number % self.accum_freq == 0:
+            self.number += 1
             self.layouts.clear()
             self.parts.clear()
         self.layouts.append(BatchLayout.of(batch))
@@ -111,6 +117,10 @@ class OptimizerStep:
     def anchored(self) -> bool:
         """Whether the step has anchors."""
         return any(layout.captions or layout.pairs for layout in self.layouts)
+
+    def part(self, name: str) -> torch.Tensor:
+        """A part that no tower takes, of all micro-batches one after the other."""
+        return torch.cat([parts[name] for parts in self.parts])
 
     def split_images(self, features: torch.Tensor) -> list[torch.Tensor]:
         """Splits image features of all micro-batches into those of the task and of pairs, ``[n, D]`` each."""

@@ -9,7 +9,8 @@ The way of a caption anchor from disk to loss:
     4. `TrainingLoader`              adds the pair loader's parts, tells `data.batch.OptimizerStep` what is in the batch
     5. `data.batch.DeviceConcat`     joins ``[t_cls; t_cap; t_a]`` where the trainer moves texts to its device
     6. one forward of the model      open_clip's own: ``text_features [2B + A, D]``
-    7. `losses.anchored.AnchoredLoss`   splits them again and applies open_clip's own loss to ``x`` and ``t_cap``
+    7. `losses.anchored.AnchoredLoss`   splits them again and applies open_clip's own loss to ``x`` and ``t_cap``, or
+                                     compares them with ``caption_text_feature``, which came beside the text
 
 Task images and prompts start at step 2, from ``KEY.jpg`` and ``KEY.cls`` of a tar (`data.task`); pairs come from a
 loader of their own (`data.pairs`) and join at step 4.
@@ -17,17 +18,19 @@ loader of their own (`data.pairs`) and join at step 4.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from open_clip_train.data import SharedEpoch
 
+from arf_plugin.anchors.features import CaptionFeatures, pair_features, read_header
 from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import Batch, BatchLayout, OptimizerStep, Preprocess, as_tuple
 from arf_plugin.data.captions import CaptionStore
-from arf_plugin.data.pairs import pair_loader
+from arf_plugin.data.pairs import FeaturesOf, pair_loader
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts
 from arf_plugin.data.task import TaskLoader, task_loader
 from arf_plugin.data.texts import TaskTexts
@@ -174,7 +177,11 @@ class TrainingLoader:
             remaining = itertools.islice(self.task.batches, self.num_batches - self.first_batch)
             for number, batch in enumerate(remaining, self.first_batch):
                 if not self.steps.has_anchors(self.epoch, number):
-                    batch.pop("caption_text", None)  # which came along with the task data
+                    for part in (
+                        "caption_text",
+                        "caption_text_feature",
+                    ):  # which came along with the task data
+                        batch.pop(part, None)
                 elif pairs is not None:
                     batch |= self._next(pairs)
                 self.step.note(number, batch)
@@ -189,6 +196,11 @@ class TrainingLoader:
         if pair is None:
             raise AnchorSetError("The pair anchors ended before the epoch did; check the set with: arf check")
         return pair
+
+
+def _pair_features(anchors: str | None) -> FeaturesOf:
+    assert anchors is not None
+    return functools.partial(pair_features, anchors, header=read_header(anchors))
 
 
 def _from_worker(error: ArfError) -> ArfError:
@@ -210,6 +222,8 @@ def training_loader(
     pair_shards: list[str],
     trimmer: TextTrimmer | None,
     adapt: Adapt = as_tuple,
+    features: CaptionFeatures | None = None,
+    preprocess_pairs: Preprocess | None = None,
 ) -> TrainingLoader:
     """Puts the loader of a run together.
 
@@ -225,6 +239,8 @@ def training_loader(
         pair_shards: URLs of the pair tars; empty if that term is off.
         trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
         adapt: Gives a batch the trainer's form.
+        features: Those of the captions, if captions are held by these.
+        preprocess_pairs: Another transform for pairs: that for evaluation, if pairs are held by features.
 
     Raises:
         ArfError: The data cannot be shared among as many loader workers.
@@ -236,7 +252,7 @@ def training_loader(
     }
     task = task_loader(
         args,
-        TaskTexts(classes, captions, config.missing_caption, args.seed, shared.get_value),
+        TaskTexts(classes, captions, config.missing_caption, args.seed, shared.get_value, features),
         preprocess=preprocess,
         tokenize=tokenizer,
         workers=shape.task_workers,
@@ -248,7 +264,7 @@ def training_loader(
     if pair_shards:
         pairs = pair_loader(
             pair_shards,
-            preprocess=preprocess,
+            preprocess=preprocess_pairs or preprocess,
             tokenize=tokenizer,
             batch_size=shape.pair_batch,
             num_batches=task.num_batches,
@@ -258,6 +274,7 @@ def training_loader(
             rank=args.rank,
             world_size=args.world_size,
             order=orders["pairs"],
+            features=_pair_features(config.anchors) if config.pair_features else None,
         )
     if orders["task"] is not None:
         stream: Stream = ShardStream(task.batches, shape.task_workers, orders["task"])

@@ -12,22 +12,28 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import webdataset as wds
 from torch.utils.data import default_collate, get_worker_info
 
+from arf_plugin.anchors.features import PairFeatures
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.pairs import RawPair, read_pairs
+from arf_plugin.checks.messages import no_features_message
 from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.resume.order import Pipeline, SampleOrder
+from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
     from open_clip_train.data import SharedEpoch
 
+Raw = TypeVar("Raw")
+
 SHUFFLE_BUFFER = 2000
+FeaturesOf = Callable[[str], PairFeatures]  # of the shard with a URL
 NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted
 
 
@@ -70,9 +76,10 @@ class PairSamples:
     Pairs that cannot be decoded are passed over, as open_clip does with its samples, and named once.
 
     Args:
-        preprocess: The trainer's image transform for training: PIL image -> ``[3, H, W]``.
+        preprocess: The trainer's image transform: PIL image -> ``[3, H, W]``. For evaluation where there are features.
         tokenize: open_clip's tokenizer: text -> ``[1, L]``.
         order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
+        features: Reads the features of a shard's pairs, which then become parts of its samples.
     """
 
     def __init__(
@@ -80,10 +87,12 @@ class PairSamples:
         preprocess: Preprocess,
         tokenize: Callable[[str], Any],
         order: SampleOrder | None = None,
+        features: FeaturesOf | None = None,
     ) -> None:
         self.preprocess = preprocess
         self.tokenize = tokenize
         self.order = order
+        self.features = features
         self._named: set[tuple[str, str]] = set()
         self._tried = self._bad = 0  # in this pass
         self._reason = ""
@@ -92,14 +101,14 @@ class PairSamples:
         """Pass after pass over this consumer's shards."""
         raw = self._read(shards)
         if self.order is None:
-            yield from filter(None, map(self.sample, raw))
+            yield from (sample for each in raw if (sample := self.sample(*each)) is not None)
             return
-        for number, pair in self.order.number(raw):
-            if (sample := self.sample(pair)) is not None:
+        for number, each in self.order.number(raw):
+            if (sample := self.sample(*each)) is not None:
                 yield {**sample, "index": number}
 
-    def _read(self, shards: Iterator[dict[str, Any]]) -> Iterator[RawPair]:
-        """Pairs of the shards, shuffled within a pass so that none meets its own copy from the next one.
+    def _read(self, shards: Iterator[dict[str, Any]]) -> Iterator[tuple[RawPair, Sample]]:
+        """Pairs of the shards and their features, shuffled in a pass so that none meets its own copy from the next one.
 
         Raises:
             AnchorSetError: A whole pass over these shards has given no pair, or none that can be decoded.
@@ -107,17 +116,35 @@ class PairSamples:
         for shuffle, group in itertools.groupby(shards, key=lambda shard: shard["shuffle"]):
             urls, rng = [shard["url"] for shard in group], random.Random(shuffle)
             self._tried = self._bad = read = 0
-            for pair in _shuffled(itertools.chain.from_iterable(map(read_pairs, urls)), rng):
+            for pair in _shuffled(itertools.chain.from_iterable(map(self._shard, urls)), rng):
                 read += 1
                 yield pair
             self._end_pass(urls, read)
 
-    def sample(self, pair: RawPair) -> Sample | None:
-        """Decodes one pair; None, with a warning, where that cannot be done."""
+    def _shard(self, url: str) -> Iterator[tuple[RawPair, Sample]]:
+        if self.features is None:
+            yield from ((pair, {}) for pair in read_pairs(url))
+            return
+        found = self.features(url)
+        rows = {key: row for row, key in enumerate(found.keys)}
+        for pair in read_pairs(url):
+            row = rows.get(utf8(pair.key))
+            vectors = (
+                {} if row is None else {"pair_image_feature": found.image, "pair_text_feature": found.text}
+            )
+            # Copies: a pair in the buffer would keep the arrays of its whole shard.
+            yield pair, {name: torch.tensor(each[row], dtype=torch.float32) for name, each in vectors.items()}
+
+    def sample(self, pair: RawPair, features: Sample | None = None) -> Sample | None:
+        """Decodes one pair and adds its features; None, with a warning, where it cannot be decoded.
+
+        Raises:
+            AnchorSetError: It can be decoded, and has no features where there should be some.
+        """
         self._tried += 1
         try:
             image, text = decode_image(pair.image), pair.text.decode("utf-8")
-            return {"pair_image": self.preprocess(image), "pair_text": self.tokenize(text)[0]}
+            parts = {"pair_image": self.preprocess(image), "pair_text": self.tokenize(text)[0]}
         except Exception as error:  # as open_clip: whatever a transform or a tokenizer raises
             self._bad += 1
             self._reason = f"{pair.url}, pair {pair.key}: {str(error) or repr(error)}"
@@ -128,6 +155,9 @@ class PairSamples:
                 if len(self._named) == NAMED:
                     logging.warning("ARF: more pair anchors like these are not named; see: arf check --full")
             return None
+        if self.features is not None and not features:
+            raise AnchorSetError(no_features_message(f"{pair.url}, pair {pair.key}"))
+        return parts | (features or {})
 
     def _end_pass(self, urls: list[str], read: int) -> None:
         where = f"{len(urls)} pair shards ({urls[0]}{', ...' if len(urls) > 1 else ''})"
@@ -143,8 +173,8 @@ class PairSamples:
             )
 
 
-def _shuffled(pairs: Iterator[RawPair], rng: random.Random) -> Iterator[RawPair]:
-    buffer: list[RawPair] = []
+def _shuffled(pairs: Iterator[Raw], rng: random.Random) -> Iterator[Raw]:
+    buffer: list[Raw] = []
     for pair in pairs:
         if len(buffer) < SHUFFLE_BUFFER:
             buffer.append(pair)
@@ -169,12 +199,13 @@ def pair_loader(
     rank: int = 0,
     world_size: int = 1,
     order: SampleOrder | None = None,
+    features: FeaturesOf | None = None,
 ) -> Iterable[Batch]:
     """Builds the loader of pair anchors.
 
     Args:
         shards: URLs of the pair tars.
-        preprocess: The trainer's image transform for training: PIL image -> ``[3, H, W]``.
+        preprocess: The trainer's image transform: PIL image -> ``[3, H, W]``. For evaluation where there are features.
         tokenize: open_clip's tokenizer: text -> ``[1, L]``.
         batch_size: A, pairs in a batch.
         num_batches: Batches needed in an epoch.
@@ -184,10 +215,12 @@ def pair_loader(
         rank: This process among all.
         world_size: Number of processes.
         order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
+        features: Reads the features of a shard's pairs.
 
     Returns:
         A loader of batches with ``pair_image`` and ``pair_text``, at least ``num_batches`` of them in each iteration.
-        With `order` they have the numbers of their raw samples as ``index``.
+        With `order` they have the numbers of their raw samples as ``index``, with `features` also
+        ``pair_image_feature`` and ``pair_text_feature``.
 
     Raises:
         AnchorSetError: Fewer shards than consumers. While it is iterated over: a shard that cannot be read, and a whole
@@ -204,7 +237,7 @@ def pair_loader(
         )
     pipeline = Pipeline(
         PairShards(shards, seed, epoch, rank, world_size),
-        PairSamples(preprocess, tokenize, order),
+        PairSamples(preprocess, tokenize, order, features),
         wds.batched(batch_size, partial=False, collation_fn=default_collate),
         order=order,
     ).with_epoch(math.ceil(num_batches / max(1, workers)))

@@ -48,6 +48,8 @@ def inputs_of_run(args: Any, config: ArfConfig, classes: Sequence[str] | None) -
         anchors=config.anchors,
         caption_weight=config.caption_weight,
         pair_weight=config.pair_weight,
+        caption_loss=config.caption_loss,
+        pair_loss=config.pair_loss,
         missing_caption=config.missing_caption,
         classes=classes,
         head=bool(config.head),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from arf_plugin.checks.messages import missing_caption_message, missing_class_message
+import torch
+
+from arf_plugin.anchors.features import CaptionFeatures
+from arf_plugin.checks.messages import missing_caption_message, missing_class_message, no_features_message
 from arf_plugin.data.batch import Sample
 from arf_plugin.data.captions import CaptionStore
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose
-from arf_plugin.errors import MissingCaptionError, TaskDataError
+from arf_plugin.errors import AnchorSetError, MissingCaptionError, TaskDataError
 
 
 class TaskTexts:
@@ -21,6 +24,7 @@ class TaskTexts:
         missing_caption: ``error`` or ``prompt``.
         seed: The run's seed, for the choice among templates and among several captions.
         epoch: Reads the current epoch, also in a loader worker.
+        features: Those of the captions, if captions are held by these.
     """
 
     def __init__(
@@ -30,9 +34,11 @@ class TaskTexts:
         missing_caption: str = "error",
         seed: int = 0,
         epoch: Callable[[], int] = lambda: 0,
+        features: CaptionFeatures | None = None,
     ) -> None:
         self.classes = classes
         self.captions = captions
+        self.features = features
         self.missing_caption = missing_caption
         self.seed = seed
         self.epoch = epoch
@@ -46,12 +52,14 @@ class TaskTexts:
             text: Its own text, if it has one; as bytes, it is decoded only where it is needed.
 
         Returns:
-            Its parts ``text``, or ``label`` for a head, and ``caption_text`` with caption anchors. None for a sample
-            without a text of its own where one is needed, which open_clip skips.
+            Its parts ``text``, or ``label`` for a head, and ``caption_text`` with caption anchors, which may have a
+            ``caption_text_feature``. None for a sample without a text of its own where one is needed, which open_clip
+            skips.
 
         Raises:
             TaskDataError: The sample has a ``cls`` that is no class index, or none and no text in its place.
             MissingCaptionError: The sample has no caption, and that is an error.
+            AnchorSetError: Its captions have no features, and need some.
             UnicodeDecodeError: The sample's own text is needed, and is not UTF-8.
         """
         if isinstance(self.classes, ClassIndices):
@@ -64,15 +72,21 @@ class TaskTexts:
             prompt = self.classes(_present(cls, identity), identity, self.seed, self.epoch())
         if self.captions is None:
             return {"text": prompt}
-        return {"text": prompt, "caption_text": self._caption(identity, prompt)}
+        return {"text": prompt, **self._caption(self.captions, identity, prompt)}
 
-    def _caption(self, identity: str, prompt: str) -> str:
-        assert self.captions is not None
-        found = self.captions.get(identity)
+    def _caption(self, captions: CaptionStore, identity: str, prompt: str) -> Sample:
+        found = captions.get(identity)
         if found:
-            return found[choose(len(found), "caption", self.seed, self.epoch(), identity)]
+            number = choose(len(found), "caption", self.seed, self.epoch(), identity)
+            caption: Sample = {"caption_text": found[number]}
+            if self.features is not None:
+                vectors = self.features.get(identity)
+                if len(vectors) != len(found):
+                    raise AnchorSetError(no_features_message(f"A caption of {identity}"))
+                caption["caption_text_feature"] = torch.tensor(vectors[number], dtype=torch.float32)
+            return caption
         if self.missing_caption == "prompt":
-            return prompt
+            return {"caption_text": prompt}
         raise MissingCaptionError(missing_caption_message([identity]))
 
 

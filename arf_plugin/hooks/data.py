@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from arf_plugin.anchors.features import caption_features
 from arf_plugin.anchors.pairs import list_pair_shards
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import as_tuple
@@ -45,7 +46,7 @@ def data_in_form(
         validation = copy.copy(args)
         validation.train_data = None
         data = original(validation, preprocess_fns, epoch=epoch, tokenizer=tokenizer)
-        train = _training_data(session, args, preprocess_fns[0], epoch, tokenizer, adapt)
+        train = _training_data(session, args, preprocess_fns, epoch, tokenizer, adapt)
         if watch is not None:
             watch.steps_per_epoch = train.num_batches // args.accum_freq
         return {"train": train, **data}
@@ -54,7 +55,7 @@ def data_in_form(
 
 
 def _training_data(
-    session: Session, args: Any, preprocess: Any, epoch: int, tokenizer: Any, adapt: Adapt
+    session: Session, args: Any, preprocess_fns: Any, epoch: int, tokenizer: Any, adapt: Adapt
 ) -> TrainingLoader:
     config = session.config
     classes = _classes(config)
@@ -63,6 +64,7 @@ def _training_data(
     if isinstance(classes, ClassIndices):  # which has numbers alone
         names = list(map(str, range(classes.classes)))
     inputs = inputs_of_run(args, config, names)
+    inputs.starting = session.model.starting if session.model is not None else None
     usable = _on_first_rank(args, lambda: check_inputs(inputs))
     if usable is not None and needs_count(args):
         if args.rank == 0:
@@ -72,15 +74,18 @@ def _training_data(
     assert shape is not None
     shards = list_pair_shards(config.anchors) if shape.pair_batch and config.anchors else []
     captions = open_captions(config.anchors) if config.anchors and config.caption_weight else None
+    features = caption_features(config.anchors) if captions is not None and config.caption_features else None
     loader = training_loader(
         args,
         config,
         shape,
-        preprocess=preprocess,
+        preprocess=preprocess_fns[0],
+        preprocess_pairs=preprocess_fns[1] if config.pair_features else None,
         tokenizer=tokenizer,
         epoch=epoch,
         classes=classes,
         captions=captions,
+        features=features,
         pair_shards=shards,
         trimmer=_trimmer(session, args),
         adapt=adapt,
@@ -182,12 +187,12 @@ def _log(config: ArfConfig, loader: TrainingLoader, captions: CaptionStore | Non
         logging.info(f"ARF: no anchor set; training on {trains_on}.")
         return
     terms = [f"{layout.task} task pairs"]
-    for name, there, size, weight in (
-        ("caption anchors", captions is not None, layout.task, config.caption_weight),
-        ("pair anchors", bool(shards), layout.pairs, config.pair_weight),
+    for name, there, size, weight, loss in (
+        ("caption anchors", captions is not None, layout.task, config.caption_weight, config.caption_loss),
+        ("pair anchors", bool(shards), layout.pairs, config.pair_weight, config.pair_loss),
     ):
         if there:
-            terms.append(f"{size} {name} (weight {weight:g})")
+            terms.append(f"{size} {name} ({loss} loss, weight {weight:g})")
         else:
             reason = "its weight is 0" if weight == 0 else f"{config.anchors} has none"
             logging.info(f"ARF: the term of the {name} is off, because {reason}.")

@@ -9,8 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from arf_plugin.errors import CheckpointError
 from arf_plugin.hooks.session import Session
+from arf_plugin.hooks.training import Training
 from arf_plugin.losses.anchored import AnchoredLoss
+from arf_plugin.losses.features import MEAN, DifferenceTerm
 from arf_plugin.losses.head import HeadLoss
 from arf_plugin.losses.l2sp import L2SPLoss
 
@@ -40,6 +45,8 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
     random = facts is not None and bool(facts.random_parts)
     if not (session.config.head or random or getattr(args, "siglip", False)):
         _warn_of_first_loss(getattr(loss, "task", loss), args)
+    if session.config.by_feature:
+        _warn_of_gathering(args)
     if facts is None or facts.start is None:
         return loss
     session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
@@ -52,13 +59,62 @@ def _loss(build_base: Callable[[], Any], session: Session) -> Any:
         return HeadLoss()
     if plan is None or not (plan.layout.captions or plan.layout.pairs):
         return build_base()
-    return AnchoredLoss(
+    loss = AnchoredLoss(
         build_base,
         plan.step,
         caption_weight=config.caption_weight if plan.layout.captions else None,
         pair_weight=config.pair_weight if plan.layout.pairs else None,
         every=config.every,
+        caption_loss=config.caption_loss,
+        pair_loss=config.pair_loss,
     )
+    if isinstance(loss.pair_anchor, DifferenceTerm):
+        session.listeners.append(KeptMean(loss.pair_anchor))
+    return loss
+
+
+class KeptMean:
+    """Keeps the mean of a `DifferenceTerm` in the optimizer's state; an `EpochListener`.
+
+    So it is part of every checkpoint, open_clip's own and step checkpoints, and comes back with it.
+
+    Args:
+        term: The term.
+    """
+
+    def __init__(self, term: DifferenceTerm) -> None:
+        self.term = term
+        self._begun = False
+
+    def before_epoch(self, training: Training) -> None:
+        """Takes what a checkpoint has brought, if one was loaded."""
+        self.term.state = training.optimizer.param_groups[0]
+        if self._begun or not training.args.resume:
+            return
+        self._begun, mean = True, self.term.state.get(MEAN)
+        if mean is None:
+            logging.warning(
+                "ARF: the checkpoint has no mean of --arf-pair-loss difference; it begins at 0 again."
+            )
+        elif not (isinstance(mean, torch.Tensor) and mean.dim() == 1 and bool(mean.isfinite().all())):
+            raise CheckpointError(
+                f"--resume {training.args.resume}: '{MEAN}' of its optimizer is no vector of finite numbers. Resume "
+                "from another checkpoint."
+            )
+
+    def after_epoch(self, training: Training) -> None:
+        """Nothing to do."""
+
+
+def _warn_of_gathering(args: Any) -> None:
+    """Terms of features pass on all of their gradient; open_clip's contrastive loss may not, beside them."""
+    partial = args.world_size > 1 and not (getattr(args, "siglip", False) or args.gather_with_grad)
+    if partial and args.rank == 0:
+        logging.warning(
+            "ARF: in several processes open_clip's contrastive loss passes on a part of its gradient only (1 in "
+            f"{args.world_size}, about half with --local-loss), the terms of features all of theirs, so these weigh "
+            "more than in one process. With --local-loss --gather-with-grad they weigh the same."
+        )
 
 
 def _warn_of_first_loss(loss: Any, args: Any) -> None:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from arf_plugin.data.prompts import load_classnames
 from arf_plugin.errors import EvaluationError, FlagError
 from arf_plugin.hooks.session import ModelFacts, Session
+from arf_plugin.hooks.starting import starting_model
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
@@ -70,7 +71,9 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         if session.config.head:
             _start_from_probe(model, session.config.head, session.config.classnames or "")
         start = starting_point(model) if session.config.l2sp else None
-        session.model = ModelFacts(model, random, found, start)
+        name = str(args[0] if args else kwargs["model_name"])
+        starting = starting_model(model, name, result[2], session.config, kwargs)
+        session.model = ModelFacts(model, random, found, start, starting)
         return result
 
     return wrapped

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from arf_plugin.checks.inputs import StartingModel
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout, OptimizerStep
 from arf_plugin.data.trim import TextTrimmer
+from arf_plugin.errors import ArfError
 from arf_plugin.hooks.training import EpochListener
 
 
@@ -24,12 +26,15 @@ class ModelFacts:
         random_parts: Names of weights, of it or of a teacher, that have come from no file.
         trimmer: How the texts of a batch can be cut for all models that read them, or why they cannot.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
+        starting: How its features compare with those in the anchor set, or the error that this has met; in the first
+            process, if anchors are held by them.
     """
 
     model: nn.Module
     random_parts: tuple[str, ...]
     trimmer: TextTrimmer | str
     start: dict[str, torch.Tensor] | None = None
+    starting: StartingModel | ArfError | None = None
 
     def with_teacher(self, random_parts: tuple[str, ...], trimmer: TextTrimmer | str) -> ModelFacts:
         """The same with a teacher, which reads the same texts."""

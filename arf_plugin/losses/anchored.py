@@ -4,7 +4,8 @@
 
 Source: Han et al., "Anchor-based Robust Finetuning of Vision-Language Models", CVPR 2024, section 3. The paper adds
 the three terms with weight one; the weights are ours. So are steps without anchors: with ``every`` n the two anchor
-terms are there on one step in n, with n times their weight, which leaves the expected gradient as it is.
+terms are there on one step in n, with n times their weight, which leaves the expected gradient as it is. And so are
+anchors by their features (`arf_plugin.losses.features`), whose terms do without the base loss and its temperature.
 
 In several processes each base loss gathers the features of its own term, so those of the task's images travel twice:
 1.2 times the minimum with A = B. A single gather for all terms would save far less than one per cent of a step
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from arf_plugin.data.batch import BatchLayout, OptimizerStep
+from arf_plugin.losses.features import CAPTION, PAIR, DifferenceTerm, FeatureTerm
 
 
 class AnchoredLoss(nn.Module):
@@ -32,6 +34,8 @@ class AnchoredLoss(nn.Module):
         caption_weight: w_cap; None where no step has captions.
         pair_weight: w_pair; None where no step has pairs.
         every: One optimizer step in so many has anchors.
+        caption_loss: ``contrastive``, the base loss; or ``feature``.
+        pair_loss: The same, or ``difference``.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class AnchoredLoss(nn.Module):
         caption_weight: float | None = 1.0,
         pair_weight: float | None = 1.0,
         every: int = 1,
+        caption_loss: str = "contrastive",
+        pair_loss: str = "contrastive",
     ) -> None:
         super().__init__()
         if isinstance(step, BatchLayout):
@@ -52,8 +58,8 @@ class AnchoredLoss(nn.Module):
         self.caption_weight = (caption_weight or 0.0) * every
         self.pair_weight = (pair_weight or 0.0) * every
         self.task = build_base()
-        self.caption_anchor = None if caption_weight is None else build_base()
-        self.pair_anchor = None if pair_weight is None else build_base()
+        self.caption_anchor = None if caption_weight is None else _term(caption_loss, CAPTION, build_base)
+        self.pair_anchor = None if pair_weight is None else _term(pair_loss, PAIR, build_base)
 
     def forward(
         self, output_dict: bool = False, **outputs: torch.Tensor
@@ -74,13 +80,18 @@ class AnchoredLoss(nn.Module):
         """
         task, caption, pair = self._split(outputs)
         losses = dict(self.task(**task, output_dict=True))
-        for name, base, weight, part in (
+        for name, term, weight, part in (
             ("caption_anchor_loss", self.caption_anchor, self.caption_weight, caption),
             ("pair_anchor_loss", self.pair_anchor, self.pair_weight, pair),
         ):
-            if base is not None:
-                there = self.step.anchored
-                losses[name] = weight * _total(base, part) if there else outputs["logit_scale"].new_zeros(())
+            if term is None:
+                continue
+            if not self.step.anchored:
+                losses[name] = outputs["logit_scale"].new_zeros(())
+            elif isinstance(term, FeatureTerm):
+                losses[name] = weight * term(part, self.step)
+            else:
+                losses[name] = weight * _total(term, part)
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
     def _split(self, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
@@ -95,6 +106,12 @@ class AnchoredLoss(nn.Module):
             else:
                 task[name] = caption[name] = pair[name] = value
         return task, caption, pair
+
+
+def _term(loss: str, names: tuple[tuple[str, str], ...], build_base: Callable[[], nn.Module]) -> nn.Module:
+    if loss == "contrastive":
+        return build_base()
+    return DifferenceTerm() if loss == "difference" else FeatureTerm(*names)
 
 
 def _total(base: nn.Module, outputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
+from arf_plugin.anchors.features import read_header
 from arf_plugin.anchors.tars import is_remote, local_path
 from arf_plugin.anchors.task import expand_urls, is_csv
 from arf_plugin.anchors.task_csv import read_csv
@@ -52,6 +53,8 @@ def data_identity(
         "pair_batch_size": shape.pair_batch,
         **contents,
         "missing_caption": config.missing_caption,
+        "caption_loss": config.caption_loss if config.caption_features else None,
+        "pair_loss": config.pair_loss if config.pair_features else None,
         **{"every": config.every, "trim_text": config.trim_text},
         "classnames": _file(config.classnames),
         "templates": _file(config.templates),
@@ -83,7 +86,11 @@ def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
         raise CheckpointError(
             f"Data cannot be read, so that a resumed run could not know them: {cause}"
         ) from cause
-    return {"task contents": task, "caption contents": captions, "pair contents": pairs}
+    header = read_header(config.anchors or "") if config.by_feature else None
+    return {
+        **{"task contents": task, "caption contents": captions, "pair contents": pairs},
+        "feature contents": f"sha256 {digest(header.model_dump())}" if header else None,
+    }
 
 
 def _anchors(config: ArfConfig, folder: str, suffix: str, advance: Any) -> str | None:

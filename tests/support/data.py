@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
+from arf_plugin.anchors.features import (
+    Embedded,
+    FeatureHeader,
+    PairFeatures,
+    weights_digest,
+    write_caption_features,
+    write_header,
+    write_pair_features,
+)
+from arf_plugin.anchors.images import decode_image
+from arf_plugin.anchors.pairs import read_pairs
+from arf_plugin.files import content_digest
 from support.tars import write_tar
 
 CLASSNAMES = ["cat", "dog", "tree", "house"]
@@ -133,6 +148,59 @@ def write_captions(anchors: Path, captions: Mapping[str, str], name: str = "part
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"id": list(captions), "caption": list(captions.values())}), path)
     return path
+
+
+def start_of(name: str, path: Path, dtype: torch.dtype = torch.float32) -> open_clip.CLIP:
+    """Makes a model with random weights and writes these to a file for ``--pretrained``."""
+    with _default_dtype(dtype), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.create_model(name).eval()
+    torch.save(model.state_dict(), path)
+    return model
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def write_features(anchors: Path, model: open_clip.CLIP, name: str) -> None:
+    """Writes what a model gives the pairs and captions of a set made by hand."""
+    dtype = next(model.parameters()).dtype
+    tokenize = open_clip.get_tokenizer(name)
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=32), is_train=False
+    )
+    embedded: dict[str, dict[str, Embedded]] = {"pairs": {}, "captions": {}}
+
+    def note(kind: str, path: Path, rows: int) -> None:
+        size = path.stat().st_size
+        embedded[kind][path.name] = Embedded(bytes=size, sha256=content_digest([path]), rows=rows)
+
+    def texts(given: list[str]) -> np.ndarray:
+        return model.encode_text(tokenize(given), normalize=True).half().numpy()
+
+    with torch.no_grad(), _default_dtype(dtype):
+        for path in sorted(anchors.glob("pairs/*.tar")):
+            pairs = list(read_pairs(str(path)))
+            pixels = torch.stack([preprocess(decode_image(pair.image)) for pair in pairs])
+            images = model.encode_image(pixels, normalize=True).half().numpy()
+            found = PairFeatures([p.key for p in pairs], images, texts([p.text.decode() for p in pairs]))
+            write_pair_features(anchors, path, found)
+            note("pairs", path, len(pairs))
+        for path in sorted(anchors.glob("captions/*.parquet")):
+            table = pq.read_table(path)
+            captions = table["caption"].to_pylist()
+            write_caption_features(anchors, path, table["id"].to_pylist(), texts(captions))
+            note("captions", path, len(captions))
+    digest = weights_digest(model.state_dict())
+    header = {"model": name, "weights_sha256": digest, "precision": "float32", "preprocessing": {}, "dim": 16}
+    write_header(anchors, FeatureHeader(**header, **embedded))
 
 
 def pair_seed(number: int) -> int:

@@ -44,6 +44,9 @@ class Job:
         model: --model.
         every: --arf-every.
         step: The step that was recorded.
+        caption_loss: --arf-caption-loss.
+        pair_loss: --arf-pair-loss.
+        start: File of the weights that training started from, where anchors are held by features.
     """
 
     record: str
@@ -59,6 +62,9 @@ class Job:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
+    caption_loss: str = "contrastive"
+    pair_loss: str = "contrastive"
+    start: str | None = None
 
     @property
     def anchored(self) -> bool:
@@ -131,12 +137,7 @@ def step_gradients(
     import open_clip
     from open_clip_train import train
 
-    bias = {"init_logit_bias": -10} if job.siglip else {}
-    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
-    model.load_state_dict(
-        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
-    )
+    model = _model(job, weights)
     args = training_arguments(
         rank=rank,
         world_size=world_size,
@@ -179,6 +180,67 @@ class Capture(torch.optim.SGD):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
+def feature_gradients(
+    job: Job, weights: dict, batches: list, kind: str, mean: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients of a term of features on all micro-batches, averaged over processes: 10 times its value, by hand."""
+    model = _model(job, weights)
+    u, v = _differences(job, model, batches)
+    if kind == "captions":
+        value = sum(v.pow(2).sum(1)) / len(v)
+    elif kind == "feature":
+        value = sum(u.pow(2).sum(1) + v.pow(2).sum(1)) / len(u)
+    else:
+        value = sum(((u - mean) ** 2 + (v - mean) ** 2 + (u - v) ** 2).sum(1)) / len(u)
+    (10 * value).backward()
+    return {
+        name: _average(torch.zeros_like(p) if p.grad is None else p.grad)
+        for name, p in model.named_parameters()
+    }
+
+
+def _model(job: Job, weights: dict) -> torch.nn.Module:
+    """The model with the given parameters."""
+    import open_clip
+
+    bias = {"init_logit_bias": -10} if job.siglip else {}
+    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
+    given = {name: weights[name].reshape(shape) for name, shape in shapes.items() if name in weights}
+    model.load_state_dict(given, strict=False)
+    return model
+
+
+def _differences(job: Job, model: torch.nn.Module, batches: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """u and v, of the samples of all micro-batches; what the set holds was rounded to 16 bits."""
+    start = _model(job, torch.load(job.start, weights_only=True))
+    images, texts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        f0 = start.encode_image(images, normalize=True).half().to(images)
+        g0 = start.encode_text(texts, normalize=True).half().to(images)
+    return model.encode_image(images, normalize=True) - f0, model.encode_text(texts, normalize=True) - g0
+
+
+def _average(tensor: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor /= torch.distributed.get_world_size()
+    return tensor
+
+
+def mean_before(job: Job, earlier: list, batches_of) -> torch.Tensor:
+    """m of ``difference`` as the steps before the recorded one have left it."""
+    mean = torch.zeros(16)
+    for number, record in enumerate(earlier):
+        if number % job.every == 0:
+            step = dataclasses.replace(job, step=number)
+            with torch.no_grad():
+                batches = [parts[2] for parts in batches_of(step, record)]
+                u, v = _differences(job, _model(job, record["weights"]), batches)
+            mean = 0.99 * mean + 0.01 * _average((u.mean(0) + v.mean(0)) / 2)
+    return mean
+
+
 def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     """Reference gradients of one job, one dictionary per term: task, captions, pairs; anchors at their weight."""
     import open_clip
@@ -188,16 +250,19 @@ def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor
     frames = [pd.read_parquet(path) for path in sorted(Path(job.anchors, "captions").glob("*.parquet"))]
     captions = dict(pd.concat(frames)[["id", "caption"]].itertuples(index=False))
     tokenize = open_clip.get_tokenizer(job.model)
-    micro = [rebuild(job, images, task, pairs, captions, tokenize) for images, _ in record["inputs"]]
+
+    def batches_of(job: Job, record: dict) -> list:
+        return [rebuild(job, images, task, pairs, captions, tokenize) for images, _ in record["inputs"]]
+
+    micro = batches_of(job, record)
     assert len(micro) == job.accum_freq
+    by_hand = {1: "captions"} if job.caption_loss == "feature" else {}
+    by_hand |= {2: job.pair_loss} if job.pair_loss != "contrastive" else {}
+    mean = mean_before(job, record["earlier"], batches_of) if job.pair_loss == "difference" else None
     terms = [
-        step_gradients(
-            job,
-            record["weights"],
-            [parts[term] for parts in micro],
-            rank,
-            world_size,
-        )
+        feature_gradients(job, record["weights"], [parts[term] for parts in micro], by_hand[term], mean)
+        if term in by_hand
+        else step_gradients(job, record["weights"], [parts[term] for parts in micro], rank, world_size)
         for term in range(len(micro[0]))
     ]
     return [terms[0], *({name: job.every * g for name, g in term.items()} for term in terms[1:])]

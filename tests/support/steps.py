@@ -10,7 +10,9 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import open_clip
 import open_clip_train
+import torch
 from packaging.version import Version
 
 from arf_plugin.hooks.source_patches import Series
@@ -35,6 +37,8 @@ class Case:
         model: Name of the model.
         every: --arf-every.
         step: Which step is recorded, from 0.
+        pair_loss: --arf-pair-loss.
+        caption_loss: --arf-caption-loss.
     """
 
     siglip: bool
@@ -46,6 +50,12 @@ class Case:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
+    pair_loss: str = "contrastive"
+    caption_loss: str = "contrastive"
+
+    @property
+    def by_feature(self) -> bool:
+        return (self.pair_loss, self.caption_loss) != ("contrastive", "contrastive")
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
@@ -53,12 +63,16 @@ class Case:
         patched = "-patched" if self.patched else ""
         patched += f"-{self.model}" if self.model != "tiny-long" else ""
         patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
+        if self.by_feature:
+            patched += f"-pairs-{self.pair_loss}-captions-{self.caption_loss}-step{self.step}"
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
     @property
     def flags(self) -> list[object]:
         flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
         flags += ["--arf-every", self.every] if self.every > 1 else []
+        if self.by_feature:
+            flags += ["--arf-pair-loss", self.pair_loss, "--arf-caption-loss", self.caption_loss]
         return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
 
     @property
@@ -92,6 +106,10 @@ CASES = [
     # A step with anchors and one without.
     *(Case(True, 2, 4, 1, every=2, step=step) for step in (0, 1)),
     *(Case(False, 1, TASK_SIZE, 2, (LOCAL, GRAD), every=2, step=step) for step in (0, 1)),
+    # Anchors by their features; where the mean of differences is not 0 any more.
+    Case(True, 2, 4, 1, pair_loss="feature", caption_loss="feature"),
+    Case(False, 2, 4, 2, (LOCAL, GRAD), step=2, pair_loss="difference", caption_loss="feature"),
+    Case(False, 1, TASK_SIZE, 1, every=2, step=2, pair_loss="difference"),
 ]
 
 # What is left: sizes in two processes with the usual way, every way with every size in four, and what saves memory or
@@ -110,6 +128,25 @@ SLOW_CASES = [
     *(Case(False, 1, 4, 2, (*COMPILED, *way)) for way in GATHERS),
     Case(False, 2, 4, 2, COMPILED),
     Case(True, 1, 4, 2, COMPILED),
+    *(
+        Case(siglip, accum_freq, 4, nproc, way, step=step, pair_loss=pair_loss, caption_loss=caption_loss)
+        for siglip, ways in ((False, GATHERS), (True, EXCHANGES))
+        for accum_freq in (1, 2)
+        for nproc, way in ((1, ()), *((2, way) for way in ways))
+        for pair_loss, caption_loss, step in (
+            ("feature", "contrastive", 0),
+            ("contrastive", "feature", 1),
+            ("difference", "feature", 2),
+        )
+    ),
+    *(
+        Case(False, accum_freq, 4, 2, (*flags, LOCAL, GRAD), step=1, pair_loss=loss, caption_loss="feature")
+        for loss in ("feature", "difference")
+        for accum_freq in (1, 2)
+        for flags in (*MEMORY, COMPILED)
+    ),
+    *(Case(False, 2, 4, 1, patched=True, step=1, pair_loss=loss) for loss in ("feature", "difference")),
+    Case(False, 1, 4, 4, (LOCAL, GRAD), step=2, pair_loss="difference", caption_loss="feature"),
 ]
 
 # For other releases than the environment's: both losses, with and without accumulation, one and two processes.
@@ -122,12 +159,19 @@ FEW_CASES = [
     Case(False, 1, 4, 1, ("--grad-checkpointing",)),
     Case(False, 1, 4, 1, model="tiny-custom"),
     Case(False, 1, 4, 1, every=2, step=1),
+    Case(False, 2, 4, 1, pair_loss="feature", caption_loss="feature"),
+    Case(True, 1, 4, 2, step=2, pair_loss="difference", caption_loss="feature"),
 ]
 
 # What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.
 FSDP = ("--fsdp", "--precision", "fp32")
 FSDP_CASES = [
     *(Case(siglip, accum_freq, 4, 2, (*FSDP,)) for siglip in (False, True) for accum_freq in (1, 2)),
+    *(
+        Case(False, accum_freq, 4, 2, (*FSDP, LOCAL, GRAD), step=1, pair_loss=loss, caption_loss="feature")
+        for loss in ("feature", "difference")
+        for accum_freq in (1, 2)
+    ),
     Case(False, 1, TASK_SIZE, 2, (*FSDP, LOCAL, GRAD)),
     Case(False, 1, 4, 2, (*FSDP, "--grad-checkpointing", LOCAL, GRAD)),
     Case(False, 1, 4, 4, (*FSDP, "--fsdp-no-reshard-after-forward")),
@@ -162,6 +206,10 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
     anchors = folder / "anchors"
     data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
     data.write_pairs(anchors, shards=4, per_shard=6)
+    start = folder / "start.pt"
+    if any(case.by_feature for case in cases):
+        open_clip.add_model_config(model_configs)
+        data.write_features(anchors, data.start_of("tiny-long", start, torch.float64), "tiny-long")
     fork = folder / f"fork-{releases.current()}"
     if any(case.patched for case in cases):
         shutil.copytree(Path(open_clip_train.__file__).parent, fork / "open_clip_train")
@@ -171,6 +219,7 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")
         samples = TASK_SIZE * case.accum_freq * case.nproc * (case.step + 1)
         flags = ["--train-data", task.urls, "--train-num-samples", samples, "--arf-anchors", anchors]
+        flags += ["--pretrained", start] if case.by_feature else []
         options = {
             "nproc": case.nproc,
             "name": str(case),
@@ -206,6 +255,9 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 model=case.model,
                 every=case.every,
                 step=case.step,
+                caption_loss=case.caption_loss,
+                pair_loss=case.pair_loss,
+                start=str(start),
             )
             for case in some
             if finished[case].status == 0

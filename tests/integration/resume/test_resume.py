@@ -47,10 +47,12 @@ def uneven(tmp_path_factory) -> data.Task:
 
 
 @pytest.fixture(scope="module")
-def uneven_anchors(tmp_path_factory, uneven):
+def uneven_anchors(tmp_path_factory, uneven, model_configs):
     folder = tmp_path_factory.mktemp("uneven_anchors")
     data.write_captions(folder, {identity: f"a caption of {identity}" for identity in uneven.ids})
     data.write_pairs(folder, shards=4, per_shard=9)
+    open_clip.add_model_config(model_configs)
+    data.write_features(folder, data.start_of("tiny-vit", folder / "start.pt"), "tiny-vit")
     return folder
 
 
@@ -71,6 +73,10 @@ def shape(task, anchors, variant: str) -> list:
         "plain": [],
         "every": ["--arf-anchors", anchors, "--arf-every", 3],
         "accum": ["--arf-anchors", anchors, "--accum-freq", 2, "--arf-pair-batch-size", 3],
+        "difference": [
+            *("--arf-anchors", anchors, "--arf-pair-loss", "difference", "--arf-caption-loss", "feature"),
+            *("--pretrained", anchors / "start.pt", "--arf-every", 2),
+        ],
         "resampled": [*prompts, "--dataset-resampled"],
         "mixing": [
             *("--train-data", f"{task.urls}::{anchors}/pairs/{{000000..000003}}.tar", "--dataset-resampled"),
@@ -84,7 +90,15 @@ MODEL = {"model": "tiny-vit-dropout"}
 
 @pytest.mark.parametrize(
     ("variant", "workers", "nproc"),
-    [("anchors", 4, 1), ("flyp", 0, 2), ("mixing", 2, 1), ("accum", 0, 1), ("plain", 2, 1), ("every", 4, 1)],
+    [
+        ("anchors", 4, 1),
+        ("flyp", 0, 2),
+        ("mixing", 2, 1),
+        ("accum", 0, 1),
+        ("plain", 2, 1),
+        ("every", 4, 1),
+        ("difference", 2, 2),
+    ],
 )
 def test_killed_and_resumed_equals_undisturbed(train, uneven, uneven_anchors, variant, workers, nproc):
     """Two runs with one seed, one of them killed twice, end with the same bits and log the same losses."""

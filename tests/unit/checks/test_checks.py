@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,12 +19,21 @@ import pytest
 from support.building import drawing
 from support.tars import write_tar
 
-from arf_plugin.checks.inputs import Inputs, Run
+from arf_plugin.anchors.features import (
+    Embedded,
+    FeatureHeader,
+    PairFeatures,
+    write_header,
+    write_pair_features,
+)
+from arf_plugin.anchors.pairs import read_pairs
+from arf_plugin.checks.inputs import Inputs, Run, StartingModel
 from arf_plugin.checks.report import check_anchor_set
 from arf_plugin.checks.rules import RULES, findings
 from arf_plugin.data.dealing import dealt_shards
 from arf_plugin.data.startup import check_inputs
-from arf_plugin.errors import ArfError, FlagError
+from arf_plugin.errors import AnchorSetError, ArfError, FlagError
+from arf_plugin.files import content_digest
 
 Change = Callable[["Made"], None]
 
@@ -43,6 +53,7 @@ class Made:
         self.missing_caption = "error"
         self.caption_weight = 1.0
         self.pair_loss = "contrastive"
+        self.starting: StartingModel | ArfError | None = None
         for shard in range(2):
             self.shard(shard, range(4 * shard, 4 * shard + 4))
             members = []
@@ -63,6 +74,27 @@ class Made:
             pa.table({"id": list(said), "caption": list(said.values())}), self.anchors / "captions/a.parquet"
         )
 
+    def features(self) -> None:
+        """Features of the pairs, as a model with the digest of 64 zeros would give them."""
+        embedded = {}
+        for path in sorted(self.anchors.glob("pairs/*.tar")):
+            keys, vectors = [pair.key for pair in read_pairs(str(path))], np.eye(4, 8, dtype=np.float16)
+            write_pair_features(
+                self.anchors, path, PairFeatures(keys, vectors[: len(keys)], vectors[: len(keys)])
+            )
+            size, sha256 = path.stat().st_size, content_digest([path])
+            embedded[path.name] = Embedded(bytes=size, sha256=sha256, rows=len(keys))
+        header = {
+            "model": "m",
+            "weights_sha256": "0" * 64,
+            "precision": "float32",
+            "preprocessing": {},
+            "dim": 8,
+        }
+        write_header(self.anchors, FeatureHeader(**header, pairs=embedded, captions={}))
+        self.pair_loss = "feature"
+        self.starting = StartingModel("m", "0" * 64, 8, True, (("a pair", 1.0),))
+
     def csv(self, rows: dict[str, list[object]]) -> None:
         for i in range(8):
             (self.folder / f"{i}.jpg").write_bytes(drawing(i))
@@ -78,6 +110,7 @@ class Made:
             caption_weight=self.caption_weight,
             missing_caption=self.missing_caption,
             pair_loss=self.pair_loss,
+            starting=self.starting,
             train_data=self.data,
             classes=self.classes,
             texts_known=self.texts_known,
@@ -214,12 +247,37 @@ def nothing_usable(made):
     made.run = replace(made.run, task_workers=1)
 
 
+def no_features(made):
+    made.pair_loss = "feature"
+
+
+def features_of_other_pairs(made):
+    made.features()
+    write_tar(made.anchors / "pairs/1.tar", [("a.jpg", drawing(0)), ("a.txt", b"another")])
+
+
+def features_of_other_weights(made):
+    made.features()
+    made.starting = replace(made.starting, digest="1" * 64)
+
+
+def features_of_another_size(made):
+    made.features()
+    made.starting = replace(made.starting, dim=16)
+
+
+def features_of_another_transform(made):
+    made.features()
+    made.starting = replace(made.starting, cosines=(("a pair", 1.0), ("1.tar, pair p6, image", 0.998)))
+
+
+def features_that_cannot_be_compared(made):
+    made.features()
+    made.starting = AnchorSetError("a pair is gone")
+
+
 def pair_without_text(made):
     write_tar(made.anchors / "pairs/1.tar", [("a.jpg", drawing(0))])
-
-
-def no_features(made: Made) -> None:
-    made.pair_loss = "feature"
 
 
 ERRORS: list[tuple[str, Change, str]] = [
@@ -259,7 +317,12 @@ ERRORS: list[tuple[str, Change, str]] = [
     ("batches", accumulation_of_more_than_an_epoch, "fewer than --accum-freq 5"),
     ("batches", nothing_usable, "pass over every sample"),
     ("pairs", pair_without_text, "pair a: has no txt"),
-    ("features", no_features, "has no features of its pairs"),
+    ("features", no_features, "has no features of its pairs, .*arf features"),
+    ("features", features_of_other_pairs, r"of the 2 files of pairs, 1 have changed since \(first: 1.tar\)"),
+    ("starting-model", features_of_other_weights, "other weights than .*m, SHA-256 0000.*m, SHA-256 1111"),
+    ("starting-model", features_of_another_size, "have 8 dimensions .* those of m 16"),
+    ("starting-model", features_of_another_transform, "pair p6, image: its feature .* cosine of 0.99800"),
+    ("starting-model", features_that_cannot_be_compared, "a pair is gone"),
 ]
 
 
@@ -277,6 +340,18 @@ def test_both_reporters_say_the_same_error(made, rule, change, said):
     with pytest.raises(ArfError, match=f"(?s){said}") as caught:
         check_inputs(made.inputs(training=True))
     assert str(caught.value).replace(f"--arf-anchors {made.anchors}", str(made.anchors)) == report.errors[0]
+
+
+def test_features_are_reported_and_weights_cast_to_16_bits_known_by_their_features(made):
+    made.features()
+    made.starting = replace(made.starting, exact=False, digest="1" * 64, cosines=(("a pair", 0.991),))
+    assert check_inputs(made.inputs(training=True)) == 8
+    report = check_anchor_set(made.inputs(training=False))
+    assert not report.errors and report.features["pairs"] == 8 and report.features["dim"] == 8
+    assert "features     of 8 pairs and 0 captions by m (000000000000), D 8" in report.lines()
+    made.pair_loss = "contrastive"
+    (made.anchors / "pairs/0.tar").unlink()
+    assert "1 are gone (first: 0.tar)" in check_anchor_set(made.inputs(training=False)).warnings[-1]
 
 
 def test_every_rule_with_a_check_has_an_error_here():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import random
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 import webdataset as wds
@@ -14,6 +17,7 @@ from open_clip_train.data import SharedEpoch
 from support import data
 from support.tars import write_tar
 
+from arf_plugin.anchors.features import PairFeatures, pair_features
 from arf_plugin.anchors.pairs import list_pair_shards
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.loader import TrainingLoader
@@ -293,3 +297,43 @@ class Failing(torch.utils.data.IterableDataset):
     def __iter__(self):
         raise AnchorSetError("one clear\nmessage")
         yield
+
+
+@pytest.fixture(scope="module")
+def featured(tmp_path_factory, model_configs):
+    """A set with features: folder and shards."""
+    folder = tmp_path_factory.mktemp("featured")
+    data.write_pairs(folder, 2, PER_SHARD)
+    open_clip.add_model_config(model_configs)
+    data.write_features(folder, data.start_of("tiny-vit", folder / "start.pt"), "tiny-vit")
+    return folder, list_pair_shards(str(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_come_with_their_pairs(featured, workers):
+    folder, shards = featured
+    of = functools.partial(pair_features, folder)
+    expected = {
+        int(key): (image, text)
+        for found in map(of, shards)
+        for key, image, text in zip(found.keys, found.image, found.text, strict=True)
+    }
+    seen = set()
+    for batch in build(shards, workers=workers, features=of, num_batches=3, batch_size=4):
+        parts = batch["pair_text"][:, 0].tolist(), batch["pair_image_feature"], batch["pair_text_feature"]
+        for number, image, text in zip(*parts, strict=True):
+            assert image.dtype == torch.float32
+            assert np.array_equal(image, expected[number][0]) and np.array_equal(text, expected[number][1])
+            seen.add(number)
+    assert seen == set(range(2 * PER_SHARD))
+
+
+def test_a_pair_that_decodes_and_has_no_features_is_refused(featured):
+    folder, shards = featured
+
+    def all_but_one(url: str) -> PairFeatures:
+        found = pair_features(folder, url)
+        return PairFeatures(found.keys[1:], found.image[1:], found.text[1:])
+
+    with pytest.raises(AnchorSetError, match=r"pair 00000[06] has no features of the starting model"):
+        list(build(shards, features=all_but_one))

@@ -12,11 +12,12 @@ import pytest
 import torch
 from support import data
 
+from arf_plugin.anchors.features import caption_features
 from arf_plugin.data.batch import collate
 from arf_plugin.data.captions import open_captions
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, choose, load_prompts
 from arf_plugin.data.texts import TaskTexts
-from arf_plugin.errors import FlagError, MissingCaptionError, TaskDataError
+from arf_plugin.errors import AnchorSetError, FlagError, MissingCaptionError, TaskDataError
 
 
 def test_templates_are_drawn_evenly_and_reproducibly():
@@ -137,6 +138,36 @@ def test_a_missing_caption_is_an_error_or_the_prompt(tmp_path):
         TaskTexts(None, store)("a/2", None, "own")
     found = TaskTexts(None, store, "prompt")("a/2", None, "own")
     assert found == {"text": "own", "caption_text": "own"}
+
+
+def test_the_feature_is_that_of_the_caption_that_was_drawn(tmp_path, model_configs):
+    (tmp_path / "captions").mkdir()
+    captions = {"id": ["a/1", "a/2", "a/1", "a/1"], "caption": ["one", "two", "three", "four"]}
+    pq.write_table(pa.table(captions), tmp_path / "captions" / "part-00000.parquet")
+    open_clip.add_model_config(model_configs)
+    model = data.start_of("tiny-vit", tmp_path / "start.pt")
+    data.write_features(tmp_path, model, "tiny-vit")
+    store, features = open_captions(str(tmp_path)), caption_features(tmp_path)
+    drawn = set()
+    for seed in range(12):
+        found = TaskTexts(None, store, seed=seed, features=features)("a/1", None, "own")
+        with torch.no_grad():
+            tokens = open_clip.get_tokenizer("tiny-vit")([found["caption_text"]])
+            expected = model.encode_text(tokens, normalize=True)[0].half().float()
+        torch.testing.assert_close(found["caption_text_feature"], expected, rtol=0, atol=2e-3)
+        assert found["caption_text_feature"] @ expected > 0.9999
+        drawn.add(found["caption_text"])
+    assert drawn == {"one", "three", "four"}
+
+
+def test_captions_that_are_more_than_their_features_are_refused(tmp_path, model_configs):
+    data.write_captions(tmp_path, {"a/1": "one"})
+    open_clip.add_model_config(model_configs)
+    data.write_features(tmp_path, data.start_of("tiny-vit", tmp_path / "start.pt"), "tiny-vit")
+    features = caption_features(tmp_path)
+    data.write_captions(tmp_path, {"a/1": "more"}, "part-00001.parquet")
+    with pytest.raises(AnchorSetError, match="A caption of a/1 has no features"):
+        TaskTexts(None, open_captions(str(tmp_path)), features=features)("a/1", None, "own")
 
 
 def test_choose_is_uniform_and_trivial_for_one_option():
