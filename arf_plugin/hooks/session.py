@@ -13,6 +13,7 @@ from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout, OptimizerStep
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.training import EpochListener
+from arf_plugin.losses.average import WeightAverage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class ModelFacts:
         random_parts: Names of weights, of it or of a teacher, that have come from no file.
         trimmer: How the texts of a batch can be cut for all models that read them, or why they cannot.
         start: Its parameters as training starts from them, by name, if the loss refers to them.
+        copy: A copy of it as training starts from it, frozen, if ``--arf-teacher`` needs one.
     """
 
     model: nn.Module
     random_parts: tuple[str, ...]
     trimmer: TextTrimmer | str
     start: dict[str, torch.Tensor] | None = None
+    copy: nn.Module | None = None
 
     def with_teacher(self, random_parts: tuple[str, ...], trimmer: TextTrimmer | str) -> ModelFacts:
         """The same with a teacher, which reads the same texts."""
@@ -65,6 +68,7 @@ class Session:
             loads checkpoints.
         task: The task that trains the model; set by its hook, in releases that build one.
         data: Set by the hook of the data.
+        average: The average of the weights so far, for step checkpoints; set with the data if the run has one.
         listeners: Who is told of every epoch.
     """
 
@@ -74,4 +78,5 @@ class Session:
     resumed: Mapping[str, Any] | None = None
     task: Any = None
     data: DataPlan | None = None
+    average: WeightAverage | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)
