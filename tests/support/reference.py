@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.stats import beta
 
 from support.arguments import training_arguments
 
@@ -44,6 +45,9 @@ class Job:
         model: --model.
         every: --arf-every.
         step: The step that was recorded.
+        teacher: --arf-teacher, or None.
+        teacher_weight: --arf-teacher-weight.
+        steps: Optimizer steps of the run, which the average of the teacher's weights depends on.
     """
 
     record: str
@@ -59,6 +63,9 @@ class Job:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
+    teacher: str | None = None
+    teacher_weight: float = 0.0
+    steps: int = 0
 
     @property
     def anchored(self) -> bool:
@@ -131,12 +138,7 @@ def step_gradients(
     import open_clip
     from open_clip_train import train
 
-    bias = {"init_logit_bias": -10} if job.siglip else {}
-    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
-    model.load_state_dict(
-        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
-    )
+    model = with_weights(job, weights)
     args = training_arguments(
         rank=rank,
         world_size=world_size,
@@ -163,6 +165,50 @@ def step_gradients(
     return dict(zip(names, optimizer.gradients, strict=True))
 
 
+def with_weights(job: Job, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A model of the job with some weights."""
+    import open_clip
+
+    bias = {"init_logit_bias": -10} if job.siglip else {}
+    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
+    model.load_state_dict(
+        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
+    )
+    return model
+
+
+def average(trajectory: list[dict[str, torch.Tensor]], steps: int) -> dict[str, torch.Tensor]:
+    """Mean of the weights so far, of the first ones of ``steps`` + 1, each weighed by the density of Beta(1/2, 1/2)."""
+    k = beta.pdf((np.arange(len(trajectory)) + 0.5) / (steps + 1), 0.5, 0.5)
+    k = k / k.sum()
+    return {
+        name: sum(float(factor) * weights[name] for factor, weights in zip(k, trajectory, strict=True))
+        for name in trajectory[0]
+    }
+
+
+def teacher_gradients(job: Job, record: dict, batches: list, world_size: int) -> dict[str, torch.Tensor]:
+    """Gradients of the teacher's term on the task samples of all processes."""
+    trajectory = record["trajectory"]
+    taught = trajectory[0] if job.teacher == "start" else average(trajectory, job.steps)
+    student, teacher = with_weights(job, record["weights"]), with_weights(job, taught).eval()
+    images, texts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    found = student(images, texts)
+    with torch.no_grad():
+        target = teacher(images, texts)
+    loss = 0.0
+    for kind in ("image_features", "text_features"):
+        for one, other in zip(found[kind], target[kind], strict=True):
+            loss = loss + job.teacher_weight / len(images) * ((one - other) ** 2).sum()
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    if world_size > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+    return {name: gradient / world_size for name, gradient in zip(names, gradients, strict=True)}
+
+
 class Batches(list):
     """A loader of ready batches; the trainer reads its sizes off it, too."""
 
@@ -180,7 +226,7 @@ class Capture(torch.optim.SGD):
 
 
 def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Reference gradients of one job, one dictionary per term: task, captions, pairs; anchors at their weight."""
+    """Reference gradients of one job, a dictionary per term: task, captions, pairs, teacher; at their weights."""
     import open_clip
 
     record = torch.load(f"{job.record}.{rank}", weights_only=True)
@@ -200,7 +246,10 @@ def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor
         )
         for term in range(len(micro[0]))
     ]
-    return [terms[0], *({name: job.every * g for name, g in term.items()} for term in terms[1:])]
+    terms[1:] = [{name: job.every * g for name, g in term.items()} for term in terms[1:]]
+    if job.teacher:
+        terms.append(teacher_gradients(job, record, [parts[0] for parts in micro], world_size))
+    return terms
 
 
 def relative_error(record: str, terms: list[dict[str, torch.Tensor]]) -> float:

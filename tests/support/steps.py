@@ -19,6 +19,7 @@ from support import data, forks, reference, releases, trainer
 
 TASK_SIZE = 6
 BOUND = 1e-10
+TEACHER_WEIGHT = 7.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Case:
         model: Name of the model.
         every: --arf-every.
         step: Which step is recorded, from 0.
+        teacher: --arf-teacher; at the first step its term has no gradient.
     """
 
     siglip: bool
@@ -46,6 +48,7 @@ class Case:
     model: str = "tiny-long"
     every: int = 1
     step: int = 0
+    teacher: str | None = None
 
     def __str__(self) -> str:
         loss = "siglip" if self.siglip else "clip"
@@ -53,12 +56,15 @@ class Case:
         patched = "-patched" if self.patched else ""
         patched += f"-{self.model}" if self.model != "tiny-long" else ""
         patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
+        patched += f"-teacher-{self.teacher}" if self.teacher else ""
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
     @property
     def flags(self) -> list[object]:
         flags: list[object] = ["--accum-freq", self.accum_freq, "--arf-pair-batch-size", self.pair_size]
         flags += ["--arf-every", self.every] if self.every > 1 else []
+        if self.teacher:
+            flags += ["--arf-teacher", self.teacher, "--arf-teacher-weight", TEACHER_WEIGHT]
         return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
 
     @property
@@ -92,6 +98,9 @@ CASES = [
     # A step with anchors and one without.
     *(Case(True, 2, 4, 1, every=2, step=step) for step in (0, 1)),
     *(Case(False, 1, TASK_SIZE, 2, (LOCAL, GRAD), every=2, step=step) for step in (0, 1)),
+    # The teacher beside anchors and, on a step without them, alone.
+    Case(False, 2, 4, 1, teacher="average", step=1),
+    Case(True, 1, 4, 2, teacher="start", every=2, step=1),
 ]
 
 # What is left: sizes in two processes with the usual way, every way with every size in four, and what saves memory or
@@ -110,6 +119,17 @@ SLOW_CASES = [
     *(Case(False, 1, 4, 2, (*COMPILED, *way)) for way in GATHERS),
     Case(False, 2, 4, 2, COMPILED),
     Case(True, 1, 4, 2, COMPILED),
+    *(
+        Case(siglip, accum_freq, 4, nproc, teacher=teacher, step=1)
+        for siglip in (False, True)
+        for accum_freq, nproc in ((1, 1), (2, 2), (1, 4))
+        for teacher in ("start", "average")
+    ),
+    *(
+        Case(False, 1, 4, 2, flags, teacher="average", step=1)
+        for flags in ((LOCAL, GRAD), ("--grad-checkpointing",), ("--ddp-static-graph",), COMPILED)
+    ),
+    Case(False, 1, 4, 1, model="tiny-custom", teacher="average", step=1),
 ]
 
 # For other releases than the environment's: both losses, with and without accumulation, one and two processes.
@@ -122,6 +142,7 @@ FEW_CASES = [
     Case(False, 1, 4, 1, ("--grad-checkpointing",)),
     Case(False, 1, 4, 1, model="tiny-custom"),
     Case(False, 1, 4, 1, every=2, step=1),
+    Case(False, 2, 4, 1, teacher="average", step=1),
 ]
 
 # What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.
@@ -131,6 +152,7 @@ FSDP_CASES = [
     Case(False, 1, TASK_SIZE, 2, (*FSDP, LOCAL, GRAD)),
     Case(False, 1, 4, 2, (*FSDP, "--grad-checkpointing", LOCAL, GRAD)),
     Case(False, 1, 4, 4, (*FSDP, "--fsdp-no-reshard-after-forward")),
+    Case(False, 1, 4, 2, FSDP, teacher="start", step=1),
 ]
 
 
@@ -206,6 +228,9 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 model=case.model,
                 every=case.every,
                 step=case.step,
+                teacher=case.teacher,
+                teacher_weight=TEACHER_WEIGHT,
+                steps=case.step + 1,
             )
             for case in some
             if finished[case].status == 0
