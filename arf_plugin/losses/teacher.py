@@ -89,6 +89,7 @@ class TeacherLoss(nn.Module):
             losses["teacher_loss"] = outputs["logit_scale"].new_zeros(())
         return losses if output_dict else torch.stack(list(losses.values())).sum()
 
+    @torch.compiler.disable  # the parts of a step are no inputs of what the trainer compiles
     def _distance(self, features: torch.Tensor, part: str) -> torch.Tensor:
         """Mean squared distance of ``[n, D]`` from the teacher's, in float32 at least."""
         teacher = torch.cat([parts[part] for parts in self.step.parts])

@@ -6,9 +6,8 @@ The trainer itself stays stock open_clip, started by the literal command line. W
 * ARF_TEST_FP64           makes float64 the default type, so that gradients can be compared to 1e-10; FSDP sums them
                           in it, too (open_clip asks for float32)
 * ARF_TEST_DDP_CPU        lets DistributedDataParallel run on CPU (open_clip passes device_ids=[cpu])
-* ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank, and the weights
-                          before it and before all steps up to it
-* ARF_TEST_RECORD_STEP    or of a later one, counted from 0
+* ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
+* ARF_TEST_RECORD_STEP    or of a later one, counted from 0; then also inputs and weights of those before it
 * ARF_TEST_AT             at this moment of the run (1.5: the middle of the second epoch has just been logged) do
 * ARF_TEST_DO             "kill SECONDS" later, "kill-in-fsync" when a file is written next, or "touch FILE"
 """
@@ -48,7 +47,7 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
         def _whole(tensor):
             return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
-        _inputs, _models, _trajectory = [], [], []
+        _inputs, _models, _earlier = [], [], []
 
         @torch.compiler.disable  # --torchcompile compiles what comes after it
         def _note(model, image, text):
@@ -70,14 +69,16 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
         def _step(self, closure=None):
             path = Path(f"{os.environ['ARF_TEST_RECORD']}.{os.environ.get('RANK', 0)}")
             _step.number = getattr(_step, "number", -1) + 1
-            if _step.number <= int(os.environ.get("ARF_TEST_RECORD_STEP", 0)):
-                _trajectory.append({name: _whole(p.detach()) for name, p in _models[0].named_parameters()})
-            if _step.number == int(os.environ.get("ARF_TEST_RECORD_STEP", 0)):
+            wanted = int(os.environ.get("ARF_TEST_RECORD_STEP", 0))
+            if _step.number < wanted:
+                weights = {name: _whole(p.detach()) for name, p in _models[0].named_parameters()}
+                _earlier.append({"inputs": list(_inputs), "weights": weights})
+            if _step.number == wanted:
                 model = _models[0]
                 record = {
                     "inputs": list(_inputs),
-                    "weights": _trajectory[-1],
-                    "trajectory": _trajectory,
+                    "earlier": _earlier,
+                    "weights": {name: _whole(p.detach()) for name, p in model.named_parameters()},
                     "gradients": {
                         name: _whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
                     },

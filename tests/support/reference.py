@@ -138,7 +138,7 @@ def step_gradients(
     import open_clip
     from open_clip_train import train
 
-    model = with_weights(job, weights)
+    model = _model(job, weights)
     args = training_arguments(
         rank=rank,
         world_size=world_size,
@@ -165,16 +165,15 @@ def step_gradients(
     return dict(zip(names, optimizer.gradients, strict=True))
 
 
-def with_weights(job: Job, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A model of the job with some weights."""
+def _model(job: Job, weights: dict) -> torch.nn.Module:
+    """The model with the given parameters."""
     import open_clip
 
     bias = {"init_logit_bias": -10} if job.siglip else {}
     model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
-    model.load_state_dict(
-        {name: weights[name].reshape(shape) for name, shape in shapes.items()}, strict=False
-    )
+    given = {name: weights[name].reshape(shape) for name, shape in shapes.items() if name in weights}
+    model.load_state_dict(given, strict=False)
     return model
 
 
@@ -190,9 +189,9 @@ def average(trajectory: list[dict[str, torch.Tensor]], steps: int) -> dict[str, 
 
 def teacher_gradients(job: Job, record: dict, batches: list, world_size: int) -> dict[str, torch.Tensor]:
     """Gradients of the teacher's term on the task samples of all processes."""
-    trajectory = record["trajectory"]
+    trajectory = [*(earlier["weights"] for earlier in record["earlier"]), record["weights"]]
     taught = trajectory[0] if job.teacher == "start" else average(trajectory, job.steps)
-    student, teacher = with_weights(job, record["weights"]), with_weights(job, taught).eval()
+    student, teacher = _model(job, record["weights"]), _model(job, taught).eval()
     images, texts = (torch.cat(parts) for parts in zip(*batches, strict=True))
     found = student(images, texts)
     with torch.no_grad():
