@@ -22,6 +22,7 @@ from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError, FlagError
 from arf_plugin.hooks.checkpoint import make_resumable
 from arf_plugin.hooks.session import DataPlan, Session
+from arf_plugin.hooks.teacher import add_teacher
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.watch import Watch
@@ -91,8 +92,6 @@ def _training_data(
     if config.resumable or session.resumed is not None:
         make_resumable(loader, session, args, shape, functools.partial(_on_first_rank, args))
     if config.teacher:
-        from arf_plugin.hooks.teacher import add_teacher  # with what reads and writes weights
-
         add_teacher(loader, session, args, epoch)
     return loader
 

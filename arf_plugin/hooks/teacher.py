@@ -19,7 +19,6 @@ from torch import nn
 from arf_plugin.data.batch import Batch, DeviceConcat
 from arf_plugin.data.loader import AnchorSteps, TrainingLoader
 from arf_plugin.errors import CheckpointError
-from arf_plugin.evaluation.checkpoints import read_weights, write_weights
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.training import autocast_of
 from arf_plugin.losses.average import WeightAverage
@@ -120,6 +119,9 @@ class Averaging:
         if not epoch and resumed is None:
             self.average.update(0)
             return
+        # What training shares with evaluation is the format of weights; no other run imports it.
+        from arf_plugin.evaluation.checkpoints import read_weights
+
         path = Path(self.args.resume)
         if resumed is None:  # from open_clip's own checkpoint, which does not know it
             path = path.with_name(NAME.format(epoch))
@@ -154,6 +156,8 @@ class Averaging:
         args, done = self.args, training.epoch + 1
         if not args.save_logs:
             return
+        from arf_plugin.evaluation.checkpoints import write_weights
+
         folder = Path(args.checkpoint_path)
         if self._stays(done) or args.save_most_recent:
             write_weights(folder / NAME.format(done), self.average.state_dict(), args.name)
