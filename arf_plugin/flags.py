@@ -218,8 +218,8 @@ class ArfConfig:
         False,
         None,
         "Save the averaged weights as average_E.pt beside each epoch_E.pt: a checkpoint for --pretrained, `arf "
-        "evaluate` and `arf interpolate`. On by itself in runs that are deterministic or save step checkpoints, since a "
-        "run that goes on from epoch_E.pt needs it.",
+        "evaluate` and `arf interpolate`. On by itself in runs that are deterministic or save step checkpoints, since "
+        "a run that goes on from epoch_E.pt needs it.",
     )
     deterministic: bool = _resume(
         False,
