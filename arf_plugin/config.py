@@ -44,6 +44,10 @@ def resolve(args: TrainerArgs) -> ArfConfig:
         raise FlagError(
             f"{', '.join(stray)} given without --arf-watch.\nName a folder to watch on: --arf-watch FOLDER"
         )
+    if "teacher" not in given and (
+        stray := [spelling(n) for n in ("teacher_weight", "teacher_every", "save_average") if n in given]
+    ):
+        raise FlagError(f"{', '.join(stray)} given without --arf-teacher.\nName one: --arf-teacher start")
     if "templates" in given and "classnames" not in given:
         raise FlagError(
             "--arf-templates given without --arf-classnames: templates need class names to fill in."
@@ -52,6 +56,12 @@ def resolve(args: TrainerArgs) -> ArfConfig:
         given.setdefault("templates", "imagenet")
     if "head" in given or not given.keys() & {"anchors", "classnames"}:
         given.setdefault("trim_text", "off")  # what trains as without the plugin keeps every bit
+    if given.get("teacher") == "average" and given.keys() & {
+        "deterministic",
+        "checkpoint_every",
+        "stop_file",
+    }:
+        given.setdefault("save_average", True)  # an epoch's checkpoint is open_clip's, without the average
     config = ArfConfig(**given)
     if config.anchors and config.caption_weight == 0 and config.pair_weight == 0:
         raise FlagError(
@@ -60,6 +70,7 @@ def resolve(args: TrainerArgs) -> ArfConfig:
     _check_trainer(args, config)
     _check_features(args, config)
     _check_baselines(args, config)
+    _check_teacher(args, config)
     for field in fields:
         setattr(args, f"arf_{field.name}", getattr(config, field.name))
     return config
@@ -105,6 +116,11 @@ def _check_resuming(args: TrainerArgs, config: ArfConfig) -> None:
         raise FlagError(f"{asked} and --horovod do not go together. Start the processes with torchrun.")
     if config.saves_steps and (getattr(args, "logs", None) or "none").lower() == "none":
         raise FlagError(f"{saving} with --logs none: there is no folder for checkpoints. Drop one.")
+    if config.save_average and (getattr(args, "logs", None) or "none").lower() == "none":
+        raise FlagError(
+            "The averaged weights are to be saved (--arf-save-average, or a run that is to be resumed), with --logs "
+            "none: there is no folder for them. Name one."
+        )
     if config.stop_file and getattr(args, "remote_sync", None):
         raise FlagError(
             "--arf-stop-file and --remote-sync do not go together: open_clip's process for syncing ends with the "
@@ -154,8 +170,7 @@ def _check_baselines(args: TrainerArgs, config: ArfConfig) -> None:
             f"--distill-model with --accum-freq {args.accum_freq}: open_clip distils without accumulation only.\n"
             "Use --accum-freq 1, with a larger --batch-size if memory allows."
         )
-    start_is_known = _start_is_known(args) or config.head
-    if config.l2sp and getattr(args, "resume", None) and not start_is_known:
+    if config.l2sp and getattr(args, "resume", None) and not (_start_is_known(args) or config.head):
         raise FlagError(
             "--arf-l2sp holds the weights to those that training started from, which --resume alone does not tell.\n"
             "Name them with --pretrained, as when the run began."
@@ -178,4 +193,28 @@ def _check_baselines(args: TrainerArgs, config: ArfConfig) -> None:
         raise FlagError(
             "--arf-head needs --arf-classnames: the file that `arf probe --classnames` was given, so that the classes "
             "of head and data are known to be the same."
+        )
+
+
+def _check_teacher(args: TrainerArgs, config: ArfConfig) -> None:
+    if config.teacher is None:
+        return
+    for flag, given, why in (
+        ("--arf-head", config.head, "a head trains on labels, and there are no texts for a teacher to read"),
+        ("--torchscript", getattr(args, "torchscript", False), "a compiled model cannot be copied"),
+    ):
+        if given:
+            raise FlagError(f"--arf-teacher and {flag} do not go together: {why}. Drop one.")
+    if config.teacher == "average":
+        return
+    if config.save_average:
+        raise FlagError(
+            "--arf-save-average saves what --arf-teacher average makes, and the teacher is the start."
+        )
+    if config.teacher_weight == 0:
+        raise FlagError("--arf-teacher-weight 0 leaves nothing of --arf-teacher start; drop both.")
+    if getattr(args, "resume", None) and not (_start_is_known(args) or config.random_weights):
+        raise FlagError(
+            "--arf-teacher start is the model that training started from, which --resume alone does not tell.\n"
+            "Name its weights with --pretrained, as when the run began."
         )

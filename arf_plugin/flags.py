@@ -19,6 +19,7 @@ Number = TypeVar("Number", int, float)
 
 ANCHORS = "Anchor-based Robust Fine-tuning (arf-plugin)"
 RESUME = "Reproducible and resumable training (arf-plugin), with anchors or without"
+TEACHER = f"{ANCHORS}, teacher"
 WATCH = f"{ANCHORS}, watching"
 BASELINES = f"{ANCHORS}, baselines"
 
@@ -38,6 +39,11 @@ Anchor-based Robust Fine-tuning (arf-plugin):
 
 GROUPS: dict[str, str | None] = {
     ANCHORS: None,
+    TEACHER: """\
+Holds the features of the task batch to those that a teacher gives the same images and texts: the model that the run
+starts from, or the average of its weights so far. Goes with anchors and without. Ours, not the ARF paper's. A copy of
+the model is kept in memory, and run without gradient on the steps that have the term.
+""",
     RESUME: None,
     WATCH: """\
 Does the model forget? Sets of classes that are not fine-tuned on show it: the accuracy of before the first step, and
@@ -132,6 +138,7 @@ def _flag(group: str, default: Any, takes: Any, text: str, needs_anchors: bool =
 
 _arf, _resume = functools.partial(_flag, ANCHORS), functools.partial(_flag, RESUME)
 _anchors = functools.partial(_flag, ANCHORS, needs_anchors=True)
+_teacher = functools.partial(_flag, TEACHER)
 _watch, _baseline = functools.partial(_flag, WATCH), functools.partial(_flag, BASELINES)
 
 
@@ -181,11 +188,11 @@ class ArfConfig:
         ("error", "prompt"),
         "A task sample without a caption: stop, or use its class prompt (default: error).",
     )
-    random_weights: bool = _anchors(
+    random_weights: bool = _arf(
         False,
         None,
-        "Train with anchors although weights of the model come from no file. Without it that is an error: a forgotten"
-        " or misspelt --pretrained trains a model that there is nothing to keep of.",
+        "Train with anchors or a teacher although weights of the model come from no file. Without it that is an error: "
+        "a forgotten or misspelt --pretrained trains a model that there is nothing to keep of.",
     )
     classnames: str | None = _arf(
         None,
@@ -209,6 +216,28 @@ class ArfConfig:
         False,
         None,
         "Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
+    )
+    teacher: str | None = _teacher(
+        None,
+        ("start", "average"),
+        "The teacher: the starting model, or the average of the weights of all steps so far, as TRACER weighs them "
+        "(Asadollahzadeh et al. 2026); adds mean(|f - f_T|^2 + |g - g_T|^2) over task images and their texts.",
+    )
+    teacher_weight: float = _teacher(
+        10.0, _weight, "Weight of the term; 0 with an average keeps the average and no term (default: 10)."
+    )
+    teacher_every: int = _teacher(
+        1,
+        _steps,
+        "The term on every N-th optimizer step only, counted over the whole run, with N times the weight. The steps "
+        "between do not run the teacher (default: 1).",
+    )
+    save_average: bool = _teacher(
+        False,
+        None,
+        "Save the averaged weights as average_E.pt beside each epoch_E.pt: a checkpoint for --pretrained, `arf "
+        "evaluate` and `arf interpolate`. On by itself in runs that are deterministic or save step checkpoints, since "
+        "a run that goes on from epoch_E.pt needs it.",
     )
     deterministic: bool = _resume(
         False,

@@ -11,6 +11,7 @@
     pair_image_feature    [D]             [A, D]          what the starting model makes of x_a
     pair_text_feature     [D]             [A, D]          and of t_a
     index                 a number        [B] or [A]      of a seeded stream: which raw samples these are
+    teacher_image_feature, teacher_text_feature  [B, D]    what a teacher makes of x and t_cls, where a step has one
 
 B task samples and A pair anchors per process and micro-batch, L tokens per text, D features. A new part is a name that
 a loader puts into its samples: `collate` stacks it, the loaders hand it on, and `OptimizerStep.parts` brings to the

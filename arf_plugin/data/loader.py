@@ -96,7 +96,8 @@ class TrainingLoader:
         first_batch: The number that the trainer is to count the first batch of this epoch with; not 0 where a run
             goes on in its middle.
         resume: Where the run goes on, or None.
-        after_batch: Called with the number of batches of this epoch that have been trained on.
+        before_batch: Called with the number of a batch and the batch, to which it may add parts.
+        after_batch: Each is called with the number of batches of this epoch that have been trained on.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ class TrainingLoader:
         self.num_samples = task.num_samples * layout.images // layout.task
         self.epoch = self.first_batch = 0
         self.resume: ResumePoint | None = None
-        self.after_batch: Callable[[int], None] = lambda batches: None
+        self.before_batch: Callable[[int, Batch], None] = lambda number, batch: None
+        self.after_batch: list[Callable[[int], None]] = []
         self._shared_epoch = epoch or SharedEpoch()
 
     @property
@@ -184,10 +186,12 @@ class TrainingLoader:
                         batch.pop(part, None)
                 elif pairs is not None:
                     batch |= self._next(pairs)
+                self.before_batch(number, batch)
                 self.step.note(number, batch)
                 yield self.adapt(batch, self.trimmer)
                 # The trainer asks for the next batch when it is done with this one.
-                self.after_batch(number + 1)
+                for each in self.after_batch:
+                    each(number + 1)
         except ArfError as error:
             raise _from_worker(error) from None
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arf_plugin.checks.inputs import Run
-from arf_plugin.config import ArfConfig
 from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.hooks.session import Session
 from arf_plugin.resume.checkpoint import (
@@ -76,7 +75,7 @@ def make_resumable(
     if config.deterministic and args.distributed and not getattr(args, "fsdp", False):
         session.listeners.append(FixedBuckets())
     if config.saves_steps:
-        session.listeners.append(StepCheckpoints(config, args, loader, identity))
+        session.listeners.append(StepCheckpoints(session, args, loader, identity))
 
 
 class FixedBuckets:
@@ -104,14 +103,15 @@ class StepCheckpoints:
     """Saves a checkpoint every so many optimizer steps of the run, or when the run is to stop; an `EpochListener`.
 
     Args:
-        config: The ARF flags.
+        session: The run.
         args: The trainer's arguments.
         loader: The trainer's loader; the moment after each of its batches is the moment to save.
         data: What determines the order of data, for the checkpoint.
     """
 
-    def __init__(self, config: ArfConfig, args: Any, loader: TrainingLoader, data: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, session: Session, args: Any, loader: TrainingLoader, data: Mapping[str, Any]) -> None:
+        config = session.config
+        self.session = session
         self.args = args
         self.loader = loader
         self.every = config.checkpoint_every
@@ -123,7 +123,7 @@ class StepCheckpoints:
         self.group = (
             torch.distributed.new_group(backend="gloo") if args.distributed and self.stop_file else None
         )
-        loader.after_batch = self.after_batch
+        loader.after_batch.append(self.after_batch)
 
     def before_epoch(self, training: Training) -> None:
         """The last epoch's checkpoint, if there is one, makes the step checkpoints before it superfluous."""
@@ -170,7 +170,7 @@ class StepCheckpoints:
         """Saves on the first process, with the state of all; every process must call it after the same step."""
         start, training = time.perf_counter(), self.training
         assert training is not None, "the trainer runs an epoch"
-        processes = self._all_processes() if self.config.deterministic else None
+        processes = self._all_processes() if self.session.config.deterministic else None
         content = training.content() if training.gathers or not self.args.rank else {}
         if self.args.rank:
             return
@@ -183,6 +183,7 @@ class StepCheckpoints:
                 num_batches=self.loader.num_batches,
                 data=self.data,
                 processes=processes,
+                average=self.session.average.state_dict() if self.session.average is not None else None,
             ),
         }
         path = self.folder / (LATEST if self.args.save_most_recent else file_name(training.epoch, step))

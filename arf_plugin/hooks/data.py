@@ -23,6 +23,7 @@ from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError, FlagError
 from arf_plugin.hooks.checkpoint import make_resumable
 from arf_plugin.hooks.session import DataPlan, Session
+from arf_plugin.hooks.teacher import add_teacher
 
 if TYPE_CHECKING:
     from arf_plugin.hooks.watch import Watch
@@ -95,6 +96,8 @@ def _training_data(
         _log(config, loader, captions, shards)
     if config.resumable or session.resumed is not None:
         make_resumable(loader, session, args, shape, functools.partial(_on_first_rank, args))
+    if config.teacher:
+        add_teacher(loader, session, args, epoch)
     return loader
 
 
@@ -106,14 +109,14 @@ def _check_weights(session: Session, args: Any) -> None:
     named = (
         f"{len(found)} weights of --model {args.model} come from no file and are random (first: {found[0]})"
     )
-    if session.config.anchors is None or session.config.random_weights:
+    if not (session.config.anchors or session.config.teacher) or session.config.random_weights:
         logging.warning(f"ARF: {named}.")
         return
     raise FlagError(
         f"{named}; --pretrained is {args.pretrained or 'not given'}.\n"
-        "Anchors keep what a model has learned: name its weights with --pretrained TAG_OR_FILE, or a model that brings "
-        "them along (local-dir:FOLDER with weights in it, hf-hub:NAME). To train from scratch all the same, add "
-        "--arf-random-weights."
+        "Anchors and a teacher keep what a model has learned: name its weights with --pretrained TAG_OR_FILE, or a "
+        "model that brings them along (local-dir:FOLDER with weights in it, hf-hub:NAME). To train from scratch all "
+        "the same, add --arf-random-weights."
     )
 
 

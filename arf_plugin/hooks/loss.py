@@ -18,6 +18,7 @@ from arf_plugin.losses.anchored import AnchoredLoss
 from arf_plugin.losses.features import MEAN, DifferenceTerm
 from arf_plugin.losses.head import HeadLoss
 from arf_plugin.losses.l2sp import L2SPLoss
+from arf_plugin.losses.teacher import TeacherLoss
 
 WORSE_THAN_CHANCE = 1.25
 
@@ -47,10 +48,13 @@ def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> An
         _warn_of_first_loss(getattr(loss, "task", loss), args)
     if session.config.by_feature:
         _warn_of_gathering(args)
-    if facts is None or facts.start is None:
-        return loss
-    session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
-    return L2SPLoss(loss, facts.model, facts.start, session.config.l2sp, args.accum_freq)
+    if facts is not None and facts.start is not None:
+        session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
+        loss = L2SPLoss(loss, facts.model, facts.start, session.config.l2sp, args.accum_freq)
+    config = session.config
+    if config.teacher and config.teacher_weight and session.data is not None:
+        loss = TeacherLoss(loss, session.data.step, config.teacher_weight * config.teacher_every)
+    return loss
 
 
 def _loss(build_base: Callable[[], Any], session: Session) -> Any:

@@ -1,7 +1,8 @@
 """open_clip_train.main.create_model_and_transforms: what is done to the model before it trains.
 
 BatchNorm is the one layer that mixes samples of a batch, so it is frozen or warned about. Two baselines need the
-model, too: L2-SP its starting point, LP-FT a head on it. Text towers learn to take trimmed texts.
+model, too: L2-SP its starting point, LP-FT a head on it. A teacher begins as a copy of it. Text towers learn to take
+trimmed texts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from arf_plugin.hooks.starting import starting_model
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.head import LinearHead, attach_head
 from arf_plugin.losses.l2sp import starting_point
+from arf_plugin.losses.teacher import frozen_copy
 from arf_plugin.resume.rng import make_deterministic
 from arf_plugin.safe_loading import first_line, safe_loading
 from arf_plugin.weights import watching
@@ -73,7 +75,8 @@ def create_model_and_transforms(original: Callable[..., Any], session: Session) 
         start = starting_point(model) if session.config.l2sp else None
         name = str(args[0] if args else kwargs["model_name"])
         starting = starting_model(model, name, result[2], session.config, kwargs)
-        session.model = ModelFacts(model, random, found, start, starting)
+        teacher = frozen_copy(model) if session.config.teacher else None
+        session.model = ModelFacts(model, random, found, start, starting, teacher)
         return result
 
     return wrapped

@@ -43,8 +43,12 @@ def get_latest_checkpoint(original: Callable[..., str | None], session: Session)
 
 
 def _latest(original: Callable[..., str | None], path: str) -> str | None:
-    """What open_clip finds in a folder; its name is no pattern, though open_clip takes it for one."""
-    return original(glob.escape(path), False)
+    """What open_clip finds in a folder; its name is no pattern, though open_clip takes it for one.
+
+    An average of weights is no checkpoint to go on from. Its name sorts first: it is found where nothing else is.
+    """
+    found = original(glob.escape(path), False)
+    return None if found is not None and Path(found).name.startswith("average_") else found
 
 
 def pt_load(original: Callable[..., Any], session: Session) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from arf_plugin.data.batch import BatchLayout, OptimizerStep
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError
 from arf_plugin.hooks.training import EpochListener
+from arf_plugin.losses.average import WeightAverage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelFacts:
         start: Its parameters as training starts from them, by name, if the loss refers to them.
         starting: How its features compare with those in the anchor set, or the error that this has met; in the first
             process, if anchors are held by them.
+        copy: A copy of it as training starts from it, frozen, if ``--arf-teacher`` needs one.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class ModelFacts:
     trimmer: TextTrimmer | str
     start: dict[str, torch.Tensor] | None = None
     starting: StartingModel | ArfError | None = None
+    copy: nn.Module | None = None
 
     def with_teacher(self, random_parts: tuple[str, ...], trimmer: TextTrimmer | str) -> ModelFacts:
         """The same with a teacher, which reads the same texts."""
@@ -70,6 +73,7 @@ class Session:
             loads checkpoints.
         task: The task that trains the model; set by its hook, in releases that build one.
         data: Set by the hook of the data.
+        average: The average of the weights so far, for step checkpoints; set with the data if the run has one.
         listeners: Who is told of every epoch.
     """
 
@@ -79,4 +83,5 @@ class Session:
     resumed: Mapping[str, Any] | None = None
     task: Any = None
     data: DataPlan | None = None
+    average: WeightAverage | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)

@@ -59,6 +59,11 @@ def check_args(args: Any, config: ArfConfig) -> None:
                 f"{name} and --fsdp do not go together: the baseline holds whole parameters, which --fsdp splits.\n"
                 "Drop one; without --fsdp open_clip trains with DistributedDataParallel."
             )
+    if config.teacher == "average" and args.fsdp:
+        raise FlagError(
+            "--arf-teacher average and --fsdp do not go together: each process would have to gather all weights after "
+            "every step.\nUse --arf-teacher start, which is a whole copy of the model in each process, or drop --fsdp."
+        )
     if config.saves_steps and args.fsdp and args.fsdp_checkpoint == "sharded":
         raise FlagError(
             "--arf-checkpoint-every and --arf-stop-file do not go together with --fsdp-checkpoint sharded: a step "

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
+
+import torch
+from open_clip_train.precision import get_autocast
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """The trainer's own autocast for a precision; up to 2.28 it knows no devices."""
+    known = inspect.signature(get_autocast).parameters
+    named = {"device_type": device.type} if "device_type" in known else {}
+    autocast: Callable[[], AbstractContextManager[Any]] = get_autocast(precision, **named)
+    return autocast
 
 
 @dataclasses.dataclass

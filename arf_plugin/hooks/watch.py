@@ -12,18 +12,14 @@ with that file, and with the starting features beside it; where an epoch occurs 
 from __future__ import annotations
 
 import datetime
-import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip import get_input_dtype
-from open_clip_train.precision import get_autocast
 from torch import nn
 
 from arf_plugin.config import ArfConfig
@@ -34,7 +30,7 @@ from arf_plugin.evaluation.records import FORMAT, EvalRecord, append_record, rea
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
 from arf_plugin.files import replacing
-from arf_plugin.hooks.training import Training
+from arf_plugin.hooks.training import Training, autocast_of
 from arf_plugin.untrusted import printable, require_regular
 
 ROWS, START = "arf_watch.jsonl", "arf_watch_start.pt"
@@ -65,7 +61,7 @@ class Watch:
             preprocess=preprocess,
             tokenizer=tokenizer,
             device=device,
-            autocast=_autocast(args.precision, device),
+            autocast=autocast_of(args.precision, device),
             amp=args.precision.startswith("amp"),
             dtype=get_input_dtype(args.precision),
             batch_size=args.batch_size,
@@ -243,14 +239,6 @@ def _fit(features: Any, dataset: EvaluationSet) -> bool:
         and own[kind].is_floating_point()
         for kind, count in counts.items()
     )
-
-
-def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """The trainer's own; up to 2.28 it knows no devices."""
-    known = inspect.signature(get_autocast).parameters
-    named = {"device_type": device.type} if "device_type" in known else {}
-    autocast: Callable[[], AbstractContextManager[Any]] = get_autocast(precision, **named)
-    return autocast
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

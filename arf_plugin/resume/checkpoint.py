@@ -53,6 +53,7 @@ class _Saved(Strict):
     num_batches: Annotated[int, Field(ge=1, le=_MOST)]
     data: dict[str, JsonValue]
     processes: list[_Process] | None
+    average: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _batches_are_some_of_all(self) -> _Saved:
@@ -154,6 +155,7 @@ def describe(
     num_batches: int,
     data: Mapping[str, Any],
     processes: list[Any] | None,
+    average: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a step checkpoint holds under `KEY`.
 
@@ -164,11 +166,13 @@ def describe(
         num_batches: Those of a whole epoch.
         data: What determines the order of data, by name; see `arf_plugin.resume.identity`.
         processes: State of each process's data streams and random numbers; None without ``--arf-deterministic``.
+        average: The average of the weights over the run so far, if the run has one.
     """
     return {
         "format": FORMAT,
         **{"epoch": epoch, "step": step, "batches": batches, "num_batches": num_batches},
         **{"data": dict(data), "processes": processes},
+        **({"average": dict(average)} if average is not None else {}),
     }
 
 

@@ -29,6 +29,7 @@ from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.data.task import TaskLoader
 from arf_plugin.hooks.checkpoint import StepCheckpoints
+from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.training import Training
 from arf_plugin.resume.order import SampleOrder
 from arf_plugin.resume.streams import ShardStream
@@ -114,10 +115,10 @@ def build_checkpoints(args: argparse.Namespace, folder: Path) -> tuple[StepCheck
         accum_freq=1,
         checkpoint_path=str(folder),
     )
-    config = ArfConfig(deterministic=True, checkpoint_every=1)
+    session = Session(ArfConfig(deterministic=True, checkpoint_every=1), open_clip.__version__)
     task, pairs = (ShardStream([], 8, SampleOrder(name, 0, lambda: 0, 0)) for name in ("task", "pairs"))
     loader = TrainingLoader(TaskLoader(task, 1000, 1000), pairs, BatchLayout(1, pairs=1), seed=0)
-    checkpoints = StepCheckpoints(config, trainer, loader, {"seed": 0})
+    checkpoints = StepCheckpoints(session, trainer, loader, {"seed": 0})
     checkpoints.before_epoch(Training(model, optimizer, None, 0, trainer, None))
     content = {
         "epoch": 0,

@@ -32,6 +32,8 @@ VARIANTS = (
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True, bound=1.2),
     Variant("ARF, A = B, every 4, trimmed", 1, trim=True, every=4),
+    Variant("teacher start, every 4", every=4, teacher="start", bound=1.1),
+    Variant("teacher average, every 4", every=4, teacher="average", bound=1.1),
 )
 
 

@@ -23,6 +23,8 @@ from arf_plugin.data.batch import IMAGES, TEXTS, Batch, BatchLayout, OptimizerSt
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.text import accept_trimmed, trimmer
 from arf_plugin.losses.anchored import AnchoredLoss
+from arf_plugin.losses.average import WeightAverage
+from arf_plugin.losses.teacher import TeacherLoss, frozen_copy, teach
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -39,9 +41,10 @@ class Variant:
         name: Row of the table.
         pairs: A as a part of B; None for a step without anchors.
         trim: Whether texts are cut to the longest of the batch.
-        every: One step in so many has anchors.
+        every: One step in so many has anchors, or the teacher.
         accum_freq: Micro-batches that B is divided into.
         checkpointing: Whether activations are computed again for the backward pass.
+        teacher: --arf-teacher, or None.
         bound: Promised time, in units of plain open_clip's; None for no promise.
     """
 
@@ -51,6 +54,7 @@ class Variant:
     every: int = 1
     accum_freq: int = 1
     checkpointing: bool = False
+    teacher: str | None = None
     bound: float | None = None
 
 
@@ -64,6 +68,8 @@ class Batches:
 
     Attributes:
         step: What the loss reads.
+        before: Returns what a batch has beside its parts.
+        after: Is called when the step of a batch has been made.
     """
 
     num_samples = 1
@@ -72,11 +78,14 @@ class Batches:
         self.batches, self.trimmer = batches, trimmer
         self.step = OptimizerStep(accum_freq)
         self.num_batches = len(batches)
+        self.before: Callable[[int, Batch], Batch] = lambda number, batch: {}
+        self.after: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self.batches):
-            self.step.note(number, batch)
+            self.step.note(number, {**batch, **self.before(number, batch)})
             yield as_tuple(batch, self.trimmer)
+            self.after()
 
 
 class StepBench:
@@ -136,11 +145,15 @@ class StepBench:
         parts = [self._batch(BatchLayout(size))] * variant.accum_freq
         if pairs:
             parts = [self._batch(layout)] * variant.accum_freq + parts * (variant.every - 1)
+        elif variant.teacher:
+            parts = parts * variant.every
         trimmer = self.trimmer if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
         batches = Batches(parts, variant.accum_freq, trimmer)
         if pairs:
             build = functools.partial(open_clip.create_loss, options)
             loss = AnchoredLoss(build, batches.step, every=variant.every)
+        if variant.teacher:
+            loss = self._add_teacher(variant, batches, loss)
         data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
 
         def run() -> None:
@@ -148,6 +161,24 @@ class StepBench:
             train_one_epoch(self.model, data, loss, 0, self.optimizer, None, None, None, options)
 
         return run
+
+    def _add_teacher(self, variant: Variant, batches: Batches, loss: torch.nn.Module) -> torch.nn.Module:
+        """Has a teacher run on the first step of a cycle, and the average updated after each."""
+        teacher = frozen_copy(self.core)
+        average = WeightAverage(teacher, self.core, steps=1)
+        autocast = get_autocast(self.arguments().precision, torch.device(self.device).type)
+
+        def features(number: int, batch: Batch) -> Batch:
+            if number >= variant.accum_freq:
+                return {}
+            columns = batches.trimmer.length(batch["text"]) if batches.trimmer else None
+            texts = batch["text"][:, :columns].to(self.device)
+            return teach(teacher, batch["image"].to(self.device), texts, autocast)
+
+        batches.before = features
+        if variant.teacher == "average":
+            batches.after = functools.partial(average.update, 1)
+        return TeacherLoss(loss, batches.step, 10.0 * variant.every)
 
     def three_forwards(self) -> None:
         """A step of three separate forwards, with A = B and whole texts."""

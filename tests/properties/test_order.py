@@ -159,7 +159,7 @@ def test_seek_equals_skip(folder, workers, every, accum_freq, epoch, steps):
     """The real loaders with their workers; torch's own random numbers at the same place, too."""
     whole, stop = loader(folder, workers, every, accum_freq), accum_freq * (steps // accum_freq)
     states: dict[int, Any] = {0: None}
-    whole.after_batch = lambda batches: states.update({batches: whole.state_dict()})
+    whole.after_batch.append(lambda batches: states.update({batches: whole.state_dict()}))
     with preserved_rng():
         for each in range(epoch + 1):
             whole.set_epoch(each)

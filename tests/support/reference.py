@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from scipy.stats import beta
 
 from support.arguments import training_arguments
 
@@ -47,6 +48,9 @@ class Job:
         caption_loss: --arf-caption-loss.
         pair_loss: --arf-pair-loss.
         start: File of the weights that training started from, where anchors are held by features.
+        teacher: --arf-teacher, or None.
+        teacher_weight: --arf-teacher-weight.
+        steps: Optimizer steps of the run, which the average of the teacher's weights depends on.
     """
 
     record: str
@@ -65,6 +69,9 @@ class Job:
     caption_loss: str = "contrastive"
     pair_loss: str = "contrastive"
     start: str | None = None
+    teacher: str | None = None
+    teacher_weight: float = 0.0
+    steps: int = 0
 
     @property
     def anchored(self) -> bool:
@@ -164,6 +171,49 @@ def step_gradients(
     return dict(zip(names, optimizer.gradients, strict=True))
 
 
+def _model(job: Job, weights: dict) -> torch.nn.Module:
+    """The model with the given parameters."""
+    import open_clip
+
+    bias = {"init_logit_bias": -10} if job.siglip else {}
+    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
+    given = {name: weights[name].reshape(shape) for name, shape in shapes.items() if name in weights}
+    model.load_state_dict(given, strict=False)
+    return model
+
+
+def average(trajectory: list[dict[str, torch.Tensor]], steps: int) -> dict[str, torch.Tensor]:
+    """Mean of the weights so far, of the first ones of ``steps`` + 1, each weighed by the density of Beta(1/2, 1/2)."""
+    k = beta.pdf((np.arange(len(trajectory)) + 0.5) / (steps + 1), 0.5, 0.5)
+    k = k / k.sum()
+    return {
+        name: sum(float(factor) * weights[name] for factor, weights in zip(k, trajectory, strict=True))
+        for name in trajectory[0]
+    }
+
+
+def teacher_gradients(job: Job, record: dict, batches: list, world_size: int) -> dict[str, torch.Tensor]:
+    """Gradients of the teacher's term on the task samples of all processes."""
+    trajectory = [*(earlier["weights"] for earlier in record["earlier"]), record["weights"]]
+    taught = trajectory[0] if job.teacher == "start" else average(trajectory, job.steps)
+    student, teacher = _model(job, record["weights"]), _model(job, taught).eval()
+    images, texts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    found = student(images, texts)
+    with torch.no_grad():
+        target = teacher(images, texts)
+    loss = 0.0
+    for kind in ("image_features", "text_features"):
+        for one, other in zip(found[kind], target[kind], strict=True):
+            loss = loss + job.teacher_weight / len(images) * ((one - other) ** 2).sum()
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    if world_size > 1:
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+    return {name: gradient / world_size for name, gradient in zip(names, gradients, strict=True)}
+
+
 class Batches(list):
     """A loader of ready batches; the trainer reads its sizes off it, too."""
 
@@ -199,18 +249,6 @@ def feature_gradients(
     }
 
 
-def _model(job: Job, weights: dict) -> torch.nn.Module:
-    """The model with the given parameters."""
-    import open_clip
-
-    bias = {"init_logit_bias": -10} if job.siglip else {}
-    model, _, _ = open_clip.create_model_and_transforms(job.model, output_dict=True, **bias)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # FSDP has no scalars
-    given = {name: weights[name].reshape(shape) for name, shape in shapes.items() if name in weights}
-    model.load_state_dict(given, strict=False)
-    return model
-
-
 def _differences(job: Job, model: torch.nn.Module, batches: list) -> tuple[torch.Tensor, torch.Tensor]:
     """u and v, of the samples of all micro-batches; what the set holds was rounded to 16 bits."""
     start = _model(job, torch.load(job.start, weights_only=True))
@@ -242,7 +280,7 @@ def mean_before(job: Job, earlier: list, batches_of) -> torch.Tensor:
 
 
 def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-    """Reference gradients of one job, one dictionary per term: task, captions, pairs; anchors at their weight."""
+    """Reference gradients of one job, a dictionary per term: task, captions, pairs, teacher; at their weights."""
     import open_clip
 
     record = torch.load(f"{job.record}.{rank}", weights_only=True)
@@ -265,7 +303,10 @@ def compute(job: Job, rank: int, world_size: int) -> list[dict[str, torch.Tensor
         else step_gradients(job, record["weights"], [parts[term] for parts in micro], rank, world_size)
         for term in range(len(micro[0]))
     ]
-    return [terms[0], *({name: job.every * g for name, g in term.items()} for term in terms[1:])]
+    terms[1:] = [{name: job.every * g for name, g in term.items()} for term in terms[1:]]
+    if job.teacher:
+        terms.append(teacher_gradients(job, record, [parts[0] for parts in micro], world_size))
+    return terms
 
 
 def relative_error(record: str, terms: list[dict[str, torch.Tensor]]) -> float:

@@ -21,6 +21,7 @@ from support import data, forks, reference, releases, trainer
 
 TASK_SIZE = 6
 BOUND = 1e-10
+TEACHER_WEIGHT = 7.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Case:
         step: Which step is recorded, from 0.
         pair_loss: --arf-pair-loss.
         caption_loss: --arf-caption-loss.
+        teacher: --arf-teacher; at the first step its term has no gradient.
     """
 
     siglip: bool
@@ -52,6 +54,7 @@ class Case:
     step: int = 0
     pair_loss: str = "contrastive"
     caption_loss: str = "contrastive"
+    teacher: str | None = None
 
     @property
     def by_feature(self) -> bool:
@@ -65,6 +68,7 @@ class Case:
         patched += f"-every{self.every}-step{self.step}" if self.every > 1 else ""
         if self.by_feature:
             patched += f"-pairs-{self.pair_loss}-captions-{self.caption_loss}-step{self.step}"
+        patched += f"-teacher-{self.teacher}" if self.teacher else ""
         return f"{loss}-accum{self.accum_freq}-A{self.pair_size}-nproc{self.nproc}{distributed}{patched}"
 
     @property
@@ -73,6 +77,8 @@ class Case:
         flags += ["--arf-every", self.every] if self.every > 1 else []
         if self.by_feature:
             flags += ["--arf-pair-loss", self.pair_loss, "--arf-caption-loss", self.caption_loss]
+        if self.teacher:
+            flags += ["--arf-teacher", self.teacher, "--arf-teacher-weight", TEACHER_WEIGHT]
         return flags + (["--siglip"] if self.siglip else []) + list(self.distributed)
 
     @property
@@ -110,6 +116,9 @@ CASES = [
     Case(True, 2, 4, 1, pair_loss="feature", caption_loss="feature"),
     Case(False, 2, 4, 2, (LOCAL, GRAD), step=2, pair_loss="difference", caption_loss="feature"),
     Case(False, 1, TASK_SIZE, 1, every=2, step=2, pair_loss="difference"),
+    # The teacher beside anchors and, on a step without them, alone.
+    Case(False, 2, 4, 1, teacher="average", step=1),
+    Case(True, 1, 4, 2, teacher="start", every=2, step=1),
 ]
 
 # What is left: sizes in two processes with the usual way, every way with every size in four, and what saves memory or
@@ -147,6 +156,17 @@ SLOW_CASES = [
     ),
     *(Case(False, 2, 4, 1, patched=True, step=1, pair_loss=loss) for loss in ("feature", "difference")),
     Case(False, 1, 4, 4, (LOCAL, GRAD), step=2, pair_loss="difference", caption_loss="feature"),
+    *(
+        Case(siglip, accum_freq, 4, nproc, teacher=teacher, step=1)
+        for siglip in (False, True)
+        for accum_freq, nproc in ((1, 1), (2, 2), (1, 4))
+        for teacher in ("start", "average")
+    ),
+    *(
+        Case(False, 1, 4, 2, flags, teacher="average", step=1)
+        for flags in ((LOCAL, GRAD), ("--grad-checkpointing",), ("--ddp-static-graph",), COMPILED)
+    ),
+    Case(False, 1, 4, 1, model="tiny-custom", teacher="average", step=1),
 ]
 
 # For other releases than the environment's: both losses, with and without accumulation, one and two processes.
@@ -161,6 +181,7 @@ FEW_CASES = [
     Case(False, 1, 4, 1, every=2, step=1),
     Case(False, 2, 4, 1, pair_loss="feature", caption_loss="feature"),
     Case(True, 1, 4, 2, step=2, pair_loss="difference", caption_loss="feature"),
+    Case(False, 2, 4, 1, teacher="average", step=1),
 ]
 
 # What only open_clip 4 has. FSDP casts parameters to what the precision says, rather than leave them to autocast.
@@ -175,6 +196,7 @@ FSDP_CASES = [
     Case(False, 1, TASK_SIZE, 2, (*FSDP, LOCAL, GRAD)),
     Case(False, 1, 4, 2, (*FSDP, "--grad-checkpointing", LOCAL, GRAD)),
     Case(False, 1, 4, 4, (*FSDP, "--fsdp-no-reshard-after-forward")),
+    Case(False, 1, 4, 2, FSDP, teacher="start", step=1),
 ]
 
 
@@ -258,6 +280,9 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
                 caption_loss=case.caption_loss,
                 pair_loss=case.pair_loss,
                 start=str(start),
+                teacher=case.teacher,
+                teacher_weight=TEACHER_WEIGHT,
+                steps=case.step + 1,
             )
             for case in some
             if finished[case].status == 0

@@ -54,3 +54,10 @@ def test_the_comparison_notices_a_missing_term(runs, missing):
     _, record = runs[CASES[0]]
     terms = torch.load(f"{record}.reference", weights_only=True)
     assert reference.relative_error(str(record), terms[:missing] + terms[missing + 1 :]) > 0.1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.teacher], ids=str)
+def test_the_comparison_notices_a_missing_teacher(runs, case):
+    _, record = runs[case]
+    terms = torch.load(f"{record}.reference", weights_only=True)
+    assert reference.relative_error(str(record), terms[:-1]) > 0.01

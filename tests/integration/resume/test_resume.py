@@ -22,6 +22,7 @@ from support.tars import write_tar
 from support.trainer import Trainer
 
 from arf_plugin.errors import FlagError
+from arf_plugin.evaluation.checkpoints import read_weights
 
 EPOCHS = 2
 
@@ -118,6 +119,25 @@ def test_killed_and_resumed_equals_undisturbed(train, uneven, uneven_anchors, va
     assert "goes on after" in killed.output
     assert_same_end(calm, killed, EPOCHS)
     assert steps(killed.output) == steps(calm.output)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_an_averaged_teacher_goes_on(train, uneven, uneven_anchors, nproc):
+    """From step checkpoints, and right after an epoch, from open_clip's own and the average beside it."""
+    run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"))
+    run_flags += ["--arf-teacher", "average", "--arf-teacher-every", 2]
+    options = {**MODEL, "nproc": nproc, "batch_size": 8 // nproc}
+    calm = train.forked(*run_flags, name="calm", **options)
+    checkpoints = ["--arf-checkpoint-every", 3]
+    killed = run_with_kills(train, [*run_flags, *checkpoints], [0.6, 1.05, 1.5], name="killed", **options)
+    assert killed.output.count("goes on after") == 2 and "epoch_1.pt' (epoch 1)" in killed.output
+    assert_same_end(calm, killed, EPOCHS)
+    assert steps(killed.output) == steps(calm.output)
+    averages = [read_weights(run.folder / "checkpoints" / f"average_{EPOCHS}.pt") for run in (calm, killed)]
+    assert equal(*averages)
+    assert not equal(
+        averages[0]["visual.proj"], last_checkpoint(calm, EPOCHS)["state_dict"].get("visual.proj")
+    )
 
 
 def test_seed_decides(train, uneven, uneven_anchors):

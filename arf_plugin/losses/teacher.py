@@ -1,0 +1,97 @@
+"""A teacher on the task batch: features are held to those that a frozen model gives the same images and texts.
+
+    L = base + w * mean(||f - f_T||^2 + ||g - g_T||^2)
+
+f and g are the student's unit features of task images and of their texts, f_T and g_T the teacher's; squares are summed
+over D, the mean is over the samples of the step. Anchors are left out: they have features of their own to keep.
+
+Source: that an average of the weights along training (`arf_plugin.losses.average`) teaches fine-tuning is TRACER's
+(arXiv 2605.29380), whose term distils similarities. Distilling features, the weight, and having the term on one step
+in n are ours: with ``every`` n it weighs n times as much there, which leaves the expected gradient as it is.
+
+Each process takes the mean over its own samples, and averaging gradients makes it that over all. The teacher runs in
+the loader (`arf_plugin.hooks.teacher`): once per micro-batch, though the trainer's forward passes are two where it
+accumulates gradients; its features come with the step's parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from arf_plugin.data.batch import Batch, OptimizerStep
+
+IMAGE, TEXT = "teacher_image_feature", "teacher_text_feature"  # parts of a batch, [B, D]
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model that does not train, in evaluation mode."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def teach(
+    teacher: nn.Module,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Batch:
+    """The teacher's features, as parts of the batch.
+
+    Args:
+        teacher: A model of open_clip's that returns dictionaries.
+        images: ``[B, 3, H, W]``, where the teacher is.
+        texts: ``[B, L]``, there, too.
+        autocast: Makes the context of the run's precision.
+    """
+    with autocast():
+        output = teacher(images, texts)
+    return {IMAGE: output["image_features"], TEXT: output["text_features"]}
+
+
+class TeacherLoss(nn.Module):
+    """Adds the term to another loss.
+
+    Args:
+        base: The loss to add to; returns its terms by name.
+        step: What the current optimizer step's micro-batches are made of, the teacher's features among it on steps
+            that have the term.
+        weight: w, on these steps.
+    """
+
+    def __init__(self, base: nn.Module, step: OptimizerStep, weight: float) -> None:
+        super().__init__()
+        self.base = base
+        self.step = step
+        self.weight = weight
+
+    def forward(
+        self, output_dict: bool = False, **outputs: torch.Tensor
+    ) -> dict[str, torch.Tensor] | torch.Tensor:
+        """Computes the base loss's terms and ``teacher_loss``, a scalar, 0 on steps without it.
+
+        Args:
+            output_dict: Return the terms by name; their sum otherwise.
+            **outputs: What the model returned for the step's micro-batches, and the base loss takes.
+        """
+        losses = dict(self.base(**outputs, output_dict=True))
+        if IMAGE in self.step.parts[0]:
+            images = self.step.split_images(outputs["image_features"])[0]
+            texts = self.step.split_texts(outputs["text_features"])[0]
+            distance = self._distance(images, IMAGE) + self._distance(texts, TEXT)
+            losses["teacher_loss"] = self.weight * distance
+        else:
+            losses["teacher_loss"] = outputs["logit_scale"].new_zeros(())
+        return losses if output_dict else torch.stack(list(losses.values())).sum()
+
+    @torch.compiler.disable  # the parts of a step are no inputs of what the trainer compiles
+    def _distance(self, features: torch.Tensor, part: str) -> torch.Tensor:
+        """Mean squared distance of ``[n, D]`` from the teacher's, in float32 at least."""
+        teacher = torch.cat([parts[part] for parts in self.step.parts])
+        precise = torch.promote_types(features.dtype, torch.float32)
+        return (features.to(precise) - teacher.to(precise)).square().sum(dim=-1).mean()
