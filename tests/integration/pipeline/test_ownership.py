@@ -141,7 +141,7 @@ def test_two_commands_at_once(arf, start, hits: Path, tmp_path: Path):
 def test_two_bookkeepings_of_one_anchor_set(arf, inputs: Inputs, tmp_path: Path):
     """``--work`` may be elsewhere; the set's folder is still one."""
     command = ("anchors", "--task-data", inputs.task, "--pool", inputs.pool, "--model", inputs.clip, "--k", 2,
-               "--out", tmp_path / "A")  # fmt: skip
+               "--no-features", "--out", tmp_path / "A")  # fmt: skip
     arf(*command, "--work", tmp_path / "V", "--shard-size", 5)
     arf(*command, "--work", tmp_path / "W", "--shard-size", 50)
     problems = problems_of(str(tmp_path / "A"))
