@@ -51,6 +51,7 @@ if [ -n "$linting" ]; then
     wait "$linting"
 fi
 
+unset PYTHONDONTWRITEBYTECODE # compiling all modules and tests anew costs each process seconds
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # In the order of the folders, integration tests first: the last ones are then short, and no process waits for another.
 exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --no-loadscope-reorder --durations 10 \
