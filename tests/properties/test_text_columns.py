@@ -26,6 +26,19 @@ def test_the_bytes_of_a_slice_are_its_own(texts, skip):
     assert found == texts[skip:]
 
 
+def test_a_long_text_has_its_digest_among_short_ones():
+    texts = ["a", "x" * 5000, "b" * 4096, "c" * 4097]
+    assert digests(pa.array(texts, pa.large_string())).tolist() == [digest(text) for text in texts]
+
+
 def test_digests_differ_by_length_and_place():
-    texts = ["", "\0", "\0\0", "a", "a\0", "\0a", *(f"imagenet-train-{n:06d}/{n:09d}" for n in range(100_000))]
+    texts = [
+        "",
+        "\0",
+        "\0\0",
+        "a",
+        "a\0",
+        "\0a",
+        *(f"imagenet-train-{n:06d}/{n:09d}" for n in range(100_000)),
+    ]
     assert len(set(digests(pa.array(texts, pa.large_string())).tolist())) == len(texts)
