@@ -135,7 +135,9 @@ def _first_unusable(column: pa.Array) -> int:
     offsets, data = text_bytes(column)
     if not column.null_count and data.all():
         # Nearly all texts begin with a printable ASCII character, and are not blank; only the others are looked at.
-        begin = np.append(data, np.uint8(0))[offsets[:-1]]
+        begin = (
+            data[np.minimum(offsets[:-1], len(data) - 1)] if len(data) else np.zeros(len(column), np.uint8)
+        )
         rows = np.flatnonzero((offsets[1:] == offsets[:-1]) | (begin <= 0x20) | (begin >= 0x7F))
     else:
         rows = np.arange(len(column))
