@@ -189,10 +189,10 @@ class Exclusion:
         """Returns those of the pool's rows [n] that are near an excluded image, with the nearest one."""
         excluded = sum(folder.rows for folder in self.folders)
         find = self._by_index if _many(len(rows), excluded, device) else self._by_comparison
+        near = [item for item in find(pool, rows, device) if item[3] >= self.similarity]
+        names = self._names({item[1:3] for item in near})
         return [
-            Dropped(int(rows[i]), "excluded", self._name(folder, row), cosine)
-            for i, folder, row, cosine in find(pool, rows, device)
-            if cosine >= self.similarity
+            Dropped(int(rows[i]), "excluded", names[folder, row], cosine) for i, folder, row, cosine in near
         ]
 
     def _by_comparison(
@@ -240,11 +240,16 @@ class Exclusion:
                 yield first + i, at, int(number - (ends[at] - self.folders[at].rows)), cosine
             first += len(block)
 
-    def _name(self, folder: int, row: int) -> str:
-        """``FOLDER:ID`` of an image."""
-        found = self.folders[folder]
-        columns = found.take(np.array([row]), ["id", "image_path"]).to_pylist()[0]
-        return f"{found.folder.name}:{columns['id'] or columns['image_path']}"
+    def _names(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
+        """``FOLDER:ID`` of images by folder and row in it."""
+        names = {}
+        for number, folder in enumerate(self.folders):
+            rows = np.array(sorted(row for of, row in places if of == number), np.int64)
+            for row, columns in zip(
+                rows.tolist(), folder.take(rows, ["id", "image_path"]).to_pylist(), strict=True
+            ):
+                names[number, row] = f"{folder.folder.name}:{columns['id'] or columns['image_path']}"
+        return names
 
 
 def exact_duplicates(pool: Embeddings, rows: np.ndarray) -> list[Dropped]:

@@ -95,14 +95,14 @@ def alone(code: str, anchors: str, checkout: Path) -> tuple[float, float]:
         return time.perf_counter() - start, 1024 * float(done.stdout.split()[-1])
 
 
-def write_captions(folder: Path, count: int) -> int:
-    """Writes caption anchors of realistic length; returns their size in bytes."""
+def write_captions(folder: Path, count: int, ids: list[str] | None = None) -> int:
+    """Writes caption anchors of realistic length, by ImageNet's ids or others; returns their size in bytes."""
     (folder / "captions").mkdir()
     total = 0
     for part, first in enumerate(range(0, count, BLOCK)):
         numbers = range(first, min(first + BLOCK, count))
         table = {
-            "id": [identity(number) for number in numbers],
+            "id": [ids[number] if ids else identity(number) for number in numbers],
             "caption": [
                 f"a photo of a small brown thing with number {n} standing in tall green grass"
                 for n in numbers
