@@ -79,7 +79,7 @@ def plant(change, key: bool = True):
     """Puts another table into the cache, in the right form but for `change`."""
 
     def damage(path: Path) -> None:
-        parts = captions._mapped(path)
+        parts = mapped._mapped(path)
         columns = {
             name: pa.array(part[name].to_pylist(), part[name].type)
             for part in parts
