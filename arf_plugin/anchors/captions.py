@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from arf_plugin.anchors.text_columns import text_bytes
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.files import list_files_of
 from arf_plugin.untrusted import printable, require_regular
 
 REBUILD = "rebuild the captions with: arf caption ..."
 COLUMNS = ("id", "caption")
+SCHEMA = pa.schema([(name, pa.large_string()) for name in COLUMNS])
 _BATCH = 1 << 16  # rows
 # A file that says one thing a billion times is no set of captions. Real ones shrink to a tenth at most.
 _LARGEST_RATIO, _ALWAYS_READ = 1000, 1 << 30
@@ -51,9 +54,8 @@ def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
     Raises:
         AnchorSetError: See `open_captions`.
     """
-    schema = pa.schema([(name, pa.large_string()) for name in COLUMNS])
     return pa.concat_tables(
-        [schema.empty_table(), *(table for name in files for table in caption_batches(fs, name))]
+        [SCHEMA.empty_table(), *(table for name in files for table in caption_batches(fs, name))]
     )
 
 
@@ -116,11 +118,8 @@ def _check_columns(found: list[str], short: str) -> None:
 def _validated(table: pa.Table, short: str, first: int) -> pa.Table:
     columns = []
     for name in COLUMNS:
-        column = _as_text(table[name], short, name, first)
-        # Tokenizers drop NUL at best. A byte-order mark by itself is as good as nothing.
-        bare = pc.utf8_trim_whitespace(pc.utf8_trim(column, "\ufeff"))
-        unusable = pc.fill_null(pc.or_(pc.equal(bare, ""), pc.match_substring(column, "\0")), True)
-        row = pc.index(unusable, True).as_py()
+        column = _as_text(table[name], short, name, first).combine_chunks()
+        row = _first_unusable(column)
         if row >= 0:
             text = column[row].as_py()
             raise AnchorSetError(
@@ -129,6 +128,25 @@ def _validated(table: pa.Table, short: str, first: int) -> pa.Table:
             )
         columns.append(column)
     return pa.table(columns, names=list(COLUMNS))
+
+
+def _first_unusable(column: pa.Array) -> int:
+    """The first row that is null, blank or holds a NUL character, which tokenizers drop at best; -1 if none is."""
+    offsets, data = text_bytes(column)
+    if not column.null_count and data.all():
+        # Nearly all texts begin with a printable ASCII character, and are not blank; only the others are looked at.
+        begin = (
+            data[np.minimum(offsets[:-1], len(data) - 1)] if len(data) else np.zeros(len(column), np.uint8)
+        )
+        rows = np.flatnonzero((offsets[1:] == offsets[:-1]) | (begin <= 0x20) | (begin >= 0x7F))
+    else:
+        rows = np.arange(len(column))
+    texts = column.take(pa.array(rows))
+    # A byte-order mark by itself is as good as nothing.
+    bare = pc.utf8_trim_whitespace(pc.utf8_trim(texts, "\ufeff"))
+    unusable = pc.fill_null(pc.or_(pc.equal(bare, ""), pc.match_substring(texts, "\0")), True)
+    found: int = pc.index(unusable, True).as_py()
+    return int(rows[found]) if found >= 0 else -1
 
 
 def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.ChunkedArray:

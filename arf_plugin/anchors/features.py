@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,31 +90,37 @@ class PairFeatures:
 
 
 class CaptionFeatures(MappedTable):
-    """Read-only features of all captions, memory-mapped; sorted by a digest of the ids, then as the captions are.
-
-    Attributes:
-        ids: large_string [n].
-        text: float16 [n, D].
-    """
+    """Read-only features of all captions, memory-mapped, in the order of the set's files and their rows."""
 
     kind, column = "features", "text"
 
     @functools.cached_property
     def text(self) -> np.ndarray:
-        """float16 [n, D], mapped."""
-        return _matrix(self._values, self._values.type.list_size)
+        """float16 [n, D]; a copy of all."""
+        return _vectors(self._values, self._values.type.list_size)
 
     @functools.cached_property
     def index(self) -> np.ndarray:
-        """int64 [n]: the how-manieth caption of its id each is, in the order of the set's files and their rows."""
+        """int64 [n]: the how-manieth caption of its id each is."""
         place = np.arange(len(self))
         first = np.ones(len(self), bool)
         first[1:] = self._digests[1:] != self._digests[:-1]
-        return place - np.maximum.accumulate(np.where(first, place, 0))
+        found = np.empty_like(place)
+        found[self._places] = place - np.maximum.accumulate(np.where(first, place, 0))
+        return found
 
     def get(self, sample_id: str) -> np.ndarray:
         """float16 [k, D] of a sample's captions, in the order of the set's files and their rows."""
-        return self.text[list(self._rows(sample_id))]
+        parts, starts = self._parts
+        of = [(np.searchsorted(starts, row, side="right") - 1, row) for row in self._rows(sample_id)]
+        found = [parts[part][row - starts[part]] for part, row in of]
+        return np.stack(found) if found else np.zeros((0, self._values.type.list_size), np.float16)
+
+    @functools.cached_property
+    def _parts(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The features part by part, mapped, and the row that each part begins with."""
+        parts = [_matrix(chunk, self._values.type.list_size) for chunk in self._values.chunks]
+        return parts, np.cumsum([0, *map(len, parts)])[:-1]
 
 
 def read_header(anchors: Path | str) -> FeatureHeader | None:
@@ -204,13 +210,11 @@ def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -
             f"names. {AGAIN}"
         )
 
-    def read() -> pa.Table:
-        tables = [schema.empty_table()]
+    def read() -> Iterator[pa.Table]:
         for name in map(_name, files):
             table = _read(anchors, "captions", name, schema)
             _require_rows(len(table), header.captions[utf8(name)], f"{FOLDER}/captions/{name}")
-            tables.append(table)
-        return pa.concat_tables(tables)
+            yield table
 
     key = digest([str(fs.protocol), files, stamps, header.model_dump()])
     return CaptionFeatures(mapped_file("features", key, vector, read))

@@ -1,8 +1,9 @@
 """Tables by sample id, one memory-mapped file per machine, shared by all its processes.
 
-Parquet is the exchange format. The first process that needs a table turns it into one that is sorted by the ids'
-64-bit digests, in a cache folder; every loader worker of every process maps that file, so millions of rows exist in
-memory once. A look-up is a binary search over the digests.
+Parquet is the exchange format. The first process that needs a table turns it into a file in a cache folder: two Arrow
+streams, of the rows as they are in the parquet files, and of an index of them that is sorted by the ids' 64-bit
+digests. Every loader worker of every process maps that file, so millions of rows exist in memory once. A look-up is a
+binary search over the digests. Writing and checking take the rows batch by batch, beside 16 bytes a row of the index.
 
 Where the user has named no folder for caches (``ARF_CACHE_DIR``) and the usual one cannot be used (no home, not
 writable, full), a private folder below the system's temporary one takes its place: all processes of the user on this
@@ -16,13 +17,13 @@ is sound in every respect that reading it relies on; otherwise it is made again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,10 +32,13 @@ import numpy as np
 import pyarrow as pa
 
 from arf_plugin.anchors.captions import is_local
+from arf_plugin.anchors.text_columns import digest, digests
 from arf_plugin.errors import CacheError
 from arf_plugin.files import cache_folder, remove_incomplete, replacing, stat_key
 from arf_plugin.untrusted import utf8
 
+_INDEX = pa.schema([("digest", pa.uint64()), ("row", pa.int64())])
+_AT_ONCE = 1 << 16  # ids that are looked for at once
 _SAMPLE = 1000  # rows whose digests are computed again when a file is opened
 _PATIENCE = 30 * 60  # seconds for another process to sort the table
 
@@ -47,7 +51,7 @@ class MappedTable:
     Attributes:
         path: the file.
         kind: what it holds, which is its folder in the cache.
-        column: the column beside ``digest`` and ``id``.
+        column: the column beside ``id``.
     """
 
     kind: ClassVar[str]
@@ -56,14 +60,13 @@ class MappedTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            table = _mapped(path)
-        except (pa.ArrowException, OSError, ValueError) as cause:
+            table, index = _mapped(path)
+            self._digests, self._places = (index[name].to_numpy() for name in _INDEX.names)
+            self._ids, self._values = table["id"], table[self.column]
+        except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration) as cause:
             raise CacheError(
                 f"{path} is no readable cache of {self.kind}: {cause}. Delete it; it is made again from the anchor set."
             ) from cause
-        self._digests = _only_chunk(table, "digest").to_numpy(zero_copy_only=True)
-        self._ids = _only_chunk(table, "id")
-        self._values = _only_chunk(table, self.column)
 
     def __reduce__(self) -> tuple[type[MappedTable], tuple[Path]]:
         return type(self), (self.path,)
@@ -75,8 +78,8 @@ class MappedTable:
         return next(self._rows(sample_id), None) is not None
 
     @property
-    def ids(self) -> pa.Array:
-        """The ids of all rows."""
+    def ids(self) -> pa.ChunkedArray:
+        """The ids of all rows, in the order of the parquet files."""
         return self._ids
 
     @property
@@ -84,42 +87,59 @@ class MappedTable:
         """One of the ids, for messages."""
         return self._ids[0].as_py() if len(self) else ""
 
+    @cached_property
+    def samples(self) -> int:
+        """The number of different ids, by their digests."""
+        return int(np.count_nonzero(self._digests[1:] != self._digests[:-1])) + (len(self) > 0)
+
+    def covers(self, ids: list[str]) -> np.ndarray:
+        """Which of some ids have a row [n], by their digests."""
+        covered = np.zeros(len(ids), bool)
+        for start in range(0, len(ids) if len(self) else 0, _AT_ONCE):
+            wanted = digests(pa.array(ids[start : start + _AT_ONCE], pa.large_string()))
+            place = np.minimum(np.searchsorted(self._digests, wanted), len(self) - 1)
+            covered[start : start + _AT_ONCE] = self._digests[place] == wanted
+        return covered
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows in batches, read: what a process has mapped counts as its memory until the system wants it back."""
+        with pa.OSFile(str(self.path)) as source:
+            yield from pa.ipc.open_stream(source)
+
     def _rows(self, sample_id: str) -> Iterator[int]:
         sample_id = utf8(sample_id)
-        digest = _digest(sample_id)
-        row = int(np.searchsorted(self._digests, digest))
-        while row < len(self._digests) and self._digests[row] == digest:
+        wanted = np.uint64(digest(sample_id))
+        place = int(self._digests.searchsorted(wanted))
+        while place < len(self._digests) and self._digests[place] == wanted:
+            row = int(self._places[place])
             if self._ids[row].as_py() == sample_id:  # two ids may share a digest
                 yield row
-            row += 1
+            place += 1
 
 
-def mapped_file(kind: str, key: str, value: pa.Field, read: Callable[[], pa.Table]) -> Path:
+def mapped_file(kind: str, key: str, value: pa.Field, read: Callable[[], Iterable[pa.Table]]) -> Path:
     """Finds the cache file of a table, or makes it.
 
     Args:
         kind: what it holds, for messages; its folder in the cache.
         key: changes when the table does.
         value: the column beside ``id``.
-        read: reads the table, with the columns ``id`` (large_string) and `value`.
+        read: reads the table in parts, with the columns ``id`` (large_string) and `value`.
 
     Raises:
         CacheError: there is no place for it.
     """
-    schema = pa.schema([("digest", pa.uint64()), ("id", pa.large_string()), value])
-    tables: list[pa.Table] = []
+    schema = pa.schema([("id", pa.large_string()), value])
 
-    def sort(path: Path) -> pa.Table:
-        if not tables:
-            logging.info(f"ARF: sorting the {kind} into {path} (once per machine)")
-            tables.append(_sorted_table(read(), schema))
-        return tables[0]
+    def build(path: Path) -> None:
+        logging.info(f"ARF: sorting the {kind} into {path} (once per machine)")
+        _write(read(), path, schema)
 
     problems: list[str] = []
     for folder in _folders(problems):
         path = folder / kind / f"{key[:32]}.arrow"
         try:
-            _make(path, sort, schema)
+            _make(path, build, schema)
             return path
         except OSError as cause:
             problems.append(f"{path.parent} ({cause.strerror or cause})")
@@ -159,7 +179,7 @@ def _folders(problems: list[str]) -> Iterator[Path]:
     yield private
 
 
-def _make(path: Path, sort: Callable[[Path], pa.Table], schema: pa.Schema) -> None:
+def _make(path: Path, build: Callable[[Path], None], schema: pa.Schema) -> None:
     """Makes the cache file unless it is there and sound; one process of all does the work.
 
     Raises:
@@ -174,7 +194,7 @@ def _make(path: Path, sort: Callable[[Path], pa.Table], schema: pa.Schema) -> No
     with _locked(lock):
         if not _is_intact(path, schema):
             remove_incomplete(path.parent, all_hosts=False)
-            _write(sort(path), path)
+            build(path)
 
 
 @contextlib.contextmanager
@@ -197,23 +217,23 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sorted_table(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    digests = np.fromiter((_digest(text) for text in table["id"].to_pylist()), np.uint64, len(table))
-    # A stable sort keeps several rows of one sample in the order of the files.
-    order = np.argsort(digests, kind="stable")
-    return pa.table([pa.array(digests), table["id"], table[schema.names[-1]]], schema.names).take(order)
-
-
-def _digest(sample_id: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big"))
-
-
-def _write(table: pa.Table, path: Path) -> None:
+def _write(parts: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:
     """Writes the file, its checksum first: whatever moment a kill comes at, the two do not match or both are whole."""
-    schema = table.schema.with_metadata({"arf": path.stem})
+    key = {"arf": path.stem}
     with replacing(path) as temporary:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_table(table.combine_chunks().replace_schema_metadata(schema.metadata))
+        with pa.OSFile(str(temporary), "wb") as sink:
+            found = [np.zeros(0, np.uint64)]
+            with pa.ipc.new_stream(sink, schema.with_metadata(key)) as rows:
+                for part in parts:
+                    rows.write_table(part)
+                    found += map(digests, part["id"].chunks)
+            sorted_digests = np.concatenate(found)
+            del found
+            # A stable sort keeps several rows of one sample in the order of the files.
+            order = np.argsort(sorted_digests, kind="stable")
+            sorted_digests = sorted_digests[order]
+            with pa.ipc.new_stream(sink, _INDEX.with_metadata(key)) as index:
+                index.write_batch(pa.record_batch([sorted_digests, order], _INDEX))
         value = _crc32(temporary)
         with replacing(path.with_suffix(".crc32")) as checksum:
             checksum.write_text(value)
@@ -228,12 +248,12 @@ def _is_intact(path: Path, schema: pa.Schema) -> bool:
         with checksum.open("rb") as file:
             expected = file.read(64)
         problem = None if expected == _crc32(path).encode() else "does not match its checksum"
-        problem = problem or _problem(_mapped(path), path.stem, schema)
+        problem = problem or _problem(path, schema)
     except FileNotFoundError:
         return False
     except PermissionError:
         return False  # another user's
-    except (pa.ArrowException, OSError, ValueError, KeyError) as cause:
+    except (pa.ArrowException, OSError, ValueError, KeyError, StopIteration) as cause:
         problem = f"cannot be read ({' '.join(str(cause).split())[:200]})"
     if problem is not None:
         logging.warning(f"ARF: {path} {problem}; building it again")
@@ -247,26 +267,44 @@ def _is_own(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid in trusted
 
 
-def _mapped(path: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+def _mapped(path: Path) -> tuple[pa.Table, pa.RecordBatch]:
+    """The rows and the index, memory-mapped."""
+    source = pa.memory_map(str(path))
+    rows = pa.ipc.open_stream(source).read_all()
+    return rows, pa.ipc.open_stream(source).read_next_batch()
 
 
-def _problem(table: pa.Table, key: str, schema: pa.Schema) -> str | None:
+def _problem(path: Path, schema: pa.Schema) -> str | None:
     """Says what look-ups must not be done in; a file may be damaged or planted and match its checksum nevertheless."""
-    if not table.schema.remove_metadata().equals(schema) or any(c.num_chunks > 1 for c in table.columns):
-        return "is another table"
-    if (table.schema.metadata or {}).get(b"arf") != key.encode():
-        return "was made from other files"
-    table.validate(full=True)  # offsets that lead out of the file, text that is no UTF-8
-    if any(column.null_count for column in table.columns):
-        return "has gaps"
-    digests, ids = _only_chunk(table, "digest").to_numpy(), _only_chunk(table, "id")
-    if np.any(digests[1:] < digests[:-1]):
-        return "is not sorted"
-    for row in np.linspace(0, len(ids) - 1, min(len(ids), _SAMPLE)).astype(np.int64).tolist():
-        if digests[row] != _digest(ids[row].as_py()):
+    rows = 0
+    with pa.OSFile(str(path)) as source:
+        for part in (schema, _INDEX):
+            stream = pa.ipc.open_stream(source)
+            if not stream.schema.remove_metadata().equals(part):
+                return "is another table"
+            if (stream.schema.metadata or {}).get(b"arf") != path.stem.encode():
+                return "was made from other files"
+            found = 0
+            for batch in stream:
+                batch.validate(full=True)  # offsets that lead out of the file, text that is no UTF-8
+                if any(column.null_count for column in batch.columns):
+                    return "has gaps"
+                if part is _INDEX and (found or batch.num_rows != rows or not _is_index(batch)):
+                    return "is not sorted"
+                found += batch.num_rows
+            rows = found
+    table, index = _mapped(path)
+    found_digests, places = (index[name].to_numpy() for name in _INDEX.names)
+    for place in np.linspace(0, rows - 1, min(rows, _SAMPLE)).astype(np.int64).tolist():
+        if found_digests[place] != digest(table["id"][int(places[place])].as_py()):
             return "is not sorted by its ids"
     return None
+
+
+def _is_index(batch: pa.RecordBatch) -> bool:
+    """Whether digests ascend, and rows are rows."""
+    found, rows = (batch[name].to_numpy() for name in _INDEX.names)
+    return bool(np.all(found[1:] >= found[:-1]) and np.all((rows >= 0) & (rows < len(rows))))
 
 
 def _crc32(path: Path) -> str:
@@ -275,8 +313,3 @@ def _crc32(path: Path) -> str:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def _only_chunk(table: pa.Table, name: str) -> pa.Array:
-    column = table[name]
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)

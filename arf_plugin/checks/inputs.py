@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arf_plugin.anchors.captions import read_caption_files
 from arf_plugin.anchors.features import FeatureHeader, read_header
 from arf_plugin.anchors.scan import ShardScan, scan_shard
 from arf_plugin.anchors.tars import is_remote
 from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_csv, scan_task_ids
 from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.console import progress
+from arf_plugin.data.captions import CaptionStore, open_captions
 from arf_plugin.errors import AnchorSetError, ArfError
 from arf_plugin.files import list_files_of
 
@@ -80,16 +80,6 @@ class StartingModel:
 
 
 @dataclass
-class Captions:
-    """The captions of a set: number of rows, Arrow array of their ids, mean length in characters, and repetitions."""
-
-    rows: int
-    ids: Any
-    mean_length: float
-    repeated: int
-
-
-@dataclass
 class Inputs:
     """The inputs of a run, or of ``arf check``; what is not known is None."""
 
@@ -114,9 +104,6 @@ class Inputs:
     run: Run | None = None
     training: bool = (
         False  # whether it is about to begin: nothing is fetched then that training would fetch again
-    )
-    caption_ids: Callable[[], Any] | None = (
-        None  # gets the captions' ids (Arrow); by default the files are read
     )
     advance: Callable[[str], object] | None = (
         None  # called with the URL of each shard that has been looked at
@@ -187,25 +174,11 @@ class Inputs:
         return self._once("features", lambda: read_header(self.anchors or ""))
 
     @cached_property
-    def captions(self) -> Captions:
-        """The captions, read and validated."""
-        return self._once("captions", self._read_captions)
-
-    def _read_captions(self) -> Captions:
-        import pyarrow.compute as pc
-
-        if self.caption_ids is not None:
-            ids = self.caption_ids()
-            return Captions(len(ids), pc.unique(ids), 0.0, 0)
-        fs, files = self._files("captions", ".parquet")
-        table = read_caption_files(fs, files)
-        distinct = table.group_by(["id", "caption"]).aggregate([]).num_rows
-        return Captions(
-            rows=len(table),
-            ids=pc.unique(table["id"]).cast("large_string"),
-            mean_length=pc.mean(pc.utf8_length(table["caption"])).as_py() or 0.0,
-            repeated=len(table) - distinct,
-        )
+    def captions(self) -> CaptionStore:
+        """The captions, validated and sorted as training has them: once per machine."""
+        store = self._once("captions", lambda: open_captions(self.anchors or ""))
+        assert store is not None, "there are files of captions"
+        return store
 
     @cached_property
     def task(self) -> TaskScan:
@@ -240,12 +213,8 @@ class Inputs:
     @cached_property
     def without_caption(self) -> list[str]:
         """Ids of the task samples, as far as they have an image, that have no caption."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        ids = pa.array(self.task.ids, pa.large_string())
-        missing: list[str] = ids.filter(pc.invert(pc.is_in(ids, value_set=self.captions.ids))).to_pylist()
-        return missing
+        missing = ~self.captions.covers(self.task.ids)
+        return [self.task.ids[row] for row in missing.nonzero()[0].tolist()]
 
     @cached_property
     def pairs(self) -> list[tuple[str, ShardScan | ArfError]]:

@@ -97,8 +97,8 @@ def _count_captions(inputs: Inputs) -> dict[str, Any] | None:
         return None
     captions = inputs.captions
     return {
-        "rows": captions.rows,
-        "samples": len(captions.ids),
+        "rows": len(captions),
+        "samples": captions.samples,
         "mean_length": captions.mean_length,
         "repeated": captions.repeated,
     }
@@ -150,7 +150,7 @@ def _count_coverage(inputs: Inputs) -> dict[str, Any] | None:
         "percent": 100 * covered / samples,
         "missing": len(missing),
         "missing_examples": missing[:NAMED],
-        "unused": len(inputs.captions.ids) - covered,
+        "unused": inputs.captions.samples - covered,
     }
 
 

@@ -254,12 +254,12 @@ def _task_workers(inputs: Inputs) -> None:
 )
 def _captions(inputs: Inputs) -> Iterator[Finding]:
     captions = inputs.captions
-    if not captions.rows:
+    if not len(captions):
         raise AnchorSetError(
             f"The {len(inputs.caption_files)} files in {inputs.anchors}/captions hold no rows. Build them with: "
             "arf caption"
         )
-    if captions.repeated:
+    if not inputs.training and captions.repeated:
         yield _warning(f"{captions.repeated} captions repeat another one of the same sample")
 
 
@@ -439,7 +439,7 @@ def _coverage(inputs: Inputs) -> Iterator[Finding]:
     if not covered:
         raise AnchorSetError(
             f"The captions of {inputs.anchors} cover none of the {total} task samples.\n"
-            f"  task samples are called like {task.ids[0]!r}, captions like {captions.ids[0].as_py()!r}\n"
+            f"  task samples are called like {task.ids[0]!r}, captions like {captions.example_id!r}\n"
             "An id is <shard file name without .tar>/<key>, or the CSV's image path. Were the captions made from other "
             "data, or were shards renamed? Compare them with `arf check`."
         )
@@ -461,7 +461,7 @@ def _coverage(inputs: Inputs) -> Iterator[Finding]:
             f"{len(missing)} of {total} task samples have no caption (first: {missing[0]}); their class prompt takes "
             "its place."
         )
-    unused = len(captions.ids) - covered
+    unused = captions.samples - covered
     if unused > 0 and not inputs.training:
         yield _warning(f"{unused} samples with captions are not in the task data")
 

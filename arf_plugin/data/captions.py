@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from functools import cached_property
 
 import fsspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from arf_plugin.anchors.captions import list_caption_files, read_caption_files
+from arf_plugin.anchors.captions import caption_batches, list_caption_files
 from arf_plugin.anchors.mapped import MappedTable, file_stamp, mapped_file
+from arf_plugin.anchors.text_columns import digests
 from arf_plugin.errors import AnchorSetError
 
-FORMAT = "arf-captions-2"
+FORMAT = "arf-captions-3"
 
 
 class CaptionStore(MappedTable):
@@ -22,6 +27,23 @@ class CaptionStore(MappedTable):
     def get(self, sample_id: str) -> list[str]:
         """All captions of a sample, in the order of the parquet files; empty if there are none."""
         return [self._values[row].as_py() for row in self._rows(sample_id)]
+
+    @cached_property
+    def mean_length(self) -> float:
+        """Mean length of the captions in characters."""
+        lengths = (pc.sum(pc.utf8_length(batch["caption"])).as_py() or 0 for batch in self.batches())
+        return float(sum(lengths) / max(1, len(self)))
+
+    @cached_property
+    def repeated(self) -> int:
+        """How many rows repeat the caption of another one of the same sample, by digests of both."""
+        between = pa.scalar("\0", pa.large_string())  # neither holds it
+        both = [
+            digests(pc.binary_join_element_wise(batch["id"], batch["caption"], between))
+            for batch in self.batches()
+        ]
+        found = np.sort(np.concatenate([np.zeros(0, np.uint64), *both]))
+        return int(np.count_nonzero(found[1:] == found[:-1]))
 
 
 def open_captions(anchors: str) -> CaptionStore | None:
@@ -47,7 +69,9 @@ def open_captions(anchors: str) -> CaptionStore | None:
     except OSError as cause:
         raise AnchorSetError(f"{anchors}: captions cannot be read: {cause}.") from cause
     key = hashlib.sha256(repr([FORMAT, str(fs.protocol), root, stamps]).encode("utf-8", "surrogateescape"))
+
+    def read() -> Iterator[pa.Table]:
+        return (batch for name in files for batch in caption_batches(fs, name))
+
     value = pa.field("caption", pa.large_string())
-    return CaptionStore(
-        mapped_file("captions", key.hexdigest(), value, lambda: read_caption_files(fs, files))
-    )
+    return CaptionStore(mapped_file("captions", key.hexdigest(), value, read))

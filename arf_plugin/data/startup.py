@@ -15,7 +15,6 @@ from arf_plugin.anchors.task import is_csv
 from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.checks.rules import findings
 from arf_plugin.config import ArfConfig
-from arf_plugin.data.captions import open_captions
 
 
 def inputs_of(args: Any, **more: Any) -> Inputs:
@@ -37,12 +36,6 @@ def inputs_of_run(args: Any, config: ArfConfig, classes: Sequence[str] | None) -
         config: The ARF flags.
         classes: Class names, if class prompts or a head need them.
     """
-
-    def caption_ids() -> Any:
-        store = open_captions(config.anchors or "")
-        assert store is not None, "there are files of captions"
-        return store.ids
-
     inputs = inputs_of(
         args,
         anchors=config.anchors,
@@ -55,7 +48,6 @@ def inputs_of_run(args: Any, config: ArfConfig, classes: Sequence[str] | None) -
         head=bool(config.head),
         texts_known=True,
         training=True,
-        caption_ids=caption_ids,
     )
     shards = len(inputs.pair_shards) if config.pair_weight else 0
     inputs.run = shape_of_run(args, shards, args.world_size, config.pair_batch_size, config.workers)

@@ -99,10 +99,11 @@ class EvaluationSet:
             kept = list(range(len(self.classnames)))[: half if subset == "first-half" else None]
             kept = kept[half if subset == "second-half" else 0 :]
         else:
-            unknown = [name for name in subset if name not in self.classnames]
+            numbers = {name: number for number, name in reversed(list(enumerate(self.classnames)))}
+            unknown = [name for name in subset if name not in numbers]
             if unknown:
                 raise EvaluationError(f"'{unknown[0]}' is no class of '{self.name}' at {self.place}.")
-            kept = [self.classnames.index(name) for name in subset]
+            kept = [numbers[name] for name in subset]
         if not isinstance(self.samples, StoredSamples):
             raise EvaluationError(
                 f"'subset' needs '{self.name}' as a WebDataset folder or as folders of images, not from a builder."

@@ -9,7 +9,9 @@ has its second.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,12 +19,15 @@ import numpy as np
 
 from arf_plugin.errors import FlagError
 from arf_plugin.pipeline.embeddings import Embeddings, same_model
+from arf_plugin.pipeline.near import Cells, NearIndex, sample_for
 
 if TYPE_CHECKING:
     import torch
 
 CAPS = ("queries", "similarity")
 BLOCK = 4096
+# All pairs of so many images are compared; among more, an index finds those that may be near.
+EXACT = {"cpu": 40_000, "cuda": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -182,9 +187,21 @@ class Exclusion:
 
     def near(self, pool: Embeddings, rows: np.ndarray, device: torch.device) -> list[Dropped]:
         """Returns those of the pool's rows [n] that are near an excluded image, with the nearest one."""
+        excluded = sum(folder.rows for folder in self.folders)
+        find = self._by_index if _many(len(rows), excluded, device) else self._by_comparison
+        near = [item for item in find(pool, rows, device) if item[3] >= self.similarity]
+        names = self._names({item[1:3] for item in near})
+        return [
+            Dropped(int(rows[i]), "excluded", names[folder, row], cosine) for i, folder, row, cosine in near
+        ]
+
+    def _by_comparison(
+        self, pool: Embeddings, rows: np.ndarray, device: torch.device
+    ) -> Iterator[tuple[int, int, int, float]]:
+        """Yields for each of the rows its number, the nearest image's folder and row in it, and the cosine."""
         import torch
 
-        dropped = []
+        first = 0
         for block, vectors in _blocks(pool, rows, device):
             best = torch.full((len(block),), -2.0, device=device)
             place = torch.zeros((len(block), 2), dtype=torch.int64, device=device)  # folder, and row in it
@@ -195,17 +212,44 @@ class Exclusion:
                     best = torch.where(better, found, best)
                     here = torch.stack([torch.full_like(column, number), column + int(others[0])], dim=1)
                     place = torch.where(better[:, None], here, place)
-            for i in torch.nonzero(best >= self.similarity).flatten().tolist():
-                dropped.append(
-                    Dropped(int(block[i]), "excluded", self._name(*place[i].tolist()), float(best[i]))
-                )
-        return dropped
+            for i, (at, cosine) in enumerate(zip(place.tolist(), best.tolist(), strict=True)):
+                yield first + i, at[0], at[1], cosine
+            first += len(block)
 
-    def _name(self, folder: int, row: int) -> str:
-        """``FOLDER:ID`` of an image."""
-        found = self.folders[folder]
-        columns = found.take(np.array([row]), ["id", "image_path"]).to_pylist()[0]
-        return f"{found.folder.name}:{columns['id'] or columns['image_path']}"
+    def _by_index(
+        self, pool: Embeddings, rows: np.ndarray, device: torch.device
+    ) -> Iterator[tuple[int, int, int, float]]:
+        """The same for those of the rows that may be near an image."""
+        ends = np.cumsum([folder.rows for folder in self.folders])
+        index = _index(self.folders, [np.arange(folder.rows) for folder in self.folders], self.similarity)
+        for folder in self.folders:
+            for _, theirs in _blocks(folder, np.arange(folder.rows)):
+                index.add(theirs.numpy(), index.cells(theirs.numpy()))
+
+        def vectors(numbers: np.ndarray) -> np.ndarray:
+            found = np.empty((len(numbers), pool.dimension), np.float32)
+            of = np.searchsorted(ends, numbers, side="right")
+            for i, folder in enumerate(self.folders):
+                found[of == i] = folder.vectors(numbers[of == i] - (ends[i] - folder.rows))
+            return found
+
+        first = 0
+        for block, ours in _blocks(pool, rows):
+            for i, number, cosine in _nearest(index, ours.numpy(), index.cells(ours.numpy()), vectors):
+                at = int(np.searchsorted(ends, number, side="right"))
+                yield first + i, at, int(number - (ends[at] - self.folders[at].rows)), cosine
+            first += len(block)
+
+    def _names(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
+        """``FOLDER:ID`` of images by folder and row in it."""
+        names = {}
+        for number, folder in enumerate(self.folders):
+            rows = np.array(sorted(row for of, row in places if of == number), np.int64)
+            for row, columns in zip(
+                rows.tolist(), folder.take(rows, ["id", "image_path"]).to_pylist(), strict=True
+            ):
+                names[number, row] = f"{folder.folder.name}:{columns['id'] or columns['image_path']}"
+        return names
 
 
 def exact_duplicates(pool: Embeddings, rows: np.ndarray) -> list[Dropped]:
@@ -231,13 +275,14 @@ def near_duplicates(
 ) -> list[Dropped]:
     """Returns those of the rows [n] that are near an earlier one which is itself kept (cosine >= similarity).
 
-    Each block is compared with what was kept before, so memory is bounded however many duplicates there are; the
-    work grows with the square of the number of rows that are kept.
+    Each block is compared with what was kept before, so memory is bounded however many duplicates there are. Up to
+    `EXACT` rows all that were kept are looked at, in blocks; for more an index of them gives those that may be near.
     """
     import torch
 
-    kept = np.zeros(0, np.int64)
+    kept: list[np.ndarray] = []
     dropped = []
+    index = _index([pool], [rows], similarity) if _many(len(rows), len(rows), device) else None
     for block, vectors in _blocks(pool, rows, device):
         free = np.ones(len(block), bool)
 
@@ -247,22 +292,93 @@ def near_duplicates(
             free[i] = False
             dropped.append(Dropped(int(block[i]), "near duplicate", other, cosine))
 
-        for others, theirs in _blocks(pool, kept, device):
-            best, column = (vectors @ theirs.T).max(dim=1)
-            for i in torch.nonzero(best >= similarity).flatten().tolist():
-                if free[i]:
-                    drop(i, int(others[column[i]]), float(best[i]))
+        earlier = np.concatenate([np.zeros(0, np.int64), *kept])
+        if index is not None:
+
+            def read(numbers: np.ndarray, earlier: np.ndarray = earlier) -> np.ndarray:
+                return pool.vectors(earlier[numbers])
+
+            ours = vectors.cpu().numpy()
+            cells = index.cells(ours)
+            for i, number, cosine in _nearest(index, ours, cells, read):
+                if cosine >= similarity:
+                    drop(i, int(earlier[number]), cosine)
+        else:
+            for others, theirs in _blocks(pool, earlier, device):
+                best, column = (vectors @ theirs.T).max(dim=1)
+                for i in torch.nonzero(best >= similarity).flatten().tolist():
+                    if free[i]:
+                        drop(i, int(others[column[i]]), float(best[i]))
         among = torch.tril(vectors @ vectors.T, diagonal=-1).cpu().numpy()
         for i in np.flatnonzero(free & (among >= similarity).any(axis=1)).tolist():
-            earlier = np.flatnonzero(free[:i] & (among[i, :i] >= similarity))
-            if len(earlier):
-                drop(i, int(block[earlier[0]]), float(among[i, earlier[0]]))
-        kept = np.concatenate([kept, block[free]])
+            before = np.flatnonzero(free[:i] & (among[i, :i] >= similarity))
+            if len(before):
+                drop(i, int(block[before[0]]), float(among[i, before[0]]))
+        kept.append(block[free])
+        if index is not None and free.any():
+            index.add(ours[free], Cells(*(part[free] for part in cells)))
     return dropped
 
 
+def _many(one: int, other: int, device: torch.device) -> bool:
+    """Whether so many times so many vectors are for an index, rather than all compared."""
+    most = EXACT.get(device.type, EXACT["cpu"])
+    if one * other <= most**2:
+        return False
+    if importlib.util.find_spec("faiss") is None:
+        logging.warning(
+            f"All of {one:,} images are compared with {other:,}, which takes long; with faiss an index would find "
+            "those that are near: pip install 'arf-plugin[retrieval]'"
+        )
+        return False
+    return True
+
+
+def _index(folders: Sequence[Embeddings], rows: Sequence[np.ndarray], similarity: float) -> NearIndex:
+    """An index for those rows of some folders, empty as yet."""
+    total = sum(map(len, rows))
+    chosen = np.sort(np.random.default_rng(0).choice(total, sample_for(total), replace=False))
+    parts, first = [], 0
+    for folder, of_folder in zip(folders, rows, strict=True):
+        inside = chosen[(chosen >= first) & (chosen < first + len(of_folder))] - first
+        parts.append(folder.vectors(of_folder[inside]).astype(np.float32))
+        first += len(of_folder)
+    sample = np.concatenate(parts)
+    blocks = (
+        block.numpy()
+        for folder, of_folder in zip(folders, rows, strict=True)
+        for _, block in _blocks(folder, of_folder)
+    )
+    return NearIndex(sample[np.random.default_rng(1).permutation(len(sample))], blocks, total, similarity)
+
+
+def _nearest(
+    index: NearIndex, vectors: np.ndarray, cells: Cells, read: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[int, int, float]]:
+    """Yields (row, number in the index, cosine) of the nearest candidate of those vectors [n, d] that have some.
+
+    Args:
+        index: where they are looked for.
+        vectors: fp32.
+        cells: theirs.
+        read: gives the vectors of numbers, from which the cosines are computed.
+    """
+    rows, numbers = index.candidates(vectors, cells)
+    cosines = np.concatenate(
+        [np.zeros(0, np.float32)]
+        + [
+            np.einsum("nd,nd->n", vectors[rows[at]], read(numbers[at]), dtype=np.float32)
+            for at in (slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK))
+        ]
+    )
+    order = np.lexsort((numbers, -cosines, rows))
+    _, first = np.unique(rows[order], return_index=True)
+    for place in order[first].tolist():
+        yield int(rows[place]), int(numbers[place]), float(cosines[place])
+
+
 def _blocks(
-    embeddings: Embeddings, rows: np.ndarray, device: torch.device
+    embeddings: Embeddings, rows: np.ndarray, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Rows and their vectors in fp32."""
     import torch

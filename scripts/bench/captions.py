@@ -1,6 +1,9 @@
-"""Memory and speed of caption look-ups: millions of captions, mapped by several loader workers.
+"""Captions by the million: start without a cache, ``arf check``, and look-ups by several loader workers.
 
 python scripts/bench/captions.py --captions 5000000 --workers 4 --json runs/bench/captions.json
+git worktree add ../old f6325ce && python scripts/bench/captions.py --old ../old
+
+Start and check run in processes of their own, each with an empty cache; their memory is the most that was resident.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +25,13 @@ from common import Bar, parser, report
 from arf_plugin.data.captions import CaptionStore, open_captions
 
 BLOCK = 500_000
+ROOT = Path(__file__).resolve().parents[2]
+# What runs in processes of their own; each says how much memory it had.
+TASKS = {
+    "cold start": "from arf_plugin.data.captions import open_captions; open_captions(sys.argv[1])",
+    "arf check": "from arf_plugin.cli.main import main; main(['check', sys.argv[1]])",
+}
+MEASURED = "import sys; {}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 
 
 def main() -> int:
@@ -28,13 +39,22 @@ def main() -> int:
     args_parser.add_argument("--captions", type=int, default=5_000_000)
     args_parser.add_argument("--workers", type=int, default=4)
     args_parser.add_argument("--lookups", type=int, default=200_000, help="look-ups per worker and round")
+    args_parser.add_argument("--starts", type=int, default=3, help="times that start and check are measured")
+    args_parser.add_argument("--old", type=Path, help="a checkout to compare start and check with")
     args = args_parser.parse_args()
+    checkouts = {"": ROOT} | ({"before: ": args.old.resolve()} if args.old else {})
+    starts: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["ARF_CACHE_DIR"] = f"{folder}/cache"
         parquet_bytes = write_captions(Path(folder), args.captions)
-        start = time.perf_counter()
+        for _ in range(args.starts):
+            for which, checkout in checkouts.items():
+                for task, code in TASKS.items():
+                    seconds, peak = alone(code, folder, checkout)
+                    starts.setdefault(which + task, []).append(seconds)
+                    memory[which + task] = max(peak, memory.get(which + task, 0))
         store = open_captions(folder)
-        build = time.perf_counter() - start
         file_bytes = store.path.stat().st_size
         jobs = [(store.path, args.captions, args.lookups, args.rounds, seed) for seed in range(args.workers)]
         barrier = multiprocessing.Barrier(args.workers)
@@ -42,27 +62,47 @@ def main() -> int:
             workers = pool.starmap(work, jobs, chunksize=1)
     private = [grown for grown, _ in workers]
     seconds = [value for _, values in workers for value in values]
+    scale = args.captions / 5_000_000
     bars = [
+        Bar("cold start, in seconds per 5,000,000 captions", min(starts["cold start"]) / scale, 10),
+        Bar("arf check, in seconds per 5,000,000 captions", min(starts["arf check"]) / scale, 30),
+        *(Bar(f"{task}: resident memory in GB", memory[task] / 1e9, 1.0) for task in TASKS),
         Bar("private memory a worker adds, of the caption file", max(private) / file_bytes, 0.05),
         Bar("median look-up in microseconds of processor time", 1e6 * statistics.median(seconds), 10),
     ]
     facts = {
         "captions": f"{args.captions:,}",
         "parquet": f"{parquet_bytes / 1e6:.0f} MB",
-        "caption file": f"{file_bytes / 1e6:.0f} MB, built once in {build:.1f} s",
+        "caption file": f"{file_bytes / 1e6:.0f} MB",
+        **{f"{task}: resident memory": f"{value / 1e6:,.0f} MB" for task, value in memory.items()},
         "private memory added by each worker": ", ".join(f"{value / 1e6:.1f} MB" for value in private),
     }
-    return report("captions: look-ups in loader workers", {"one look-up": seconds}, bars, args.json, **facts)
+    timings = starts | {"one look-up": seconds}
+    return report(
+        "captions: start, check and look-ups", timings, bars, args.json, {"memory": memory}, **facts
+    )
 
 
-def write_captions(folder: Path, count: int) -> int:
-    """Writes caption anchors of realistic length; returns their size in bytes."""
+def alone(code: str, anchors: str, checkout: Path) -> tuple[float, float]:
+    """Runs a task with an empty cache; returns its seconds and the bytes that were resident at most."""
+    with tempfile.TemporaryDirectory() as cache:
+        variables = {**os.environ, "ARF_CACHE_DIR": cache, "PYTHONPATH": str(checkout)}
+        command = [sys.executable, "-c", MEASURED.format(code), anchors]
+        start = time.perf_counter()
+        done = subprocess.run(
+            command, env=variables, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return time.perf_counter() - start, 1024 * float(done.stdout.split()[-1])
+
+
+def write_captions(folder: Path, count: int, ids: list[str] | None = None) -> int:
+    """Writes caption anchors of realistic length, by ImageNet's ids or others; returns their size in bytes."""
     (folder / "captions").mkdir()
     total = 0
     for part, first in enumerate(range(0, count, BLOCK)):
         numbers = range(first, min(first + BLOCK, count))
         table = {
-            "id": [identity(number) for number in numbers],
+            "id": [ids[number] if ids else identity(number) for number in numbers],
             "caption": [
                 f"a photo of a small brown thing with number {n} standing in tall green grass"
                 for n in numbers

@@ -103,8 +103,9 @@ def test_a_damaged_cache_never_answers(cached, monkeypatch, data, sealed):
     path = open_captions(str(cached)).path
     content = path.read_bytes()
     # The texts themselves are covered by the checksum alone.
-    texts = content.index(b"caption 1") & ~63
-    changed = damaged(data, content[:texts]) + content[texts:] if sealed else damaged(data, content)
+    start, stop = content.index(b"caption 0") & ~63, content.index(b"caption 19") + 10
+    around = damaged(data, content[:start]), damaged(data, content[stop:])
+    changed = content[start:stop].join(around) if sealed else damaged(data, content)
     path.write_bytes(changed)
     if sealed:
         path.with_suffix(".crc32").write_text(f"{zlib.crc32(changed):08x}")

@@ -79,13 +79,22 @@ def plant(change, key: bool = True):
     """Puts another table into the cache, in the right form but for `change`."""
 
     def damage(path: Path) -> None:
-        table = pa.ipc.open_file(path).read_all()
-        metadata = table.schema.metadata
-        changed = change({name: table[name].combine_chunks() for name in table.column_names})
-        table = pa.table(changed).replace_schema_metadata(metadata if key else None)
+        parts = mapped._mapped(path)
+        columns = {
+            name: pa.array(part[name].to_pylist(), part[name].type)
+            for part in parts
+            for name in part.schema.names
+        }
+        changed = change(columns)
         path.unlink()
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.OSFile(str(path), "wb") as sink:
+            for part in parts:
+                table = pa.table(
+                    {name: changed[name] for name in part.schema.names if name in changed} or changed
+                )
+                table = table.replace_schema_metadata(part.schema.metadata if key else None)
+                with pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table)
         seal(path)
 
     return damage
@@ -137,6 +146,9 @@ DAMAGES = {
     "digests of others": plant(lambda c: c | {"digest": pa.array(np.arange(50, dtype=np.uint64))}),
     "offsets": plant(offsets_out_of_range),
     "no UTF-8": plant(no_text),
+    "rows beyond the end": plant(lambda c: c | {"row": pa.array(np.arange(50) + 1)}),
+    "rows of others": plant(lambda c: c | {"row": pa.array(np.roll(c["row"], 1))}),
+    "an index of fewer": plant(lambda c: c | {name: c[name][:49] for name in ("digest", "row")}),
     "gaps": plant(lambda c: c | {"caption": pa.nulls(50, pa.large_string())}),
     "other types": plant(lambda c: c | {"digest": pa.array(range(50))}),
     "no columns": plant(lambda c: {"x": [1]}),

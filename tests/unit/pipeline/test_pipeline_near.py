@@ -1,0 +1,89 @@
+"""Near-duplicates and excluded images by an index: what comparing all pairs finds, and in the same order every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from arf_plugin.pipeline import selection
+from arf_plugin.pipeline.embeddings import Embeddings
+
+CPU = torch.device("cpu")
+ROWS, DIMENSION = 6000, 64
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def folder(path: Path, vectors: np.ndarray) -> Embeddings:
+    """An embedding folder of two files."""
+    for name in ("img_emb", "metadata"):
+        (path / name).mkdir(parents=True)
+    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), 2)):
+        np.save(path / "img_emb" / f"img_emb_{number}.npy", vectors[rows].astype(np.float16))
+        table = pa.table({name: [f"{path.name}-{row}" for row in rows] for name in ("id", "image_path")})
+        pq.write_table(table, path / "metadata" / f"metadata_{number}.parquet")
+    return Embeddings(path)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Embeddings:
+    """Clusters, copies, copies of copies, and one image that comes 300 times."""
+    rng = np.random.default_rng(0)
+    centers = unit(rng.standard_normal((40, DIMENSION)))
+    vectors = unit(centers[rng.integers(40, size=ROWS)] + 0.2 * rng.standard_normal((ROWS, DIMENSION)))
+    for _ in range(2):
+        to, of = rng.permutation(ROWS)[:1200].reshape(2, -1)
+        vectors[to] = unit(
+            vectors[of] + rng.uniform(0, 0.03, (600, 1)) * rng.standard_normal((600, DIMENSION))
+        )
+    vectors[rng.permutation(ROWS)[:300]] = vectors[0]
+    return folder(tmp_path_factory.mktemp("near") / "pool", vectors)
+
+
+def by_index(monkeypatch) -> None:
+    monkeypatch.setattr(selection, "EXACT", {"cpu": 0})
+
+
+@pytest.mark.parametrize("similarity", [0.9, 0.97, 0.999])
+def test_the_index_drops_what_comparing_all_drops(pool, monkeypatch, similarity):
+    order = np.random.default_rng(1).permutation(ROWS)
+    exact = selection.near_duplicates(pool, order, similarity, CPU)
+    by_index(monkeypatch)
+    found = selection.near_duplicates(pool, order, similarity, CPU)
+    assert len(exact) >= 299
+    both = {item.row for item in exact} ^ {item.row for item in found}
+    assert len(both) <= 0.001 * len(exact)
+    assert found == selection.near_duplicates(pool, order, similarity, CPU)
+    place, dropped = np.argsort(order), {item.row for item in found}
+    for item in found:
+        assert item.near not in dropped and place[item.near] < place[item.row]
+        cosine = np.prod(pool.vectors(np.array([item.row, item.near])).astype(np.float32), axis=0).sum()
+        assert item.similarity == pytest.approx(cosine, abs=1e-5) and item.similarity >= similarity
+
+
+def test_the_index_excludes_what_comparing_all_excludes(pool, monkeypatch, tmp_path):
+    rng = np.random.default_rng(2)
+    shown = pool.vectors(rng.permutation(ROWS)[:500]).astype(np.float32)
+    near = unit(shown + 0.02 * rng.standard_normal(shown.shape))
+    others = (folder(tmp_path / "one", near[:200]), folder(tmp_path / "two", near[200:]))
+    exclusion, rows = selection.Exclusion(others, 0.95), rng.permutation(ROWS)
+    exact = exclusion.near(pool, rows, CPU)
+    by_index(monkeypatch)
+    found = exclusion.near(pool, rows, CPU)
+    assert len(exact) >= 500
+    assert [item[:3] for item in found] == [item[:3] for item in exact]
+    np.testing.assert_allclose([i.similarity for i in found], [i.similarity for i in exact], atol=1e-5)
+
+
+def test_without_faiss_all_are_compared(pool, monkeypatch, caplog):
+    by_index(monkeypatch)
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
+    assert selection.near_duplicates(pool, np.arange(500), 0.97, CPU)
+    assert "with faiss an index would find" in caplog.text
