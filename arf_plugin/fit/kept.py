@@ -20,7 +20,7 @@ import torch
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.pairs import list_pair_shards, read_pairs
 from arf_plugin.anchors.tars import scan_samples
-from arf_plugin.errors import FitError, PoolError
+from arf_plugin.errors import PoolError
 from arf_plugin.evaluation.metrics import linear_cka
 from arf_plugin.files import replacing
 
@@ -34,11 +34,10 @@ def set_aside(pool: Sequence[str], anchors: str | None, out: Path) -> int:
     Which ones depends on the pool's names alone, never on their order. A tar gives its first pairs.
 
     Returns:
-        How many there are.
+        How many there are; 0 where every pair is an anchor.
 
     Raises:
         PoolError: A tar that cannot be read.
-        FitError: The pool has no pair that is no anchor.
     """
     used = {
         _content(pair.image)
@@ -61,10 +60,6 @@ def set_aside(pool: Sequence[str], anchors: str | None, out: Path) -> int:
             taken += 1
             if taken == each:
                 break
-    if not found:
-        raise FitError(
-            "Every pair of the pool is an anchor, so none is left to measure what is kept with. Give more."
-        )
     with replacing(out) as temporary, tarfile.open(temporary, "w") as tar:
         for number, (ext, image_bytes, text_bytes) in enumerate(found.values()):
             for name, data in ((f"{number:06d}.{ext}", image_bytes), (f"{number:06d}.txt", text_bytes)):

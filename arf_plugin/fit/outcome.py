@@ -21,6 +21,7 @@ from arf_plugin.files import replacing, write_json
 if TYPE_CHECKING:
     from arf_plugin.fit.run import Fit
 
+FEWEST = 20  # pairs of the pool that retrieval is measured on
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -73,7 +74,13 @@ def measure(fit: Fit, arms: list[str]) -> dict[str, Any]:
         model, preprocess, tokenizer = build(architecture, None, device)
         known = KeptPairs(tar, preprocess, tokenizer)
         start = None
+        if len(known.pairs) < FEWEST:
+            fit.say(
+                f"        {len(known.pairs)} pairs of the pool are no anchors: too few to measure what is kept"
+            )
         for key, candidate in sorted(mixtures.items(), key=lambda item: item[0][2]):
+            if len(known.pairs) < FEWEST:
+                break
             if key[2] == 0.0 and start is not None:
                 pairs[_name(*key)] = pairs[_name(arms[0], 0, 0.0)]
                 continue

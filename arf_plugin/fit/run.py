@@ -256,6 +256,7 @@ class Fit:
     def _values(self, samples: int, shards: int, epochs: int | None = None) -> list[recipe.Value]:
         parameters, pixels = self._size
         machine = recipe.Machine.here(self.settings.device)
+        epochs = epochs or int(self.settings.set.get("epochs", 0)) or None
         values = recipe.recipe(
             parameters=parameters, pixels=pixels, samples=samples, shards=shards, preset=self.settings.preset,
             pairs=self.has_pairs, machine=machine, epochs=epochs,
@@ -298,7 +299,7 @@ class Fit:
             epochs,
         ]
         flags += ["--resume", "latest", "--arf-checkpoint-every", str(SAVE_EVERY), "--arf-deterministic"]
-        flags += ["--arf-stop-file", str(self.out / "stop")]
+        flags += ["--arf-stop-file", str(self.out / "stop"), *self.settings.overrides()]
         self._call("train", *self._trainer(), *flags, follow=True)
         if self.finished(name) is None:
             raise Interrupted
@@ -327,7 +328,6 @@ class Fit:
             *pairs,
             *device,
             *arm.flags,
-            *self.settings.overrides(),
         ]
 
     def _setting(self, name: str, values: Sequence[recipe.Value]) -> str:
@@ -350,7 +350,7 @@ class Fit:
             self.title("trial", f"{TRIAL_STEPS} steps, for --time {self.settings.time}")
             wanted = min(samples, TRIAL_STEPS * micro * accumulate)
             flags = self._trainer_flags(self.arms[0], values)
-            flags += ["--name", "trial", "--train-num-samples", str(wanted)]
+            flags += ["--name", "trial", "--train-num-samples", str(wanted), *self.settings.overrides()]
             self._call(
                 "trial", *self._trainer(), *flags, "--epochs", "1", "--save-frequency", "0", follow=True
             )
