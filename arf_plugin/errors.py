@@ -74,3 +74,7 @@ class MissingDependencyError(ArfError):
             f"{step} needs the library '{library}', which is not installed.\n"
             f"Install it with: pip install 'arf-plugin[{extra}]'"
         )
+
+
+class FitError(ArfError):
+    """Settings of `arf fit` that cannot work, or a stage of it that has failed."""

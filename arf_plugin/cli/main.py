@@ -16,6 +16,7 @@ from arf_plugin.untrusted import printable
 # Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
 # on it. The modules import nothing heavy at their top level, so that `arf --help` stays instant.
 COMMANDS = (
+    "fit",
     "data",
     "caption",
     "embed",

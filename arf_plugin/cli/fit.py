@@ -1,0 +1,132 @@
+"""``arf fit``: one command from images to a fine-tuned model, and to what it has kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from arf_plugin.cli import options
+
+EXAMPLES = """\
+  arf fit my-images --model ViT-B-16-quickgelu@openai --pool 'cc3m/{0000..0331}.tar' \\
+      --captioner Salesforce/blip-image-captioning-base
+  arf fit my-images --model local-dir:clip --dry-run         what would be done, with which settings and why
+  arf fit images.csv --model my.pt --arch ViT-B-32 --keep held-out --baseline --seeds 3
+  arf fit --config fit/config.yaml --out again               the same once more
+  arf fit my-images --model ViT-B-32@openai --time 30m --set lr=5e-6 --max-forget 2
+
+Stopped (Ctrl-C) or killed, the same command goes on where it was.
+Exit status: 0 good, 1 the input is wrong or a stage failed, 2 usage, 3 forgot more than --max-forget, 130 interrupted.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the parser of ``arf fit``."""
+    parser = options.add_parser(
+        subparsers,
+        "fit",
+        "from a folder of images to a fine-tuned model, with proof",
+        "Makes task data, builds anchors, checks, trains, chooses on validation data how far to go, evaluates and\n"
+        "reports. Settings follow from model and data, and are printed with their reasons.",
+        EXAMPLES,
+    )
+    add = parser.add_argument
+    add(
+        "images",
+        nargs="?",
+        metavar="IMAGES",
+        help="any form that arf data reads: class folders, CSV, parquet, tars ...",
+    )
+    add("--config", metavar="FILE", help="YAML with the same names; flags win")
+    add("--out", metavar="DIR", help="folder of all that is made (default: fit)")
+    add(
+        "--model",
+        metavar="M",
+        help="NAME@PRETRAINED, local-dir:FOLDER, hf-hub:NAME, or a checkpoint with --arch",
+    )
+    add("--arch", metavar="NAME", help="open_clip's name of the architecture of a checkpoint")
+    add(
+        "--pool",
+        metavar="DATA",
+        help="image-text data for pair anchors: tars, or any form of arf data --pool; none",
+    )
+    add("--captioner", metavar="NAME", help="captioner for caption anchors; none (default)")
+    add("--captioner-prompt", metavar="TEXT", help="what the captioner is asked")
+    add("--classnames", metavar="FILE", help="class names, one per line")
+    add("--val", type=float, metavar="PART", help="part of each class for validation (default: 0.15)")
+    add("--keep", nargs="+", metavar="FOLDER", help="evaluation sets whose accuracy is to be kept")
+    add("--preset", choices=("recommended", "paper", "fast"), help="which loss terms (default: recommended)")
+    add(
+        "--baseline", action="store_true", default=None, help="fine-tune with class prompts alone, too (FLYP)"
+    )
+    add("--seeds", type=int, metavar="N", help="runs of each (default: 1)")
+    add("--max-forget", type=float, metavar="POINTS", help="end with status 3 if more is lost")
+    add("--time", metavar="TIME", help="as many epochs as fit into it, such as 30m")
+    add("--set", action="append", metavar="FLAG=VALUE", help="any flag of the trainer; may be repeated")
+    add("--device", metavar="D", help="auto (default), cpu, cuda")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--json", action="store_true", help="print results as JSON")
+    add("--quiet", action="store_true", help="print the result alone")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the fit."""
+    from arf_plugin.errors import FitError
+    from arf_plugin.fit.outcome import as_json, table, verdict
+    from arf_plugin.fit.run import Fit, Interrupted
+    from arf_plugin.fit.settings import FitSettings, overrides_of
+    from arf_plugin.untrusted import printable
+    from arf_plugin.validation import validated
+
+    given: dict[str, Any] = _config(args.config) if args.config else {}
+    for name in FitSettings.model_fields:
+        value = getattr(args, name, None)
+        if value is not None:
+            given[name] = overrides_of(value) if name == "set" else value
+    if "images" not in given or "model" not in given:
+        raise FitError("Name the images and the model: arf fit IMAGES --model ViT-B-16-quickgelu@openai")
+    settings = validated(FitSettings, given, args.config or "The command line", FitError)
+    silent = args.quiet or args.json
+    fit = Fit(settings, lambda line: None if silent else print(printable(line), file=sys.stderr, flush=True))
+    if args.dry_run:
+        options.show(fit.plan(), args.json, "plan")
+        return 0
+    try:
+        found = fit.run()
+    except Interrupted:
+        again = f"arf fit --config {fit.out / 'config.yaml'}"
+        print(f"arf fit: interrupted; this goes on: {again}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(as_json(found))
+    else:
+        print(
+            printable(
+                f"\n{table(found)}\n\n{verdict(found)}\nThe model: local-dir:{fit.out / 'best'} ({fit.out / 'best.pt'})"
+            )
+        )
+        print(printable(f"All of it: {fit.out / 'report' / 'index.html'}"))
+    forgot = found["forgot"]
+    return 3 if settings.max_forget is not None and forgot is not None and forgot > settings.max_forget else 0
+
+
+def _config(path: str) -> dict[str, Any]:
+    """Reads a file of settings: YAML of plain values.
+
+    Raises:
+        FitError: It cannot be read.
+    """
+    from pathlib import Path
+
+    import yaml
+
+    from arf_plugin.errors import FitError
+    from arf_plugin.plain_yaml import compose
+
+    node = compose(Path(path), path, "settings of a fit", FitError)
+    found = yaml.SafeLoader("").construct_document(node) if node is not None else {}
+    if not isinstance(found, dict):
+        raise FitError(f"{path} is no mapping. Expected lines such as model: ViT-B-16-quickgelu@openai")
+    return found

@@ -1,0 +1,138 @@
+"""`arf fit` from a folder of images to a model: end to end, stopped at every stage, with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import building
+
+STAGES = ("data", "anchors", "check", "train", "choose", "report")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Images of three classes in mixed forms, one broken and one class nested; a pool, a tiny CLIP, a captioner."""
+    root = tmp_path_factory.mktemp("fit")
+    for n in range(60):
+        kind, suffix = (("JPEG", ".JPG"), ("PNG", ".png"))[n // 3 % 2]
+        folder = root / "my images" / building.SHAPES[n % 3]
+        path = (folder / "from the phone" if n % 3 == 1 else folder) / f"{n}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(building.drawing(n, kind))
+    (root / "my images" / "circle" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
+    building.write_pool(root / "pool", per_shard=60)
+    building.save_tiny_clip(root / "clip")
+    building.save_tiny_captioner(root / "captioner")
+    return root
+
+
+def command(inputs: Path, out: Path) -> list[str]:
+    words = ["fit", str(inputs / "my images"), "--model", f"local-dir:{inputs / 'clip'}", "--out", str(out)]
+    words += ["--pool", str(inputs / "pool"), "--captioner", str(inputs / "captioner"), "--preset", "paper"]
+    return [
+        sys.executable,
+        "-m",
+        "arf_plugin.cli.main",
+        *words,
+        "--set",
+        "epochs=2",
+        "--set",
+        "arf-checkpoint-every=1",
+    ]
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """What a fit leaves for its user, apart from names of folders and times."""
+    found = {name: (out / name).read_bytes() for name in ("best.pt", "best/open_clip_model.safetensors")}
+    found |= {p.name: p.read_bytes() for p in sorted((out / "task" / "train").glob("*.tar"))}
+    results = json.loads((out / "results.json").read_text())
+    return {
+        **found,
+        "results": json.dumps([results["rows"], results["alpha"], results["retrieval"]]).encode(),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "fit"
+    done = subprocess.run(command(inputs, out), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out, done
+
+
+def test_a_fit_ends_with_a_model_and_what_it_has_kept(inputs, whole):
+    out, done = whole
+    found = json.loads((out / "results.json").read_text())
+    assert list(found["rows"])[:2] == ["before", "paper"]
+    assert {"own", "r@1", "r@5", "cka", "kept"} <= set(found["rows"]["before"])
+    assert found["rows"]["before"]["cka"] == pytest.approx(1)
+    assert "broken.jpg" in (out / "rejected.tsv").read_text()
+    assert "each with its reason" in done.stderr and "a tenth of the" in done.stderr
+    assert "On your own classes the model went from" in done.stdout
+    assert (out / "report" / "index.html").is_file() and "$ arf train" in (out / "log.txt").read_text()
+
+    import open_clip
+
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_the_same_command_has_nothing_left_to_do(inputs, whole):
+    out, _ = whole
+    before = made(out)
+    again = subprocess.run([*command(inputs, out), "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout)["rows"] == json.loads((out / "results.json").read_text())["rows"]
+    assert made(out) == before
+    other = subprocess.run(
+        [*command(inputs, out), "--val", "0.3"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1 and "another --val" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path, stage, sign):
+    out = tmp_path / "fit"
+    process = subprocess.Popen(
+        command(inputs, out), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stderr:
+        if f"] {stage}:" in line:
+            time.sleep(1)
+            break
+    (os.killpg if sign == signal.SIGKILL else os.kill)(process.pid, sign)
+    process.stderr.read()
+    assert process.wait() in (-signal.SIGKILL, 130, 0)
+    subprocess.run(command(inputs, out), capture_output=True, check=True)
+    assert made(out) == made(whole[0])
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (["--model", "local-dir:nowhere"], "nowhere"),
+        (["--model", "weights.pt"], "expected NAME@PRETRAINED"),
+        (["--val", "2"], "val"),
+        (["--time", "soon"], "is no time"),
+    ],
+)
+def test_mistakes_get_one_sentence(inputs, tmp_path, run_arf, change, says):
+    words = [
+        "fit",
+        inputs / "my images",
+        "--model",
+        f"local-dir:{inputs / 'clip'}",
+        "--out",
+        tmp_path / "x",
+        *change,
+    ]
+    done = run_arf(*words, check=False)
+    assert done.returncode == 1 and says in done.stderr, done.stderr
