@@ -12,17 +12,50 @@ import json
 import shutil
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from arf_plugin.console import text_table
 from arf_plugin.errors import FitError
 from arf_plugin.files import replacing, write_json
-
-if TYPE_CHECKING:
-    from arf_plugin.fit.run import Fit
+from arf_plugin.fit.settings import FitSettings
 
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Fit(Protocol):
+    """What is read of a fit: its settings, its folders, and the checkpoints of its runs."""
+
+    settings: FitSettings
+    out: Path
+
+    @property
+    def task(self) -> Path:
+        """Folder of task data."""
+        ...
+
+    @property
+    def anchors(self) -> Path | None:
+        """The anchor set, or None."""
+        ...
+
+    @property
+    def pool(self) -> str:
+        """The pool's tars."""
+        ...
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there is a pool."""
+        ...
+
+    def say(self, line: str, /) -> object:
+        """Tells the user a line."""
+        ...
+
+    def finished(self, name: str) -> Path | None:
+        """The last checkpoint of a run, or None."""
+        ...
 
 
 def measure(fit: Fit, arms: list[str]) -> dict[str, Any]:
