@@ -19,6 +19,7 @@ from arf_plugin.errors import FitError
 from arf_plugin.files import replacing, write_json
 from arf_plugin.fit.settings import FitSettings
 
+WORDS = {"ahead": "better", "behind": "worse", "level": "no difference that images this few can show"}
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -135,6 +136,7 @@ def measure(fit: Fit, arms: list[str]) -> dict[str, Any]:
     for name in arms:
         for title, alpha in ((name, 1.0), (f"{name}, alpha {chosen[name]:g}", chosen[name])):
             rows[title] = _mean([points[name, seed, alpha] for seed in range(settings.seeds)])
+    measured = list(records)
     if tests:
         shown = {"before": [mixtures[best_arm, 0, 0.0]]}
         for name in arms:
@@ -144,10 +146,15 @@ def measure(fit: Fit, arms: list[str]) -> dict[str, Any]:
             found = evaluate(
                 some, architecture, tests, out=fit.out / "test-records.jsonl", device=settings.device
             )
+            measured += found
             rows[title]["test"] = statistics.fmean(record["metrics"]["top1"] for record in found)
     forgot = rows["before"]["kept"] - rows[f"{best_arm}, alpha {chosen[best_arm]:g}"]["kept"]
     return {
         "rows": rows,
+        "verdicts": {
+            name: _verdicts(measured, [mixtures[name, seed, chosen[name]] for seed in range(settings.seeds)])
+            for name in arms
+        },
         "alpha": chosen[best_arm],
         "best": f"{best_arm}-{best_seed}",
         "forgot": None if forgot != forgot else forgot,
@@ -177,8 +184,37 @@ def table(found: dict[str, Any]) -> str:
     return text_table(["percent (difference)", *columns], lines)
 
 
+def _verdicts(records: list[dict[str, Any]], chosen: list[Any]) -> dict[str, Any]:
+    """The chosen mixtures of an arm against the model before, by image; see :mod:`arf_plugin.evaluation.verdicts`."""
+    from arf_plugin.evaluation.verdicts import compare, single
+
+    def of(candidate: Any, alpha: float) -> dict[str, dict[str, Any]]:
+        return {
+            r["set"]: r
+            for r in records
+            if (r["checkpoint"], r["alpha"]) == (str(candidate.checkpoint), alpha)
+        }
+
+    before = {None: of(chosen[0], 0.0)}
+    found = compare(
+        {seed: of(one, one.alpha) for seed, one in enumerate(chosen)}, before, single(before[None])
+    )
+    return {name: verdict.as_json() for name, verdict in found.verdicts.items()}
+
+
 def verdict(found: dict[str, Any]) -> str:
-    """One sentence that a layperson understands."""
+    """What a layperson understands: a sentence, and whether each difference is more than chance."""
+    lines = [_sentence(found)]
+    for name, one in next(iter(found["verdicts"].values())).items():
+        low, high = one["interval95"]
+        lines.append(
+            f"  {name}: {one['difference']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, "
+            f"p = {one['corrected']:.2g} ({one['images']} images): {WORDS[one['verdict']]}"
+        )
+    return "\n".join(lines)
+
+
+def _sentence(found: dict[str, Any]) -> str:
     before, best = found["rows"]["before"], list(found["rows"].values())[2]
     gained = best["own"] - before["own"]
     text = f"On your own classes the model went from {before['own']:.1f} to {best['own']:.1f} % ({gained:+.1f} points)."

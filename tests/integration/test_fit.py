@@ -73,6 +73,10 @@ def test_a_fit_ends_with_a_model_and_what_it_has_kept(inputs, whole):
     assert list(found["rows"])[:2] == ["before", "paper"]
     assert {"own", "r@1", "r@5", "cka", "kept"} <= set(found["rows"]["before"])
     assert found["rows"]["before"]["cka"] == pytest.approx(1)
+    assert (
+        found["verdicts"]["paper"]["val"]["images"] == found["images"]["val"]
+        and "95 % interval" in done.stdout
+    )
     assert "broken.jpg" in (out / "rejected.tsv").read_text()
     assert "each with its reason" in done.stderr and "a tenth of the" in done.stderr
     assert "On your own classes the model went from" in done.stdout
