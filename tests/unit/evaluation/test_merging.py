@@ -340,4 +340,5 @@ def test_memory_is_that_of_one_model_however_many_runs(tmp_path):
     paths = [tmp_path / f"{name}.safetensors" for name in "oabc"]
     size, *_ = (save_large(path, 15, seed) for seed, path in enumerate(paths))
     libraries, highest = peak(STOCK_OF_THREE, *paths, tmp_path / "stock.pt")
-    assert 0.9 * size < highest - libraries < 1.3 * size  # three runs and their start would be 4 * size
+    # Sums in fp64 and the allocator take some 80 MB, whatever the model; three runs and their start would be 4 * size.
+    assert 0.9 * size < highest - libraries < 1.15 * size + 100e6
