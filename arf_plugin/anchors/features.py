@@ -4,11 +4,13 @@
 
     features/features.json           model, digest of its weights, preprocessing, dtype, D, and what was embedded
     features/pairs/NAME.parquet      of pairs/NAME.tar: key, image [D], text [D]
-    features/captions/NAME.parquet   of captions/NAME.parquet, row by row: id, text [D]
+    features/captions.parquet        of all captions, file by file, row by row: id, caption_index, text [D]
+    features/parts/                  the same by caption file, for what is done again when one of them has changed
 
-Vectors are float16 of unit norm, images preprocessed as for evaluation. A pair that cannot be decoded has no row. The
-header is written last and removed first, so features without one are not finished; it notes size and SHA-256 of each
-file that was embedded, so features of what has changed since are known as such.
+``caption_index`` counts the captions of an id. Vectors are float16 of unit norm, images preprocessed as for
+evaluation. A pair that cannot be decoded has no row. The header is written last and removed first, so features without
+one are not finished; it notes size and SHA-256 of each file that was embedded, so features of what has changed since
+are known as such.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from pydantic import Field, JsonValue
 from arf_plugin.anchors.captions import is_local
 from arf_plugin.anchors.manifest import KINDS
 from arf_plugin.anchors.mapped import MappedTable, file_stamp, mapped_file
+from arf_plugin.anchors.text_columns import digests
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.files import content_digest, digest, list_files_of, replacing, sizes_in, write_json
+from arf_plugin.files import content_digest, digest, replacing, sizes_in, write_json
 from arf_plugin.untrusted import parse_json, printable, require_regular, utf8
 from arf_plugin.validation import Strict, validated
 
-FOLDER, HEADER = "features", "features.json"
+FOLDER, HEADER, CAPTIONS = "features", "features.json", "captions.parquet"
 UPDATE = "Write them with: arf features ANCHORS --model ... --pretrained ..."
 AGAIN = "Write them again, with: arf features ANCHORS --model ... --pretrained ... --restart"
 _BATCH = 1 << 14  # rows
@@ -102,12 +105,7 @@ class CaptionFeatures(MappedTable):
     @functools.cached_property
     def index(self) -> np.ndarray:
         """int64 [n]: the how-manieth caption of its id each is."""
-        place = np.arange(len(self))
-        first = np.ones(len(self), bool)
-        first[1:] = self._digests[1:] != self._digests[:-1]
-        found = np.empty_like(place)
-        found[self._places] = place - np.maximum.accumulate(np.where(first, place, 0))
-        return found
+        return _places_within(self._digests, self._places)
 
     def get(self, sample_id: str) -> np.ndarray:
         """float16 [k, D] of a sample's captions, in the order of the set's files and their rows."""
@@ -136,7 +134,8 @@ def read_header(anchors: Path | str) -> FeatureHeader | None:
         fs, root = fsspec.core.url_to_fs(str(anchors))
         path = f"{root.rstrip('/')}/{FOLDER}/{HEADER}"
         if not fs.exists(path):
-            if any(sizes_in(fs, f"{root.rstrip('/')}/{FOLDER}/{kind}", ".parquet") for kind in KINDS):
+            beside = f"{root.rstrip('/')}/{FOLDER}"
+            if fs.exists(f"{beside}/{CAPTIONS}") or sizes_in(fs, f"{beside}/pairs", ".parquet"):
                 raise AnchorSetError(
                     f"{where} does not exist, though there are features beside it: they are not finished. Run the same "
                     "arf command (features, or anchors) again, to its end, or remove the folder."
@@ -172,7 +171,7 @@ def pair_features(
     name = f"{tar.removesuffix('.tar')}.parquet"
     vector = pa.list_(pa.float16(), header.dim)
     schema = pa.schema([("key", pa.large_string()), ("image", vector), ("text", vector)])
-    table = _read(anchors, "pairs", name, schema)
+    table = _read(anchors, f"{FOLDER}/pairs/{name}", schema)
     keys = table["key"].to_pylist()
     if len(set(keys)) < len(keys):
         double = next(key for key in keys if keys.count(key) > 1)
@@ -194,29 +193,32 @@ def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -
         AnchorSetError: there are none, or they are not what the header says: D, unit norm, a row per caption.
         CacheError: there is no place for the file.
     """
+    import fsspec
+
     header = header or _header(anchors)
     vector = pa.field("text", pa.list_(pa.float16(), header.dim))
-    schema = pa.schema([("id", pa.large_string()), vector])
+    schema = pa.schema([("id", pa.large_string()), ("caption_index", pa.int16()), vector])
+    if not header.captions:
+        raise AnchorSetError(f"{anchors} has no features of captions. {UPDATE}")
+    short = f"{FOLDER}/{CAPTIONS}"
     try:
-        fs, files = list_files_of(str(anchors), f"{FOLDER}/captions", ".parquet")
-        stamps = [[_name(path), file_stamp(fs, path)] for path in files]
+        fs, root = fsspec.core.url_to_fs(str(anchors))
+        path = f"{root.rstrip('/')}/{short}"
+        if not fs.exists(path):
+            raise AnchorSetError(f"{anchors}/{short} does not exist. {AGAIN}")
+        stamp = file_stamp(fs, path)
     except (OSError, ValueError, ImportError) as cause:
-        raise AnchorSetError(
-            f"{anchors}: the features of the captions cannot be read: {cause}. {AGAIN}"
-        ) from cause
-    if (found := {utf8(_name(path)) for path in files}) != set(header.captions):
-        raise AnchorSetError(
-            f"{anchors}/{FOLDER}/captions holds {len(found)} files; expected the {len(header.captions)} that {HEADER} "
-            f"names. {AGAIN}"
-        )
+        raise AnchorSetError(f"{anchors}/{short} cannot be read: {cause}. {AGAIN}") from cause
 
     def read() -> Iterator[pa.Table]:
-        for name in map(_name, files):
-            table = _read(anchors, "captions", name, schema)
-            _require_rows(len(table), header.captions[utf8(name)], f"{FOLDER}/captions/{name}")
-            yield table
+        rows = 0
+        for batch in _batches(anchors, short, schema):
+            rows += len(batch)
+            yield pa.Table.from_batches([batch]).select(["id", "text"])
+        if rows != header.rows("captions"):
+            raise AnchorSetError(f"{short} has {rows} rows; {HEADER} says {header.rows('captions')}. {AGAIN}")
 
-    key = digest([str(fs.protocol), files, stamps, header.model_dump()])
+    key = digest([str(fs.protocol), path, stamp, header.model_dump()])
     return CaptionFeatures(mapped_file("features", key, vector, read))
 
 
@@ -311,11 +313,6 @@ def pair_file(anchors: Path, shard: Path | str) -> Path:
     return anchors / FOLDER / "pairs" / f"{_name(shard).removesuffix('.tar')}.parquet"
 
 
-def caption_file(anchors: Path, file: Path | str) -> Path:
-    """The file with the features of a caption file."""
-    return anchors / FOLDER / "captions" / _name(file)
-
-
 def write_pair_features(anchors: Path, shard: Path | str, features: PairFeatures) -> None:
     """Writes the features of a pair tar."""
     columns = {"key": pa.array(features.keys, pa.large_string())}
@@ -323,12 +320,45 @@ def write_pair_features(anchors: Path, shard: Path | str, features: PairFeatures
     _write(pair_file(anchors, shard), columns)
 
 
-def write_caption_features(
-    anchors: Path, file: Path | str, ids: Sequence[str] | pa.ChunkedArray, text: np.ndarray
-) -> None:
-    """Writes the features [n, D] of a caption file, with the ids of its rows."""
+def write_caption_part(path: Path, ids: Sequence[str] | pa.ChunkedArray, text: np.ndarray) -> None:
+    """Writes the features [n, D] of one caption file, with the ids of its rows, for `join_caption_parts`."""
     column = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.large_string())
-    _write(caption_file(anchors, file), {"id": column, "text": _list_array(text)})
+    _write(path, {"id": column, "text": _list_array(text)})
+
+
+def join_caption_parts(anchors: Path, parts: Sequence[Path]) -> None:
+    """Writes the features of all captions, of parts in the order of the set's caption files."""
+    found = [np.zeros(0, np.uint64)]
+    for part in parts:
+        found += map(digests, pq.read_table(part, columns=["id"])["id"].cast(pa.large_string()).chunks)
+    unsorted = np.concatenate(found)
+    order = np.argsort(unsorted, kind="stable")
+    index = _places_within(unsorted[order], order).astype(np.int16)
+    with replacing(anchors / FOLDER / CAPTIONS) as temporary, temporary.open("wb") as stream:
+        writer, row = None, 0
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for batch in file.iter_batches(_BATCH):
+                    column = pa.array(index[row : row + len(batch)])
+                    row += len(batch)
+                    names = ["id", "caption_index", "text"]
+                    batch = pa.RecordBatch.from_arrays([batch["id"], column, batch["text"]], names)
+                    # Vectors hardly shrink, and are read again and again.
+                    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+                    writer = writer or pq.ParquetWriter(stream, batch.schema, **options)
+                    writer.write_batch(batch)
+        if writer is not None:
+            writer.close()
+
+
+def _places_within(sorted_digests: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """int64 [n]: the how-manieth of its digest each row is, from 0; ``places`` are the rows in the order of digests."""
+    count = np.arange(len(places))
+    first = np.ones(len(places), bool)
+    first[1:] = sorted_digests[1:] != sorted_digests[:-1]
+    found = np.empty_like(count)
+    found[places] = count - np.maximum.accumulate(np.where(first, count, 0))
+    return found
 
 
 def _write(path: Path, columns: Mapping[str, pa.Array]) -> None:
@@ -361,16 +391,19 @@ def _name(path: Path | str) -> str:
     return str(path).rsplit("/", 1)[-1]
 
 
-def _read(anchors: Path | str, kind: str, name: str, schema: pa.Schema) -> pa.Table:
-    """Reads a file of features, every value of it checked.
+def _read(anchors: Path | str, short: str, schema: pa.Schema) -> pa.Table:
+    """Reads a file of features whole; see `_batches`."""
+    return pa.Table.from_batches(list(_batches(anchors, short, schema)), schema)
+
+
+def _batches(anchors: Path | str, short: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Reads a file of features in batches, every value of it checked.
 
     Raises:
         AnchorSetError: it is missing or damaged, or holds something else.
     """
     import fsspec
 
-    short = f"{FOLDER}/{kind}/{name}"
-    batches = []
     try:
         fs, root = fsspec.core.url_to_fs(str(anchors))
         path = f"{root.rstrip('/')}/{short}"
@@ -385,13 +418,12 @@ def _read(anchors: Path | str, kind: str, name: str, schema: pa.Schema) -> pa.Ta
                     f"{', '.join(schema.names)}. {AGAIN}"
                 )
             for batch in file.iter_batches(_BATCH):
-                batches.append(_checked(batch, schema, short))
+                yield _checked(batch, schema, short)
     except FileNotFoundError:
         raise AnchorSetError(f"{anchors}/{short} does not exist. {AGAIN}") from None
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as cause:
         reason = printable(" ".join(str(cause).split()))[:300] or type(cause).__name__
         raise AnchorSetError(f"{short} is no readable parquet file: {reason}. {AGAIN}") from cause
-    return pa.Table.from_batches(batches, schema)
 
 
 def _checked(batch: pa.RecordBatch, schema: pa.Schema, short: str) -> pa.RecordBatch:

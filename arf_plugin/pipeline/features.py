@@ -16,15 +16,16 @@ import numpy as np
 
 from arf_plugin.anchors.captions import caption_batches, list_caption_files
 from arf_plugin.anchors.features import (
+    CAPTIONS,
     FOLDER,
     HEADER,
     Embedded,
     FeatureHeader,
     PairFeatures,
-    caption_file,
+    join_caption_parts,
     pair_file,
     weights_digest,
-    write_caption_features,
+    write_caption_part,
     write_header,
     write_pair_features,
 )
@@ -91,9 +92,14 @@ class FeaturesStage(Stage):
         return [_shard(index, kind, path) for index, (kind, path) in enumerate(paths)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
-        """One parquet file per shard."""
-        files = {"pairs": pair_file, "captions": caption_file}
-        return [files[shard.source.kind](self.out, shard.source.path) for shard in shards]
+        """One parquet file per shard; those of captions are joined at the end."""
+        return [
+            self._part(one.path) if one.kind == "captions" else pair_file(self.out, one.path)
+            for one in (shard.source for shard in shards)
+        ]
+
+    def _part(self, path: Path) -> Path:
+        return self.out / FOLDER / "parts" / path.name
 
     def input_digest(self, shard: Shard) -> str:
         """Content of the file."""
@@ -169,7 +175,7 @@ class FeaturesStage(Stage):
                     )
                 advance(len(texts))
         ids = pa.chunked_array([chunk for ids in tables for chunk in ids.chunks], pa.large_string())
-        write_caption_features(self.out, path, ids, vectors.all())
+        write_caption_part(self._part(path), ids, vectors.all())
         return Outcome(samples=len(ids), kept=len(ids))
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
@@ -192,9 +198,16 @@ class FeaturesStage(Stage):
                 rows=int(pq.read_metadata(path).num_rows),
             )
         remove_incomplete(self.out / FOLDER)
-        for kind in embedded:
-            for path in set(list_files(self.out / FOLDER / kind, ".parquet")) - set(artifacts):
+        for folder in (self.out / FOLDER / "pairs", self.out / FOLDER / "parts"):
+            for path in set(list_files(folder, ".parquet")) - set(artifacts):
                 path.unlink()
+        parts = [
+            path for shard, path in zip(shards, artifacts, strict=True) if shard.source.kind == "captions"
+        ]
+        if parts:
+            join_caption_parts(self.out, parts)
+        else:
+            (self.out / FOLDER / CAPTIONS).unlink(missing_ok=True)
         header = FeatureHeader(
             model=self.model.identity()["name"],
             weights_sha256=weights_digest(model.state_dict()),

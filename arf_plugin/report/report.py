@@ -221,7 +221,7 @@ def _add_notes(report: Report) -> None:
     for arm, by_average in report.slices[0].scores.items() if report.slices else ():
         measured = set.intersection(*(set(score.seeds) for score in by_average.values()))
         lacking = [str(seed) for seed in wanted if seed not in measured]
-        if lacking and arm != report.found.before:
+        if lacking and measured != {None}:  # the model before, and merged seeds, have none
             label = report.found.arms[arm].label
             report.notes.append(f"{label}: seed {', '.join(lacking)} has not been measured on every average.")
     scores = (score for one in report.slices for by in one.scores.values() for score in by.values())

@@ -20,8 +20,9 @@ from arf_plugin.anchors.features import (
     Embedded,
     FeatureHeader,
     PairFeatures,
+    join_caption_parts,
     weights_digest,
-    write_caption_features,
+    write_caption_part,
     write_header,
     write_pair_features,
 )
@@ -185,6 +186,7 @@ def write_features(anchors: Path, model: open_clip.CLIP, name: str) -> None:
     def texts(given: list[str]) -> np.ndarray:
         return model.encode_text(tokenize(given), normalize=True).half().numpy()
 
+    parts: list[Path] = []
     with torch.no_grad(), _default_dtype(dtype):
         for path in sorted(anchors.glob("pairs/*.tar")):
             pairs = list(read_pairs(str(path)))
@@ -196,8 +198,10 @@ def write_features(anchors: Path, model: open_clip.CLIP, name: str) -> None:
         for path in sorted(anchors.glob("captions/*.parquet")):
             table = pq.read_table(path)
             captions = table["caption"].to_pylist()
-            write_caption_features(anchors, path, table["id"].to_pylist(), texts(captions))
+            parts.append(anchors / "features" / "parts" / path.name)
+            write_caption_part(parts[-1], table["id"].to_pylist(), texts(captions))
             note("captions", path, len(captions))
+    join_caption_parts(anchors, parts)
     digest = weights_digest(model.state_dict())
     header = {"model": name, "weights_sha256": digest, "precision": "float32", "preprocessing": {}, "dim": 16}
     write_header(anchors, FeatureHeader(**header, **embedded))

@@ -208,7 +208,8 @@ def test_the_seeds_of_an_arm_are_merged(ablate, world, run_arf, tmp_path):
     kept = (ablate.out / "results.jsonl").read_bytes()
     assert ablate(config).stdout == printed and (ablate.out / "results.jsonl").read_bytes() == kept
     run_arf("report", ablate.out, "--out", tmp_path / "report")
-    assert "FLYP + Model Stock" in (tmp_path / "report" / "index.html").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "FLYP + Model Stock" in page and "has not been measured on every average" not in page
     plain = world.config(text=text.replace("epochs: 2", "epochs: 1").replace("merge: [stock, soup]\n", ""))
     ablate(plain)
     assert not [row for row in ablate.rows("results.jsonl") if "merge" in row]

@@ -19,10 +19,11 @@ from arf_plugin.anchors.features import (
     PairFeatures,
     caption_features,
     changes_since,
+    join_caption_parts,
     pair_features,
     read_header,
     weights_digest,
-    write_caption_features,
+    write_caption_part,
     write_header,
     write_pair_features,
 )
@@ -53,11 +54,17 @@ def header(**changes: object) -> dict[str, object]:
     }
 
 
+def write_captions(anchors: Path, *files: tuple[list[str], np.ndarray]) -> None:
+    parts = [anchors / "work" / f"{number}.parquet" for number in range(len(files))]
+    for part, (ids, vectors) in zip(parts, files, strict=True):
+        write_caption_part(part, ids, vectors)
+    join_caption_parts(anchors, parts)
+
+
 @pytest.fixture
 def anchors(tmp_path: Path) -> Path:
     write_pair_features(tmp_path, "pairs/a.tar", PairFeatures(KEYS, IMAGES, TEXTS))
-    write_caption_features(tmp_path, "b.parquet", IDS[:20], CAPTIONS[:20])
-    write_caption_features(tmp_path, "c.parquet", IDS[20:], CAPTIONS[20:])
+    write_captions(tmp_path, (IDS[:20], CAPTIONS[:20]), (IDS[20:], CAPTIONS[20:]))
     write_header(tmp_path, FeatureHeader.model_validate(header()))
     return tmp_path
 
@@ -70,6 +77,13 @@ def test_what_is_written_is_read(anchors: Path):
     captions = caption_features(anchors)
     for sample in range(10):
         np.testing.assert_array_equal(captions.get(f"s/{sample}"), CAPTIONS[3 * sample : 3 * sample + 3])
+    table = pq.read_table(anchors / "features/captions.parquet")
+    assert (
+        table.column_names == ["id", "caption_index", "text"] and str(table.schema.field(1).type) == "int16"
+    )
+    assert (
+        table["caption_index"].to_pylist() == [number % 3 for number in range(30)] == captions.index.tolist()
+    )
     places = [(captions.ids[row].as_py(), int(captions.index[row])) for row in range(30)]
     assert sorted(places) == [(f"s/{number // 3}", number % 3) for number in range(30)]
     rows = [3 * int(identity[2:]) + index for identity, index in places]
@@ -82,7 +96,7 @@ def test_captions_are_mapped_from_one_file_by_all_processes(anchors: Path):
     assert again.path == captions.path == caption_features(str(anchors)).path
     assert not any(part.flags.owndata or part.flags.writeable for part in again._parts[0])
     np.testing.assert_array_equal(again.get("s/3"), CAPTIONS[9:12])
-    write_caption_features(anchors, "c.parquet", IDS[20:], CAPTIONS[:10])
+    write_captions(anchors, (IDS[:20], CAPTIONS[:20]), (IDS[20:], CAPTIONS[:10]))
     assert caption_features(anchors).path != captions.path, "other features are another file"
 
 
@@ -171,11 +185,11 @@ def test_pairs_of_others_are_looked_at_before_they_are_believed(anchors: Path, c
     [
         (IDS[:20], unit_vectors(20, D + 8, 0), "expected fixed_size_list"),
         (IDS[:20], unit_vectors(20, D, 0) * np.float16(2), "expected unit vectors"),
-        (IDS[:19], unit_vectors(19, D, 0), "has 19 rows"),
+        (IDS[:19], unit_vectors(19, D, 0), "has 19 rows; features.json says 30"),
     ],
 )
 def test_captions_of_others(anchors: Path, ids: list[str], vectors: np.ndarray, expected: str):
-    write_caption_features(anchors, "b.parquet", ids, vectors)
+    write_captions(anchors, (ids, vectors))
     with pytest.raises(AnchorSetError, match=expected):
         caption_features(anchors)
 
@@ -193,8 +207,8 @@ def test_files_that_are_no_parquet_or_not_there(anchors: Path):
     os.mkfifo(path)
     with pytest.raises(AnchorSetError, match="expected a file"):
         pair_features(anchors, "a.tar")
-    (anchors / "features/captions/c.parquet").unlink()
-    with pytest.raises(AnchorSetError, match="holds 1 files; expected the 2"):
+    (anchors / "features/captions.parquet").unlink()
+    with pytest.raises(AnchorSetError, match=r"captions.parquet does not exist.*arf features"):
         caption_features(anchors)
 
 
