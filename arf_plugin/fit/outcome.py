@@ -219,7 +219,7 @@ def _sentence(found: dict[str, Any]) -> str:
     gained = best["own"] - before["own"]
     text = f"On your own classes the model went from {before['own']:.1f} to {best['own']:.1f} % ({gained:+.1f} points)."
     if found["forgot"] is None:
-        return f"{text} What it has forgotten was not measured: there was no pool and no --keep."
+        return f"{text} What it has forgotten was not measured: that takes --keep, or more pairs."
     forgot = found["forgot"]
     if forgot <= 0.05:
         return f"{text} It forgot nothing that was measured ({-forgot:+.1f} points)."

@@ -101,6 +101,19 @@ def test_the_same_command_has_nothing_left_to_do(inputs, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["recommended", "fast"])
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no pool"])
+def test_every_preset_trains(inputs, tmp_path, preset, pool):
+    words = command(inputs, tmp_path / "fit")
+    words[words.index("--preset") + 1] = preset
+    if not pool:
+        del words[words.index("--pool") : words.index("--preset")]
+    done = subprocess.run([*words, "--json", "--baseline"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"before", preset, "flyp"} <= set(json.loads(done.stdout)["rows"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path, stage, sign):
