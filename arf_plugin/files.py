@@ -157,6 +157,14 @@ def stat_key(path: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
+def known_stat(path: Path) -> list[int] | None:
+    """`stat_key`; None if the file is missing, or has a name that none can have."""
+    try:
+        return stat_key(path)
+    except (OSError, ValueError):
+        return None
+
+
 def content_digest(
     paths: Sequence[Path], *, trust_cache: bool = True, advance: Callable[[int], object] | None = None
 ) -> str:

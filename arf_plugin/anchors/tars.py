@@ -90,6 +90,13 @@ def local_path(url: str) -> Path:
     return Path(re.sub(r"^file:(//)?", "", url))
 
 
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file to a tar that is being written; equal content is equal bytes."""
+    info = tarfile.TarInfo(name)  # TarInfo's own defaults: owner 0, mode 0644, time 0
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
 def open_shard(url: str, error: type[ArfError] = TaskDataError) -> IO[bytes]:
     """Opens a local path, an fsspec URL or a ``pipe:`` command for reading.
 

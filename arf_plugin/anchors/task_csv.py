@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.anchors.images import image_problem
 from arf_plugin.console import progress
 from arf_plugin.errors import TaskDataError
-from arf_plugin.files import digest, read_cache, stat_key, write_cache
+from arf_plugin.files import digest, known_stat, read_cache, write_cache
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def unreadable_files(paths: Sequence[str], decode: bool) -> dict[str, str]:
     ):
         for start in range(0, len(paths), _FILES_AT_ONCE):
             some = paths[start : start + _FILES_AT_ONCE]
-            key = digest(["files-1", [[path, _stat(path)] for path in some]])
+            key = digest(["files-1", [[path, known_stat(Path(path))] for path in some]])
             found = None if decode else read_cache("files", key)
             if found is None:
                 looked = pool.map(lambda path: file_problem(path, decode), some)
@@ -91,13 +91,6 @@ def unreadable_files(paths: Sequence[str], decode: bool) -> dict[str, str]:
             problems |= {path: str(problem) for path, problem in found.items()}
             bar.update(len(some))
     return problems
-
-
-def _stat(path: str) -> list[int] | None:
-    try:
-        return stat_key(Path(path))
-    except (OSError, ValueError):
-        return None
 
 
 def file_problem(path: str, decode: bool) -> str | None:

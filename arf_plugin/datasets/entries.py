@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import TaskDataError
+from arf_plugin.evaluation.folders import SPLITS
 from arf_plugin.untrusted import require_regular
 
 # Names of columns in order of preference; compared in lower case, without signs between words.
@@ -16,11 +17,6 @@ IMAGE_COLUMNS = ("image", "img", "filepath", "filename", "path", "imagepath", "f
 CLASS_COLUMNS = ("label", "class", "classname", "labelname", "category", "target", "cls", "y")
 SPLIT_COLUMNS = ("split", "subset", "set", "partition")
 TEXT_COLUMNS = ("text", "caption", "title", "txt", "description", "prompt")
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arf_plugin.anchors.images import decode_image, size_problem
+from arf_plugin.anchors.tars import add_member
 from arf_plugin.console import progress
 from arf_plugin.datasets.entries import Entry, Listing
 from arf_plugin.datasets.forms import read_source
 from arf_plugin.errors import TaskDataError
 from arf_plugin.evaluation.folders import shortened
-from arf_plugin.files import digest, read_cache, replacing, stat_key, write_cache, write_json
+from arf_plugin.files import digest, known_stat, read_cache, replacing, write_cache, write_json
 from arf_plugin.images import map_ordered
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
@@ -159,15 +160,15 @@ class DataStage(Stage):
                     raise TaskDataError(
                         f"{sample.entry.shown} has changed since it was looked at. Run the command again."
                     )
-                _add(
+                add_member(
                     tar,
                     f"{sample.key}.{sample.looked.format or 'png'}",
                     image if sample.looked.format else _png(image),
                 )
                 if sample.label is not None:
-                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                    add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
                 if sample.entry.text:
-                    _add(tar, f"{sample.key}.txt", sample.entry.text.encode())
+                    add_member(tar, f"{sample.key}.txt", sample.entry.text.encode())
                 outcome.samples += 1
                 outcome.kept += 1
                 advance(1)
@@ -275,7 +276,7 @@ class DataStage(Stage):
         with progress("images", "images", len(found)) as bar:
             for start in range(0, len(found), _LOOKED_AT_ONCE):
                 some = found[start : start + _LOOKED_AT_ONCE]
-                stats = {entry.path: _stat(entry.path) for entry in some}
+                stats = {entry.path: known_stat(entry.path) for entry in some}
                 key = digest(["look-1", [[str(e.path), e.offset, stats[e.path]] for e in some]])
                 known = read_cache("looks", key, list)
                 if not (isinstance(known, list) and len(known) == len(some)):
@@ -311,13 +312,6 @@ def look(entry: Entry) -> Looked:
         except ValueError as cause:
             problem = str(cause)
     return Looked(hashlib.sha256(data).hexdigest(), kind, problem or "")
-
-
-def _stat(path: Path) -> list[int] | None:
-    try:
-        return stat_key(path)
-    except OSError:
-        return None
 
 
 def _class_names(listing: Listing, file: str | None, notes: list[str]) -> dict[Any, tuple[int, str]]:
@@ -449,12 +443,6 @@ def _png(data: bytes) -> bytes:
     stream = io.BytesIO()
     decode_image(data).save(stream, format="PNG")
     return stream.getvalue()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # TarInfo's own defaults: owner 0, mode 0644, time 0
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def _cell(text: str) -> str:

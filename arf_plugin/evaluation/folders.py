@@ -26,7 +26,11 @@ from arf_plugin.untrusted import printable
 # torchvision.datasets.folder.IMG_EXTENSIONS, and GIF.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".rar", ".gz", ".bz2", ".xz")
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
+SPLITS = {  # names of folders, and the split that each means
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
 
 NSHARDS = "nshards.txt"
 

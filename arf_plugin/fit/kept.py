@@ -9,7 +9,6 @@ classes; it needs no labels.
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.pairs import list_pair_shards, read_pairs
-from arf_plugin.anchors.tars import scan_samples
+from arf_plugin.anchors.tars import add_member, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.evaluation.metrics import linear_cka
 from arf_plugin.files import replacing
@@ -63,9 +62,7 @@ def set_aside(pool: Sequence[str], anchors: str | None, out: Path) -> int:
     with replacing(out) as temporary, tarfile.open(temporary, "w") as tar:
         for number, (ext, image_bytes, text_bytes) in enumerate(found.values()):
             for name, data in ((f"{number:06d}.{ext}", image_bytes), (f"{number:06d}.txt", text_bytes)):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                add_member(tar, name, data)
     return len(found)
 
 

@@ -108,13 +108,12 @@ def measure(fit: Fit, arms: list[str]) -> dict[str, Any]:
         model, preprocess, tokenizer = build(architecture, None, device)
         known = KeptPairs(tar, preprocess, tokenizer)
         start = None
-        if len(known.pairs) < FEWEST:
+        enough = len(known.pairs) >= FEWEST
+        if not enough:
             fit.say(
                 f"        {len(known.pairs)} pairs of the pool are no anchors: too few to measure what is kept"
             )
-        for key, candidate in sorted(mixtures.items(), key=lambda item: item[0][2]):
-            if len(known.pairs) < FEWEST:
-                break
+        for key, candidate in sorted(mixtures.items(), key=lambda item: item[0][2]) if enough else ():
             if key[2] == 0.0 and start is not None:
                 pairs[_name(*key)] = pairs[_name(arms[0], 0, 0.0)]
                 continue

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from arf_plugin.data.batch import Batch, OptimizerStep
+from arf_plugin.losses.features import FeatureTerm
 
 IMAGE, TEXT = "teacher_image_feature", "teacher_text_feature"  # parts of a batch, [B, D]
 
@@ -69,6 +70,7 @@ class TeacherLoss(nn.Module):
         self.base = base
         self.step = step
         self.weight = weight
+        self.term = FeatureTerm(("image_features", IMAGE), ("text_features", TEXT))
 
     def forward(
         self, output_dict: bool = False, **outputs: torch.Tensor
@@ -83,15 +85,8 @@ class TeacherLoss(nn.Module):
         if IMAGE in self.step.parts[0]:
             images = self.step.split_images(outputs["image_features"])[0]
             texts = self.step.split_texts(outputs["text_features"])[0]
-            distance = self._distance(images, IMAGE) + self._distance(texts, TEXT)
+            distance = self.term({"image_features": images, "text_features": texts}, self.step)
             losses["teacher_loss"] = self.weight * distance
         else:
             losses["teacher_loss"] = outputs["logit_scale"].new_zeros(())
         return losses if output_dict else torch.stack(list(losses.values())).sum()
-
-    @torch.compiler.disable  # the parts of a step are no inputs of what the trainer compiles
-    def _distance(self, features: torch.Tensor, part: str) -> torch.Tensor:
-        """Mean squared distance of ``[n, D]`` from the teacher's, in float32 at least."""
-        teacher = torch.cat([parts[part] for parts in self.step.parts])
-        precise = torch.promote_types(features.dtype, torch.float32)
-        return (features.to(precise) - teacher.to(precise)).square().sum(dim=-1).mean()

@@ -8,7 +8,6 @@ owner and time.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
-from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
+from arf_plugin.anchors.tars import add_member, is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.files import digest, file_digest, replacing
 from arf_plugin.pipeline.embeddings import METADATA
@@ -103,9 +102,9 @@ class PackStage(Stage):
                     outcome.kept += 1
                     key = f"{found.pair.number:09d}"
                     provenance = json.dumps(found.pair.provenance, sort_keys=True, ensure_ascii=False)
-                    _add(tar, f"{key}.{found.ext}", found.image)
-                    _add(tar, f"{key}.txt", text.encode("utf-8"))
-                    _add(tar, f"{key}.json", provenance.encode("utf-8"))
+                    add_member(tar, f"{key}.{found.ext}", found.image)
+                    add_member(tar, f"{key}.txt", text.encode("utf-8"))
+                    add_member(tar, f"{key}.json", provenance.encode("utf-8"))
         return outcome
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
@@ -259,9 +258,3 @@ def _provenance(row: dict[str, Any]) -> dict[str, Any]:
         "query_count": row["query_count"],
     }
     return known | ({"sha256": row["sha256"]} if row["sha256"] else {})
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # TarInfo's own defaults: owner 0, mode 0644, time 0
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))

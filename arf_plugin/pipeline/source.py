@@ -19,7 +19,7 @@ from arf_plugin.anchors.scan import cached_scan
 from arf_plugin.anchors.tars import Sample, is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import read_csv_ids
 from arf_plugin.errors import ArfError, PoolError, TaskDataError
-from arf_plugin.files import content_digest, digest, stat_key
+from arf_plugin.files import content_digest, digest, known_stat
 from arf_plugin.pipeline.stage import Shard
 from arf_plugin.untrusted import require_regular
 
@@ -120,7 +120,8 @@ class TarSource:
     def fingerprint(self) -> list[Any]:
         """Place, size, times and inode of every tar; of a remote one what its server says of it."""
         return [
-            [url, _state(url, _asked_once) if is_remote(url) else _stat(local_path(url))] for url in self.urls
+            [url, _state(url, _asked_once) if is_remote(url) else known_stat(local_path(url))]
+            for url in self.urls
         ]
 
     def content(self, shard: Shard) -> str:
@@ -182,7 +183,7 @@ class CsvSource:
 
     def fingerprint(self) -> list[Any]:
         """Per chunk of rows a digest of the image paths, and of each image's size, times and inode."""
-        return [digest([[path, _stat(Path(path))] for path in shard.source]) for shard in self.shards()]
+        return [digest([[path, known_stat(Path(path))] for path in shard.source]) for shard in self.shards()]
 
     def content(self, shard: Shard) -> str:
         """Digest of the image paths, which are the samples' ids, and of the contents of the images."""
@@ -222,14 +223,6 @@ def _raw(url: str, sample: Sample) -> RawSample:
         text,
         problem,
     )
-
-
-def _stat(path: Path) -> list[int] | None:
-    """What changes when a file is written again; None if it is missing."""
-    try:
-        return stat_key(path)
-    except (OSError, ValueError):
-        return None
 
 
 def _content(paths: list[Path], error: type[ArfError]) -> str:
