@@ -220,7 +220,7 @@ def _frontier(grid: str) -> str:
 
 def step() -> str:
     """Time and FLOPs of a step in units of a plain one; written by scripts/bench/step.py."""
-    found = _figures("step")["data"]
+    found = _figures("bench/step")["data"]
     header = [f"{model}, B = {each['batch size']}" for model, each in found.items()]
     costs = [each["time and FLOPs, x plain"] for each in found.values()]
     rows = [
@@ -232,7 +232,7 @@ def step() -> str:
 
 def memory() -> str:
     """Peak memory of a step; written by scripts/bench/memory.py."""
-    found = _figures("memory")
+    found = _figures("bench/memory")
     peaks = {name: min(run["peak"] for run in runs) for name, runs in found["data"].items()}
     plain, state = peaks["plain"], found["data"]["plain"][0]["state"]
     rows = [
@@ -241,6 +241,23 @@ def memory() -> str:
     ]
     what = f"{found['facts']['model']}, {found['facts']['batch']}"
     return _table([what, "peak, MB", "of plain", "of plain, without weights and state"], rows)
+
+
+def cost() -> str:
+    """What every benchmark promises and measured; written by scripts/bench/all.sh."""
+    rows = []
+    for path in sorted((ROOT / "docs" / "figures" / "bench").glob("*.json")):
+        found = _figures(f"bench/{path.stem}")
+        alike: dict[tuple[str, str], list[float]] = {}
+        for bar in found["bars"]:
+            promise = f"{'at most' if bar['at_most'] else 'at least'} {bar['bound']:.3g}"
+            alike.setdefault((bar["claim"], promise), []).append(bar["measured"])
+        for (claim, promise), measured in alike.items():
+            seen = f"{min(measured):.3g}"
+            if len(measured) > 1:
+                seen += f" to {max(measured):.3g} ({len(measured)} cases)"
+            rows.append([found["title"], claim, seen, promise, f"`{found['command']}`"])
+    return _table(["what", "figure", "measured", "promised", "command"], rows)
 
 
 def gpu() -> str:
@@ -349,6 +366,7 @@ def rewritten(text: str) -> str:
         frontier_vit,
         step,
         memory,
+        cost,
         gpu,
     )
     makers = {maker.__name__: maker for maker in tables}

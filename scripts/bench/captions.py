@@ -66,7 +66,7 @@ def main() -> int:
     bars = [
         Bar("cold start, in seconds per 5,000,000 captions", min(starts["cold start"]) / scale, 10),
         Bar("arf check, in seconds per 5,000,000 captions", min(starts["arf check"]) / scale, 30),
-        *(Bar(f"{task}: resident memory in GB", memory[task] / 1e9, 1.0) for task in TASKS),
+        *(Bar("resident memory in GB", memory[task] / 1e9, 1.0, of=task) for task in TASKS),
         Bar("private memory a worker adds, of the caption file", max(private) / file_bytes, 0.05),
         Bar("median look-up in microseconds of processor time", 1e6 * statistics.median(seconds), 10),
     ]

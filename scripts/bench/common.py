@@ -25,12 +25,14 @@ class Bar:
         measured: The figure that was measured.
         bound: The figure that is promised.
         at_most: Whether the bound is an upper one.
+        of: What it was measured on, where the same is promised of several things.
     """
 
     claim: str
     measured: float
     bound: float
     at_most: bool = True
+    of: str = ""
 
     @property
     def met(self) -> bool:
@@ -39,9 +41,8 @@ class Bar:
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
-        return (
-            f"{'met   ' if self.met else 'MISSED'} {self.claim}: {self.measured:.4g} {sign} {self.bound:.4g}"
-        )
+        name = f"{self.of}: {self.claim}" if self.of else self.claim
+        return f"{'met   ' if self.met else 'MISSED'} {name}: {self.measured:.4g} {sign} {self.bound:.4g}"
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -104,6 +105,7 @@ def report(
     if out is not None:
         content = {
             "title": title,
+            "command": _command(),
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
             "facts": facts,
             **({"data": data} if data is not None else {}),
@@ -113,3 +115,12 @@ def report(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=2, default=str) + "\n")
     return 0 if all(bar.met for bar in bars) else 1
+
+
+def _command() -> str:
+    """The command that runs, without where its JSON goes."""
+    given = sys.argv[1:]
+    if "--json" in given:
+        where = given.index("--json")
+        del given[where : where + 2]
+    return " ".join(["python", f"scripts/bench/{Path(sys.argv[0]).name}", *given])

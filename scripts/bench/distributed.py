@@ -59,16 +59,22 @@ def main() -> int:
         seconds.update({f"{name}, {world_size} processes": v for name, v in found["seconds"].items()})
         cost = paired_ratio(found["seconds"][ARF], found["seconds"]["plain"])
         bars.append(
-            Bar(f"{world_size} processes: step time of ARF / plain by the FLOPs ratio", cost / ratio, 1.1)
+            Bar(
+                "time of a step of ARF / plain, by the FLOPs ratio",
+                cost / ratio,
+                1.1,
+                of=f"{world_size} processes",
+            )
         )
         facts[f"time ratio ARF / plain, {world_size} processes"] = f"{cost:.3f}"
         if world_size > 1:
             facts.update(gathered(found, world_size))
             bars.append(
                 Bar(
-                    f"{world_size} processes: bytes gathered / minimum",
+                    "bytes gathered / minimum",
                     found["bytes"] / found["minimum"],
                     1.25,
+                    of=f"{world_size} processes",
                 )
             )
     return report("distributed: one optimizer step", seconds, bars, args.json, **facts)

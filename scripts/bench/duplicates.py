@@ -95,16 +95,23 @@ def main() -> int:
         )
     )
     bars = [
-        Bar(f"{f['rows']:,} rows, {f['kind']}: recall of planted copies", f["recall"], 0.999, at_most=False)
+        Bar(
+            f"{f['kind']}: recall of planted copies",
+            f["recall"],
+            0.999,
+            at_most=False,
+            of=f"{f['rows']:,} rows",
+        )
         for f in found
         if f["kind"] != "all pairs"
     ]
     bars += [
         Bar(
-            f"{f['rows']:,} rows: rows that index and all pairs drop alike",
+            "rows that index and all pairs drop alike",
             f["agreement"],
             0.999,
             at_most=False,
+            of=f"{f['rows']:,} rows",
         )
         for f in found
         if "agreement" in f

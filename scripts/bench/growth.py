@@ -71,7 +71,7 @@ def main() -> int:
         for stage, of_size in timed.items()
     ]
     print(markdown_table(header, lines))
-    bars = [Bar(f"{stage}: exponent", found, MOST) for stage, found in exponents.items()]
+    bars = [Bar("exponent of time", found, MOST, of=stage) for stage, found in exponents.items()]
     data = {"sizes": sizes, "seconds": timed, "exponents": exponents}
     return report("growth of each stage's time", {}, bars, args.json, data, queries=args.queries)
 

@@ -10,7 +10,7 @@ ARF has a third text for every two to tokenize, all of them in the workers of th
 one for pairs (--workers 2) the latter waits for the former at the end; with the trainer's default of four, the cores
 even that out.
 
-    python scripts/bench/loader.py --workers 4 --json runs/bench/loader.json
+    python scripts/bench/loader.py --workers 1 2 4 8 --json runs/bench/loader.json
 """
 
 from __future__ import annotations
@@ -51,11 +51,20 @@ def main() -> int:
     flags.add_argument("--shards", type=int, default=8, help="tars of each")
     flags.add_argument("--batch-size", type=int, default=64, help="B = A")
     flags.add_argument(
-        "--workers", type=int, default=4, help="loader workers in all, as --workers of the trainer"
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="loader workers in all, as --workers of the trainer",
     )
     args = flags.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    seconds: dict[str, list[float]] = {}
+    bars: list[Bar] = []
+    facts: dict[str, object] = {
+        "images": f"{args.images} of the task and {args.images} of pairs, {args.size} pixels, {args.shards} tars each"
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["ARF_CACHE_DIR"] = str(folder / "cache")
@@ -64,26 +73,29 @@ def main() -> int:
             f"{folder}/{part}/{{0000..{args.shards - 1:04d}}}.tar" for part in ("task", "anchors/pairs")
         )
         config = ArfConfig(anchors=str(folder / "anchors"))
-        ours = loader(task, args.images, args.batch_size, args.workers, config)
-        own = loader(f"{task}::{pairs}", 2 * args.images, 2 * args.batch_size, args.workers, None)
-        counts: dict[str, list[int]] = {"open_clip": [], "ARF": [], JOINED: []}
-        runs = {
-            name: epoch(own if name == "open_clip" else ours, made, name == JOINED)
-            for name, made in counts.items()
-        }
-        seconds = interleave(runs, args.rounds)
-    rates = {
-        name: [count / time for count, time in zip(counts[name][1:], times, strict=True)]
-        for name, times in seconds.items()
-    }
-    share = paired_ratio(rates["ARF"], rates["open_clip"])
-    facts = {
-        "images": f"{args.images} of the task and {args.images} of pairs, {args.size} pixels, {args.shards} tars each",
-        "workers": args.workers,
-        "images per epoch": ", ".join(f"{name} {made[-1]}" for name, made in counts.items()),
-        "images/s": ", ".join(f"{name} {statistics.median(made):.1f}" for name, made in rates.items()),
-    }
-    bars = [Bar("images/s of ARF / open_clip", share, 0.98, at_most=False)]
+        for workers in args.workers:
+            ours = loader(task, args.images, args.batch_size, workers, config)
+            own = loader(f"{task}::{pairs}", 2 * args.images, 2 * args.batch_size, workers, None)
+            counts: dict[str, list[int]] = {"open_clip": [], "ARF": [], JOINED: []}
+            runs = {
+                name: epoch(own if name == "open_clip" else ours, made, name == JOINED)
+                for name, made in counts.items()
+            }
+            taken = interleave(runs, args.rounds)
+            rates = {
+                name: [count / time for count, time in zip(counts[name][1:], times, strict=True)]
+                for name, times in taken.items()
+            }
+            of = f"{workers} worker{'s' * (workers > 1)}"
+            share = paired_ratio(rates["ARF"], rates["open_clip"])
+            bars.append(Bar("images/s of ARF / open_clip", share, 0.98, at_most=False, of=of))
+            seconds |= {f"{of}: {name}": times for name, times in taken.items()}
+            facts[f"{of}: images per epoch"] = ", ".join(
+                f"{name} {made[-1]}" for name, made in counts.items()
+            )
+            facts[f"{of}: images/s"] = ", ".join(
+                f"{name} {statistics.median(made):.1f}" for name, made in rates.items()
+            )
     return report("loader: one epoch, workers running", seconds, bars, args.json, **facts)
 
 

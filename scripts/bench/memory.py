@@ -7,7 +7,7 @@ GPU). *Weights and state* are what weights, gradients and AdamW's two moments ta
 activations, which is what B, trimming, --accum-freq and --grad-checkpointing change. B is the same in every row: with
 --accum-freq 4 there are four micro-batches of B/4.
 
-    python scripts/bench/memory.py --model ViT-B-16 --batch-size 32 --json docs/figures/memory.json
+    python scripts/bench/memory.py --model ViT-B-16 --batch-size 32 --json docs/figures/bench/memory.json
 
 writes the figures that scripts/tables.py puts into README.md.
 """
@@ -85,10 +85,10 @@ def main() -> int:
     def share(name: str, of: str) -> float:
         return (peaks[name] - state) / (peaks[of] - state)
 
-    bars = [Bar(f"activations of {trimmed} / untrimmed", share(trimmed, ARF), 1.0)]
+    bars = [Bar("activations, of untrimmed", share(trimmed, ARF), 1.0, of=trimmed)]
     for flag in ("--accum-freq 4", "--grad-checkpointing"):
         name = f"{trimmed}, {flag}"
-        bars.append(Bar(f"activations of {name} / without", share(name, trimmed), 0.5))
+        bars.append(Bar("activations, of those without", share(name, trimmed), 0.5, of=name))
     return report("memory: peak of an optimizer step", {}, bars, args.json, data=found, **facts)
 
 

@@ -63,7 +63,7 @@ def main() -> int:
             write_vectors(Path(folder) / "queries", args.queries, args.dimension, seed=1)
             if "exact" in args.backends:
                 facts[f"{name}: peak memory"], found = measure_memory(Path(folder), args)
-                bars.append(Bar(f"{name}: peak memory of the search, of --memory", found, 1.0))
+                bars.append(Bar("peak memory of exact search, of --memory", found, 1.0, of=name))
                 compare("exact", "torch", name, exact(Path(folder), args), 0.9, args, seconds, bars, facts)
             if "faiss" in args.backends:
                 compare("faiss", "faiss", name, flat(Path(folder), args), 0.95, args, seconds, bars, facts)
@@ -81,9 +81,8 @@ def compare(what, bare, name, variants, bound, args, seconds, bars, facts) -> No
     timed = interleave(variants, args.rounds)
     ours, theirs, *_ = timed.values()
     seconds |= {f"{name}: {variant}": values for variant, values in timed.items()}
-    bars.append(
-        Bar(f"{name}: {what}, of the rate of bare {bare}", paired_ratio(theirs, ours), bound, at_most=False)
-    )
+    ratio = paired_ratio(theirs, ours)
+    bars.append(Bar(f"{what} search, of the rate of bare {bare}", ratio, bound, at_most=False, of=name))
     for variant, values in timed.items():
         cost = 1e3 * statistics.median(values) / args.queries
         facts[f"{name}: {variant}, cost per query"] = f"{cost:.3f} ms"

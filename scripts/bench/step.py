@@ -8,7 +8,7 @@ AdamW's update of all weights, and filling their gradients with zeros, take the 
 FLOPs that torch counts. B has to be large enough for them not to matter: 16 with ViT-B/32, whose images are 50 tokens,
 is about what 4 is with ViT-B/16. With less, steps that are cheaper than a plain one look dearer than their FLOPs.
 
-    python scripts/bench/step.py --models ViT-B-32 ViT-B-16 --batch-size 16 4 --json docs/figures/step.json
+    python scripts/bench/step.py --models ViT-B-32 ViT-B-16 --batch-size 16 4 --json docs/figures/bench/step.json
 
 writes the figures that scripts/tables.py puts into README.md.
 """
@@ -32,6 +32,7 @@ VARIANTS = (
     Variant("ARF, A = B/4", 1 / 4),
     Variant("ARF, A = B/4, trimmed", 1 / 4, trim=True, bound=1.2),
     Variant("ARF, A = B, every 4, trimmed", 1, trim=True, every=4),
+    Variant("feature anchors, A = B/4, trimmed", 1 / 4, trim=True, pair_loss="feature", bound=1.2),
     Variant("teacher start, every 4", every=4, teacher="start", bound=1.1),
     Variant("teacher average, every 4", every=4, teacher="average", bound=1.1),
 )
@@ -73,11 +74,11 @@ def main() -> int:
         for variant in VARIANTS[1:]:
             name, (time, flops) = f"{model}: {variant.name}", cost[variant.name]
             facts[name] = f"{time:.3f} x plain, FLOPs {flops:.3f} x"
-            bars.append(Bar(f"{name} / plain, in units of the FLOPs ratio", time / flops, 1.05))
+            bars.append(Bar("time of a step / plain, by the FLOPs ratio", time / flops, 1.05, of=name))
             if variant.bound is not None:
-                bars.append(Bar(f"{name} / plain", time, variant.bound))
+                bars.append(Bar("time of a step / plain", time, variant.bound, of=name))
         speedup = paired_ratio(taken["three forwards"], taken["ARF, A = B"])
-        bars.append(Bar(f"{model}: three forwards / ARF, A = B", speedup, 1.25, at_most=False))
+        bars.append(Bar("time of three forwards / ARF, A = B", speedup, 1.25, at_most=False, of=model))
     return report("step: one optimizer step", seconds, bars, args.json, data, **facts)
 
 

@@ -44,6 +44,7 @@ class Variant:
         every: One step in so many has anchors, or the teacher.
         accum_freq: Micro-batches that B is divided into.
         checkpointing: Whether activations are computed again for the backward pass.
+        pair_loss: --arf-pair-loss; with ``feature`` there are no captions.
         teacher: --arf-teacher, or None.
         bound: Promised time, in units of plain open_clip's; None for no promise.
     """
@@ -54,6 +55,7 @@ class Variant:
     every: int = 1
     accum_freq: int = 1
     checkpointing: bool = False
+    pair_loss: str = "contrastive"
     teacher: str | None = None
     bound: float | None = None
 
@@ -139,19 +141,24 @@ class StepBench:
         """A closure that runs one optimizer step, or a cycle of ``every`` of them."""
         size = self.size // variant.accum_freq
         pairs = int(size * (variant.pairs or 0))
-        layout = BatchLayout(size, captions=bool(pairs), pairs=pairs)
+        by_feature = variant.pair_loss == "feature"
+        layout = BatchLayout(size, captions=bool(pairs) and not by_feature, pairs=pairs)
         options = self.arguments(accum_freq=variant.accum_freq)
         loss = open_clip.create_loss(options)
         parts = [self._batch(BatchLayout(size))] * variant.accum_freq
         if pairs:
-            parts = [self._batch(layout)] * variant.accum_freq + parts * (variant.every - 1)
+            cached = self._features(pairs) if by_feature else {}
+            parts = [self._batch(layout) | cached] * variant.accum_freq + parts * (variant.every - 1)
         elif variant.teacher:
             parts = parts * variant.every
         trimmer = self.trimmer if variant.trim and isinstance(self.trimmer, TextTrimmer) else None
         batches = Batches(parts, variant.accum_freq, trimmer)
         if pairs:
             build = functools.partial(open_clip.create_loss, options)
-            loss = AnchoredLoss(build, batches.step, every=variant.every)
+            weights = {"caption_weight": None, "pair_weight": 10.0} if by_feature else {}
+            loss = AnchoredLoss(
+                build, batches.step, **weights, every=variant.every, pair_loss=variant.pair_loss
+            )
         if variant.teacher:
             loss = self._add_teacher(variant, batches, loss)
         data = {"train": SimpleNamespace(dataloader=batches, set_epoch=lambda epoch: None)}
@@ -197,6 +204,12 @@ class StepBench:
         names = [name for name in TEXTS if name != "label"]
         texts = zip(names, self.texts, layout.text_sizes, strict=True)
         return {name: part[:size] for name, part, size in (*images, *texts) if size}
+
+    def _features(self, size: int) -> Batch:
+        """Cached features ``[size, D]`` of pairs, as they are read: unit vectors in fp16."""
+        dimension = open_clip.get_model_config(self.arguments().model)["embed_dim"]
+        unit = [torch.nn.functional.normalize(torch.randn(size, dimension), dim=-1).half() for _ in range(2)]
+        return dict(zip(("pair_image_feature", "pair_text_feature"), unit, strict=True))
 
     def move(self) -> None:
         """Moves the made images and texts to the device, for steps that wait for no copy."""
