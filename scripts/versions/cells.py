@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         import open_clip
 
+        from arf_plugin.cli.main import main as arf
         from arf_plugin.evaluation.checkpoints import read_weights, write_weights
         from arf_plugin.evaluation.head import Head, names_digest
 
@@ -47,11 +49,25 @@ class Bench:
         open_clip.add_model_config(self.configs)
         weights = folder / "weights.pt"
         torch.save(open_clip.create_model("tiny-vit").state_dict(), weights)
+        shutil.copytree(self.anchors, folder / "featured")
+        words = [
+            "features",
+            folder / "featured",
+            "--model",
+            "tiny-vit",
+            "--pretrained",
+            weights,
+            "--workers",
+            "0",
+        ]
+        if status := arf(list(map(str, words))):
+            raise RuntimeError(f"arf features ended with status {status}")
         classes = len(data.CLASSNAMES)
         head = Head(torch.randn(classes, 16), torch.randn(classes), names_digest(data.CLASSNAMES))
         write_weights(folder / "probe.pt", {**read_weights(weights), **head.tensors()}, "probe")
         self.files = {
             "anchors": self.anchors,
+            "featured": folder / "featured",
             "task": self.task.urls,
             "classnames": self.task.classnames,
             "templates": self.task.templates,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ANCHORED = ("Contrastive_loss", "Caption_anchor_loss", "Pair_anchor_loss")
+TAUGHT = ("Contrastive_loss", "Teacher_loss")
 
 
 class Feature(NamedTuple):
@@ -36,7 +37,11 @@ DISTILL = ("--pretrained", "{weights}", "--distill-model", "tiny-vit", "--distil
 BASICS, LOSS, PROCESSES = "Command line and data", "Loss", "Processes"
 MODEL, PRECISION, CHEAPER, BASELINES = "Model", "Precision and compilation", "Cheaper steps", "Baselines"
 RESUMABLE, WATCH = "Stop, resume, repeat", "Watch"
+REMEMBERED = "Anchors by their features, and a teacher"
 DETERMINISTIC = ("--arf-anchors", "{anchors}", "--arf-deterministic")
+
+FEATURED = ("--arf-anchors", "{featured}", "--arf-pair-loss")
+AVERAGED = ("--arf-teacher", "average", "--arf-save-average")
 
 FEATURES = (
     Feature(
@@ -95,6 +100,35 @@ FEATURES = (
             arf=("--arf-anchors", "{anchors}", f"--arf-{name}", value),
         )
         for name, value in (("trim-text", "off"), ("every", "2"))
+    ),
+    *(
+        Feature(name, title, REMEMBERED, ("--pretrained", "{weights}"), arf, terms=terms, kind=kind)
+        for name, title, arf, terms, kind in (
+            ("pair-feature", "`--arf-pair-loss feature`", (*FEATURED, "feature"), ANCHORED, "forked"),
+            ("difference", "`--arf-pair-loss difference`", (*FEATURED, "difference"), ANCHORED, "forked"),
+            (
+                "caption-feature",
+                "`--arf-caption-loss feature` too",
+                (*FEATURED, "feature", "--arf-caption-loss", "feature"),
+                ANCHORED,
+                "forked",
+            ),
+            (
+                "teacher-start",
+                "`--arf-teacher start`",
+                (*PROMPTS, "--arf-teacher", "start"),
+                TAUGHT,
+                "forked",
+            ),
+            ("teacher-average", "`--arf-teacher average`", (*PROMPTS, *AVERAGED), TAUGHT, "forked"),
+            (
+                "remembered-killed",
+                "`difference` and `average`, killed, `--resume latest`",
+                (*FEATURED, "difference", *AVERAGED, "--arf-deterministic"),
+                (*ANCHORED, "Teacher_loss"),
+                "killed",
+            ),
+        )
     ),
     Feature("flyp", "FLYP", BASELINES, arf=PROMPTS, terms=("Contrastive_loss",)),
     Feature(

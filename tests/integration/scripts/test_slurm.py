@@ -310,3 +310,23 @@ def test_preempted_training_ends_like_an_undisturbed_one(
     assert not list(train.logs.glob("*.stop"))
     assert_same_end(calm, Run(0, text, train.logs / "preempted"), epochs)
     assert steps(text) == steps(calm.output)
+
+
+def test_a_fit_that_runs_out_of_time_goes_on_and_leaves_the_same_model(cluster: Cluster, tmp_path: Path):
+    for n in range(60):
+        path = tmp_path / "images" / building.SHAPES[n % 3] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(building.drawing(n, "PNG"))
+    building.save_tiny_clip(tmp_path / "clip")
+    found = {"IMAGES": tmp_path / "images", "MODEL": f"local-dir:{tmp_path / 'clip'}"}
+    flags = ("--set", "epochs=12", "--json")
+    log = tmp_path / "stopped" / "runs" / "recommended-0" / "out.log"
+    jobs = [cluster.submit("fit.sbatch", stage_flags=flags, OUT=tmp_path / "calm", **found)]
+    cluster.wait(jobs[0], seconds=900)
+    jobs.append(cluster.submit("fit.sbatch", stage_flags=flags, OUT=tmp_path / "stopped", **found))
+    until(lambda: log.exists() and "Train Epoch: 3 " in log.read_text(), "the fourth epoch", 900)
+    cluster.run("scancel", "--signal=USR1", "--batch", jobs[1])  # as SLURM does when time is nearly up
+    (ended,) = cluster.wait(jobs[1], seconds=900)
+    assert ended["Restarts"] == "1" and "asked to stop" in log.read_text(), log.read_text()
+    best = [(tmp_path / name / "best.pt").read_bytes() for name in ("calm", "stopped")]
+    assert best[0] == best[1]
