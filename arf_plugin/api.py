@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -60,9 +60,9 @@ class AnchorSet:
 
         fs, root = fsspec.core.url_to_fs(self.path)
         path = f"{root.rstrip('/')}/{MANIFEST}"
-        if not fs.exists(path):
-            return None
-        found: dict[str, Any] = parse_json(fs.cat_file(path), f"{self.path}/{MANIFEST}", AnchorSetError)
+        found: dict[str, Any] | None = None
+        if fs.exists(path):
+            found = parse_json(fs.cat_file(path), f"{self.path}/{MANIFEST}", AnchorSetError)
         return found
 
     @functools.cached_property
@@ -116,15 +116,14 @@ class AnchorSet:
         from arf_plugin.anchors.images import decode_image
         from arf_plugin.anchors.pairs import read_pairs
 
-        for url in self.pair_shards:
-            for raw in read_pairs(url):
-                try:
-                    pair = decode_image(raw.image), raw.text.decode("utf-8")
-                except (OSError, ValueError) as cause:
-                    raise AnchorSetError(
-                        f"{url}: the pair {raw.key} cannot be read: {cause}.\nSee: arf check --full"
-                    ) from cause
-                yield pair
+        for raw in itertools.chain.from_iterable(map(read_pairs, self.pair_shards)):
+            try:
+                pair = decode_image(raw.image), raw.text.decode("utf-8")
+            except (OSError, ValueError) as cause:
+                raise AnchorSetError(
+                    f"{raw.url}: the pair {raw.key} cannot be read: {cause}.\nSee: arf check --full"
+                ) from cause
+            yield pair
 
     def pair_loader(
         self,
@@ -199,15 +198,21 @@ def build_anchors(
         FlagError: A flag that ``arf anchors`` does not know, or a value that it refuses.
         ArfError: What the stages raise.
     """
-    named: dict[str, Any] = {
-        "out": out,
-        "task_data": train_data,
-        "pool": pool,
-        "captioner": captioner,
-        "model": model,
-    }
-    named |= {"pretrained": pretrained, "no_features": not features}
-    args = _parsed("anchors", {**named, **flags})
+    from arf_plugin.cli.main import build_parser
+    from arf_plugin.flags import parsing_errors
+
+    named = {"out": out, "train_data": train_data, "pool": pool, "captioner": captioner, "model": model}
+    words: dict[str, Any] = {**named, "pretrained": pretrained, "no_features": not features, **flags}
+    argv = ["anchors"]
+    for name, value in words.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    with parsing_errors():
+        args, rest = build_parser().parse_known_args(argv)
+    if rest:
+        raise FlagError(f"arf anchors knows no {' '.join(rest)}. Its flags: arf anchors --help")
+    args.rest, args.argv = [], argv
     with contextlib.redirect_stdout(sys.stderr):
         args.run(args)
     return AnchorSet(out)
@@ -336,22 +341,3 @@ def merge(
         open_checkpoint(family.original), [open_checkpoint(path) for path in family.tuned], {Path(out): how}
     )
     return Path(out)
-
-
-def _parsed(command: str, flags: dict[str, Any]) -> argparse.Namespace:
-    """Arguments of a command of ``arf``, from keywords."""
-    from arf_plugin.cli.main import build_parser
-    from arf_plugin.flags import parsing_errors
-
-    argv = [command]
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    with parsing_errors():
-        args, rest = build_parser().parse_known_args(argv)
-    if rest:
-        raise FlagError(f"arf {command} knows no {' '.join(rest)}. Its flags: arf {command} --help")
-    args.rest, args.argv = [], argv
-    return args

@@ -14,11 +14,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.errors import ArfError, CacheError
-from arf_plugin.untrusted import parse_json, require_regular
+from arf_plugin.errors import CacheError
+from arf_plugin.untrusted import read_json
 
 TEMPORARY = ".incomplete-"
-_BLOCK = 1 << 20
 _check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
 
 
@@ -76,16 +75,7 @@ def list_files(folder: Path, suffix: str) -> list[Path]:
 
 
 def list_files_of(url: str, folder: str, suffix: str) -> tuple[Any, list[str]]:
-    """As `list_files`, for a folder of an anchor set that may be an fsspec URL.
-
-    Args:
-        url: the set.
-        folder: its part, such as ``pairs``.
-        suffix: such as ``.tar``.
-
-    Returns:
-        The set's file system, and the files' paths in it, by name.
-    """
+    """As `list_files`, for a folder of an anchor set that may be an fsspec URL: its file system, and paths in it."""
     import fsspec
 
     fs, root = fsspec.core.url_to_fs(url)
@@ -99,11 +89,8 @@ def sizes_in(fs: Any, folder: str, suffix: str) -> dict[str, int]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     sizes = {e["name"].rstrip("/"): int(e["size"] or 0) for e in entries if e["type"] != "directory"}
-    return {
-        name: size
-        for name, size in sizes.items()
-        if name.endswith(suffix) and not name.rsplit("/", 1)[-1].startswith(".")
-    }
+    hidden = {name for name in sizes if name.rsplit("/", 1)[-1].startswith(".")}
+    return {name: sizes[name] for name in sizes if name.endswith(suffix) and name not in hidden}
 
 
 def cache_folder() -> Path:
@@ -112,8 +99,7 @@ def cache_folder() -> Path:
     Raises:
         CacheError: there is neither the variable nor a home.
     """
-    given = os.environ.get("ARF_CACHE_DIR")
-    if given:
+    if given := os.environ.get("ARF_CACHE_DIR"):
         return Path(given)
     try:
         return Path.home() / ".cache" / "arf-plugin"
@@ -131,12 +117,8 @@ def read_cache(kind: str, key: str, type_: type = dict) -> Any:
         key: a digest of all that the value depends on.
         type_: type of the value.
     """
-    try:
-        path = cache_folder() / kind / f"{key[:40]}.json"
-        require_regular(path, CacheError)
-        return parse_json(path.read_bytes(), str(path), CacheError, type_)
-    except (ArfError, OSError):
-        return None
+    with contextlib.suppress(CacheError):
+        return read_json(cache_folder() / kind / f"{key[:40]}.json", CacheError, type_)
 
 
 def write_cache(kind: str, key: str, value: Any) -> None:
@@ -201,17 +183,16 @@ def remove_incomplete(folder: Path, *, all_hosts: bool = True) -> None:
     for path in folder.glob(f"{TEMPORARY}*"):
         pid, _, rest = path.name.removeprefix(TEMPORARY).partition("@")
         here = rest.startswith(f"{socket.gethostname()}@")
-        if all_hosts or (here and not (pid.isdigit() and is_alive(int(pid)))):
+        if all_hosts or (here and not (pid.isdigit() and _is_alive(int(pid)))):
             path.unlink(missing_ok=True)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, be it another user's."""
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
+    except PermissionError:  # another user's
         return True
     return True
 
@@ -233,7 +214,7 @@ def file_digest(path: Path, advance: Callable[[int], object] | None = None) -> s
     """Returns the SHA-256 of a file in hexadecimal, from its bytes and never from a cache."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(1 << 20):
             sha.update(block)
             if advance is not None:
                 advance(len(block))

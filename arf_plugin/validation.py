@@ -28,10 +28,8 @@ Location = tuple[int | str, ...]  # keys and indices from the root to a value
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
-Listed = Annotated[
-    tuple[T, ...], Field(strict=False)
-]  # JSON and YAML have lists, a frozen model holds tuples
-LONGEST_MESSAGE = 600  # characters of what a file may say in an error
+Listed = Annotated[tuple[T, ...], Field(strict=False)]  # JSON and YAML have lists, a frozen model tuples
+_LONGEST_MESSAGE = 600  # characters of what a file may say in an error
 
 _EXPECTED = {
     "int": "a whole number",
@@ -39,10 +37,8 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "string": "a text",
     "bool": "true or false",
-    "dict": "a mapping (key: value)",
-    "model": "a mapping (key: value)",
-    "list": "a list",
-    "tuple": "a list",
+    **dict.fromkeys(("dict", "model"), "a mapping (key: value)"),
+    **dict.fromkeys(("list", "tuple"), "a list"),
 }
 _BOUNDS = {
     "greater_than": ("gt", "a number above"),
@@ -87,28 +83,20 @@ def validated(
     try:
         return model.model_validate(value)
     except ValidationError as cause:
-        raise explained(cause, model, where, error, advice, locate) from None
-
-
-def explained(
-    cause: ValidationError,
-    model: type[BaseModel],
-    where: str,
-    error: type[ArfError],
-    advice: str = "",
-    locate: Callable[[Location], str] | None = None,
-) -> ArfError:
-    """The error for a ValidationError; see :func:`validated`."""
-    found = cause.errors(include_url=False)
+        found = cause.errors(include_url=False)
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     location = tuple(step for step in first["loc"] if step != "[key]")
     message = _message(first, location, model)
     if first["type"] == "missing":
         location = location[:-1]
-    place = locate(location) if locate is not None else where
+    text = placed(where if locate is None else locate(location), location, message)
+    raise error(f"{text} {printable(advice)}" if advice else text)
+
+
+def placed(place: str, location: Location, message: str) -> str:
+    """A message after the place of what it is about, such as ``grid.yaml, line 12, arms[2].flags.lr: ...``."""
     dotted = dotted_path(location)
-    text = f"{place}{f', {dotted}' if dotted else ''}"[:300] + f": {message}"[:LONGEST_MESSAGE]
-    return error(printable(text + (f" {advice}" if advice else "")))
+    return printable(f"{place}{f', {dotted}' if dotted else ''}"[:300] + f": {message}"[:_LONGEST_MESSAGE])
 
 
 def dotted_path(location: Location) -> str:
@@ -150,9 +138,8 @@ def _message(found: ErrorDetails, location: Location, model: type[BaseModel]) ->
         return str(context["error"])
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        number = (
-            f"{context['actual_length']} of them" if "actual_length" in context else shown(value).strip("'")
-        )
+        length = context.get("actual_length")
+        number = shown(value).strip("'") if length is None else f"{length} of them"
         return f"found {number}, expected {words} {context[bound]}."
     expected = _EXPECTED.get(kind) or _EXPECTED.get(kind.partition("_")[0])
     if expected is None:

@@ -19,51 +19,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from arf_plugin.safe_loading import safe_loading
-
 if TYPE_CHECKING:
     import torch
 
-_STATISTICS = (
-    "running_mean",
-    "running_var",
-)  # of BatchNorm: buffers, as much part of the model as its weights
+# Of BatchNorm: buffers, as much part of the model as its weights.
+_STATISTICS = ("running_mean", "running_var")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
 
 
 class Loaded:
-    """The weights that were written from files."""
+    """The weights that were written from files, as (the module that owns it, its name there)."""
 
     def __init__(self) -> None:
-        self._names: dict[int, set[str]] = {}
-        self._owners: list[torch.nn.Module] = []  # keeps them, and so their ids
-
-    def add(self, owner: torch.nn.Module, name: str) -> None:
-        """Notes a weight of a module itself, not of one below it."""
-        if id(owner) not in self._names:
-            self._owners.append(owner)
-        self._names.setdefault(id(owner), set()).add(name)
+        self._written: set[tuple[torch.nn.Module, str]] = set()  # modules are told apart by identity
 
     def add_all(self, model: torch.nn.Module, but: Sequence[str] = ()) -> None:
         """Notes all weights of a model except some."""
-        for name, owner, own, _ in _weights(model):
-            if name not in but:
-                self.add(owner, own)
+        self._written |= {(owner, own) for name, owner, own, _ in _weights(model) if name not in but}
 
     def random_parts(self, model: torch.nn.Module) -> list[str]:
         """Names of the model's weights that no file has given a value."""
-        loaded = {id(t) for _, owner, own, t in _weights(model) if own in self._names.get(id(owner), ())}
+        loaded = {id(t) for _, owner, own, t in _weights(model) if (owner, own) in self._written}
         # One may have two names.
         return [name for name, _, _, tensor in _weights(model) if id(tensor) not in loaded]
 
     def around(self, load: Callable[..., Any], model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Calls a function that loads weights into a model, and notes those that it has written."""
-        before = {(id(owner), own): (t, t._version) for _, owner, own, t in _weights(model)}
+        before = {(owner, own): (t, t._version) for _, owner, own, t in _weights(model)}
         result = load(model, *args, **kwargs)
         for _, owner, own, tensor in _weights(model):
-            old, version = before.get((id(owner), own), (None, 0))
+            old, version = before.get((owner, own), (None, 0))
             if tensor is not old or tensor._version != version:
-                self.add(owner, own)
+                self._written.add((owner, own))
         return result
 
 
@@ -92,14 +79,14 @@ def watching() -> Iterator[Loaded]:
         return wrapped
 
     with ExitStack() as stack:
-        enter = stack.enter_context
-        enter(patch.object(torch.nn.Module, "load_state_dict", watched(torch.nn.Module.load_state_dict)))
-        # Some formats are copied tensor by tensor.
-        enter(patch.object(open_clip.factory, "load_checkpoint", watched(open_clip.factory.load_checkpoint)))
+        # Some formats are copied tensor by tensor, by open_clip.
+        for owner, name in ((torch.nn.Module, "load_state_dict"), (open_clip.factory, "load_checkpoint")):
+            stack.enter_context(patch.object(owner, name, watched(getattr(owner, name))))
         transformers = sys.modules.get("transformers")
         if transformers is not None:  # it is there before open_clip can build a text tower of it
             original = transformers.PreTrainedModel.__dict__["from_pretrained"]
-            enter(patch.object(transformers.PreTrainedModel, "from_pretrained", _telling(original, loaded)))
+            told = _telling(original, loaded)
+            stack.enter_context(patch.object(transformers.PreTrainedModel, "from_pretrained", told))
         yield loaded
 
 
@@ -125,6 +112,3 @@ def missing_weights(info: dict[str, Any]) -> list[str]:
 def has_weights(folder: Path) -> bool:
     """Whether a folder has a file that open_clip would take for its weights."""
     return any(path.suffix in WEIGHT_SUFFIXES and path.is_file() for path in folder.iterdir())
-
-
-tensors_only = safe_loading  # its former name, which the stages still use

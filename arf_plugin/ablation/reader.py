@@ -15,8 +15,7 @@ from typing import Any
 from arf_plugin.ablation.config import Arm, Grid, merge
 from arf_plugin.errors import GridError
 from arf_plugin.plain_yaml import compose
-from arf_plugin.untrusted import printable
-from arf_plugin.validation import LONGEST_MESSAGE, Location, dotted_path, shown, validated
+from arf_plugin.validation import Location, placed, shown, validated
 
 CONFIGS = Path(__file__).parent / "configs"
 LARGEST_TEXT = 1 << 20  # characters, variables filled in
@@ -302,7 +301,4 @@ class _Reader:
 
 
 def _error(place: str, location: Location, message: str) -> GridError:
-    path = dotted_path(location)
-    return GridError(
-        printable(f"{place}{f', {path}' if path else ''}"[:300] + f": {message}"[:LONGEST_MESSAGE])
-    )
+    return GridError(placed(place, location, message))

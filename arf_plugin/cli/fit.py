@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from typing import Any
 
@@ -32,39 +33,29 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         EXAMPLES,
     )
     add = parser.add_argument
-    add(
-        "images",
-        nargs="?",
-        metavar="IMAGES",
-        help="any form that arf data reads: class folders, CSV, parquet, tars ...",
-    )
-    add("--config", metavar="FILE", help="YAML with the same names; flags win")
-    add("--out", metavar="DIR", help="folder of all that is made (default: fit)")
-    add(
-        "--model",
-        metavar="M",
-        help="NAME@PRETRAINED, local-dir:FOLDER, hf-hub:NAME, or a checkpoint with --arch",
-    )
-    add("--arch", metavar="NAME", help="open_clip's name of the architecture of a checkpoint")
-    add(
-        "--pool",
-        metavar="DATA",
-        help="image-text data for pair anchors: tars, or any form of arf data --pool; none",
-    )
-    add("--captioner", metavar="NAME", help="captioner for caption anchors; none (default)")
-    add("--captioner-prompt", metavar="TEXT", help="what the captioner is asked")
-    add("--classnames", metavar="FILE", help="class names, one per line")
+    images = "any form that arf data reads: class folders, CSV, parquet, tars ..."
+    add("images", nargs="?", metavar="IMAGES", help=images)
+    for flag, metavar, text in (
+        ("--config", "FILE", "YAML with the same names; flags win"),
+        ("--out", "DIR", "folder of all that is made (default: fit)"),
+        ("--model", "M", "NAME@PRETRAINED, local-dir:FOLDER, hf-hub:NAME, or a checkpoint with --arch"),
+        ("--arch", "NAME", "open_clip's name of the architecture of a checkpoint"),
+        ("--pool", "DATA", "image-text data for pair anchors: tars, or any form of arf data --pool; none"),
+        ("--captioner", "NAME", "captioner for caption anchors; none (default)"),
+        ("--captioner-prompt", "TEXT", "what the captioner is asked"),
+        ("--classnames", "FILE", "class names, one per line"),
+        ("--time", "TIME", "as many epochs as fit into it, such as 30m"),
+        ("--device", "D", "auto (default), cpu, cuda"),
+    ):
+        add(flag, metavar=metavar, help=text)
     add("--val", type=float, metavar="PART", help="part of each class for validation (default: 0.15)")
     add("--keep", nargs="+", metavar="FOLDER", help="evaluation sets whose accuracy is to be kept")
     add("--preset", choices=("recommended", "paper", "fast"), help="which loss terms (default: recommended)")
-    add(
-        "--baseline", action="store_true", default=None, help="fine-tune with class prompts alone, too (FLYP)"
-    )
+    flyp = "fine-tune with class prompts alone, too (FLYP)"
+    add("--baseline", action="store_true", default=None, help=flyp)
     add("--seeds", type=int, metavar="N", help="runs of each (default: 1)")
     add("--max-forget", type=float, metavar="POINTS", help="end with status 3 if more is lost")
-    add("--time", metavar="TIME", help="as many epochs as fit into it, such as 30m")
     add("--set", action="append", metavar="FLAG=VALUE", help="any flag of the trainer; may be repeated")
-    add("--device", metavar="D", help="auto (default), cpu, cuda")
     add("--dry-run", action="store_true", help="print the plan and stop")
     add("--json", action="store_true", help="print results as JSON")
     add("--quiet", action="store_true", help="print the result alone")
@@ -74,7 +65,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Runs the fit."""
     from arf_plugin.errors import FitError
-    from arf_plugin.fit.outcome import as_json, table, verdict
+    from arf_plugin.fit.outcome import table, verdict
     from arf_plugin.fit.run import Fit, Interrupted
     from arf_plugin.fit.settings import FitSettings, overrides_of
     from arf_plugin.untrusted import printable
@@ -100,14 +91,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"arf fit: interrupted; this goes on: {again}", file=sys.stderr)
         return 130
     if args.json:
-        print(as_json(found))
+        print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print(
-            printable(
-                f"\n{table(found)}\n\n{verdict(found)}\nThe model: local-dir:{fit.out / 'best'} ({fit.out / 'best.pt'})"
-            )
-        )
-        print(printable(f"All of it: {fit.out / 'report' / 'index.html'}"))
+        model = f"The model: local-dir:{fit.out / 'best'} ({fit.out / 'best.pt'})"
+        page = f"All of it: {fit.out / 'report' / 'index.html'}"
+        print(printable(f"\n{table(found)}\n\n{verdict(found)}\n{model}\n{page}"))
     forgot = found["forgot"]
     return 3 if settings.max_forget is not None and forgot is not None and forgot > settings.max_forget else 0
 

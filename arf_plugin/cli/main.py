@@ -68,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The process's exit status: 0 when all went well, 1 for an ArfError, 2 for wrong arguments.
     """
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # names of files and captions hold what a console's encoding may lack
+    for stream in (sys.stdout, sys.stderr):  # names and captions hold what a console's encoding may lack
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 from arf_plugin.errors import FitError
 
@@ -41,23 +42,8 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Value:
-    """A hyper-parameter: the flag of the trainer, what it is set to, and why."""
-
-    flag: str
-    value: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Machine:
-    """What trains.
-
-    Attributes:
-        gpus: CUDA devices.
-        memory: Bytes of the smallest of them; 0 without.
-        cores: CPU cores.
-    """
+    """What trains: CUDA devices, bytes of the smallest of them (0 without), and CPU cores."""
 
     gpus: int
     memory: int
@@ -66,8 +52,6 @@ class Machine:
     @classmethod
     def here(cls, device: str) -> Machine:
         """This machine, as far as it is to be used."""
-        import os
-
         import torch
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -80,7 +64,7 @@ class Machine:
 def recipe(
     *, parameters: int, pixels: int, samples: int, shards: int, preset: str, pairs: bool, machine: Machine,
     epochs: int | None = None,
-) -> list[Value]:  # fmt: skip
+) -> dict[str, tuple[str, str]]:  # fmt: skip
     """Chooses the trainer's flags.
 
     Args:
@@ -93,6 +77,9 @@ def recipe(
         machine: What trains.
         epochs: Passes over the data, if that is decided.
 
+    Returns:
+        By flag, its value and why.
+
     Raises:
         FitError: There are too few images for a batch.
     """
@@ -100,8 +87,7 @@ def recipe(
         raise FitError(f"There are {samples} images to train on. Expected at least a few per class.")
     processes = max(1, machine.gpus)
     # A step of the trainer needs a full batch; four in an epoch leave little of the data unseen.
-    wanted = min(BATCH, max(2, samples // 4))
-    micro = max(1, wanted // processes)
+    micro = max(1, min(BATCH, max(2, samples // 4)) // processes)
     if machine.gpus:
         # Weights, gradients and AdamW's two moments, and activations of a tower in mixed precision; ours, cautious.
         per_image = 6e6 * (parameters / 150e6) ** 0.5 * (pixels / 224) ** 2 * 4
@@ -120,28 +106,24 @@ def recipe(
         epochs = min(MOST_EPOCHS, max(10, math.ceil(STEPS / per_epoch)))
     steps = epochs * per_epoch
     rate, whose = next((rate, whose) for bound, rate, whose in RATES if parameters <= bound)
-    lr = rate * math.sqrt(total / BATCH)
-    lr = float(f"{lr:.2g}")
-    warmup = min(500, max(1, steps // 10))
     workers = max(0, min(4, machine.cores // processes - 1, shards // processes))
     scaled = "" if total == BATCH else f", times sqrt({total}/{BATCH}) for batches of {total}"
     length = f"{per_epoch} steps each, {steps} in all (at least {STEPS} steps, at most {MOST_EPOCHS} passes)"
-    values = [
-        Value("--lr", f"{lr:g}", f"{whose}: {rate:g} at batches of {BATCH}{scaled}"),
-        Value("--warmup", str(warmup), f"a tenth of the {steps} steps, at most 500"),
-        Value("--wd", "0.1", "FLYP's"),
-        Value("--epochs", str(epochs), length),
-        Value("--batch-size", str(held), f"of {samples} images, at least 4 steps an epoch; {why}"),
-        Value("--workers", str(workers), f"{machine.cores} cores, {shards} shards"),
-    ]  # fmt: skip
+    values = {
+        "--lr": (
+            f"{rate * math.sqrt(total / BATCH):.2g}",
+            f"{whose}: {rate:g} at batches of {BATCH}{scaled}",
+        ),
+        "--warmup": (str(min(500, max(1, steps // 10))), f"a tenth of the {steps} steps, at most 500"),
+        "--wd": ("0.1", "FLYP's"),
+        "--epochs": (str(epochs), length),
+        "--batch-size": (str(held), f"of {samples} images, at least 4 steps an epoch; {why}"),
+        "--workers": (str(workers), f"{machine.cores} cores, {shards} shards"),
+    }
     if accumulate > 1:
-        values.append(
-            Value("--accum-freq", str(accumulate), f"{total} images a step in micro-batches of {held}")
-        )
+        values["--accum-freq"] = (str(accumulate), f"{total} images a step in micro-batches of {held}")
     if machine.gpus:
-        values.append(
-            Value("--precision", "amp_bf16", "GPUs since 2020 have it, and it needs no loss scaling")
-        )
+        values["--precision"] = ("amp_bf16", "GPUs since 2020 have it, and it needs no loss scaling")
     if pairs and preset != "paper":
-        values.append(Value("--arf-pair-batch-size", str(max(1, held // 4)), "a quarter of the task images"))
+        values["--arf-pair-batch-size"] = (str(max(1, held // 4)), "a quarter of the task images")
     return values

@@ -6,36 +6,36 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from arf_plugin.errors import FitError
 from arf_plugin.validation import Strict
 
-PRESETS = ("recommended", "paper", "fast")
 NONE = "none"
 
 
-class FitSettings(Strict):
-    """Settings of a fit.
+def seconds(text: str) -> float:
+    """Seconds of a time such as ``30m``, ``2h``, ``90s`` or ``1h30m``.
 
-    Attributes:
-        images: What to fine-tune on; any form that `arf data` reads.
-        model: ``NAME@PRETRAINED``, ``local-dir:FOLDER``, ``hf-hub:NAME``, or a checkpoint file beside `arch`.
-        out: Folder of everything that is made.
-        arch: open_clip's name of the architecture of a checkpoint file.
-        pool: Image-text data for pair anchors: tars, or any form of `arf data --pool`; ``none``.
-        captioner: Captioner for caption anchors; ``none``.
-        captioner_prompt: What it is asked; its own default if None.
-        classnames: File of class names.
-        val: Part of each class for validation, if the images have no validation split.
-        keep: Folders of evaluation sets whose accuracy is to be kept.
-        preset: Which loss terms, see :mod:`arf_plugin.fit.recipe`.
-        baseline: Fine-tune with class prompts alone (FLYP), too.
-        seeds: Number of runs.
-        max_forget: Points of kept ability that may be lost; more ends with status 3.
-        time: Time for training, such as ``30m``: sets the number of epochs.
-        set: Flags of the trainer by name, which win over what would be chosen.
-        device: ``auto``, ``cpu``, ``cuda``.
+    Raises:
+        ValueError: It is none.
+    """
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
+    if not text.strip() or parts is None:
+        raise ValueError(f"{text!r} is no time. Expected 30m, 2h, 90s or 1h30m.")
+    return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+
+
+def _is_time(text: str) -> str:
+    seconds(text)
+    return text
+
+
+class FitSettings(Strict):
+    """Settings of a fit; ``arf fit --help`` says what each means.
+
+    ``model`` is ``NAME@PRETRAINED``, ``local-dir:FOLDER``, ``hf-hub:NAME``, or a checkpoint file beside ``arch``;
+    ``set`` holds flags of the trainer by name, which win over what would be chosen.
     """
 
     images: str
@@ -52,16 +52,9 @@ class FitSettings(Strict):
     baseline: bool = False
     seeds: Annotated[int, Field(ge=1)] = 1
     max_forget: Annotated[float, Field(ge=0)] | None = None
-    time: str | None = None
+    time: Annotated[str, AfterValidator(_is_time)] | None = None
     set: dict[str, str | int | float | bool] = Field(default={})
     device: str = "auto"
-
-    @field_validator("time")
-    @classmethod
-    def _is_time(cls, value: str | None) -> str | None:
-        if value is not None:
-            seconds(value)
-        return value
 
     def start(self) -> list[str]:
         """The flags of the starting model, which the trainer and all commands share.
@@ -90,26 +83,18 @@ class FitSettings(Strict):
         """open_clip's name of the model, which checkpoints are loaded into."""
         return self.start()[1]
 
+    @property
+    def own_flags(self) -> dict[str, Any]:
+        """What `set` holds, by flag, such as ``{"--batch-size": 8}``."""
+        return {f"--{name.lstrip('-').replace('_', '-')}": value for name, value in self.set.items()}
+
     def overrides(self) -> list[str]:
         """The flags of `set`, as the trainer takes them."""
         flags: list[str] = []
-        for name, value in self.set.items():
-            flag = name if name.startswith("--") else f"--{name.replace('_', '-')}"
+        for flag, value in self.own_flags.items():
             if value is not False:
                 flags += [flag] if value is True else [flag, str(value)]
         return flags
-
-
-def seconds(text: str) -> float:
-    """Seconds of a time such as ``30m``, ``2h``, ``90s`` or ``1h30m``.
-
-    Raises:
-        ValueError: It is none.
-    """
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    if not text.strip() or parts is None:
-        raise ValueError(f"{text!r} is no time. Expected 30m, 2h, 90s or 1h30m.")
-    return sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
 
 
 def overrides_of(given: list[str]) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""What a user sets is what the trainer gets, however it is spelt; and a hub's model is found where open_clip put it."""
+
+from __future__ import annotations
+
+import pytest
+
+from arf_plugin.fit import outcome
+from arf_plugin.fit.run import Fit
+from arf_plugin.fit.settings import FitSettings, overrides_of, seconds
+
+
+@pytest.mark.parametrize("name", ["batch-size", "batch_size", "--batch-size"])
+def test_a_flag_of_ones_own_wins_however_it_is_spelt(tmp_path, name):
+    own = FitSettings(images="x", model="M@t", out=str(tmp_path), set={name: 8, "siglip": True, "no": False})
+    assert own.overrides() == ["--batch-size", "8", "--siglip"]
+    fit = Fit(own)
+    assert fit._setting("--batch-size", {"--epochs": ("2", "why")}) == "8"
+    assert fit._setting("--epochs", {"--epochs": ("2", "why")}) == "2"
+
+
+def test_set_on_the_command_line():
+    assert overrides_of(["lr=1e-5", "--force-quick-gelu"]) == {"lr": "1e-5", "force_quick_gelu": True}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("0.5h", 1800)])
+def test_times(text, expected):
+    assert seconds(text) == expected
+
+
+def test_the_weights_of_a_hubs_model_are_those_that_were_fetched(tmp_path, monkeypatch):
+    hub = tmp_path / "hub" / "models--some--clip"
+    folder = hub / "snapshots" / "1"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("1")
+    folder.mkdir(parents=True)
+    (folder / "open_clip_model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert outcome._original("hf-hub:some/clip") == folder / "open_clip_model.safetensors"
