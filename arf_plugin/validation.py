@@ -94,19 +94,14 @@ def validated(
 
 
 def placed(place: str, location: Location, message: str) -> str:
-    """A message after the place of what it is about, such as ``grid.yaml, line 12, arms[2].flags.lr: ...``."""
-    dotted = dotted_path(location)
-    return printable(f"{place}{f', {dotted}' if dotted else ''}"[:300] + f": {message}"[:_LONGEST_MESSAGE])
+    """A message after the place of what it is about.
 
-
-def dotted_path(location: Location) -> str:
-    """The path of a value.
-
-    >>> dotted_path(("arms", 2, "flags", "lr"))
-    'arms[2].flags.lr'
+    >>> placed("grid.yaml, line 12", ("arms", 2, "flags", "lr"), "found a list.")
+    'grid.yaml, line 12, arms[2].flags.lr: found a list.'
     """
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:80]}" for step in location)
-    return path.removeprefix(".")
+    dotted = path.removeprefix(".")
+    return printable(f"{place}{f', {dotted}' if dotted else ''}"[:300] + f": {message}"[:_LONGEST_MESSAGE])
 
 
 def shown(value: object) -> str:
