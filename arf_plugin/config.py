@@ -29,6 +29,8 @@ def resolve(args: TrainerArgs) -> ArfConfig:
     fields = dataclasses.fields(ArfConfig)
     values = {field.name: getattr(args, f"arf_{field.name}", None) for field in fields}
     given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+    if given.get("anchors") == "":
+        raise FlagError("--arf-anchors is empty; expected the folder or URL of an anchor set.")
     for whole, parts, then in (
         (
             "anchors",
@@ -40,8 +42,6 @@ def resolve(args: TrainerArgs) -> ArfConfig:
     ):
         if whole not in given and (stray := [spelling(part) for part in parts if part in given]):
             raise FlagError(f"{', '.join(stray)} given without {spelling(whole)}.\n{then}")
-    if given.get("anchors") == "":
-        raise FlagError("--arf-anchors is empty; expected the folder or URL of an anchor set.")
     if "templates" in given and "classnames" not in given:
         raise FlagError(
             "--arf-templates given without --arf-classnames: templates need class names to fill in."

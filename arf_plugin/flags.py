@@ -98,41 +98,24 @@ def number_type(
     return parse
 
 
-_weight = ("W", number_type(float, lambda value: 0 <= value < float("inf"), "a finite number >= 0"))
-_part = (
-    "PART",
-    number_type(float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)"),
+def _number(metavar: str, kind: Any, allows: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+    return {"metavar": metavar, "type": number_type(kind, allows, expected)}
+
+
+# What a flag takes, as `add_argument` is told.
+_weight = _number("W", float, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
+_part = _number("PART", float, lambda value: 0 < value <= 1, "a part, above 0 and up to 1 (0.1 is a tenth)")
+_count = _number("N", int, lambda value: value >= 0, "a whole number >= 0")
+_steps = _number("N", int, lambda value: value >= 1, "a whole number of steps >= 1")
+_batch = _number(
+    "A", int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"
 )
-_count = ("N", number_type(int, lambda value: value >= 0, "a whole number >= 0"))
-_steps = ("N", number_type(int, lambda value: value >= 1, "a whole number of steps >= 1"))
-_batch = (
-    "A",
-    number_type(int, lambda value: value >= 1, "a whole number >= 1 (to drop pairs: --arf-pair-weight 0)"),
-)
+_switch, _file = {"action": "store_true"}, {"metavar": "FILE"}
 
 
-def _flag(group: str, default: Any, takes: Any, text: str, needs_anchors: bool = False) -> Any:
-    """A field of `ArfConfig`, and the flag that sets it.
-
-    Args:
-        group: title of the flag's group.
-        default: value of the field where the flag is not given.
-        takes: its placeholder in the help, alone or with the type of its value; or a tuple of choices; or None for a
-            flag without a value.
-        text: its help.
-        needs_anchors: whether it means nothing without an anchor set.
-    """
-    if takes is None:
-        options: dict[str, Any] = {"action": "store_true"}
-    elif isinstance(takes, str):
-        options = {"metavar": takes}
-    elif callable(takes[1]):
-        options = {"metavar": takes[0], "type": takes[1]}
-    else:
-        options = {"choices": takes}
-    if isinstance(default, tuple):
-        options["nargs"] = "+"
-    metadata = {"group": group, "needs_anchors": needs_anchors, "options": {**options, "help": text}}
+def _flag(group: str, default: Any, takes: dict[str, Any], text: str, needs_anchors: bool = False) -> Any:
+    """A field of `ArfConfig`, and the flag that sets it; some mean nothing without an anchor set."""
+    metadata = {"group": group, "needs_anchors": needs_anchors, "options": {**takes, "help": text}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -146,7 +129,7 @@ _watch, _baseline = functools.partial(_flag, WATCH), functools.partial(_flag, BA
 class ArfConfig:
     """What the user asked for, with defaults filled in; the help of each flag says what its field is."""
 
-    anchors: str | None = _arf(None, "PATH", "Anchor set (folder or fsspec URL); turns ARF on.")
+    anchors: str | None = _arf(None, {"metavar": "PATH"}, "Anchor set (folder or fsspec URL); turns ARF on.")
     caption_weight: float = _anchors(
         None,
         _weight,
@@ -161,13 +144,13 @@ class ArfConfig:
     )
     caption_loss: str = _anchors(
         "contrastive",
-        ("contrastive", "feature"),
+        {"choices": ("contrastive", "feature")},
         "What holds captions: the contrastive loss with their images, as in the paper; or 'feature', the features that "
         "the starting model gives them, kept in the anchor set (default: contrastive).",
     )
     pair_loss: str = _anchors(
         "contrastive",
-        ("contrastive", "feature", "difference"),
+        {"choices": ("contrastive", "feature", "difference")},
         "What holds pairs: the contrastive loss; 'feature', the starting model's features of image and text, kept in "
         "the anchor set; 'difference', that all features move alike (DiVE, Suzuki et al. 2025) (default: contrastive).",
     )
@@ -185,41 +168,41 @@ class ArfConfig:
     )
     missing_caption: str = _anchors(
         "error",
-        ("error", "prompt"),
+        {"choices": ("error", "prompt")},
         "A task sample without a caption: stop, or use its class prompt (default: error).",
     )
     random_weights: bool = _arf(
         False,
-        None,
+        _switch,
         "Train with anchors or a teacher although weights of the model come from no file. Without it that is an error: "
         "a forgotten or misspelt --pretrained trains a model that there is nothing to keep of.",
     )
     classnames: str | None = _arf(
         None,
-        "FILE",
+        _file,
         "Class names, one per line, or 'imagenet': builds class prompts from each sample's `cls`.",
     )
     templates: str | None = _arf(
         None,
-        "FILE",
+        _file,
         "Prompt templates, one per line with {c} for the class name, or 'imagenet' (OpenAI's list, the default with "
         "--arf-classnames). One random template per sample.",
     )
     trim_text: str = _arf(
         "auto",
-        ("auto", "off"),
+        {"choices": ("auto", "off")},
         "Cut each batch's texts to the longest one. 'auto' does so for towers where features and gradients stay the "
         "same, which are CLIP's own: causal, pooled at the end of the text (default: auto with anchors or class "
         "prompts).",
     )
     freeze_bn: bool = _arf(
         False,
-        None,
+        _switch,
         "Keep BatchNorm layers on their pretrained statistics, which makes ARF exact for towers with them.",
     )
     teacher: str | None = _teacher(
         None,
-        ("start", "average"),
+        {"choices": ("start", "average")},
         "The teacher: the starting model, or the average of the weights of all steps so far, as TRACER weighs them "
         "(Asadollahzadeh et al. 2026); adds mean(|f - f_T|^2 + |g - g_T|^2) over task images and their texts.",
     )
@@ -234,14 +217,14 @@ class ArfConfig:
     )
     save_average: bool = _teacher(
         False,
-        None,
+        _switch,
         "Save the averaged weights as average_E.pt beside each epoch_E.pt: a checkpoint for --pretrained, `arf "
         "evaluate` and `arf interpolate`. On by itself in runs that are deterministic or save step checkpoints, since "
         "a run that goes on from epoch_E.pt needs it.",
     )
     deterministic: bool = _resume(
         False,
-        None,
+        _switch,
         "Two runs with the same flags and --seed end bitwise identical: seeded order and augmentation of all data for"
         " any number of workers, deterministic kernels. The number of processes, workers and threads counts.",
     )
@@ -254,13 +237,13 @@ class ArfConfig:
     )
     stop_file: str | None = _resume(
         None,
-        "FILE",
+        _file,
         "Once FILE is there: finish the step, save a step checkpoint, remove FILE and end with status 0. For jobs "
         "that are told to make room: trap 'touch FILE' USR1. The first process looks after every step.",
     )
     watch: tuple[str, ...] = _watch(
         (),
-        "FOLDER",
+        {"metavar": "FOLDER", "nargs": "+"},
         "Small held-out sets, as `arf evaluate --data` reads them: zero-shot accuracy before the first step and after"
         " every epoch. Needs no other ARF flag, and changes no bit of the training.",
     )
@@ -269,7 +252,7 @@ class ArfConfig:
     )
     watch_drift: bool = _watch(
         False,
-        None,
+        _switch,
         "Also measure how far the features of the watched images and classes have moved from where training started: "
         "mean cosine similarity and linear CKA (Kornblith et al. 2019).",
     )
@@ -281,7 +264,7 @@ class ArfConfig:
     )
     head: str | None = _baseline(
         None,
-        "CHECKPOINT",
+        {"metavar": "CHECKPOINT"},
         "LP-FT (Kumar et al. 2022): trains with cross-entropy on each sample's `cls` from the weights and the linear "
         "head of CHECKPOINT, made by `arf probe`. The text tower is frozen. Needs the probe's --arf-classnames.",
     )
