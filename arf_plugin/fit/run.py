@@ -20,11 +20,11 @@ import statistics
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from arf_plugin.ablation.launch import last_lines, trainer
 from arf_plugin.errors import FitError
@@ -247,18 +247,25 @@ class Fit:
 
     def _train(self, arm: str, seed: int, values: Values) -> Path:
         """Trains one run, or goes on with it; returns its last checkpoint."""
-        name, epochs = f"{arm}-{seed}", self._setting("--epochs", values)
-        flags = ["--seed", seed, "--name", name, "--save-frequency", epochs, "--resume", "latest"]
-        flags += ["--arf-checkpoint-every", SAVE_EVERY, "--arf-deterministic"]
-        flags += ["--arf-stop-file", self.out / "stop", *self.settings.overrides()]
-        last = self.out / "runs" / name / "checkpoints" / f"epoch_{epochs}.pt"
-        finished = zipfile.is_zipfile(last)  # neither missing nor truncated
-        if not finished:
+        name = f"{arm}-{seed}"
+        flags = ["--seed", seed, "--name", name, "--resume", "latest", "--arf-deterministic"]
+        flags += ["--arf-checkpoint-every", SAVE_EVERY, "--arf-stop-file", self.out / "stop"]
+        # Of epochs the last alone is saved, so that its checkpoint says that the run is finished.
+        flags += [*self.settings.overrides(), "--save-frequency", self._setting("--epochs", values)]
+        last = self._finished(name)
+        if last is None:
             self._title("train", f"{name} ({recipe.PRESETS[arm][1]})" if arm in recipe.PRESETS else name)
-        self._call_trainer("train", arm, values, flags, finished)
-        if not zipfile.is_zipfile(last):
+        self._call_trainer("train", arm, values, flags, finished=last is not None)
+        last = last or self._finished(name)
+        if last is None:
             raise Interrupted
         return last
+
+    def _finished(self, name: str) -> Path | None:
+        """The last checkpoint of a run that has come to its end; one that a kill left truncated is none."""
+        found = list_files(self.out / "runs" / name / "checkpoints", ".pt")
+        whole = (path for path in found if re.fullmatch(r"epoch_\d+\.pt", path.name) and is_zipfile(path))
+        return max(whole, key=lambda path: int(path.stem.removeprefix("epoch_")), default=None)
 
     def _pairs(self) -> list[RawPair]:
         """Pairs of the pool that no anchor uses; none where these are too few."""

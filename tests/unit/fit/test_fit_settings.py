@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from arf_plugin.fit import outcome
 from arf_plugin.fit.run import Fit
@@ -16,6 +17,16 @@ def test_a_flag_of_ones_own_wins_however_it_is_spelt(tmp_path, name):
     fit = Fit(own)
     assert fit._setting("--batch-size", {"--epochs": ("2", "why")}) == "8"
     assert fit._setting("--epochs", {"--epochs": ("2", "why")}) == "2"
+
+
+def test_a_run_is_finished_by_the_whole_checkpoint_of_its_last_epoch(tmp_path):
+    fit = Fit(FitSettings(images="x", model="M@t", out=str(tmp_path)))
+    folder = tmp_path / "runs" / "flyp-0" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_10_step_70.pt", "epoch_latest.pt"):
+        torch.save({}, folder / name)
+    (folder / "epoch_11.pt").write_bytes(b"PK truncated")
+    assert fit._finished("flyp-0") == folder / "epoch_10.pt" and fit._finished("flyp-1") is None
 
 
 def test_set_on_the_command_line():
