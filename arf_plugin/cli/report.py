@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from arf_plugin.cli import options
@@ -61,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.report.output import as_json, make_report
     from arf_plugin.report.report import Options
 
-    names = ("anchors", "task_data", "classnames", "title", "reference", "compare", "cards", "dataset_type")
-    csv = {"csv_img_key": args.csv_img_key, "csv_separator": args.csv_separator}
-    chosen = Options(suites=args.suite, **csv, **{name: getattr(args, name) for name in names})
+    chosen = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     with progress("gallery", "pairs") as pairs, progress("drawing", "plots") as plots:
         report = make_report(
             args.runs, args.out, chosen, on_pair=lambda: pairs.update(1), on_plot=lambda: plots.update(1)

@@ -7,7 +7,7 @@ beside the line or dot that it is about; no plot has a legend of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,6 @@ from arf_plugin.report.logs import Curves, term_name
 from arf_plugin.report.scores import Averages, Key, Results, Score, signed
 from arf_plugin.report.sources import Collected
 from arf_plugin.report.style import Theme
-from arf_plugin.report.tables import Slice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +25,7 @@ NAMED = 6  # lines that one panel can name
 BINS = 80  # points of a training curve
 
 Curve = Sequence[tuple[float, float]]
+Draw = Callable[["Axes", Theme], None]
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,14 @@ class Panel:
 
     title: str
     about: str
-    draw: Callable[[Axes, Theme], None]
+    draw: Draw
     height: float = 265.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Panels that belong together: one section of the page, one file beside it.
+    """Panels that belong together: one section of the page, one file beside it, headed by the title."""
 
-    Attributes:
-        name: Of the files.
-        title: Heads the file.
-        panels: At least one.
-    """
-
-    name: str
     title: str
     panels: Sequence[Panel]
 
@@ -66,7 +59,7 @@ class Line(NamedTuple):
     arm: str
     label: str
     points: Sequence[tuple[float, float, float]]
-    ends: Sequence[tuple[float, float]]
+    ends: Curve
 
 
 class Series(NamedTuple):
@@ -78,47 +71,37 @@ class Series(NamedTuple):
     seeds: Sequence[Curve]
 
 
-def results_group(found: Collected, one: Slice, averages: Averages, unit: str) -> Group | None:
-    """One panel per average: all arms as fine-tuned."""
-    return _dots_group(found, one.scores, averages, "results", f"Results {one.title}, {unit}")
-
-
-def calibration_group(found: Collected, averages: Averages, results: Results) -> Group | None:
-    """One panel per average: expected calibration error of all arms."""
-    by_key = results.by_average("ece")
-    scores = {arm: by_key[arm, None] for arm in found.arms if by_key.get((arm, None))}
-    title = "Expected calibration error, %"
-    return _dots_group(found, scores, averages, "calibration", title, lowest_is_best=True)
-
-
-def _dots_group(
+def dots_group(
     found: Collected,
-    scores: Mapping[str, Mapping[str, Score]],
     averages: Averages,
-    name: str,
+    by_arm: Mapping[str, Mapping[str, Score]],
     title: str,
     lowest_is_best: bool = False,
 ) -> Group | None:
+    """One panel per average, with a line per arm."""
     panels = []
     for average in averages.main:
-        values = {arm: by[average] for arm, by in scores.items() if average in by}
-        if values:
-            labels = {arm: found.arms[arm].label for arm in values}
-            told = "; ".join(f"{labels[arm]} {score.mean:.1f}" for arm, score in values.items())
-            lines = [arm for arm in (found.before, found.reference) if arm in values]
-            draw = _dots(labels, values, lines, lowest_is_best)
-            panels.append(Panel(average, f"{title}, {average}: {told}.", draw, 36.0 + 22.0 * len(values)))
-    return Group(name, title, panels) if panels else None
+        scores = {arm: by[average] for arm, by in by_arm.items() if average in by}
+        if scores:
+            labels = {arm: found.arms[arm].label for arm in scores}
+            told = "; ".join(f"{labels[arm]} {score.mean:.1f}" for arm, score in scores.items())
+            lines = [arm for arm in (found.before, found.reference) if arm in scores]
+            draw = _dots(labels, scores, lines, min if lowest_is_best else max)
+            panels.append(Panel(average, f"{title}, {average}: {told}.", draw, 36.0 + 22.0 * len(scores)))
+    return Group(title, panels) if panels else None
 
 
 def _dots(
-    labels: Mapping[str, str], scores: Mapping[str, Score], lines: Sequence[str], lowest_is_best: bool
-) -> Callable[[Axes, Theme], None]:
-    """One line per arm: a faint dot per seed, the mean with its deviation, and the mean in figures."""
+    labels: Mapping[str, str],
+    scores: Mapping[str, Score],
+    lines: Iterable[str | None],
+    best_of: Callable[[Iterable[float]], float],
+) -> Draw:
+    """One line per arm: a faint dot per seed, the mean with its deviation, and the mean as a number."""
 
     def draw(axes: Axes, theme: Theme) -> None:
-        best = (min if lowest_is_best else max)(score.mean for score in scores.values())
-        for arm in lines:
+        best = best_of(score.mean for score in scores.values())
+        for arm in filter(None, lines):
             axes.axvline(
                 scores[arm].mean, color=theme.arms[arm], lw=0.9, ls=(0, (2, 2)), alpha=0.75, zorder=1
             )
@@ -130,9 +113,7 @@ def _dots(
                     seeds, [place] * len(seeds), "o", ms=3.2, mfc=colour, mec="none", alpha=0.35, zorder=2
                 )
                 axes.errorbar(score.mean, place, xerr=score.deviation, color=colour, elinewidth=1.2, zorder=3)
-            axes.plot(
-                score.mean, place, theme.marks[arm], ms=6, mfc=colour, mec=theme.paper, mew=0.8, zorder=4
-            )
+            _mark(axes, theme, arm, score.mean, place, ms=6, mew=0.8, zorder=4)
             weight = "bold" if math.isclose(score.mean, best) else "normal"
             _at_right(axes, place, f"{score.mean:.1f}", color=theme.ink, fontsize=NORMAL, fontweight=weight)
         _name_lines(axes, list(labels.values()), [theme.arms[arm] for arm in scores], NORMAL)
@@ -142,43 +123,40 @@ def _dots(
     return draw
 
 
-def curves_group(found: Collected, averages: Averages, results: Results) -> Group | None:
+def curves_group(found: Collected, results: Results) -> Group | None:
     """The ID-against-shift curves over alpha (Figure 4 of the paper), and the same for the other averages."""
-    by_key = results.by_average()
-    x_name = next((name for name in averages.known if averages.kind(name) == "id"), None)
-    y_names = [name for name in averages.main if averages.kind(name) != "id"]
-    if x_name is None:
+    by_key, ids = results.by_average(), results.averages.of_kind("id")
+    if not ids:
         return None
+    x_name = ids[0]
     panels: list[Panel] = []
     single: list[Panel] = []
+    y_names = [name for name in results.averages.main if name not in ids]
     for y_name in y_names:
-        paths = (
-            _path(found, results, by_key, arm, x_name, y_name) for arm in found.arms if arm != found.before
-        )
-        lines = [line for line in paths if line is not None]
-        few = len(lines) <= NAMED
-        special = [arm for arm in (found.reference, found.subject) if arm]
+        arms = [arm for arm in found.arms if arm != found.before]
+        paths = [_path(found, results, by_key, arm, x_name, y_name) for arm in arms]
+        lines = [path for path in paths if path is not None]
         if lines:
-            strong = [line.arm for line in lines] if few else special
+            strong = _strong(found, [line.arm for line in lines])
             panels.append(_paths_panel(y_name, lines, x_name, y_name, strong))
-        if (
-            not few and y_name == y_names[0]
-        ):  # then each method by itself, before the reference and all others
-            single += [
-                _paths_panel(
-                    f"{y_name}: {line.label}", lines, x_name, y_name, [found.reference or "", line.arm]
-                )
-                for line in lines
-                if line.arm not in special
-            ]
+        # Where they are many, each method also by itself, before the reference and all others.
+        for line in lines if len(lines) > NAMED and y_name == y_names[0] else ():
+            if line.arm not in (found.reference, found.subject):
+                title, strong = f"{y_name}: {line.label}", [found.reference or "", line.arm]
+                single.append(_paths_panel(title, lines, x_name, y_name, strong))
     title = f"{x_name} against shift, from before (α = 0) to fine-tuned (α = 1)"
-    return Group("curves", title, [*panels, *single]) if panels else None
+    return Group(title, [*panels, *single]) if panels else None
+
+
+def _strong(found: Collected, arms: Sequence[str]) -> list[str]:
+    """The arms that a panel shows in colour and by name: all if they are few, else the two that matter most."""
+    return [arm for arm in arms if len(arms) <= NAMED or arm in (found.reference, found.subject)]
 
 
 def _path(
     found: Collected,
     results: Results,
-    by_key: Mapping[Key, dict[str, Score]],
+    by_key: Mapping[Key, Mapping[str, Score]],
     arm: str,
     x_name: str,
     y_name: str,
@@ -188,14 +166,11 @@ def _path(
         return None
     measured: dict[float, Key] = {1.0: (arm, None), **keys}
     # An arm may have been mixed with another model than the one before, as LP-FT with the probed one.
-    before = found.before or ""
-    if found.before and results.digests(arm, "original_digest", mixed=True) <= results.digests(before) | {
-        None
-    }:
-        measured.setdefault(0.0, (before, None))
+    if found.before and results.is_mixed_with(arm, found.before):
+        measured.setdefault(0.0, (found.before, None))
     points, ends = [], []
     for alpha, key in sorted(measured.items()):
-        x, y = by_key.get(key, {}).get(x_name), by_key.get(key, {}).get(y_name)
+        x, y = (by_key.get(key, {}).get(name) for name in (x_name, y_name))
         if x is None or y is None:
             continue
         points.append((alpha, x.mean, y.mean))
@@ -216,21 +191,23 @@ def _paths_panel(title: str, lines: Sequence[Line], x_name: str, y_name: str, st
         for line in lines
         if line.arm in strong
     )
-    xs = [x for line in lines for x in [p[1] for p in line.points] + [e[0] for e in line.ends]]
-    ys = [y for line in lines for y in [p[2] for p in line.points] + [e[1] for e in line.ends]]
+    places = [place for line in lines for place in (*(point[1:] for point in line.points), *line.ends)]
+    xs, ys = zip(*places, strict=True)
     wide, high = max(max(xs) - min(xs), 1.0), max(max(ys) - min(ys), 1.0)
 
     def draw(axes: Axes, theme: Theme) -> None:
         axes.set_xlim(min(xs) - 0.06 * wide, max(xs) + 0.34 * wide)
         axes.set_ylim(min(ys) - 0.13 * high, max(ys) + 0.08 * high)
-        labels = [_draw_path(axes, theme, line, line.arm in strong) for line in ordered]
+        for line in ordered:
+            _draw_path(axes, theme, line, line.arm in strong)
         starts = [line.points[0] for line in ordered if line.points[0][0] == 0.0]
         if starts:
             _, x, y = starts[0]
             axes.plot(x, y, "o", ms=6.5, mfc=theme.paper, mec=theme.muted, mew=1.6, zorder=6)
             axes.annotate("before", (x, y), xytext=(0, -9), textcoords="offset points", ha="center", va="top",
                           fontsize=SMALL, color=theme.muted, zorder=6)  # fmt: skip
-        _name_ends(axes, [label for label in labels if label is not None])
+        named = [line for line in ordered if line.arm in strong]
+        _name_ends(axes, [(*line.points[-1][1:], line.label, theme.arms[line.arm]) for line in named])
         axes.set_xlabel(f"{x_name}, %", fontsize=SMALL, color=theme.muted, labelpad=3)
         axes.set_ylabel(f"{y_name}, %", fontsize=SMALL, color=theme.muted, labelpad=4)
         _plain_axes(axes, theme, grid="both")
@@ -238,34 +215,31 @@ def _paths_panel(title: str, lines: Sequence[Line], x_name: str, y_name: str, st
     return Panel(title, f"{x_name} and {y_name} along alpha: {told}.", draw)
 
 
-def _draw_path(axes: Axes, theme: Theme, line: Line, strong: bool) -> tuple[float, float, str, str] | None:
-    """Draws a path; returns what to name it by, and where, if it is to be named."""
+def _draw_path(axes: Axes, theme: Theme, line: Line, strong: bool) -> None:
     colour, mark = theme.arms[line.arm] if strong else theme.faint, theme.marks[line.arm]
-    xs, ys = [x for _, x, _ in line.points], [y for _, _, y in line.points]
-    axes.plot(
-        xs, ys, color=colour, lw=1.8 if strong else 0.8, zorder=3 if strong else 1, solid_joinstyle="round"
-    )
+    _, xs, ys = zip(*line.points, strict=True)
+    width, order = (1.8, 3) if strong else (0.8, 1)
+    axes.plot(xs, ys, color=colour, lw=width, zorder=order, solid_joinstyle="round")
     if not strong:
         axes.plot(xs[-1], ys[-1], mark, ms=3.5, color=colour, mec="none", zorder=1)
-        return None
+        return
     axes.plot(xs[1:-1], ys[1:-1], "o", ms=3, mfc=theme.paper, mec=colour, mew=1.1, zorder=4)
     for x, y in line.ends:
         axes.plot(x, y, mark, ms=3.4, mfc=colour, mec="none", alpha=0.4, zorder=2)
-    axes.plot(xs[-1], ys[-1], mark, ms=7, mfc=colour, mec=theme.paper, mew=0.9, zorder=5)
+    _mark(axes, theme, line.arm, xs[-1], ys[-1], ms=7, mew=0.9, zorder=5)
     for alpha, x, y in line.points:
         if math.isclose(alpha, 0.5):
             axes.plot(x, y, "o", ms=5.2, mfc=colour, mec=theme.paper, mew=0.8, zorder=5)
-    return xs[-1], ys[-1], line.label, colour
 
 
-def domains_group(found: Collected, averages: Averages, results: Results) -> Group | None:
+def domains_group(found: Collected, results: Results) -> Group | None:
     """Accuracy per domain: one panel per arm, against the reference."""
     by_set = results.by_set()
     reference = by_set.get((found.reference or "", None), {})
     before = by_set.get((found.before or "", None), {})
     arms = [arm for arm in found.arms if arm not in (found.reference, found.before) and (arm, None) in by_set]
     arms.sort(key=lambda arm: arm != found.subject)  # first what the report is about
-    names = domain_sets(averages, results)
+    names = domain_sets(results)
     if not names or not arms or not reference or found.reference is None:
         return None
     start = {**reference, **before}
@@ -282,7 +256,7 @@ def domains_group(found: Collected, averages: Averages, results: Results) -> Gro
         draw = _steps(names, (found.reference, reference), (arm, scores), before, limits)
         about = f"Accuracy per domain, {label} less {base}: {told}."
         panels.append(Panel(f"{base} → {label}", about, draw, 36.0 + 19.0 * len(names)))
-    return Group("domains", f"Accuracy per domain, {results.unit}", panels)
+    return Group(f"Accuracy per domain, {results.unit}", panels)
 
 
 def _steps(
@@ -291,22 +265,23 @@ def _steps(
     other: tuple[str, Mapping[str, Score]],
     before: Mapping[str, Score],
     limits: tuple[float, float],
-) -> Callable[[Axes, Theme], None]:
+) -> Draw:
     """The same sets for two arms: an arrow from the reference to the other, a ring for the model before."""
     (arm_one, scores_one), (arm_two, scores_two) = reference, other
 
     def draw(axes: Axes, theme: Theme) -> None:
-        one, two = theme.arms[arm_one], theme.arms[arm_two]
         for place, name in enumerate(names):
             if name in before:
                 axes.plot(before[name].mean, place, "o", ms=5, mfc="none", mec=theme.muted, mew=1.1, zorder=2)
             if name not in scores_one or name not in scores_two:
                 continue
             start, end = scores_one[name].mean, scores_two[name].mean
-            line = {"color": two, "lw": 2.2, "alpha": 0.45, "zorder": 1, "solid_capstyle": "butt"}
-            axes.plot([start, end], [place, place], **line)  # type: ignore[arg-type]
-            axes.plot(start, place, theme.marks[arm_one], ms=4.6, mfc=one, mec="none", zorder=3)
-            axes.plot(end, place, theme.marks[arm_two], ms=6, mfc=two, mec=theme.paper, mew=0.8, zorder=4)
+            axes.plot([start, end], [place, place], color=theme.arms[arm_two], lw=2.2, alpha=0.45, zorder=1,
+                      solid_capstyle="butt")  # fmt: skip
+            axes.plot(
+                start, place, theme.marks[arm_one], ms=4.6, mfc=theme.arms[arm_one], mec="none", zorder=3
+            )
+            _mark(axes, theme, arm_two, end, place, ms=6, mew=0.8, zorder=4)
             _at_right(axes, place, signed(end - start), color=theme.ink, fontsize=SMALL)
         axes.set_xlim(*limits)
         _plain_axes(axes, theme, grid="x")
@@ -315,15 +290,14 @@ def _steps(
     return draw
 
 
-def domain_sets(averages: Averages, results: Results) -> list[str]:
+def domain_sets(results: Results) -> list[str]:
     """The sets of shifted domains; all sets where a suite names none."""
-    shifted = {
-        n for average in averages.known if averages.kind(average) == "shift" for n in averages.sets(average)
-    }
-    return [name for name in results.sets if name in shifted] or results.sets
+    averages = results.averages
+    shifted = {member for name in averages.of_kind("shift") for member in averages.sets(name)}
+    return [name for name in results.sets if name in shifted] or list(results.sets)
 
 
-def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> Group | None:
+def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> Group:
     """One panel per term of the loss; `curves` holds the runs of each arm."""
     terms = list(dict.fromkeys(term for runs in curves.values() for run in runs for term in run.terms))
     known = ["contrastive_loss", "caption_anchor_loss", "pair_anchor_loss"]
@@ -339,19 +313,24 @@ def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> 
                 series.append(
                     Series(arm, found.arms[arm].label, _mean(seeds), seeds if len(seeds) > 1 else ())
                 )
-        few = len(series) <= NAMED
-        strong = [one.arm for one in series if few or one.arm in (found.reference, found.subject)]
-        told = "; ".join(f"{one.label} ends at {one.mean[-1][1]:.2f}" for one in series)
-        ordered = sorted(series, key=lambda one: one.arm in strong)
-        if len(series) > 3:  # single seeds of more lines than that are a thicket
-            ordered = [one._replace(seeds=()) for one in ordered]
+        strong = _strong(found, [one.arm for one in series])
         title = term_name(term)
-        about = f"{title} over training: {told}."
-        panels.append(Panel(title[0].upper() + title[1:], about, _training(ordered, strong), 225.0))
-    return Group("training", "Loss over training, by term", panels) if panels else None
+        told = "; ".join(f"{one.label} ends at {one.mean[-1][1]:.2f}" for one in series)
+        if len(series) > 3:  # single seeds of more lines than that are a thicket
+            series = [one._replace(seeds=()) for one in series]
+        ordered = sorted(series, key=lambda one: one.arm in strong)
+        panels.append(
+            Panel(
+                title[0].upper() + title[1:],
+                f"{title} over training: {told}.",
+                _training(ordered, strong),
+                225.0,
+            )
+        )
+    return Group("Loss over training, by term", panels)
 
 
-def _training(series: Sequence[Series], strong: Sequence[str]) -> Callable[[Axes, Theme], None]:
+def _training(series: Sequence[Series], strong: Sequence[str]) -> Draw:
     """One term of the loss over training, a line per arm; strong ones are drawn in colour and named."""
 
     def draw(axes: Axes, theme: Theme) -> None:
@@ -400,6 +379,11 @@ def _mean(seeds: Sequence[Curve]) -> Curve:
     return list(zip(grid, np.mean(values, axis=0).tolist(), strict=True))
 
 
+def _mark(axes: Axes, theme: Theme, arm: str, x: float, y: float, **options: Any) -> None:
+    """Draws an arm's mark, set off from what is below it."""
+    axes.plot(x, y, theme.marks[arm], mfc=theme.arms[arm], mec=theme.paper, **options)
+
+
 def _plain_axes(axes: Axes, theme: Theme, grid: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(theme.rule)
@@ -420,20 +404,20 @@ def _name_lines(axes: Axes, names: Sequence[str], colours: Sequence[str], size: 
     axes.tick_params(axis="y", length=0, pad=4)
 
 
-def _pad(axes: Axes, axis: str, values: Sequence[float], share: float = 0.07) -> None:
+def _pad(axes: Axes, axis: str, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    room = max((high - low) * share, 0.5 if axis == "x" else 0.05)
+    room = max((high - low) * 0.07, 0.5 if axis == "x" else 0.05)
     (axes.set_xlim if axis == "x" else axes.set_ylim)(low - room, high + room)
 
 
 def _at_right(axes: Axes, place: float, text: str, **options: Any) -> None:
-    """Writes a line's figure beside the axes."""
+    """Writes a line's number beside the axes."""
     axes.annotate(text, (1.0, place), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
                   va="center", ha="left", **options)  # fmt: skip
 
 
 def _name_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each line's name at its end, moved up or down until no two names overlap."""
+    """Writes each line's name (x, y, name, colour) at its end, moved up or down until no two names overlap."""
     low, high = axes.get_ylim()
     apart = (high - low) * 0.075
     ordered = sorted(labels, key=lambda label: label[1])

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.manifest import read_manifest
 from arf_plugin.errors import ArfError, ReportError
-from arf_plugin.report.sources import Collected, entries, finite, is_below, is_local
+from arf_plugin.report.sources import Collected, entries, finite, is_below, is_local, mapping
 from arf_plugin.untrusted import require_regular, split_lines
 
 LONGEST = 160  # characters of a value
@@ -37,7 +37,7 @@ def task_data(found: Collected) -> str | None:
     """What the reported runs were trained on, if it is still there."""
     from arf_plugin.anchors.task import expand_urls, is_csv
 
-    data_of = [grid["data"].get("task") for grid in found.grids if isinstance(grid.get("data"), dict)]
+    data_of = [mapping(grid.get("data")).get("task") for grid in found.grids]
     for run in sorted(found.runs, key=lambda run: run.arm != found.subject):
         data_of += [flag(run.command, "--train-data"), flag(run.command, "--task-data")]
     for data in data_of:
@@ -54,16 +54,11 @@ def task_data(found: Collected) -> str | None:
 
 def class_names(found: Collected, given: Path | None) -> list[str] | None:
     """Names by class number: from the file that is given, else from the one that training was given."""
-    if given is not None:
-        return _names(given)
-    for run in found.runs:
-        name = flag(run.command, "--arf-classnames")
-        if name and is_below(name, found.roots) and Path(name).is_file():
-            return _names(Path(name))
-    return None
-
-
-def _names(path: Path) -> list[str]:
+    flags = (flag(run.command, "--arf-classnames") for run in found.runs)
+    own = (Path(name) for name in flags if name and is_below(name, found.roots) and Path(name).is_file())
+    path = given or next(own, None)
+    if path is None:
+        return None
     require_regular(path, ReportError)
     try:
         with path.open("rb") as file:
@@ -100,24 +95,23 @@ def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, st
     if "pairs" in kinds:
         sentences.append(_pairs_sentence(kinds["pairs"]))
     if "features" in kinds:
-        held, model = kinds["features"], _cut(_plain(kinds["features"].get("model")))
+        held, model = kinds["features"], _text(kinds["features"].get("model"))
         counts = " and ".join(f"{_count(held.get(kind))} {kind}" for kind in ("captions", "pairs"))
         sentences.append(f"Features of {counts}, by {model} before fine-tuning.")
-    # The list of a kind's files is as long as the set.
-    rows = {
-        kind: flatten({name: item for name, item in value.items() if name != "written"})
-        for kind, value in kinds.items()
-    }
+    rest = {key: item for key, item in manifest.items() if key not in kinds}
+    # The list of a kind's files ("written") is as long as the set.
     return sentences, {
-        **rows,
-        "set": flatten({key: item for key, item in manifest.items() if key not in kinds}),
+        kind: list(
+            flatten({name: item for name, item in value.items() if kind == "set" or name != "written"})
+        )
+        for kind, value in {**kinds, "set": rest}.items()
     }
 
 
 def _pairs_sentence(pairs: Mapping[str, Any]) -> str:
-    retrieved = _mapping(pairs.get("retrieve"))
-    selection, similarity = _mapping(retrieved.get("selection")), _mapping(retrieved.get("similarity"))
-    pool, model = _count(retrieved.get("pool_rows")), _mapping(retrieved.get("model")).get("name")
+    retrieved = mapping(pairs.get("retrieve"))
+    selection, similarity = mapping(retrieved.get("selection")), mapping(retrieved.get("similarity"))
+    pool, model = _count(retrieved.get("pool_rows")), mapping(retrieved.get("model")).get("name")
     text = f"{_count(pairs.get('count'))} pairs"
     if selection.get("random"):
         text += f", drawn at random from a pool of {pool} (a control)"
@@ -131,21 +125,17 @@ def _pairs_sentence(pairs: Mapping[str, Any]) -> str:
     return text + "."
 
 
-def flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Rows of a JSON value: one per leaf; lists of plain values stay together.
 
-    >>> flatten({"a": {"b": 1, "c": [1, 2]}, "d": None})
+    >>> list(flatten({"a": {"b": 1, "c": [1, 2]}, "d": None}))
     [('a.b', '1'), ('a.c', '1, 2'), ('d', 'none')]
     """
     if isinstance(value, dict) and value:
-        return [
-            row for key, item in value.items() for row in flatten(item, f"{path}.{key}" if path else str(key))
-        ]
-    if isinstance(value, list) and value and not any(isinstance(item, (dict, list)) for item in value):
-        return [(path, _cut(", ".join(map(_plain, value))))]
-    if isinstance(value, (dict, list)) and value:
-        return [(path, _cut(json.dumps(value, ensure_ascii=False)))]
-    return [(path, _cut(_plain(value)))]
+        for key, item in value.items():
+            yield from flatten(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, _text(value)
 
 
 def run_rows(found: Collected) -> list[dict[str, Any]]:
@@ -187,17 +177,15 @@ def choice_rows(found: Collected) -> list[dict[str, Any]]:
     """How hyper-parameters were chosen: arm, average that decided, and each candidate's score on validation."""
     rows = []
     for content in found.choices:
-        for arm, entry in _mapping(content.get("arms")).items():
-            by, listed = str(_mapping(entry).get("by")), []
-            for place, candidate in enumerate(entries(_mapping(entry).get("candidates"))):
-                flags, values = (
-                    _mapping(candidate).get("flags"),
-                    _mapping(_mapping(candidate).get("validation")),
-                )
-                score = finite(values.get(by))
+        for arm, entry in mapping(content.get("arms")).items():
+            entry = mapping(entry)
+            by, listed = str(entry.get("by")), []
+            for place, candidate in enumerate(map(mapping, entries(entry.get("candidates")))):
+                flags = mapping(candidate.get("flags"))
+                score = finite(mapping(candidate.get("validation")).get(by))
                 listed.append(
                     {
-                        "flags": ", ".join(f"{k} {v}" for k, v in _mapping(flags).items()),
+                        "flags": ", ".join(f"{name} {value}" for name, value in flags.items()),
                         "score": "" if score is None else f"{score:.1f}",
                         "chosen": place == entry.get("chosen"),
                     }
@@ -208,21 +196,23 @@ def choice_rows(found: Collected) -> list[dict[str, Any]]:
     return rows
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
 def _versions(record: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in _mapping(record.get("versions")).items())
+    return ", ".join(f"{name} {version}" for name, version in mapping(record.get("versions")).items())
 
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else "an unknown number of"
 
 
+def _text(value: Any) -> str:
+    """A value in few words: texts and numbers as they are, lists of them with commas, all else as JSON."""
+    if isinstance(value, list) and value and not any(isinstance(item, (dict, list)) for item in value):
+        text = ", ".join(map(_plain, value))
+    else:
+        nested = isinstance(value, (dict, list)) and value
+        text = json.dumps(value, ensure_ascii=False) if nested else _plain(value)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
 def _plain(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -57,7 +57,7 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
     return style.for_page(svg)
 
 
-def save(group: Group, folder: Path, style: Style) -> list[str]:
+def save(name: str, group: Group, folder: Path, style: Style) -> list[str]:
     """Writes a group as NAME.svg and NAME.png; returns the files' names."""
     columns = min(3, len(group.panels))
     rows = math.ceil(len(group.panels) / columns)
@@ -75,11 +75,11 @@ def save(group: Group, folder: Path, style: Style) -> list[str]:
             axes = figure.add_subplot(grid[divmod(index, columns)])
             panel.draw(axes, theme)
             axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
-        with replacing(folder / f"{group.name}.svg") as temporary:
+        with replacing(folder / f"{name}.svg") as temporary:
             temporary.write_text(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)), encoding="utf-8")
-        with replacing(folder / f"{group.name}.png") as temporary:
+        with replacing(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return [f"{group.name}.svg", f"{group.name}.png"]
+    return [f"{name}.svg", f"{name}.png"]
 
 
 def _context() -> Any:

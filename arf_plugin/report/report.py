@@ -16,6 +16,10 @@ from arf_plugin.report.sources import Collected, collect, entries, is_local
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
 
+_MEASURE = (
+    "arf evaluate CHECKPOINT... --suite SUITE --out results.jsonl, and give that file to this command, too"
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -26,7 +30,7 @@ class Options:
         task_data: as ``--train-data``; by default what the runs were trained on.
         classnames: file of class names; by default the runs'.
         title: of the page.
-        suites: names or files, in place of those that the rows name.
+        suite: names or files of suites, in place of those that the records name.
         reference: arm to compare with, in place of the grid's.
         compare: further pairs of arms to compare.
         cards: task images in the gallery.
@@ -37,7 +41,7 @@ class Options:
     task_data: str | None = None
     classnames: Path | None = None
     title: str | None = None
-    suites: Sequence[str] = ()
+    suite: Sequence[str] = ()
     reference: str | None = None
     compare: Sequence[tuple[str, str]] = ()
     cards: int = 12
@@ -58,7 +62,6 @@ class Report:
 
     title: str
     found: Collected
-    averages: Averages
     results: Results
     slices: list[Slice]
     style: Style
@@ -68,16 +71,19 @@ class Report:
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def averages(self) -> Averages:
+        """Those of the results."""
+        return self.results.averages
+
     def summary(self) -> list[str]:
         """The first sentences of the report, each with its table's title before it."""
-        return [
-            f"{title[0].upper()}{title[1:]}: {text}" for title, texts in self.comparisons() for text in texts
-        ]
+        said = self.comparisons()
+        return [f"{title[0].upper()}{title[1:]}: {text}" for title, texts in said for text in texts]
 
     def comparisons(self) -> list[tuple[str, list[str]]]:
         """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
         found, said = self.found, []
-        labels = {name: arm.label for name, arm in found.arms.items()}
         for one in self.slices:
             others = [arm for arm in one.differences if arm != found.before][:3]
             subjects = [found.subject] if found.subject in one.differences else others
@@ -85,29 +91,39 @@ class Report:
             for (arm, other), by_average in one.pairs(found.reference):
                 if other != found.reference or arm in subjects:
                     kept = {name: item for name, item in by_average.items() if name in self.averages.main}
-                    texts.append(sentence(labels[arm], labels[other or ""], kept))
+                    texts.append(sentence(found.arms[arm].label, found.arms[other or ""].label, kept))
             if any(texts):
-                said.append((one.title, [text for text in texts if text]))
+                said.append((one.title, list(filter(None, texts))))
         return said
 
 
 def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
     """Reads and computes everything that the report shows."""
     found = collect(sources, options.reference)
-    for pair in options.compare:
-        for arm in pair:
-            if arm not in found.arms:
-                raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
-    suites = (grid.get("suite") for grid in found.grids)
-    of_grids = [name for name in suites if isinstance(name, str) and is_local(name)]
-    names = suites_of(found.test, options.suites, of_grids)
-    averages = Averages(names, sorted({item.record["set"] for item in found.test}))
-    results = Results(found.test, averages)
-    comparisons = list(dict.fromkeys([*(found.comparisons or _with_controls(found)), *options.compare]))
-    slices = tables.build_slices(found, results, averages, comparisons) if found.test else []
-    style = Style(list(found.arms), found.reference, found.before, found.subject)
-    title = options.title or _title(found, names)
-    report = Report(title, found, averages, results, slices, style)
+    for arm in (arm for pair in options.compare for arm in pair):
+        if arm not in found.arms:
+            raise ReportError(f"--compare: there is no arm '{arm}' (found: {', '.join(found.arms)}).")
+    named = (grid.get("suite") for grid in found.grids)
+    of_grids = [name for name in named if isinstance(name, str) and is_local(name)]
+    suites = suites_of(found.test, options.suite, of_grids)
+    results = Results(found.test, Averages(suites, sorted({one.record["set"] for one in found.test})))
+    # The subject beside each control: that is what controls are for.
+    subject = found.subject
+    controls = (
+        [(subject, arm) for arm in found.of_kind("control") if arm != found.reference] if subject else []
+    )
+    comparisons = dict.fromkeys([*(found.comparisons or controls), *options.compare])
+    names = [str(grid["name"]) for grid in found.grids if grid.get("name")] or [
+        suite.name for suite in suites
+    ]
+    title = f"Robust fine-tuning: {', '.join(names)}" if names else "Robust fine-tuning"
+    report = Report(
+        options.title or title,
+        found,
+        results,
+        tables.build_slices(found, results, comparisons) if found.test else [],
+        Style(list(found.arms), found.reference, found.before, found.subject),
+    )
     _add_results(report)
     _add_training(report)
     _add_anchors(report, options, on_pair)
@@ -115,69 +131,55 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
     return report
 
 
-def _with_controls(found: Collected) -> list[tuple[str, str]]:
-    """The subject beside each control: that is what controls are for."""
-    controls = [arm.name for arm in found.arms.values() if arm.kind == "control"]
-    return [(found.subject, arm) for arm in controls if arm != found.reference] if found.subject else []
-
-
-def _title(found: Collected, suites: Sequence[str]) -> str:
-    names = [str(grid["name"]) for grid in found.grids if grid.get("name")]
-    names = names or [Path(suite).stem for suite in suites]
-    return f"Robust fine-tuning: {', '.join(names)}" if names else "Robust fine-tuning"
-
-
 def _add_results(report: Report) -> None:
-    found, averages, results = report.found, report.averages, report.results
-    measure = "arf evaluate CHECKPOINT... --suite SUITE --out results.jsonl, and give that file to this command, too"
+    found, results, missing = report.found, report.results, report.missing
     if not found.test:
-        report.missing["results"] = f"No checkpoint has been measured. Run: {measure}."
+        missing["results"] = f"No checkpoint has been measured. Run: {_MEASURE}."
         return
+    averages, tuned, errors = results.averages, report.slices[0], results.by_average("ece")
+    of_arms = {arm: errors[arm, None] for arm in found.arms if errors.get((arm, None))}
+    title = f"Results {tuned.title}, {results.unit}"
     drawn = {
-        "results": plots.results_group(found, report.slices[0], averages, results.unit),
-        "curves": plots.curves_group(found, averages, results),
-        "domains": plots.domains_group(found, averages, results),
-        "calibration": plots.calibration_group(found, averages, results),
+        "results": plots.dots_group(found, averages, tuned.scores, title),
+        "curves": plots.curves_group(found, results),
+        "domains": plots.domains_group(found, results),
+        "calibration": plots.dots_group(found, averages, of_arms, "Expected calibration error, %", True),
     }
     report.groups |= {name: group for name, group in drawn.items() if group is not None}
     if not results.alphas():
-        report.missing["curves"] = (
+        missing["curves"] = (
             "No mixtures have been measured. They appear once rows with several alphas are there: arf interpolate "
             "measures a sweep, and arf ablate those of its grid (wise)."
         )
     elif drawn["curves"] is None:
-        report.missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
+        missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
     if drawn["domains"] is None:
-        report.missing["domains"] = (
+        missing["domains"] = (
             "There is no reference to compare with. Name one with --reference ARM."
             if found.reference is None
             else f"Beside {found.arms[found.reference].label} no fine-tuned arm has been measured."
         )
     if drawn["calibration"] is None:
-        report.missing["calibration"] = (
-            f"The rows hold no calibration error (metric 'ece'). Measure again: {measure}."
+        missing["calibration"] = (
+            f"The rows hold no calibration error (metric 'ece'). Measure again: {_MEASURE}."
         )
 
 
 def _add_training(report: Report) -> None:
     curves: dict[str, list[Curves]] = {}
-    for arm in report.found.arms:
-        for run in report.found.runs:
-            if run.arm != arm:
-                continue
-            for log in run.logs:
-                read = read_curves(log)
+    for arm in report.found.arms.values():
+        for run in (run for run in report.found.runs if run.arm == arm.name):
+            for read in map(read_curves, run.logs):
                 if read.terms:
-                    curves.setdefault(arm, []).append(read)
+                    curves.setdefault(arm.name, []).append(read)
                 if read.faults:
                     seed = "" if run.seed is None else f", seed {run.seed}"
                     report.notes.append(
-                        f"{report.found.arms[arm].label}{seed}: the loss was not a finite number in {len(read.faults)} "
+                        f"{arm.label}{seed}: the loss was not a finite number in {len(read.faults)} "
                         f"logged steps, first after {read.faults[0]:.2f} passes over the data."
                     )
-    group = plots.training_group(report.found, curves) if curves else None
-    if group is not None:
-        report.groups["training"] = group
+    if curves:
+        report.groups["training"] = plots.training_group(report.found, curves)
     else:
         report.missing["training"] = (
             "No training log was found. Give run folders with open_clip's out.log, or a grid folder of arf ablate."
@@ -213,8 +215,9 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
 
 def _add_notes(report: Report) -> None:
     report.notes += report.results.truncated()
-    for reason in dict.fromkeys(report.results.unpaired.values()):
-        names = ", ".join(name for name, why in report.results.unpaired.items() if why == reason)
+    unpaired = report.results.unpaired
+    for reason in dict.fromkeys(unpaired.values()):
+        names = ", ".join(name for name, why in unpaired.items() if why == reason)
         report.notes.append(f"Differences on {names} are not all paired by image: {reason}.")
     seeds = (seed for grid in report.found.grids for seed in entries(grid.get("seeds")))
     wanted = sorted({seed for seed in seeds if type(seed) is int})

@@ -26,15 +26,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import EvaluationError, ReportError
 from arf_plugin.evaluation.suites import Average, Suite, average, load_suite
-from arf_plugin.evaluation.verdicts import ByRun, Comparison, Verdict, compare, single
+from arf_plugin.evaluation.verdicts import Verdict, compare, single
 from arf_plugin.report.sources import Measurement
 
 Seeds = dict[int | None, float]
@@ -78,11 +78,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference(Score):
-    """One arm less another, in points of percent.
-
-    Attributes:
-        paired: the verdict by image, where records say which images were right.
-    """
+    """One arm less another, in points of percent; `paired` is the verdict by image, where records allow one."""
 
     paired: Verdict | None = None
 
@@ -129,15 +125,9 @@ class Difference(Score):
 
 
 def difference(one: Score, other: Score, paired: Verdict | None = None) -> Difference | None:
-    """One less the other over the seeds that both have; a model without a seed is compared with every seed.
+    """One less the other over the seeds that both have, None if they share none.
 
-    Args:
-        one: an arm's score.
-        other: the score of the arm it is compared with.
-        paired: the verdict by image.
-
-    Returns:
-        None if they share no seed.
+    A model without a seed is compared with every seed of the other.
     """
     if set(other.seeds) == {None}:
         pairs = {seed: value - other.seeds[None] for seed, value in one.seeds.items()}
@@ -146,16 +136,6 @@ def difference(one: Score, other: Score, paired: Verdict | None = None) -> Diffe
     else:
         pairs = {seed: value - other.seeds[seed] for seed, value in one.seeds.items() if seed in other.seeds}
     return Difference(pairs, math.hypot(one.image_error, other.image_error), paired) if pairs else None
-
-
-def differences(
-    one: Mapping[str, Score], other: Mapping[str, Score], paired: Mapping[str, Verdict]
-) -> dict[str, Difference]:
-    """What two arms differ by, by average; see :func:`difference`."""
-    found = {
-        name: difference(score, other[name], paired.get(name)) for name, score in one.items() if name in other
-    }
-    return {name: item for name, item in found.items() if item is not None}
 
 
 def signed(value: float) -> str:
@@ -187,75 +167,56 @@ def sentence(one: str, other: str, found: Mapping[str, Difference]) -> str:
         if side != verdict:
             text += f"{',' if 'every' in text else ''} but within the error of the test images"
         parts.append(text)
-    if not parts:
-        return ""
-    return f"{one} against {other} ({'one seed' if seeds == 1 else f'{seeds} seeds'}): {'; '.join(parts)}."
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
+    return f"{one} against {other} ({count}): {'; '.join(parts)}." if parts else ""
 
 
 class Averages:
     """The averages of one or several suites; without any, one per set.
 
     Args:
-        suites: Names or paths.
+        suites: The suites. Names that several of them have are told apart by the suite's.
         sets: Names of the measured sets.
     """
 
-    def __init__(self, suites: Sequence[str], sets: Sequence[str]) -> None:
-        by_set = Suite.model_construct(name="", description="", sets={}, averages=single(sets))
-        self.suites = [load_suite(name) for name in suites] or [by_set]
-        repeated = [name for suite in self.suites for name in suite.averages]
+    def __init__(self, suites: Sequence[Suite], sets: Iterable[str]) -> None:
+        self.suites = suites
+        named = [(suite.name, suite.averages) for suite in suites] or [("", single(sets))]
+        count = Counter(name for _, averages in named for name in averages)
+        self.by_suite: list[dict[str, Average]] = []
         self.known: dict[str, Average] = {}
-        self._names: dict[tuple[str, str], str] = {}
-        self._sets: dict[str, tuple[str, ...]] = {}
-        for suite in self.suites:
-            for name, entry in suite.averages.items():
-                shown = name if repeated.count(name) == 1 else f"{suite.name}: {name}"
-                parts = (
-                    [entry] if entry.harmonic is None else [suite.averages[part] for part in entry.harmonic]
+        for suite, averages in named:
+            shown = {name: name if count[name] == 1 else f"{suite}: {name}" for name in averages}
+            renamed = {
+                shown[name]: entry.model_copy(
+                    update={"harmonic": tuple(shown[part] for part in entry.harmonic)}
                 )
-                self.known[shown], self._names[suite.name, name] = entry, shown
-                self._sets[shown] = tuple(dict.fromkeys(member for part in parts for member in part.of))
+                if entry.harmonic
+                else entry
+                for name, entry in averages.items()
+            }
+            self.by_suite.append(renamed)
+            self.known |= renamed
+        self._all = Suite.model_construct(averages=self.known)
 
     @property
     def main(self) -> list[str]:
         """Those to talk about and to draw; class splits mix the same scores anew, and stand in the table alone."""
-        return [name for name in self.known if self.kind(name) != "class-split"] or list(self.known)
+        return [name for name, entry in self.known.items() if entry.kind != "class-split"] or list(self.known)
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the averages of a kind."""
+        return [name for name, entry in self.known.items() if entry.kind == kind]
 
     def of(self, values: Mapping[str, float]) -> dict[str, float]:
         """Averages of scores by set; those that lack a set are left out."""
-        return {
-            self._names[suite.name, name]: value
-            for suite in self.suites
-            for name, value in average(suite, values).items()
-        }
-
-    def compare(self, one: ByRun, other: ByRun) -> Comparison:
-        """Compares two arms' records by image, on all averages."""
-        found = Comparison({}, {})
-        for suite in self.suites:
-            of_suite = compare(one, other, suite.averages)
-            shown = {name: self._names[suite.name, name] for name in suite.averages}
-            found.verdicts.update({shown[name]: verdict for name, verdict in of_suite.verdicts.items()})
-            found.unpaired.update({shown[name]: reason for name, reason in of_suite.unpaired.items()})
-        return found
-
-    def error(self, values: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
-        """Standard errors of the averages from those of the sets, by the first derivatives."""
-        start, step = self.of(values), 0.01
-        squares = dict.fromkeys(start, 0.0)
-        for name, error in errors.items():
-            moved = self.of({**values, name: values[name] + step})
-            for key in start:
-                squares[key] += ((moved[key] - start[key]) / step * error) ** 2
-        return {name: math.sqrt(square) for name, square in squares.items()}
-
-    def kind(self, name: str) -> str:
-        """The kind of an average."""
-        return self.known[name].kind
+        return average(self._all, values)
 
     def sets(self, name: str) -> tuple[str, ...]:
         """The sets of an average, those of a harmonic mean's parts included."""
-        return self._sets[name]
+        entry = self.known[name]
+        parts = (member for part in entry.harmonic or () for member in self.sets(part))
+        return tuple(dict.fromkeys([*entry.of, *parts]))
 
 
 class Results:
@@ -264,78 +225,87 @@ class Results:
     Args:
         measured: Measurements; of two of one thing, the later counts.
         averages: Of the suites.
+
+    Attributes:
+        sets: Names of the measured sets, in the suites' order.
+        images: By set; None if records do not say.
+        unpaired: Why averages could not be compared by image.
     """
 
     def __init__(self, measured: Iterable[Measurement], averages: Averages) -> None:
         self.averages = averages
-        latest = {(one.arm, one.alpha, one.seed, one.record["set"]): one.record for one in measured}
-        self.records: dict[Key, dict[int | None, dict[str, dict[str, Any]]]] = {}  # by seed and set
-        for (arm, alpha, seed, name), record in latest.items():
-            self.records.setdefault((arm, alpha), {}).setdefault(seed, {})[name] = record
-        self.unpaired: dict[str, str] = {}  # why averages could not be compared by image
-
-    @property
-    def sets(self) -> list[str]:
-        """Names of the measured sets, in the suites' order."""
-        found = {record["set"] for record in self._all()}
-        known = [name for suite in self.averages.suites for name in suite.sets if name in found]
-        return [*known, *sorted(found - set(known))]
+        latest = {(one.arm, one.alpha, one.seed, one.record["set"]): one for one in measured}
+        self.measured = list(latest.values())
+        self.by_run: dict[Key, dict[int | None, dict[str, dict[str, Any]]]] = {}  # by seed and set
+        for one in self.measured:
+            of_seed = self.by_run.setdefault((one.arm, one.alpha), {}).setdefault(one.seed, {})
+            of_seed[one.record["set"]] = one.record
+        counts = {one.record["set"]: one.record.get("images") for one in reversed(self.measured)}
+        known = [name for suite in averages.suites for name in suite.sets if name in counts]
+        self.sets = list(dict.fromkeys([*known, *sorted(counts)]))
+        self.images: dict[str, int | None] = {name: counts[name] for name in self.sets}
+        self.unpaired: dict[str, str] = {}
 
     @property
     def unit(self) -> str:
         """What the scores are, for headings."""
-        return "top-1 %" if {record["headline"] for record in self._all()} <= {"top1"} else "accuracy, %"
+        return "top-1 %" if {one.record["headline"] for one in self.measured} <= {"top1"} else "accuracy, %"
 
     def verdicts(self, one: Key, other: Key) -> dict[str, Verdict]:
         """Verdicts by image on one arm less another, by average; `unpaired` has why others are missing."""
-        found = self.averages.compare(self.records[one], self.records[other])
-        self.unpaired.update(found.unpaired)
-        return found.verdicts
+        verdicts: dict[str, Verdict] = {}
+        for averages in self.averages.by_suite:
+            found = compare(self.by_run[one], self.by_run[other], averages)
+            verdicts |= found.verdicts
+            self.unpaired |= found.unpaired
+        return verdicts
 
     def alphas(self) -> list[float]:
         """All alphas of mixtures."""
-        return sorted({alpha for _, alpha in self.records if alpha is not None})
+        return sorted({alpha for _, alpha in self.by_run if alpha is not None})
 
-    def images(self, name: str) -> int | None:
-        """Images of a set; None if records do not say."""
-        count = next((record.get("images") for record in self._all() if record["set"] == name), None)
-        return count if isinstance(count, int) else None
-
-    def digests(self, arm: str, field: str = "digest", mixed: bool = False) -> set[str | None]:
-        """Digests of an arm's own checkpoints, or of what they were mixed with."""
-        return {
-            record.get(field)
-            for (name, alpha), seeds in self.records.items()
-            if name == arm and (alpha is not None) == mixed
-            for sets in seeds.values()
-            for record in sets.values()
-        }
+    def is_mixed_with(self, arm: str, other: str) -> bool:
+        """Whether an arm's mixtures are with another one's checkpoint, or nobody says with what."""
+        mixed, own = (
+            {
+                one.record.get(field)
+                for one in self.measured
+                if one.arm == name and (one.alpha is None) == alone
+            }
+            for name, field, alone in ((arm, "original_digest", False), (other, "digest", True))
+        )
+        return mixed <= own | {None}
 
     def by_average(self, metric: str | None = None) -> dict[Key, dict[str, Score]]:
-        """Scores by arm, alpha and average.
-
-        Args:
-            metric: A metric's name; None for each set's headline.
-        """
-        result = {}
-        for key, seeds in self._values(metric).items():
-            averaged = {seed: self.averages.of(values) for seed, values in seeds.items()}
-            result[key] = _over_seeds(averaged, self.averages.known, partial(self._error, seeds))
+        """Scores by arm, alpha and average; of each set's headline, or of the metric that is named."""
+        result: dict[Key, dict[str, Score]] = {}
+        for key, runs in self.by_run.items():
+            values = {
+                seed: {
+                    name: float(record["metrics"][wanted])
+                    for name, record in sets.items()
+                    if (wanted := metric or record["headline"]) in record["metrics"]
+                }
+                for seed, sets in runs.items()
+            }
+            averaged = {seed: self.averages.of(of_seed) for seed, of_seed in values.items()}
+            result[key] = {}
+            for name in self.averages.known:
+                found = {seed: scores[name] for seed, scores in averaged.items() if name in scores}
+                if found:
+                    error = self._image_error(name, [values[seed] for seed in found])
+                    result[key][name] = Score(found, error)
         return result
 
-    def by_set(self, metric: str | None = None) -> dict[Key, dict[str, Score]]:
+    def by_set(self) -> dict[Key, dict[str, Score]]:
         """Scores by arm, alpha and set."""
-
-        def error(name: str, found: Seeds) -> float:
-            return binomial(statistics.fmean(found.values()), self.images(name))
-
-        return {key: _over_seeds(seeds, self.sets, error) for key, seeds in self._values(metric).items()}
+        return Results(self.measured, Averages([], self.sets)).by_average()
 
     def truncated(self) -> list[str]:
         """Sets with fewer images than a whole copy has, each as a sentence."""
         notes = []
         for name in self.sets:
-            records = [record for record in self._all() if record["set"] == name]
+            records = [one.record for one in self.measured if one.record["set"] == name]
             expected, images = records[0].get("expected_images"), records[0].get("images")
             if isinstance(expected, int) and isinstance(images, int) and images != expected:
                 notes.append(f"{name} has {images:,} images where a whole copy has {expected:,}.")
@@ -343,79 +313,49 @@ class Results:
                 notes.append(f"{name} was not measured on equally many images everywhere.")
         return notes
 
-    def _all(self) -> list[dict[str, Any]]:
-        return [
-            record for seeds in self.records.values() for sets in seeds.values() for record in sets.values()
-        ]
-
-    def _values(self, metric: str | None) -> dict[Key, dict[int | None, dict[str, float]]]:
-        return {
-            key: {
-                seed: {
-                    name: float(value)
-                    for name, record in sets.items()
-                    if (value := record["metrics"].get(metric or record["headline"])) is not None
-                }
-                for seed, sets in seeds.items()
-            }
-            for key, seeds in self.records.items()
+    def _image_error(self, name: str, seeds: Sequence[Mapping[str, float]]) -> float:
+        """Error of an average from those of its sets, by the first derivatives."""
+        means = {
+            member: statistics.fmean(seed[member] for seed in seeds) for member in self.averages.sets(name)
         }
-
-    def _error(self, values: Mapping[int | None, Mapping[str, float]], name: str, found: Seeds) -> float:
-        members = self.averages.sets(name)
-        means = {member: statistics.fmean(values[seed][member] for seed in found) for member in members}
-        errors = {member: binomial(means[member], self.images(member)) for member in members}
-        return self.averages.error(means, errors).get(name, 0.0)
-
-
-def _over_seeds(
-    by_seed: Mapping[int | None, Mapping[str, float]],
-    names: Iterable[str],
-    error: Callable[[str, Seeds], float],
-) -> dict[str, Score]:
-    scores = {}
-    for name in names:
-        found = {seed: values[name] for seed, values in by_seed.items() if name in values}
-        if found:
-            scores[name] = Score(found, error(name, found))
-    return scores
+        start, step, square = self.averages.of(means)[name], 0.01, 0.0
+        for member, mean in means.items():
+            moved = self.averages.of({**means, member: mean + step})[name]
+            square += ((moved - start) / step * binomial(mean, self.images[member])) ** 2
+        return math.sqrt(square)
 
 
 def suites_of(
     measured: Iterable[Measurement], given: Sequence[str] = (), known: Sequence[str] = ()
-) -> list[str]:
-    """The suites whose averages are shown, as names or files.
+) -> list[Suite]:
+    """The suites whose averages are shown.
 
     Args:
         measured: Records, which name suites without saying where own ones are.
-        given: What to take in place of them.
+        given: Names or files to take in place of them.
         known: Names and files of suites that may be meant, as grids name them.
 
     Raises:
         ReportError: If a suite is not one that comes with the package, and its file is not known.
     """
-    names = list(given)
-    if not given:
-        files = {Path(name).stem: name for name in known}
-        found = dict.fromkeys(one.record.get("suite") for one in measured)
-        names = [files.get(name, name) for name in found if isinstance(name, str)]
-        for name in names:
-            if name not in known and Path(name).suffix in (
-                ".yaml",
-                ".yml",
-            ):  # records name suites, and no files
-                raise ReportError(
-                    f"The rows are of the suite '{name}', which is no name. Give --suite FILE.yaml."
-                )
+    files = {Path(name).stem: name for name in known}
+    named = dict.fromkeys(one.record.get("suite") for one in measured)
+    names = list(given) or [files.get(name, name) for name in named if isinstance(name, str)]
+    suites = []
     for name in names:
+        # Records name suites, and no files.
+        if not given and name not in known and Path(name).suffix in (".yaml", ".yml"):
+            raise ReportError(
+                f"The rows are of the suite '{name}', which is no name. Give --suite FILE.yaml."
+            )
         try:
-            load_suite(name)
+            suites.append(load_suite(name))
         except EvaluationError as cause:
             raise ReportError(
                 f"The rows are of the suite '{name}', whose averages are needed: {cause}\n"
                 "Name the suite's file with --suite FILE.yaml."
             ) from cause
-    return names
+    return suites
 
 
 def binomial(percent: float, images: int | None) -> float:

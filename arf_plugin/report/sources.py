@@ -10,7 +10,7 @@ a file of records         ``*.jsonl`` by ``arf evaluate --out``; the checkpoints
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The trainer's command line; empty if it is not known."""
-        found = self.info.get("command")
-        return [str(word) for word in found] if isinstance(found, list) else []
+        return [str(word) for word in entries(self.info.get("command"))]
 
 
 @dataclass(frozen=True)
@@ -130,16 +129,19 @@ class Collected:
     comparisons: list[tuple[str, str]] = field(default_factory=list)
     roots: list[Path] = field(default_factory=list)
 
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the arms of a kind."""
+        return [arm.name for arm in self.arms.values() if arm.kind == kind]
+
     @property
     def before(self) -> str | None:
         """The arm that is the model before fine-tuning."""
-        return next((arm.name for arm in self.arms.values() if arm.kind == "before"), None)
+        return next(iter(self.of_kind("before")), None)
 
     @property
     def subject(self) -> str | None:
         """The arm that the report is about: ARF itself, if it is there."""
-        named = [arm.name for arm in self.arms.values() if arm.kind == "arf"]
-        return "arf" if "arf" in self.arms else (named[0] if named else None)
+        return "arf" if "arf" in self.arms else next(iter(self.of_kind("arf")), None)
 
 
 def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
@@ -153,34 +155,22 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
         ReportError: For a source that is none, damaged or empty, and for two checkpoints of one arm and seed.
     """
     found = Collected(roots=[*(source.resolve().parent for source in sources), Path.cwd().resolve()])
-    files: list[tuple[Path, Path]] = []  # of records, with the folder that their paths are relative to
-    for source in sources:
-        if not source.exists():
-            raise ReportError(f"{source} does not exist. Expected {EXPECTED}.")
-        if source.is_file():
-            files.append((source, source.parent))
-        elif (source / "grid.json").is_file():
-            files += _read_grid(source, found)
-        elif (source / "run.json").is_file() or _logs(source):
-            found.runs.append(_read_run(source, found))
-            own = (
-                path for path in list_files(source, ".jsonl") if path.stem not in ("validation", "arf_watch")
-            )
-            files += [(path, source) for path in own]
-        elif (source / "results.jsonl").is_file():
-            files.append((source / "results.jsonl", source))
-        else:
-            names = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
-            raise ReportError(f"{source} is no run: found {names}. Expected {EXPECTED}.")
-    records = [(record, folder) for path, folder in files for record in _records(path)]
+    # Of each file of records, with the folder that their paths are relative to.
+    records = [
+        (record, path.parent)
+        for source in sources
+        for path in _read(source, found)
+        for record in _records(path)
+    ]
     originals = {record.get("original_digest") for record, _ in records} - {None}
     folders = {run.folder.resolve(): run for run in found.runs}
     for record, folder in records:
-        measured = _measurement(found, record, folder, originals, folders)
+        arm, seed = _whose(record, folder, found, originals, folders)
+        measured = Measurement(arm, seed, finite(record.get("alpha")), record)
         if record.get("split") == "validation":  # rejected candidates among them, which are arms of no table
             found.validation.append(measured)
         else:
-            _add_arm(found, measured.arm)
+            _add_arm(found, arm)
             found.test.append(measured)
     for run in found.runs:
         _add_arm(found, run.arm)
@@ -194,7 +184,24 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
     return found
 
 
-def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, Path]]:
+def _read(source: Path, found: Collected) -> list[Path]:
+    """Reads what a source holds beside records; returns its files of records."""
+    if not source.exists():
+        raise ReportError(f"{source} does not exist. Expected {EXPECTED}.")
+    if source.is_file():
+        return [source]
+    if (source / "grid.json").is_file():
+        return _read_grid(source, found)
+    if _is_run(source):
+        found.runs.append(_read_run(source, found))
+        return [path for path in list_files(source, ".jsonl") if path.stem not in ("validation", "arf_watch")]
+    if (source / "results.jsonl").is_file():
+        return [source / "results.jsonl"]
+    names = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
+    raise ReportError(f"{source} is no run: found {names}. Expected {EXPECTED}.")
+
+
+def _read_grid(folder: Path, found: Collected) -> list[Path]:
     grid = read_json(folder / "grid.json")
     found.grids.append(grid)
     for entry in entries(grid.get("arms")):
@@ -209,14 +216,16 @@ def _read_grid(folder: Path, found: Collected) -> list[tuple[Path, Path]]:
             found.comparisons.append((pair[0], pair[1]))
     if found.reference is None and isinstance(grid.get("reference"), str):
         found.reference = grid["reference"]
-    runs = sorted(
-        path for path in (folder / "runs").glob("*") if (path / "run.json").is_file() or _logs(path)
-    )
+    runs = sorted(path for path in (folder / "runs").glob("*") if _is_run(path))
     found.runs += [_read_run(path, found) for path in runs]
     files = [path for name in ("results", "validation") if (path := folder / f"{name}.jsonl").is_file()]
     if not runs and not files:
         raise ReportError(f"{folder} is a grid without runs and without rows yet. Run it with: arf ablate")
-    return [(path, folder) for path in files]
+    return files
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() or bool(_logs(folder))
 
 
 def _read_run(folder: Path, found: Collected) -> Run:
@@ -259,28 +268,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _measurement(
-    found: Collected,
-    record: dict[str, Any],
+def _whose(
+    record: Mapping[str, Any],
     folder: Path,
-    originals: Collection[str | None],
+    found: Collected,
+    originals: set[Any],
     folders: Mapping[Path, Run],
-) -> Measurement:
-    """Says whose a record is: by its run's folder, as the original of mixtures, else by the checkpoint's folder."""
-    alpha, path = finite(record.get("alpha")), Path(record["checkpoint"])
+) -> tuple[str, int | None]:
+    """Arm and seed of a record: by its run's folder, as the original of mixtures, else by the checkpoint's folder."""
+    alpha, path = record.get("alpha"), Path(record["checkpoint"])
     name = run_name(record["checkpoint"])
     above = [parent for place in (folder / path, path) for parent in place.resolve().parents]
     run = next((folders[parent] for parent in above if parent in folders), None)
     run = run or {place.name: run for place, run in folders.items()}.get(name)
     if run is not None:
-        arm, seed = run.arm, run.seed
-    elif alpha is None and record.get("digest") in originals:
-        arm, seed = found.before or "before", None  # what others were mixed with
-    else:
-        arm, seed = arm_and_seed(name)
-        if found.grids and found.before and arm not in found.arms and alpha is None:
-            arm, seed = found.before, None  # in a grid, everything else lies below its runs
-    return Measurement(arm, seed, alpha, record)
+        return run.arm, run.seed
+    if alpha is None and record.get("digest") in originals:
+        return found.before or "before", None  # what others were mixed with
+    arm, seed = arm_and_seed(name)
+    if found.grids and found.before and arm not in found.arms and alpha is None:
+        return found.before, None  # in a grid, everything else lies below its runs
+    return arm, seed
 
 
 def _add_arm(found: Collected, name: str) -> None:
@@ -319,6 +327,11 @@ def entries(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """An object as it is; an empty one for everything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def is_local(name: str) -> bool:
     """Whether a place that stands in data is one of this machine, and nothing that is fetched or run."""
     return bool(name) and not ("://" in name or "::" in name or name.startswith("pipe:") or "\0" in name)
@@ -335,7 +348,5 @@ def is_below(name: str, roots: Sequence[Path]) -> bool:
         place = Path(name).resolve()
     except (OSError, ValueError, RuntimeError):  # zero bytes, links in a circle
         return False
-    for root in roots:
-        if place.is_relative_to(root):
-            return not any(part.startswith(".") for part in place.relative_to(root).parts)
-    return False
+    root = next(filter(place.is_relative_to, roots), None)
+    return root is not None and not any(part.startswith(".") for part in place.relative_to(root).parts)

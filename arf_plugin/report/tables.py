@@ -7,12 +7,12 @@ nothing can be validated, and the alpha that validation has chosen for each arm,
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from arf_plugin.console import markdown_table
-from arf_plugin.report.scores import Averages, Difference, Key, Results, Score, differences
-from arf_plugin.report.sources import Collected, finite
+from arf_plugin.report.scores import Averages, Difference, Key, Results, Score, difference
+from arf_plugin.report.sources import Collected, finite, mapping
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Slice:
         key: ``tuned``, ``wise`` or ``chosen``.
         title: Heads it.
         scores: By arm and average.
+        names: The averages that it has, in the suites' order.
         differences: To the reference, by arm and average.
         comparisons: Further pairs of arms -> differences by average.
         alphas: Alpha by arm, for ``chosen``.
@@ -31,13 +32,10 @@ class Slice:
     key: str
     title: str
     scores: dict[str, dict[str, Score]]
+    names: list[str]
     differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
-
-    def names(self, averages: Averages) -> list[str]:
-        """The averages that it has, in the suites' order."""
-        return [name for name in averages.known if any(name in by for by in self.scores.values())]
 
     def pairs(self, reference: str | None) -> list[tuple[tuple[str, str | None], dict[str, Difference]]]:
         """Pairs of arms with their differences: to the reference first."""
@@ -50,38 +48,35 @@ class Slice:
         return {arm for arm, mean in means.items() if mean == max(means.values())}
 
 
-def build_slices(
-    found: Collected, results: Results, averages: Averages, comparisons: Sequence[tuple[str, str]]
-) -> list[Slice]:
+def build_slices(found: Collected, results: Results, comparisons: Collection[tuple[str, str]]) -> list[Slice]:
     """Builds the tables that the measurements allow."""
     by_key = results.by_average()
 
     def table(key: str, title: str, alphas: Mapping[str, float | None]) -> Slice:
         """Scores of arms at alphas; the model before fine-tuning has none, and alpha 1 is the fine-tuned one."""
         keys = {arm: _measured(by_key, arm, alphas[arm]) for arm in found.arms if arm in alphas}
-        keys = {arm: key for arm, key in keys.items() if by_key.get(key)}
-        made = Slice(key, title, {arm: by_key[key] for arm, key in keys.items()})
+        scores = {arm: by_key[key] for arm, key in keys.items() if by_key.get(key)}
+        names = [name for name in results.averages.known if any(name in by for by in scores.values())]
 
         def less(arm: str, other: str) -> dict[str, Difference]:
             paired = results.verdicts(keys[arm], keys[other])
-            return differences(made.scores[arm], made.scores[other], paired)
+            both = [name for name in scores[arm] if name in scores[other]]
+            items = {n: difference(scores[arm][n], scores[other][n], paired.get(n)) for n in both}
+            return {name: item for name, item in items.items() if item is not None}
 
-        reference = found.reference
-        if reference in keys:
-            made.differences = {arm: less(arm, reference) for arm in keys if arm != reference}
-        wanted = [pair for pair in comparisons if set(pair) <= keys.keys() and pair[1] != reference]
-        made.comparisons = {pair: less(*pair) for pair in wanted}
-        return made
+        base = found.reference
+        against = {arm: less(arm, base) for arm in scores if arm != base} if base in scores else {}
+        wanted = [pair for pair in comparisons if set(pair) <= scores.keys() and pair[1] != base]
+        return Slice(key, title, scores, names, against, {pair: less(*pair) for pair in wanted})
 
     before: dict[str, float | None] = {found.before: None} if found.before else {}
     slices = [table("tuned", "as fine-tuned", dict.fromkeys(found.arms))]
     inner = [alpha for alpha in results.alphas() if 0.0 < alpha < 1.0]
     wise = 0.5 if 0.5 in inner else statistics.median_low(inner) if inner else None
     if wise is not None:
-        slices.append(
-            table("wise", f"WiSE-FT at α = {wise:g}", {**dict.fromkeys(found.arms, wise), **before})
-        )
-    chosen = chosen_alphas(found, averages)
+        title = f"WiSE-FT at α = {wise:g}"
+        slices.append(table("wise", title, {**dict.fromkeys(found.arms, wise), **before}))
+    chosen = chosen_alphas(found, results.averages)
     if wise is not None and set(chosen.values()) == {wise}:  # a table of its own would say the same twice
         if len(results.alphas()) > 1:
             slices[-1].title += ", which validation chose for every arm"
@@ -95,12 +90,11 @@ def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
     """The alpha that validation has chosen for each arm: as a grid has written it down, else by validation records."""
     chosen = {}
     for content in found.choices:
-        entries = content.get("wise")
-        for arm, entry in (entries if isinstance(entries, dict) else {}).items():
-            alpha = finite(entry.get("chosen")) if isinstance(entry, dict) else None
+        for arm, entry in mapping(content.get("wise")).items():
+            alpha = finite(mapping(entry).get("chosen"))
             if arm in found.arms and alpha is not None:
                 chosen[arm] = alpha
-    judge = next((name for name in averages.known if averages.kind(name) == "id"), None)
+    judge = next(iter(averages.of_kind("id")), None)
     if chosen or judge is None:
         return chosen
     by_key = Results(found.validation, averages).by_average()
@@ -115,19 +109,19 @@ def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
     return chosen
 
 
-def markdown(found: Collected, slices: Sequence[Slice], averages: Averages, unit: str) -> str:
+def markdown(found: Collected, slices: Sequence[Slice], unit: str) -> str:
     """All tables as Markdown: mean ± standard deviation over seeds, the best of a column in bold."""
     tables = []
     for one in slices:
-        names = one.names(averages)
         lines = []
         for arm, scores in one.scores.items():
             cells = [f"{one.alphas[arm]:g}" if arm in one.alphas else ""] if one.alphas else []
-            for name in names:
+            for name in one.names:
                 text = str(scores.get(name, ""))
                 cells.append(f"**{text}**" if text and arm in one.best(name) else text)
             lines.append([_escaped(found.arms[arm].label), *cells])
-        tables.append(markdown_table([f"{unit}, {one.title}", *(["α"] if one.alphas else []), *names], lines))
+        head = [f"{unit}, {one.title}", *(["α"] if one.alphas else []), *one.names]
+        tables.append(markdown_table(head, lines))
     return "\n\n".join(tables) + "\n"
 
 

@@ -99,7 +99,11 @@ def test_names_are_shown_as_they_are(report):
 
 
 def test_files(report, tmp_path):
-    names = [name for group in report.groups.values() for name in render.save(group, tmp_path, report.style)]
+    names = [
+        name
+        for section, group in report.groups.items()
+        for name in render.save(section, group, tmp_path, report.style)
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     for path in tmp_path.glob("*.svg"):
         ElementTree.parse(path)
@@ -113,5 +117,5 @@ def test_equal_inputs_give_equal_bytes(report, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-        render.save(report.groups["curves"], folder, report.style)
+        render.save("curves", report.groups["curves"], folder, report.style)
     assert len({b"".join(p.read_bytes() for p in sorted(Path(f).iterdir())) for f in folders}) == 1

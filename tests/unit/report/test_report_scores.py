@@ -174,7 +174,7 @@ def test_controls_are_compared_with_the_subject(tmp_path):
         grid.measure("flyp", seed, id=50 + seed)
         grid.measure("arf", seed, id=90 + seed)
         grid.measure("arf-random", seed, id=70 + seed)
-    found = as_json(gather([grid.write()], Options(suites=[str(tmp_path / "made-up.yaml")])))
+    found = as_json(gather([grid.write()], Options(suite=[str(tmp_path / "made-up.yaml")])))
     assert record(found, "differences", arm="arf", against="arf-random", name="ID")["mean"] == 20
     assert "ARF against ARF-RANDOM (3 seeds): ahead on ID (+20.0), in every seed." in "\n".join(
         found["summary"]
@@ -220,7 +220,7 @@ def test_one_table_where_both_alphas_are_the_same(usual):
 
 def test_markdown(usual):
     report = gather([usual.write()], Options())
-    text = markdown(report.found, report.slices, report.averages, report.results.unit)
+    text = markdown(report.found, report.slices, report.results.unit)
     assert text.splitlines()[:5] == [
         "| top-1 %, as fine-tuned | ID | shift | zero-shot | seen | held out | H |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -237,7 +237,7 @@ def test_markdown_of_a_hostile_label(tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps(content))
     grid.measure("arf", 0, id=50)
     report = gather([grid.write()], Options())
-    line = markdown(report.found, report.slices, report.averages, "%").splitlines()[2]
+    line = markdown(report.found, report.slices, "%").splitlines()[2]
     assert line == r"| a \| b \<script\> \*c\* d | **50.0** | **50.0** |"
 
 
