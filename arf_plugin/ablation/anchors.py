@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from arf_plugin.ablation.config import AnchorSet, Grid
-from arf_plugin.ablation.launch import last_lines, run_logged
-from arf_plugin.ablation.plan import ARF
+from arf_plugin.ablation.launch import ARF, last_lines, run_logged
 from arf_plugin.errors import GridError
 from arf_plugin.files import list_files, replacing, write_json
 from arf_plugin.untrusted import read_json

@@ -48,22 +48,19 @@ from arf_plugin.validation import Strict
 BUILDERS = ("caption", "embed", "index", "retrieve", "pack", "anchors", "features")
 COUNTS = {"epochs": 32, "batch-size": 64, "workers": 4, "accum-freq": 1}  # open_clip's defaults
 RESERVED = {  # flags that the grid sets itself, and where it takes them from
-    "model": "the entry 'model'",
-    "pretrained": "the entry 'pretrained'",
-    "train-data": "'task'",
+    **{name: f"the entry '{name}'" for name in ("model", "pretrained")},
+    **dict.fromkeys(("train-data", "dataset-type"), "'task'"),
+    **{f"arf-{name}": f"'task', as '{name}'" for name in ("classnames", "templates")},
     "train-num-samples": "'task', as 'samples'",
     "train-data-upsampling-factors": "the arm's entry 'mix'",
-    "dataset-type": "'task'",
+    **{f"arf-{name}": f"the arm's entry '{name}'" for name in ("anchors", "head")},
     "logs": "--out",
     "name": "the arm's name and seed",
-    "resume": "the grid, which resumes by itself",
-    "save-frequency": "the grid, which keeps the last checkpoint",
-    "delete-previous-checkpoint": "the grid, which keeps the last checkpoint",
     "seed": "'seeds'",
-    "arf-anchors": "the arm's entry 'anchors'",
-    "arf-classnames": "'task', as 'classnames'",
-    "arf-templates": "'task', as 'templates'",
-    "arf-head": "the arm's entry 'head'",
+    "resume": "the grid, which resumes by itself",
+    **dict.fromkeys(
+        ("save-frequency", "delete-previous-checkpoint"), "the grid, which keeps the last checkpoint"
+    ),
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+]*(?:-[A-Za-z0-9._+]+)*")
 T = TypeVar("T")
@@ -257,6 +254,11 @@ class Arm(Strict):
     def is_probe(self) -> bool:
         """Whether `arf probe` makes it."""
         return self.probe is not None
+
+    @property
+    def is_mixable(self) -> bool:
+        """Whether its weights may be averaged: a probe differs from the model before by its head alone."""
+        return self.is_trained and not self.is_probe
 
     def with_candidate(self, index: int) -> Arm:
         """The arm with a candidate's flags."""

@@ -67,11 +67,11 @@ class Ablation:
     ) -> None:
         self.grid, self.folder = grid, folder
         names = [arm.name for arm in grid.arms]
-        wanted = set(_known(arms, names, "--arms"))
+        wanted = set(_known(arms or names, names, "--arms"))
         wanted |= {arm.head for arm in grid.arms if arm.name in wanted and arm.head is not None}
         self.names = [name for name in names if name in wanted]
-        self.seeds = _known(seeds, grid.seeds, "--seeds")
-        self.restart = [grid.arm(name) for name in _known(restart, names, "--restart", none=True)]
+        self.seeds = _known(seeds or grid.seeds, grid.seeds, "--seeds")
+        self.restart = [grid.arm(name) for name in _known(restart, names, "--restart")]
         self.processes = processes or grid.processes
         self.choices = Choices(folder)
         self._check_averages()
@@ -79,17 +79,13 @@ class Ablation:
 
     def candidates(self, arms: Collection[str] | None = None) -> list[Run]:
         """The runs that choices among the wanted arms are made from."""
-        return list(candidate_runs(self.grid, self.folder, arms or self.names, self.processes))
+        return candidate_runs(self.grid, self.folder, self.names if arms is None else arms, self.processes)
 
     def planned(self) -> list[Run]:
         """The runs there would be: the winners among the candidates take the place of their arms' first runs."""
-        undecided = self.undecided()
-        candidates = self.candidates(undecided) if undecided else []
-        first = self.grid.seeds[0]
-        return [
-            *candidates,
-            *(run for run in self.finals() if run.arm.name not in undecided or run.seed != first),
-        ]
+        undecided, first = self.undecided(), self.grid.seeds[0]
+        final = [run for run in self.finals() if run.arm.name not in undecided or run.seed != first]
+        return [*self.candidates(undecided), *final]
 
     def undecided(self) -> list[str]:
         """The wanted arms whose choice has not been made yet."""
@@ -98,11 +94,8 @@ class Ablation:
 
     def finals(self) -> list[Run]:
         """The wanted runs of the grid; arms whose choice has not been made yet have their common flags alone."""
-        arms = self.choices.settled(self.grid)
-        return [
-            Run(self.grid, self.folder, arms.get(run.arm.name, run.arm), run.seed, None, self.processes)
-            for run in final_runs(self.grid, self.folder, self.names, self.seeds, self.processes)
-        ]
+        settled = self.choices.settled(self.grid)
+        return final_runs(self.grid, self.folder, self.names, self.seeds, self.processes, settled)
 
     def anchor_sets(self) -> list[AnchorSet]:
         """The anchor sets that the grid makes for the wanted arms, in order."""
@@ -127,16 +120,15 @@ class Ablation:
             open_sets(self.grid, split)
         left_out = {arm.name for arm in self.restart}
         open_choices = {arm.name for arm in self.grid.arms} - set(self.choices.settled(self.grid))
-        found = {
-            run.name: (run.arm.name, different)
+        started = [
+            run
             for run in everything
-            if run.arm.name not in left_out
-            and not (run.candidate is None and run.arm.name in open_choices)
-            and (different := changes(run))
-        }
+            if run.arm.name not in left_out and not (run.candidate is None and run.arm.name in open_choices)
+        ]
+        found = [(run, different) for run in started if (different := changes(run))]
         if found:
-            listed = "\n".join(f"  {name}: {'; '.join(different)}" for name, (_, different) in found.items())
-            arms = " ".join(dict.fromkeys(arm for arm, _ in found.values()))
+            listed = "\n".join(f"  {run.name}: {'; '.join(different)}" for run, different in found)
+            arms = " ".join(dict.fromkeys(run.arm.name for run, _ in found))
             raise GridError(
                 f"The grid has changed since these runs in {self.folder} began:\n{listed}\n"
                 f"Change it back, give another --out, or throw these runs away with: --restart {arms}"
@@ -183,12 +175,10 @@ class Ablation:
             table.drop_records(folder / records, gone)
             measure(grid, folder, runs, open_sets(grid, split), folder / records, grid.wise.alphas, merges)
             scores[split] = table.scores(grid, [*runs, *merges], folder / records)
-        mixed = [arm for arm in trained if not arm.is_probe]
-        alphas = (
-            table.choose_alphas(grid, self.choices, mixed, scores["validation"])
-            if "validation" in scores
-            else {}
-        )
+        alphas = {}
+        if "validation" in scores:
+            mixed = [arm for arm in trained if arm.is_mixable]
+            alphas = table.choose_alphas(grid, self.choices, mixed, scores["validation"])
         result = table.summarize(grid, runs, scores["test"], alphas, merges)
         result["verdicts"] = table.verdicts(grid, [*runs, *merges], folder / "results.jsonl", result["rows"])
         table.write(folder, result)
@@ -201,31 +191,31 @@ class Ablation:
 
     def resolved(self) -> dict[str, Any]:
         """The content of grid.json."""
-        grid = self.grid
+        grid, evaluation = self.grid, self.grid.evaluation
         arms = self.choices.settled(grid)
 
-        def described(arm: Arm) -> dict[str, Any]:
-            complete = arms.get(arm.name, arm)
-            flags = {name: " ".join(words or ()) for name, words in complete.flags.items()}
-            entry = {"name": arm.name, "label": arm.label, "what": arm.what, "kind": arm.kind, "flags": flags}
-            anchors = str(grid.anchors[arm.anchors].path) if arm.anchors is not None else None
-            return entry | {"anchors": anchors, "mix": arm.mix, "head": arm.head}
+        def folder_of(arm: Arm) -> str | None:
+            return str(grid.anchors[arm.anchors].path) if arm.anchors is not None else None
 
-        listed = [described(arm) for arm in grid.arms]
-        for arm in grid.arms if grid.merge else ():
-            if arm.is_trained and not arm.is_probe:
-                listed += [described(merged_arm(arm, method)) for method in grid.merge]
-        used = [arm.anchors for arm in grid.arms if arm.anchors is not None and arm.kind == "arf"]
-        evaluation = grid.evaluation
+        def described(arm: Arm) -> dict[str, Any]:
+            flags = arms.get(arm.name, arm).flags
+            return {
+                **{name: getattr(arm, name) for name in ("name", "label", "what", "kind", "mix", "head")},
+                "flags": {name: " ".join(words or ()) for name, words in flags.items()},
+                "anchors": folder_of(arm),
+            }
+
+        merges = [merged_arm(arm, method) for arm in grid.arms if arm.is_mixable for method in grid.merge]
+        used = (folder_of(arm) for arm in grid.arms if arm.kind == "arf")
         return {
             "name": grid.name,
-            "arms": listed,
+            "arms": [described(arm) for arm in (*grid.arms, *merges)],
             "seeds": list(grid.seeds),
             "model": grid.model,
             "pretrained": grid.pretrained,
             "suite": evaluation.suite,
             "data": {"task": grid.task.data, "test": evaluation.test, "validation": evaluation.validation},
-            "anchors": str(grid.anchors[used[0]].path) if used else None,
+            "anchors": next(filter(None, used), None),
             "reference": grid.reference,
             "wise": list(grid.wise.alphas),
             "wise_by": grid.wise.by,
@@ -262,9 +252,8 @@ class Ablation:
         for name in undecided:
             own = [run for run in runs if run.arm.name == name]
             if not all(map(is_finished, own)):
-                _say(
-                    f"{name}: not all of its candidates could be trained, so nothing was chosen and it is left out"
-                )
+                said = "not all of its candidates could be trained, so nothing was chosen and it is left out"
+                _say(f"{name}: {said}")
                 continue
             scores = [table.scores(self.grid, [run], records) for run in own]
             averages = [{} if found.empty else found.iloc[0].to_dict() for found in scores]
@@ -292,9 +281,8 @@ class Ablation:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / ".lock").open("a") as lock:
             if not take(lock.fileno()):
-                raise GridError(
-                    f"Another `arf ablate` is at work in {self.folder}. Wait for it, or give another --out."
-                )
+                busy = f"Another `arf ablate` is at work in {self.folder}."
+                raise GridError(f"{busy} Wait for it, or give another --out.")
             yield
 
 
@@ -352,9 +340,7 @@ def measure(
     for run in runs:
         name = run.listed
         candidates.append(Candidate(run.weights, name=name))
-        if (
-            run.arm.is_trained and not run.arm.is_probe
-        ):  # a probe differs from the model before by its head alone
+        if run.arm.is_mixable:
             original = str(run.original.relative_to(folder))
             candidates += [Candidate(run.weights, run.original, alpha, name, original) for alpha in alphas]
     for one in merges:
@@ -382,13 +368,13 @@ def measure(
         )
 
 
-def _known(names: Sequence[Any] | None, known: Sequence[Any], option: str, none: bool = False) -> list[Any]:
-    """A subset of names that an option gives; without it all of them, or none."""
-    for name in names or ():
+def _known(names: Sequence[Any], known: Sequence[Any], option: str) -> list[Any]:
+    """The names that an option gives, each of which the grid has."""
+    for name in names:
         if name not in known:
             expected = ", ".join(map(str, known))
             raise GridError(f"{option} {name}: not in this grid. Expected some of: {expected}.")
-    return list(names or (() if none else known))
+    return list(names)
 
 
 def _say(text: str) -> None:

@@ -28,6 +28,8 @@ _STATISTICS = re.compile(rb"I\d{4} .*torch/_(dynamo|subclasses|inductor)/")
 _EPOCH = re.compile(r"epoch_(\d{1,15})\.pt")
 _POLL_SECONDS = 0.3
 
+ARF = [sys.executable, "-m", "arf_plugin.cli.main"]  # the beginning of a command of ours; its words follow
+
 _running: set[subprocess.Popen[bytes]] = set()
 _guard = threading.RLock()  # a signal handler may stop all while its thread starts one
 _stopping = threading.Event()
@@ -35,14 +37,7 @@ _stopping = threading.Event()
 
 @dataclass(frozen=True)
 class Step:
-    """A progress line of the trainer.
-
-    Attributes:
-        epoch: From 0.
-        images: Images of this epoch so far, anchors included.
-        epoch_images: Images of a whole epoch.
-        loss: Of the last step.
-    """
+    """A progress line of the trainer: epoch from 0, images of it so far and in all (anchors included), last loss."""
 
     epoch: int
     images: int
@@ -187,26 +182,25 @@ def remove_truncated_checkpoints(folder: Path) -> int | None:
     epochs = []
     for path in folder.glob("epoch_*.pt"):
         match = _EPOCH.fullmatch(path.name)
-        if match is None or not zipfile.is_zipfile(path):
-            path.unlink()
-        else:
+        if match is not None and zipfile.is_zipfile(path):
             epochs.append(int(match[1]))
+        else:
+            path.unlink()
     return max(epochs, default=None)
 
 
 def _follow(log: Path, on_line: Callable[[bytes], object], goes_on: Callable[[], bool]) -> None:
     """Hands on a log's lines until what writes it has ended."""
     with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
-        part = b""
-        while True:
+        part, alive = b"", True
+        while alive:
             alive = goes_on()  # asked before reading: what was written before the end is read, too
             while piece := stream.readline():
                 part += piece
                 if part.endswith(b"\n"):
                     on_line(part)
                     part = b""
-            if not alive:
-                if part:
-                    on_line(part)
-                return
-            time.sleep(_POLL_SECONDS)
+            if alive:
+                time.sleep(_POLL_SECONDS)
+        if part:
+            on_line(part)

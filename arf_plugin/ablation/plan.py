@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from arf_plugin.ablation.config import Arm, Grid, command_words, number
-from arf_plugin.ablation.launch import trainer
+from arf_plugin.ablation.launch import ARF, trainer
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.errors import TaskDataError
 from arf_plugin.files import list_files
 from arf_plugin.untrusted import read_json
 
-ARF = [sys.executable, "-m", "arf_plugin.cli.main"]
 MERGES = {"stock": "Model Stock", "soup": "uniform soup"}  # of an arm's seeds, and what tables call them
 MISSING = "..."  # stands for what is not known before the anchors are built
 
@@ -48,14 +46,9 @@ class Run:
         return f"{self.arm.name}{middle}-{self.seed}"
 
     @property
-    def parent(self) -> Path:
-        """The folder above the run's."""
-        return self.folder / ("runs" if self.candidate is None else "candidates")
-
-    @property
     def path(self) -> Path:
         """The run's folder."""
-        return self.parent / self.name
+        return self.folder / ("runs" if self.candidate is None else "candidates") / self.name
 
     @property
     def weights(self) -> Path:
@@ -75,9 +68,8 @@ class Run:
     @property
     def head(self) -> Run | None:
         """The run of the probe that it starts from."""
-        if self.arm.head is None:
-            return None
-        return Run(self.grid, self.folder, self.grid.arm(self.arm.head), self.seed)
+        name = self.arm.head
+        return None if name is None else Run(self.grid, self.folder, self.grid.arm(name), self.seed)
 
     @property
     def original(self) -> Path:
@@ -107,7 +99,7 @@ class Run:
         words += ["--train-num-samples", str(samples)] if samples else []
         if self.arm.mix is not None:
             words += ["--dataset-resampled", "--train-data-upsampling-factors", self._upsampling()]
-        words += ["--logs", str(self.parent), "--name", self.name, "--resume", "latest"]
+        words += ["--logs", str(self.path.parent), "--name", self.name, "--resume", "latest"]
         words += ["--save-frequency", "1", "--delete-previous-checkpoint", "--seed", str(self.seed)]
         words += ["--arf-classnames", task.classnames] if task.classnames else []
         words += ["--arf-templates", task.templates] if task.templates and self.head is None else []
@@ -217,12 +209,10 @@ def merged_arm(arm: Arm, method: str) -> Arm:
 
 
 def merged(grid: Grid, finished: Sequence[Run]) -> list[Merged]:
-    """What the grid merges: every trained arm whose runs are all finished; a probe moves its head alone."""
+    """What the grid merges: every mixable arm whose runs are all finished."""
     found = []
     for arm in grid.arms:
-        own = tuple(
-            run for run in finished if run.arm.name == arm.name and arm.is_trained and not arm.is_probe
-        )
+        own = tuple(run for run in finished if run.arm.name == arm.name and arm.is_mixable)
         if len(own) == len(grid.seeds):
             found += [Merged(method, own) for method in grid.merge]
     return found
@@ -234,21 +224,36 @@ def before(grid: Grid, folder: Path) -> Run:
 
 
 def final_runs(
-    grid: Grid, folder: Path, arms: Collection[str], seeds: Sequence[int], processes: int
-) -> Iterator[Run]:
-    """The runs of the grid, seed by seed, probes first as others may need them; arms as the file has them."""
-    for seed in seeds:
-        for arm in sorted(grid.arms, key=lambda arm: not arm.is_probe):
-            if arm.is_trained and arm.name in arms:
-                yield Run(grid, folder, arm, seed, processes=processes)
+    grid: Grid,
+    folder: Path,
+    arms: Collection[str],
+    seeds: Sequence[int],
+    processes: int,
+    settled: Mapping[str, Arm] | None = None,
+) -> list[Run]:
+    """The runs of the grid, seed by seed, probes first as others may need them; arms as the file has them.
+
+    Args:
+        grid: The grid.
+        folder: GRID.
+        arms: Names of the wanted arms.
+        seeds: The wanted seeds.
+        processes: torchrun's --nproc_per_node.
+        settled: Arms with the flags that were chosen.
+    """
+    ordered = [arm for arm in sorted(grid.arms, key=lambda arm: not arm.is_probe) if arm.name in arms]
+    trained = [(settled or {}).get(arm.name, arm) for arm in ordered if arm.is_trained]
+    return [Run(grid, folder, arm, seed, None, processes) for seed in seeds for arm in trained]
 
 
-def candidate_runs(grid: Grid, folder: Path, arms: Collection[str], processes: int) -> Iterator[Run]:
+def candidate_runs(grid: Grid, folder: Path, arms: Collection[str], processes: int) -> list[Run]:
     """The runs that choices are made from: every candidate, with the first seed."""
-    for arm in grid.arms:
-        if arm.choice is not None and arm.name in arms:
-            for index in range(len(arm.choice.over)):
-                yield Run(grid, folder, arm.with_candidate(index), grid.seeds[0], index, processes)
+    return [
+        Run(grid, folder, arm.with_candidate(index), grid.seeds[0], index, processes)
+        for arm in grid.arms
+        if arm.choice is not None and arm.name in arms
+        for index in range(len(arm.choice.over))
+    ]
 
 
 def _shards(anchors: Path) -> list[Path]:

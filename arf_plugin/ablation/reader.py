@@ -8,11 +8,11 @@ twice is an error rather than the last one winning.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.ablation.config import Arm, Grid, merge
+from arf_plugin.ablation.config import Grid, merge
 from arf_plugin.errors import GridError
 from arf_plugin.plain_yaml import compose
 from arf_plugin.validation import Location, placed, shown, validated
@@ -20,13 +20,8 @@ from arf_plugin.validation import Location, placed, shown, validated
 CONFIGS = Path(__file__).parent / "configs"
 LARGEST_TEXT = 1 << 20  # characters, variables filled in
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_MERGED = (
-    "variables",
-    "task",
-    "trainer",
-    "evaluation",
-    "anchors",
-)  # entry by entry where a grid extends another
+# Entry by entry where a grid extends another.
+_MERGED = ("variables", "task", "trainer", "evaluation", "anchors")
 
 
 def ready() -> dict[str, Path]:
@@ -40,7 +35,7 @@ def load_grid(name_or_path: str, out: Path, settings: Mapping[str, str] | None =
     Args:
         name_or_path: A ready grid's name, or a YAML file.
         out: The folder of the grid's results; ``${grid}`` in the file.
-        settings: Values of variables that replace the file's.
+        settings: Values of variables in place of the file's.
 
     Raises:
         GridError: With file, line and key of what cannot be.
@@ -108,24 +103,23 @@ class _Reader:
     def __init__(self, files: list[_File], out: Path, settings: Mapping[str, str]) -> None:
         self.files, self.out = files, out
         self.top: dict[str, Any] = {}
-        self.sources: dict[
-            Location, tuple[_File, Location]
-        ] = {}  # where what was taken from other files stands
-        known_arms: dict[str, tuple[Any, _File, int]] = {}
+        self.sources: dict[Location, tuple[_File, Location]] = {}  # of what was taken from other files
+        self.known_arms: dict[str, tuple[Any, _File, int]] = {}
         for file in reversed(files):
             for name, value in file.values.items():
-                if name in _MERGED and isinstance(value, dict) and isinstance(self.top.get(name, {}), dict):
+                known = self.top.get(name, {})
+                if name in _MERGED and isinstance(value, dict) and isinstance(known, dict):
                     self.sources |= {(name, key): (file, (name, key)) for key in value}
-                    value = {**self.top.get(name, {}), **value}
+                    value = {**known, **value}
                 self.top[name] = value
                 self.sources[(name,)] = (file, (name,))
             listed = file.values.get("arms")
             for index, arm in enumerate(listed if isinstance(listed, list) else ()):
                 if isinstance(arm, dict) and isinstance(arm.get("name"), str):
-                    known_arms[arm["name"]] = (arm, file, index)
+                    self.known_arms[arm["name"]] = (arm, file, index)
         self.variables: dict[str, str | None] = {"grid": str(out)}
         self._set_variables(settings)
-        self._fill(known_arms)
+        self._fill()
 
     def locate(self, location: Location) -> str:
         """File and line of a value of the whole grid."""
@@ -142,14 +136,10 @@ class _Reader:
     def grid(self) -> Grid:
         """The whole grid, checked; every arm with its complete flags."""
         grid = validated(Grid, self.top, self.files[0].name, GridError, locate=self.locate)
-        self._check(grid)
-        arms, seen = [], dict[str, int]()
-        probes = {arm.name: None for arm in grid.arms if arm.is_probe}
+        if (mistake := next(self._mistakes(grid), None)) is not None:
+            raise self.error(*mistake)
+        arms = []
         for index, arm in enumerate(grid.arms):
-            if (other := seen.setdefault(arm.name, index)) != index:
-                place = self.locate(("arms", other))
-                raise self.error(("arms", index), f"another arm is called '{arm.name}' ({place}).")
-            self._check_arm(grid, index, arm, probes)
             flags = arm.probe if arm.probe is not None else {**grid.trainer, **arm.flags}
             change: dict[str, Any] = {"flags": merge({}, flags) if arm.is_trained else {}}
             change["label"] = arm.label or arm.name
@@ -166,27 +156,25 @@ class _Reader:
                 raise self.error(("variables", name), "a variable stands for a text, expected one.")
             value = str(value).lower() if isinstance(value, bool) else value
             self.variables[name] = settings.get(name, value)
+        known = [*self.variables][1:]
         for name in settings:
-            if name not in self.variables or name == "grid":
-                known = ", ".join([*self.variables][1:]) or "none"
-                raise GridError(
-                    f"--set {name}=...: {self.files[0].name} has no such variable (known: {known})."
-                )
+            if name not in known:
+                has = f"has no such variable (known: {', '.join(known) or 'none'})."
+                raise GridError(f"--set {name}=...: {self.files[0].name} {has}")
 
-    def _fill(self, known_arms: Mapping[str, tuple[Any, _File, int]]) -> None:
+    def _fill(self) -> None:
         """Fills variables in, and brings what has a short form to its long one."""
+        top = self.top
         for name in ("task", "evaluation"):
-            if isinstance(self.top.get(name), dict):
-                self.top[name] = {key: value for key, value in self.top[name].items() if value is not None}
-        for name in self.top.keys() - {"variables", "extends", "anchors", "arms"}:
-            self.top[name] = self._filled(self.top[name], (name,), self.variables)
-        if isinstance(self.top.get("anchors"), dict):
-            self.top["anchors"] = {
-                name: self._anchors(name, value) for name, value in self.top["anchors"].items()
-            }
-        if "arms" in self.top:
-            listed = self.top["arms"] if isinstance(self.top["arms"], list) else [self.top["arms"]]
-            self.top["arms"] = [self._arm(index, value, known_arms) for index, value in enumerate(listed)]
+            if isinstance(top.get(name), dict):
+                top[name] = {key: value for key, value in top[name].items() if value is not None}
+        for name in top.keys() - {"variables", "extends", "anchors", "arms"}:
+            top[name] = self._filled(top[name], (name,), self.variables)
+        if isinstance(top.get("anchors"), dict):
+            top["anchors"] = {name: self._anchors(name, value) for name, value in top["anchors"].items()}
+        if "arms" in top:
+            listed = top["arms"] if isinstance(top["arms"], list) else [top["arms"]]
+            top["arms"] = [self._arm(("arms", index), value) for index, value in enumerate(listed)]
 
     def _anchors(self, name: str, value: Any) -> Any:
         folder, location = self.out / "anchors" / name, ("anchors", name)
@@ -199,18 +187,17 @@ class _Reader:
             if key not in ("captions", "build"):
                 raise self.error((*location, key), "unknown key. Expected one of: captions, build.")
         if not filled:
-            raise self.error(
-                location, "found neither 'build' nor 'captions', expected one of them, or a path."
-            )
+            text = "found neither 'build' nor 'captions', expected one of them, or a path."
+            raise self.error(location, text)
         return {**filled, "name": name, "path": folder}
 
-    def _arm(self, index: int, value: Any, known_arms: Mapping[str, tuple[Any, _File, int]]) -> Any:
-        location = ("arms", index)
+    def _arm(self, location: Location, value: Any) -> Any:
         if isinstance(value, str):
             name = self._filled(value, location, self.variables)
-            self._require(name, known_arms, location)
-            value, file, place = known_arms[name]
-            self.sources[location] = (file, ("arms", place))
+            if name not in self.known_arms:
+                raise self.error(location, _unknown(name, self.known_arms))
+            value, file, index = self.known_arms[name]
+            self.sources[location] = (file, ("arms", index))
         return self._filled(value, location, self.variables)
 
     def _filled(self, value: Any, location: Location, variables: Mapping[str, str | None]) -> Any:
@@ -229,75 +216,63 @@ class _Reader:
             if variables[name] is None:
                 raise self.error(location, f"${{{name}}} has no value. Give one with: --set {name}=VALUE")
         if sum(len(variables[name] or "") for name in names) > LARGEST_TEXT:
-            raise self.error(
-                location, f"with its variables filled in this has more than {LARGEST_TEXT} characters."
-            )
+            text = f"with its variables filled in this has more than {LARGEST_TEXT} characters."
+            raise self.error(location, text)
         return _VARIABLE.sub(lambda match: variables[match[1]] or "", value)
 
-    def _require(self, name: str, known: Collection[str], location: Location) -> None:
-        if name not in known:
-            raise self.error(location, f"found '{name[:80]}', expected one of: {', '.join(known) or 'none'}.")
-
-    def _check(self, grid: Grid) -> None:
-        """What entries of the file must be to one another."""
-        validation = grid.evaluation.validation is not None
+    def _mistakes(self, grid: Grid) -> Iterator[tuple[Location, str]]:
+        """What entries of the file are to one another and must not be."""
+        names = [arm.name for arm in grid.arms]
+        merged = {f"{name}+{method}" for name in names for method in grid.merge}
+        no_validation = grid.evaluation.validation is None
         if grid.task.templates is not None and grid.task.classnames is None:
-            raise self.error(
-                ("task", "templates"), "templates need class names to fill in: give 'classnames', too."
-            )
-        if grid.wise.by is not None and not validation:
-            raise self.error(
-                ("wise", "by"), "alphas are chosen on validation sets, but 'evaluation' names none."
-            )
-        if grid.choose is not None and not validation:
-            raise self.error(("choose",), "a choice is made on validation sets, but 'evaluation' names none.")
-        taken = {f"{arm.name}+{method}" for arm in grid.arms for method in grid.merge}
-        if twice := [arm.name for arm in grid.arms if arm.name in taken]:
-            raise self.error(("merge",), f"the arm '{twice[0]}' has the name of another one's merged seeds.")
+            yield ("task", "templates"), "templates need class names to fill in: give 'classnames', too."
+        if grid.wise.by is not None and no_validation:
+            yield ("wise", "by"), "alphas are chosen on validation sets, but 'evaluation' names none."
+        unjudged = "a choice is made on validation sets, but 'evaluation' names none."
+        if grid.choose is not None and no_validation:
+            yield ("choose",), unjudged
+        if twice := [name for name in names if name in merged]:
+            yield ("merge",), f"the arm '{twice[0]}' has the name of another one's merged seeds."
         if grid.merge and len(grid.seeds) < 2:
-            raise self.error(("merge",), "an arm's seeds are merged, but 'seeds' has one. Give two or more.")
-        if grid.reference is not None:
-            self._require(grid.reference, [arm.name for arm in grid.arms], ("reference",))
-        earlier: dict[str, None] = {}
-        for name, chosen in grid.anchors.items():
-            if chosen.captions is not None:
-                self._require(chosen.captions, earlier, ("anchors", name, "captions"))
-            earlier[name] = None
-        before = [arm for arm in grid.arms if not arm.is_trained]
-        if len(before) != 1:
-            raise self.error(
+            yield ("merge",), "an arm's seeds are merged, but 'seeds' has one. Give two or more."
+        if grid.reference is not None and grid.reference not in names:
+            yield ("reference",), _unknown(grid.reference, names)
+        sets = list(grid.anchors)
+        for index, (name, chosen) in enumerate(grid.anchors.items()):
+            if chosen.captions is not None and chosen.captions not in sets[:index]:
+                yield ("anchors", name, "captions"), _unknown(chosen.captions, sets[:index])
+        if (count := sum(not arm.is_trained for arm in grid.arms)) != 1:
+            yield (
                 ("arms",),
-                f"found {len(before)} arms of kind 'before', expected exactly one: the model before fine-tuning, which "
+                f"found {count} arms of kind 'before', expected exactly one: the model before fine-tuning, which "
                 "the others are compared with and WiSE-FT mixes them with.",
             )
+        probes = [arm.name for arm in grid.arms if arm.is_probe]
+        for index, arm in enumerate(grid.arms):
+            here: Location = ("arms", index)
+            if (other := names.index(arm.name)) != index:
+                yield here, f"another arm is called '{arm.name}' ({self.locate(('arms', other))})."
+            fields = ("anchors", "flags", "choice", "mix", "probe", "head")
+            given = [name for name in fields if name in arm.model_fields_set]
+            if not arm.is_trained and given:
+                key = given[0].replace("choice", "choose")
+                yield (*here, key), f"the arm of kind 'before' is not trained, so it takes no '{key}'."
+            if arm.is_probe and "flags" in given:
+                yield (*here, "flags"), "a probe takes its options under 'probe', not under 'flags'."
+            if arm.anchors is not None and arm.anchors not in sets:
+                yield (*here, "anchors"), _unknown(arm.anchors, sets)
+            if arm.anchors is None and arm.mix is not None:
+                yield (*here, "mix"), "mixing needs pairs: name an anchor set with 'anchors'."
+            if arm.choice is not None and no_validation:
+                yield (*here, "choose"), unjudged
+            if arm.head is not None and arm.head not in probes:
+                listed = ", ".join(probes) or "none"
+                yield here, f"head '{arm.head}' is no probe arm of this grid (probes: {listed})."
 
-    def _check_arm(self, grid: Grid, index: int, arm: Arm, probes: Collection[str]) -> None:
-        location: Location = ("arms", index)
-        given = [
-            name
-            for name in ("anchors", "flags", "choice", "mix", "probe", "head")
-            if name in arm.model_fields_set
-        ]
-        if not arm.is_trained and given:
-            key = given[0].replace("choice", "choose")
-            raise self.error(
-                (*location, key), f"the arm of kind 'before' is not trained, so it takes no '{key}'."
-            )
-        if arm.is_probe and "flags" in given:
-            raise self.error(
-                (*location, "flags"), "a probe takes its options under 'probe', not under 'flags'."
-            )
-        if arm.anchors is not None:
-            self._require(arm.anchors, grid.anchors, (*location, "anchors"))
-        elif arm.mix is not None:
-            raise self.error((*location, "mix"), "mixing needs pairs: name an anchor set with 'anchors'.")
-        if arm.choice is not None and grid.evaluation.validation is None:
-            raise self.error(
-                (*location, "choose"), "a choice is made on validation sets, but 'evaluation' names none."
-            )
-        if arm.head is not None and arm.head not in probes:
-            listed = ", ".join(probes) or "none"
-            raise self.error(location, f"head '{arm.head}' is no probe arm of this grid (probes: {listed}).")
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    return f"found '{name[:80]}', expected one of: {', '.join(known) or 'none'}."
 
 
 def _error(place: str, location: Location, message: str) -> GridError:

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,8 @@ def changes(run: Run) -> list[str]:
         return []
     before = read_json(file, GridError, advice=f"Do the run again with: --restart {run.arm.name}")
     now = settings(run)
-    return [
-        f"{key}: was {_short(before.get(key))}, is {_short(now.get(key))}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key)
-    ]
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    return [f"{key}: was {_short(before.get(key))}, is {_short(now.get(key))}" for key in keys]
 
 
 def is_finished(run: Run) -> bool:
@@ -116,8 +114,7 @@ def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[st
 
     def follow(line: bytes) -> None:
         nonlocal loss
-        step = parse_step(line)
-        if step is not None:
+        if (step := parse_step(line)) is not None:
             loss = step.loss
             on_step(step)
 
@@ -209,7 +206,7 @@ def places(jobs: int | None, processes: int, on_cpu: bool) -> list[Mapping[str, 
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = devices.split(",") if devices else [str(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available() and names:
-            wanted = jobs if jobs is not None else max(1, len(names) // processes)
+            wanted = jobs or max(1, len(names) // processes)
             if wanted * processes > len(names):
                 raise GridError(
                     f"{wanted} runs side by side with {processes} processes each need {wanted * processes} GPUs; "
@@ -218,7 +215,7 @@ def places(jobs: int | None, processes: int, on_cpu: bool) -> list[Mapping[str, 
             parts = [names[i * processes : (i + 1) * processes] for i in range(wanted)]
             return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
     cores = len(os.sched_getaffinity(0))
-    count = jobs if jobs is not None else max(1, cores // processes)
+    count = jobs or max(1, cores // processes)
     return [cpu_threads(max(1, cores // (count * processes)))] * count
 
 
@@ -262,11 +259,15 @@ def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str)
                 say(told.text())
 
         try:
-            _wait_for_head(run, finished)
+            if (head := run.head) is not None:
+                if head.name in finished:  # it was submitted before, so it is at work or done
+                    finished[head.name].wait()
+                if not is_finished(head):
+                    raise GridError(f"{run.name} starts from the head of {head.name}, which is not there.")
             execute(run, advance, environment)
-            seconds = round(time.monotonic() - told.started)
+            seconds = timedelta(seconds=round(time.monotonic() - told.started))
             loss = "" if told.loss != told.loss else f", loss {told.loss:.3f}"
-            say(f"{run.name}: done in {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}{loss}")
+            say(f"{run.name}: done in {seconds}{loss}")
         except ArfError as error:
             failures[run.name] = str(error)
             say(f"{run.name}: stopped" if is_stopping() else f"{run.name}: failed\n{error}")
@@ -286,16 +287,6 @@ def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str)
             pool.shutdown(cancel_futures=True)
             raise
     return failures
-
-
-def _wait_for_head(run: Run, finished: Mapping[str, threading.Event]) -> None:
-    head = run.head
-    if head is None:
-        return
-    if head.name in finished:  # it was submitted before, so it is at work or done
-        finished[head.name].wait()
-    if not is_finished(head):
-        raise GridError(f"{run.name} starts from the head of {head.name}, which is not there.")
 
 
 def _digest_of(name: str | None) -> str | None:

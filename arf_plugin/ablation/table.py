@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,7 @@ VERDICTS = (
 
 
 def scores(grid: Grid, runs: Sequence[Run | Merged], records: Path) -> DataFrame:
-    """Reads records and reduces them to the suite's averages.
-
-    Args:
-        grid: The grid.
-        runs: The runs to look for, and merged ones; that of the model before may be among them.
-        records: File of records.
+    """Reads records of runs, merged ones among them, and reduces them to the suite's averages.
 
     Returns:
         A row per run and alpha, with a column per average, in percent; see :func:`scores_table`. What has not been
@@ -57,19 +52,16 @@ def scores_table(
     """Scores as a table, indexed by arm, alpha (-1: the run itself) and seed, with a column per average found."""
     import pandas as pd
 
-    rows = [
-        {"arm": arm, "alpha": _key(alpha), "seed": seed, **averages} for arm, seed, alpha, averages in found
-    ]
-    table = pd.DataFrame(rows, columns=["arm", "alpha", "seed", *names])
-    return table.set_index(["arm", "alpha", "seed"]).astype(float).dropna(axis=1, how="all").sort_index()
+    index = ["arm", "alpha", "seed"]
+    rows = [{"arm": arm, "alpha": _key(alpha), "seed": seed, **by} for arm, seed, alpha, by in found]
+    table = pd.DataFrame(rows, columns=[*index, *names]).set_index(index)
+    return table.astype(float).dropna(axis=1, how="all").sort_index()
 
 
 def scores_of(table: DataFrame, arm: str, alpha: float | None) -> DataFrame:
     """An arm's scores at an alpha, a row per seed; only averages that every seed has."""
-    of_arm = table[
-        (table.index.get_level_values("arm") == arm) & (table.index.get_level_values("alpha") == _key(alpha))
-    ]
-    return of_arm.droplevel(["arm", "alpha"]).dropna(axis=1)
+    arms, alphas = (table.index.get_level_values(name) for name in ("arm", "alpha"))
+    return table[(arms == arm) & (alphas == _key(alpha))].droplevel(["arm", "alpha"]).dropna(axis=1)
 
 
 def _key(alpha: float | None) -> float:
@@ -80,35 +72,32 @@ def drop_records(path: Path, gone: re.Pattern[str]) -> None:
     """Removes the records of checkpoints whose paths begin like this."""
     from arf_plugin.evaluation.records import read_records
 
-    if not path.is_file():
-        return
-    records = read_records(path, whole=False)
+    records = read_records(path, whole=False) if path.is_file() else []
     kept = [record for record in records if not gone.match(str(record["checkpoint"]))]
-    if len(kept) == len(records):
-        return
-    with replacing(path) as temporary:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    if len(kept) < len(records):
+        with replacing(path) as temporary:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def choose_alphas(
     grid: Grid, choices: Choices, arms: Sequence[Arm], validation: DataFrame
 ) -> dict[str, float]:
     """Chooses every arm's alpha by the mean over seeds of an average of the validation sets."""
-    chosen = {}
-    by = grid.wise.by
-    for arm in arms if by is not None else ():
-        assert by is not None
-        names = deciding(by)
-        measured = {alpha: scores_of(validation, arm.name, alpha) for alpha in grid.wise.alphas}
+    chosen: dict[str, float] = {}
+    if grid.wise.by is None:
+        return chosen
+    names = deciding(grid.wise.by)
+    for arm in arms:
         seeds = len(scores_of(validation, arm.name, None))
+        measured = {alpha: scores_of(validation, arm.name, alpha) for alpha in grid.wise.alphas}
         means = {
             alpha: float(found[names].mean(axis=1).mean()) if set(names) <= set(found) else 0.0
             for alpha, found in measured.items()
             if seeds and len(found) == seeds
         }
         if means:
-            chosen[arm.name] = choices.decide_alpha(arm, by, means)
+            chosen[arm.name] = choices.decide_alpha(arm, grid.wise.by, means)
     return chosen
 
 
@@ -135,11 +124,15 @@ def summarize(
     """
     lines = []
     for arm in grid.arms:
-        lines += [
-            _line(arm, None, test),
-            *([_line(arm, alphas[arm.name], test)] if arm.name in alphas else []),
-            *(_line(one.arm, None, test) for one in merges if one.runs[0].arm.name == arm.name),
-        ]
+        lines.append(_line(arm, None, test))
+        if arm.name in alphas:
+            lines.append(_line(arm, alphas[arm.name], test))
+        lines += [_line(one.arm, None, test) for one in merges if one.runs[0].arm.name == arm.name]
+    wise = {
+        arm.name: {f"{alpha:g}": _line(arm, alpha, test) for alpha in grid.wise.alphas}
+        for arm in grid.arms
+        if arm.is_trained
+    }
     of_arm = {run.arm.name: run for run in runs}
     reference = of_arm[grid.reference].images() if grid.reference in of_arm else None
     cost = {}
@@ -152,17 +145,9 @@ def summarize(
         "seeds": sorted({run.seed for run in runs if run.arm.is_trained}),
         "suite": grid.evaluation.suite,
         "reference": grid.reference,
-        "rows": [line for line in lines if line is not None],
+        "rows": list(filter(None, lines)),
         "against_reference": _against(grid.reference, test),
-        "wise": {
-            arm.name: {
-                f"{alpha:g}": line
-                for alpha in grid.wise.alphas
-                if (line := _line(arm, alpha, test)) is not None
-            }
-            for arm in grid.arms
-            if arm.is_trained
-        },
+        "wise": {name: {alpha: line for alpha, line in of.items() if line} for name, of in wise.items()},
         "cost": cost,
     }
 
@@ -198,13 +183,7 @@ def _against(reference: str | None, test: DataFrame) -> dict[str, Any]:
 def verdicts(
     grid: Grid, runs: Sequence[Run | Merged], records: Path, lines: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Compares every line of the table by image with those of the reference arm.
-
-    Args:
-        grid: The grid.
-        runs: The finished runs, and merged ones.
-        records: File of records.
-        lines: ``rows`` of :func:`summarize`.
+    """Compares every line of the table (``rows`` of :func:`summarize`) by image with those of the reference arm.
 
     Returns:
         An entry per pair of lines (arm, label, alpha; against, against_label, against_alpha), with ``averages``: the
@@ -220,17 +199,12 @@ def verdicts(
     measured: dict[tuple[str, float | None], dict[int | None, dict[str, Any]]] = {}
     for record in read_records(records) if records.is_file() else ():
         if (run := by_name.get(record["checkpoint"])) is not None:
-            alone = (
-                isinstance(run, Merged) or not run.arm.is_trained
-            )  # merged, or the model before: without a seed
-            seed = None if alone else run.seed
+            has_seed = isinstance(run, Run) and run.arm.is_trained  # merges, and the model before, have none
             by_seed = measured.setdefault((run.arm.name, record.get("alpha")), {})
-            by_seed.setdefault(seed, {})[record["set"]] = record
+            by_seed.setdefault(run.seed if has_seed else None, {})[record["set"]] = record
     found = []
     for other in [line for line in lines if line["arm"].split("+")[0] == grid.reference]:
-        for line in lines:
-            if line is other:
-                continue
+        for line in [line for line in lines if line is not other]:
             one, reference = (measured.get((each["arm"], each["alpha"]), {}) for each in (line, other))
             compared = compare(one, reference, averages, mean=True)
             found.append(
@@ -244,67 +218,57 @@ def verdicts(
     return found
 
 
-def _verdict_cells(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The tables of verdicts, one per arm that is compared with: title, heading, and a line per arm."""
+def _tables(
+    result: Mapping[str, Any], corner: str, write: Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+) -> list[str]:
+    """The table of scores, with the reference's multiple of compute; then those of verdicts, one per arm compared with.
+
+    Args:
+        result: Content of results.json.
+        corner: Above the arms of the first table.
+        write: Makes a table of a heading and a line per arm.
+    """
     from arf_plugin.evaluation.verdicts import as_cell
 
-    tables = []
-    entries = [entry for entry in result.get("verdicts", ()) if entry["averages"]]
-    for other in dict.fromkeys(entry["against_label"] for entry in entries):
-        of_other = [entry for entry in entries if entry["against_label"] == other]
-        names = list(dict.fromkeys(name for entry in of_other for name in entry["averages"]))
-        lines = [
-            [
-                entry["label"],
-                *(as_cell(entry["averages"][n]) if n in entry["averages"] else "" for n in names),
-            ]
-            for entry in of_other
-        ]
-        tables.append((f"less {other}", names, lines))
-    return tables
-
-
-def _cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table: a heading and a line per arm, the reference's multiple of compute last."""
     names = list(dict.fromkeys(name for line in result["rows"] for name in line["mean"]))
     lines = []
     for line in result["rows"]:
         mean, spread, cost = line["mean"], line["std"] or {}, result["cost"].get(line["arm"], {})
-        shown = [
-            f"{mean[n]:.1f}" + (f" ± {spread[n]:.1f}" if n in spread else "") if n in mean else ""
-            for n in names
-        ]
+        shown = {name: f"{mean[name]:.1f}" for name in mean}
+        shown |= {name: f"{shown[name]} ± {spread[name]:.1f}" for name in spread}
         images = "" if line["alpha"] is not None or not cost.get("images") else f"{cost['images']:,}"
         relative = f" ({cost['relative']:g}x)" if images and cost["relative"] else ""
-        lines.append([line["label"], *shown, images + relative])
-    return [*names, "images forwarded"], lines
+        lines.append([line["label"], *(shown.get(name, "") for name in names), images + relative])
+    tables = [write([corner, *names, "images forwarded"], lines)]
+    entries = [entry for entry in result.get("verdicts", ()) if entry["averages"]]
+    for other in dict.fromkeys(entry["against_label"] for entry in entries):
+        of_other = [entry for entry in entries if entry["against_label"] == other]
+        names = list(dict.fromkeys(name for entry in of_other for name in entry["averages"]))
+        lines = []
+        for entry in of_other:
+            cells = {name: as_cell(verdict) for name, verdict in entry["averages"].items()}
+            lines.append([entry["label"], *(cells.get(name, "") for name in names)])
+        tables.append(write([f"less {other}", *names], lines))
+    return tables
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The table for a terminal."""
-    header, lines = _cells(result)
+    """The tables for a terminal."""
+    first, *paired = _tables(result, "", text_table)
     count = len(result["seeds"])
     title = f"test sets, percent, mean ± standard deviation over {count} seed{'s' if count != 1 else ''}"
-    text = f"{title}\n{text_table(['', *header], lines)}"
-    tables = [text_table([title, *names], lines) for title, names, lines in _verdict_cells(result)]
-    return "\n\n".join([text, f"{VERDICTS}\n{tables[0]}", *tables[1:]] if tables else [text])
+    return "\n\n".join([f"{title}\n{first}", *([f"{VERDICTS}\n{paired[0]}", *paired[1:]] if paired else [])])
 
 
 def as_markdown(result: Mapping[str, Any]) -> str:
-    """The table for a page of documentation."""
-    header, lines = _cells(result)
-    return markdown_table(["%", *header], lines) + "\n"
-
-
-def verdicts_as_markdown(result: Mapping[str, Any]) -> str:
-    """The tables of verdicts for a page of documentation; empty without any."""
-    tables = [markdown_table([title, *names], lines) for title, names, lines in _verdict_cells(result)]
-    return "\n\n".join([f"{VERDICTS}:", *tables]) + "\n" if tables else ""
+    """The table of scores for a page of documentation."""
+    return _tables(result, "%", markdown_table)[0] + "\n"
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes results.json and table.md."""
     write_json(folder / "results.json", result)
+    first, *paired = _tables(result, "%", markdown_table)
     with replacing(folder / "table.md") as temporary:
-        paired = verdicts_as_markdown(result)
-        temporary.write_text(as_markdown(result) + (f"\n{paired}" if paired else ""), encoding="utf-8")
+        text = "\n\n".join([first, *([f"{VERDICTS}:", *paired] if paired else [])])
+        temporary.write_text(f"{text}\n", encoding="utf-8")
