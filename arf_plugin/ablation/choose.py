@@ -48,11 +48,7 @@ class _File(Strict):
 
 
 class Choices:
-    """The choices of a grid.
-
-    Args:
-        folder: GRID.
-    """
+    """The choices of the grid in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "choices.json"
@@ -78,15 +74,12 @@ class Choices:
         return int(entry["chosen"])
 
     def decide(self, arm: Arm, seed: int, averages: Sequence[Mapping[str, float]]) -> int:
-        """Chooses an arm's candidate and writes the choice down.
+        """Chooses an arm's candidate, writes the choice down, and returns its number.
 
         Args:
             arm: The arm.
             seed: The candidates' seed.
             averages: Each candidate's averages over the validation sets, percent.
-
-        Returns:
-            The winner's number.
 
         Raises:
             GridError: The average that decides is none of them.
@@ -99,9 +92,8 @@ class Choices:
                     f"{arm.where}: the choice is by '{by}', which is no average of the validation sets. "
                     f"Expected one of: {', '.join(found)}."
                 )
-        best = max(
-            range(len(averages)), key=lambda number: fmean(averages[number][name] for name in deciding(by))
-        )
+        means = [fmean(found[name] for name in deciding(by)) for found in averages]
+        best = means.index(max(means))
         listed = [
             {"flags": flags, "validation": {name: round(value, 4) for name, value in found.items()}}
             for flags, found in zip(_candidates(arm), averages, strict=True)
@@ -123,13 +115,9 @@ class Choices:
 
     def settled(self, grid: Grid) -> dict[str, Arm]:
         """The arms whose flags are complete, with the chosen ones, by name."""
-        found: dict[str, Arm] = {}
-        for arm in grid.arms:
-            if arm.choice is None:
-                found[arm.name] = arm
-            elif (best := self.chosen(arm)) is not None:
-                found[arm.name] = arm.with_candidate(best)
-        return found
+        chosen = {arm.name: self.chosen(arm) for arm in grid.arms}
+        settled = (arm for arm in grid.arms if arm.choice is None or chosen[arm.name] is not None)
+        return {arm.name: arm.with_candidate(chosen[arm.name]) for arm in settled}
 
     def _write(self, kind: str, arm: Arm, entry: dict[str, Any] | None) -> None:
         if self.content[kind].get(arm.name) != entry:

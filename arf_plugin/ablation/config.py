@@ -1,4 +1,4 @@
-"""What a grid is, and how its file is written; :mod:`arf_plugin.ablation.reader` reads it.
+"""What a grid is, and how its file is written; reader.py reads it.
 
 ::
 
@@ -183,14 +183,7 @@ class Wise(Strict):
 
 
 class AnchorSet(Strict):
-    """An anchor set.
-
-    Attributes:
-        name: What arms call it.
-        path: Its folder.
-        captions: Name of the set whose captions it takes.
-        build: `arf` commands that make it, in order; empty if it is there already.
-    """
+    """An anchor set: what arms call it, its folder, the set whose captions it takes, the `arf` commands that make it."""
 
     name: Name
     path: Path = Field(strict=False)
@@ -211,19 +204,9 @@ class Choice(Strict):
 
 
 class Arm(Strict):
-    """One arm of the grid.
+    """One arm of the grid; see the module's docstring for the entries.
 
-    Attributes:
-        name: Of its runs' folders.
-        label: In tables; by default its name.
-        what: One sentence on what it does.
-        kind: `before` is the model before fine-tuning.
-        flags: Of the trainer, the common ones included; of `arf probe` for a probe.
-        anchors: Name of its anchor set.
-        choice: How its open hyper-parameters are chosen.
-        mix: Share of anchor pairs in the task data (plain mixing); None for anchors as anchors.
-        probe: The options of `arf probe`, if that makes it.
-        head: Name of the probe arm whose head it starts from.
+    Once read, it has a label, and its flags are complete: those of the trainer, or of `arf probe` for a probe.
     """
 
     name: Name
@@ -260,9 +243,10 @@ class Arm(Strict):
         """Whether its weights may be averaged: a probe differs from the model before by its head alone."""
         return self.is_trained and not self.is_probe
 
-    def with_candidate(self, index: int) -> Arm:
-        """The arm with a candidate's flags."""
-        assert self.choice is not None
+    def with_candidate(self, index: int | None) -> Arm:
+        """The arm with a candidate's flags, or as it is if it has no choice."""
+        if self.choice is None or index is None:
+            return self
         return self.model_copy(update={"flags": merge(self.flags, self.choice.over[index]), "choice": None})
 
 

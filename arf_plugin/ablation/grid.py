@@ -327,7 +327,7 @@ def measure(
         folder: GRID, which the records' paths are relative to.
         runs: Finished runs.
         sets: Opened sets.
-        records: The file that records are appended to.
+        records: The file of records, which may be there already.
         alphas: WiSE-FT: each run is also mixed with the weights it started from; 0 and 1 are these and the run itself.
         merges: Arms whose seeds are also merged. Model Stock's start is that of the first seed, which differs from the
             others' only where each seed has a probe's head of its own.

@@ -21,13 +21,10 @@ MISSING = "..."  # stands for what is not known before the anchors are built
 
 @dataclass(frozen=True)
 class Run:
-    """One run: an arm with a seed, or a candidate of an arm's choice.
+    """One run: an arm, its flags complete, with a seed; or a candidate of an arm's choice.
 
     Attributes:
-        grid: the grid.
         folder: GRID.
-        arm: the arm, its flags complete.
-        seed: the seed.
         candidate: number of the candidate, from 0; None for a run of the grid itself.
         processes: torchrun's --nproc_per_node.
     """
@@ -180,12 +177,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Merged:
-    """The model that an arm's seeds are merged into, in memory, when it is measured.
-
-    Attributes:
-        method: a key of `MERGES`.
-        runs: the arm's finished runs, one for each seed of the grid.
-    """
+    """The model that an arm's finished runs are merged into, in memory, when it is measured; methods: `MERGES`."""
 
     method: str
     runs: tuple[Run, ...]
@@ -233,13 +225,7 @@ def final_runs(
 ) -> list[Run]:
     """The runs of the grid, seed by seed, probes first as others may need them; arms as the file has them.
 
-    Args:
-        grid: The grid.
-        folder: GRID.
-        arms: Names of the wanted arms.
-        seeds: The wanted seeds.
-        processes: torchrun's --nproc_per_node.
-        settled: Arms with the flags that were chosen.
+    `settled` has arms with the flags that were chosen, by name.
     """
     ordered = [arm for arm in sorted(grid.arms, key=lambda arm: not arm.is_probe) if arm.name in arms]
     trained = [(settled or {}).get(arm.name, arm) for arm in ordered if arm.is_trained]

@@ -74,14 +74,12 @@ def run(args: argparse.Namespace) -> int:
         raise FlagError("CONFIG and --out are needed. Ready grids: arf ablate --list")
     settings = {}
     for entry in args.settings:
-        name, equals, value = entry.partition("=")
+        name, equals, settings[name] = entry.partition("=")
         if not equals:
             raise FlagError(f"--set {entry}: expected NAME=VALUE.")
-        settings[name] = value
     grid = load_grid(args.config, args.out, settings)
     ablation = Ablation(grid, args.out, args.arms, args.seeds, args.restart, args.nproc_per_node)
-    runs = [*ablation.candidates(), *ablation.finals()]
-    check_flags(runs)
+    check_flags([*ablation.candidates(), *ablation.finals()])
     if args.dry_run:
         plan(ablation, args.json)
         return 0
@@ -99,26 +97,21 @@ def execute(ablation: Ablation, args: argparse.Namespace) -> int:
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, end)
-    on_cpu = all(
-        arm.flags.get("device") == ("cpu",)
-        for arm in ablation.grid.arms
-        if arm.is_trained and not arm.is_probe
-    )
+    on_cpu = all(arm.flags.get("device") == ("cpu",) for arm in ablation.grid.arms if arm.is_mixable)
     result = ablation.run(places(args.jobs, ablation.processes, on_cpu))
-    if args.json:
-        print(json.dumps({**result, "failed": ablation.failures}, indent=2, ensure_ascii=False))
-    else:
-        print(as_text(result))
-    for name, message in ablation.failures.items():
+    failed, out = ablation.failures, args.out
+    print(
+        json.dumps({**result, "failed": failed}, indent=2, ensure_ascii=False)
+        if args.json
+        else as_text(result)
+    )
+    for name, message in failed.items():
         print(f"arf ablate: {name} failed: {message.splitlines()[0]}", file=sys.stderr)
-    if ablation.failures:
-        print("The same command tries what failed again, and nothing else.", file=sys.stderr)
-    else:
-        print(
-            f"Scores: {args.out}/results.json, table.md. Page: arf report {args.out} --out {args.out}/report",
-            file=sys.stderr,
-        )
-    return 1 if ablation.failures else 0
+    last = f"Scores: {out}/results.json, table.md. Page: arf report {out} --out {out}/report"
+    if failed:
+        last = "The same command tries what failed again, and nothing else."
+    print(last, file=sys.stderr)
+    return 1 if failed else 0
 
 
 def check_flags(runs: Sequence[Run]) -> None:
@@ -157,46 +150,48 @@ def plan(ablation: Ablation, as_json: bool) -> None:
     from arf_plugin.ablation.plan import missing_inputs
     from arf_plugin.ablation.runs import is_finished
 
-    runs = ablation.planned()
-    reference = next((run.images() for run in runs if run.arm.name == ablation.grid.reference), None)
-    entries: list[dict[str, Any]] = [
-        {
-            "run": run.name,
-            "arm": run.arm.name,
-            "seed": run.seed,
-            "candidate": run.candidate,
-            "finished": is_finished(run),
-            "steps": run.steps(),
-            "images": (images := run.images()),
-            "relative": round(images / reference, 2) if images is not None and reference else None,
-            "command": run.command(),
-        }
-        for run in runs
-    ]
-    anchors: list[dict[str, Any]] = [
+    planned = ablation.planned()
+    reference = next((run.images() for run in planned if run.arm.name == ablation.grid.reference), None)
+    runs: list[dict[str, Any]] = []
+    for run in planned:
+        images = run.images()
+        runs.append(
+            {
+                "run": run.name,
+                "arm": run.arm.name,
+                "seed": run.seed,
+                "candidate": run.candidate,
+                "finished": is_finished(run),
+                "steps": run.steps(),
+                "images": images,
+                "relative": round(images / reference, 2) if images is not None and reference else None,
+                "command": run.command(),
+            }
+        )
+    anchors = [
         {"name": chosen.name, "out": str(chosen.path), "captions": chosen.captions, "build": chosen.build}
         for chosen in ablation.anchor_sets()
     ]
-    missing = missing_inputs(runs)
-    result = {"grid": ablation.grid.name, "anchors": anchors, "runs": entries, "missing": missing}
+    missing = missing_inputs(planned)
     if as_json:
+        result = {"grid": ablation.grid.name, "anchors": anchors, "runs": runs, "missing": missing}
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    for entry in anchors:
-        print(f"# anchors {entry['name']}: {entry['out']}")
-        for words in entry["build"]:
+    for chosen in ablation.anchor_sets():
+        print(f"# anchors {chosen.name}: {chosen.path}")
+        for words in chosen.build:
             print(f"arf {shlex.join(words)}")
-    for entry in entries:
+    for entry in runs:
         print(f"# {entry['run']}: {_cost(entry)}{', finished' if entry['finished'] else ''}")
         print(shlex.join(entry["command"]))
-    totals = [entry["images"] for entry in entries if not entry["finished"]]
-    known = [count for count in totals if count is not None]
+    left = [entry["images"] for entry in runs if not entry["finished"]]
+    known = [count for count in left if count is not None]
+    unknown = "" if len(known) == len(left) else ", and those of runs that are not known yet"
     print(
-        f"# in all: {len(entries)} runs, {len(entries) - len(totals)} of them finished; "
-        f"{sum(known):,} images to forward"
-        + ("" if len(known) == len(totals) else ", and those of runs that are not known yet")
+        f"# in all: {len(runs)} runs, {len(runs) - len(left)} of them finished; "
+        f"{sum(known):,} images to forward{unknown}"
     )
-    if any(entry["candidate"] is not None for entry in entries):
+    if any(run.candidate is not None for run in planned):
         print("# the winners among the candidates (ARM.N-SEED) take the place of that arm's first run")
     if missing:
         print(f"# not there yet: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")

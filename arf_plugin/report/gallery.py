@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from arf_plugin.anchors.captions import caption_batches
 from arf_plugin.anchors.tars import Sample, scan_samples
 from arf_plugin.errors import AnchorSetError, ReportError
 from arf_plugin.files import list_files
-from arf_plugin.report.images import Place, TaskImages, Thumbnail, read_image, thumbnail
+from arf_plugin.report.images import Place, Thumbnail, read_image, read_task, thumbnail
 from arf_plugin.report.sources import entries, finite
 from arf_plugin.untrusted import parse_json
 
@@ -75,9 +76,9 @@ class Gallery:
         random: whether the records say that the pairs were drawn at random.
     """
 
-    cards: list[Card] = field(default_factory=list)
-    loose: list[ShownPair] = field(default_factory=list)
-    random: bool = False
+    cards: list[Card]
+    loose: tuple[ShownPair, ...]
+    random: bool
 
 
 def build_gallery(
@@ -108,35 +109,28 @@ def build_gallery(
     """
     tars, tables = list_files(anchors / "pairs", ".tar"), list_files(anchors / "captions", ".parquet")
     if not anchors.is_dir():
-        raise ReportError(
-            f"{anchors} does not exist. Expected an anchor set; name its folder with --anchors."
-        )
+        text = f"{anchors} does not exist. Expected an anchor set; name its folder with --anchors."
+        raise ReportError(text)
     if not tars and not tables:
         raise ReportError(
             f"{anchors} is no anchor set: there is neither captions/*.parquet nor pairs/*.tar. "
             "Name the folder that --arf-anchors was given with --anchors."
         )
-    queries, loose, random = _follow(tars, CANDIDATES * count, advance)
-    task = TaskImages(task_data, csv[0], csv[1], dataset_type) if task_data else None
     size = CANDIDATES * count
+    queries, loose, random = _follow(tars, size, advance)
     ids = list(queries) or heapq.nsmallest(size, {i for i, _ in _captions(tables)}, key=place_in_hash_order)
     captions: dict[str, list[str]] = {identity: [] for identity in ids}
     for identity, caption in _captions(tables):
         if identity in captions:
             captions[identity].append(_short(caption))
-    images, classes = task.read(ids) if task else ({}, {})
-    chosen = _spread([i for i in ids if i in images] or ids, classes, count)
-    gallery = Gallery(random=random)
-    for identity in chosen:
+    images, classes = read_task(task_data, ids, csv, dataset_type) if task_data else ({}, {})
+    cards = []
+    for identity in _spread([i for i in ids if i in images] or ids, classes, count):
         found = sorted(queries.get(identity, []), key=lambda pair: (-(pair.similarity or 0.0), pair.key))
-        image = thumbnail(images.get(identity)) if task else None
+        image = thumbnail(images.get(identity)) if task_data else None
         label = _label(classes.get(identity), classnames)
-        gallery.cards.append(
-            Card(identity, label, image, tuple(captions[identity]), _shown(found[:PAIRS_SHOWN]))
-        )
-    if not queries:
-        gallery.loose = list(_shown(loose[: 2 * PAIRS_SHOWN]))
-    return gallery
+        cards.append(Card(identity, label, image, tuple(captions[identity]), _shown(found[:PAIRS_SHOWN])))
+    return Gallery(cards, () if queries else _shown(loose[: 2 * PAIRS_SHOWN]), random)
 
 
 def place_in_hash_order(identity: str) -> bytes:
@@ -144,14 +138,40 @@ def place_in_hash_order(identity: str) -> bytes:
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).digest()
 
 
+class _First(dict[str, list[FoundPair]]):
+    """Pairs by name, of so many names as come first in the order of hashes.
+
+    A name that was pushed out stays out, as the limit only falls: those that are left have all their pairs.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.heap: list[tuple[int, str]] = []  # the last of them on top
+
+    def add(self, name: str, pair: FoundPair) -> None:
+        """Takes a pair, if its name is among the first so far."""
+        if name not in self:
+            place = -int.from_bytes(place_in_hash_order(name), "big")
+            if len(self) >= self.size:
+                if place < self.heap[0][0]:
+                    return
+                del self[heapq.heapreplace(self.heap, (place, name))[1]]
+            else:
+                heapq.heappush(self.heap, (place, name))
+            self[name] = []
+        self[name].append(pair)
+
+    def ordered(self) -> dict[str, list[FoundPair]]:
+        """Them in their order."""
+        return {name: self[name] for name in sorted(self, key=place_in_hash_order)}
+
+
 def _follow(
     tars: list[Path], size: int, advance: Advance
 ) -> tuple[dict[str, list[FoundPair]], list[FoundPair], bool]:
-    """Collects the pairs of the queries that come first in the order of hashes, and a few pairs without any."""
-    queries: dict[str, list[FoundPair]] = {}
-    order: dict[str, bytes] = {}
-    loose: list[tuple[bytes, FoundPair]] = []
-    highest: bytes | None = None
+    """Collects the pairs of the first queries, and a few pairs without any; says whether all were drawn at random."""
+    queries, loose = _First(size), _First(2 * PAIRS_SHOWN)
     without, total = 0, 0
     for tar in tars:
         for sample in scan_samples(str(tar), AnchorSetError, read=("json", "txt")):
@@ -159,46 +179,27 @@ def _follow(
             if sample.image is None:
                 continue
             total += 1
-            record, place = _record(sample), Place(str(tar), sample.image)
-            member = sample.members.get("txt")
+            record, member = _record(sample), sample.members.get("txt")
             text = _short((member.data or b"").decode("utf-8", "replace")) if member is not None else ""
-            named = entries(record.get("queries"))
-            similarities = entries(record.get("query_similarities"))
+            pair = FoundPair(sample.key, text, Place(str(tar), sample.image))
+            named, similarities = entries(record.get("queries")), entries(record.get("query_similarities"))
             if len(similarities) != len(named):
                 similarities = [None] * len(named)
             if not named:
                 without += "queries" in record
-                rank = place_in_hash_order(f"{tar.name}/{sample.key}")
-                loose.append((rank, FoundPair(sample.key, text, place)))
-                if len(loose) > 512:
-                    loose = sorted(loose, key=lambda item: item[0])[:64]
-                continue
+                loose.add(f"{tar.name}/{sample.key}", pair)
             for query, similarity in zip(named, similarities, strict=True):
-                # A query that was pushed out stays out, as the limit only falls: those left have all their pairs.
-                if not isinstance(query, str):
-                    continue
-                if query not in queries:
-                    rank = place_in_hash_order(query)
-                    if len(queries) >= size:
-                        if highest is None or rank > highest:
-                            continue
-                        last = max(order, key=order.__getitem__)
-                        del queries[last], order[last]
-                    queries[query], order[query] = [], rank
-                    highest = max(order.values()) if len(queries) >= size else None
-                queries[query].append(FoundPair(sample.key, text, place, finite(similarity)))
-    ordered = {query: queries[query] for query in sorted(queries, key=order.__getitem__)}
-    rest = [pair for _, pair in sorted(loose, key=lambda item: item[0])]
-    return ordered, rest, total > 0 and without == total
+                if isinstance(query, str):
+                    queries.add(query, pair._replace(similarity=finite(similarity)))
+    rest = [pair for pairs in loose.ordered().values() for pair in pairs]
+    return queries.ordered(), rest, total > 0 and without == total
 
 
 def _record(sample: Sample) -> dict[str, Any]:
     """The pair's provenance; empty if it has none, or none that can be read: hand-made sets need none."""
     member = sample.members.get("json")
-    if member is None:
-        return {}
     try:
-        record: dict[str, Any] = parse_json(member.data or b"", sample.key, ReportError)
+        record: dict[str, Any] = parse_json(member.data or b"", sample.key, ReportError) if member else {}
     except ReportError:
         return {}
     return record
@@ -216,7 +217,7 @@ def _captions(files: list[Path]) -> Iterator[tuple[str, str]]:
     local = fsspec.filesystem("file")
     for path in files:
         for batch in caption_batches(local, str(path.absolute())):
-            yield from zip(batch.column("id").to_pylist(), batch.column("caption").to_pylist(), strict=True)
+            yield from zip(*(batch.column(name).to_pylist() for name in ("id", "caption")), strict=True)
 
 
 def _shown(pairs: Iterable[FoundPair]) -> tuple[ShownPair, ...]:
@@ -228,12 +229,12 @@ def _shown(pairs: Iterable[FoundPair]) -> tuple[ShownPair, ...]:
 
 def _spread(ids: list[str], classes: dict[str, int], count: int) -> list[str]:
     """Takes the first of every class, then the second of every class, and so on."""
-    seen: dict[int | None, int] = {}
+    seen: Counter[int | None] = Counter()
     turns = []
     for place, identity in enumerate(ids):
         cls = classes.get(identity)
-        turns.append((seen.get(cls, 0) if cls is not None else place, place, identity))
-        seen[cls] = seen.get(cls, 0) + 1
+        turns.append((seen[cls] if cls is not None else place, place, identity))
+        seen[cls] += 1
     return [identity for _, _, identity in sorted(turns)[:count]]
 
 

@@ -31,63 +31,66 @@ class Place:
     member: Member
 
 
-class TaskImages:
-    """Task data: reads the images and classes of a few samples."""
+def read_task(
+    data: str, ids: Collection[str], csv: tuple[str, str], dataset_type: str
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Reads images and class numbers of a few samples of task data, by id; those that are not found are left out.
 
-    def __init__(self, data: str, csv_column: str, separator: str, dataset_type: str) -> None:
-        self.data, self.column, self.separator = data, csv_column, separator
-        self.csv = is_csv(data, dataset_type)
+    Args:
+        data: as ``--train-data``.
+        ids: of the samples.
+        csv: column of the image paths and separator, for CSV task data.
+        dataset_type: ``webdataset``, ``csv`` or ``auto``.
 
-    def read(self, ids: Collection[str]) -> tuple[dict[str, bytes], dict[str, int]]:
-        """Returns images and class numbers by id; those that are not found are left out."""
-        return self._read_csv(ids) if self.csv else self._read_tars(set(ids))
+    Raises:
+        TaskDataError: the data are damaged.
+    """
+    return _read_csv(data, ids, *csv) if is_csv(data, dataset_type) else _read_tars(data, ids)
 
-    def _read_tars(self, ids: set[str]) -> tuple[dict[str, bytes], dict[str, int]]:
-        images: dict[str, bytes] = {}
-        classes: dict[str, int] = {}
-        shards = {identity.split("/", 1)[0] for identity in ids}
-        for url in expand_urls(self.data):
-            if shard_name(url) not in shards:
+
+def _read_tars(data: str, ids: Collection[str]) -> tuple[dict[str, bytes], dict[str, int]]:
+    images: dict[str, bytes] = {}
+    classes: dict[str, int] = {}
+    wanted, shards = set(ids), {identity.split("/", 1)[0] for identity in ids}
+    for url in (url for url in expand_urls(data) if shard_name(url) in shards):
+        for sample in scan_samples(url, TaskDataError, read=("cls",)):
+            identity = sample_id(url, sample.key)
+            if identity not in wanted or sample.image is None:
                 continue
-            for sample in scan_samples(url, TaskDataError, read=("cls",)):
-                identity = sample_id(url, sample.key)
-                if identity not in ids or sample.image is None:
-                    continue
-                if (data := read_image(Place(url, sample.image), TaskDataError)) is not None:
-                    images[identity] = data
-                number = (sample.members["cls"].data or b"").strip() if "cls" in sample.members else b""
-                if number.isdigit() and len(number) < 10:
-                    classes[identity] = int(number)
-        return images, classes
+            if (image := read_image(Place(url, sample.image), TaskDataError)) is not None:
+                images[identity] = image
+            number = (sample.members["cls"].data or b"").strip() if "cls" in sample.members else b""
+            if number.isdigit() and len(number) < 10:
+                classes[identity] = int(number)
+    return images, classes
 
-    def _read_csv(self, ids: Collection[str]) -> tuple[dict[str, bytes], dict[str, int]]:
-        import pandas as pd
 
-        from arf_plugin.anchors.task import read_csv_ids
+def _read_csv(
+    data: str, ids: Collection[str], column: str, separator: str
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    import pandas as pd
 
-        known = set(read_csv_ids(self.data, self.column, self.separator))
-        images = {i: data for i in ids if i in known and (data := _read(Path(i))) is not None}
-        try:
-            frame = pd.read_csv(self.data, sep=self.separator)
-        except (ValueError, OSError) as cause:  # pandas' own errors are ValueErrors
-            raise TaskDataError(f"{self.data} is no readable CSV: {cause}.") from cause
-        classes = {}
-        if "cls" in frame.columns:
-            rows = frame[frame[self.column].isin(list(ids))]
-            classes = {
-                str(i): int(c)
-                for i, c in zip(rows[self.column], rows["cls"], strict=True)
-                if str(c).isdecimal() and len(str(c)) < 10
-            }
-        return images, classes
+    from arf_plugin.anchors.task import read_csv_ids
+
+    known = set(read_csv_ids(data, column, separator))
+    images = {i: image for i in ids if i in known and (image := _read(Path(i))) is not None}
+    try:
+        frame = pd.read_csv(data, sep=separator)
+    except (ValueError, OSError) as cause:  # pandas' own errors are ValueErrors
+        raise TaskDataError(f"{data} is no readable CSV: {cause}.") from cause
+    classes = {}
+    if "cls" in frame.columns:
+        rows = frame[frame[column].isin(list(ids))]
+        numbers = zip(rows[column], rows["cls"].astype(str), strict=True)
+        classes = {str(i): int(cls) for i, cls in numbers if cls.isdecimal() and len(cls) < 10}
+    return images, classes
 
 
 def _read(path: Path) -> bytes | None:
     """Bytes of an image file that a CSV names; None if it is missing, no file, or too large for an image."""
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_IMAGE:
-            return None
-        return path.read_bytes()
+        small = path.is_file() and path.stat().st_size <= LARGEST_IMAGE
+        return path.read_bytes() if small else None
     except (OSError, ValueError):
         return None
 

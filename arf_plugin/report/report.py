@@ -23,19 +23,7 @@ _MEASURE = (
 
 @dataclass(frozen=True)
 class Options:
-    """What to report, beside the runs.
-
-    Attributes:
-        anchors: anchor set to show; by default the one that the runs used.
-        task_data: as ``--train-data``; by default what the runs were trained on.
-        classnames: file of class names; by default the runs'.
-        title: of the page.
-        suite: names or files of suites, in place of those that the records name.
-        reference: arm to compare with, in place of the grid's.
-        compare: further pairs of arms to compare.
-        cards: task images in the gallery.
-        dataset_type, csv_img_key, csv_separator: of the task data, as open_clip's flags.
-    """
+    """What to report, beside the runs: the flags of ``arf report`` by their names, see :mod:`arf_plugin.cli.report`."""
 
     anchors: Path | None = None
     task_data: str | None = None
