@@ -15,7 +15,7 @@ from arf_plugin.untrusted import read_json
 
 
 def build(grid: Grid, chosen: AnchorSet, say: Callable[[str], object]) -> None:
-    """Makes an anchor set, unless it is there; the stages of `arf` resume by themselves. `say` takes a line for the user.
+    """Makes an anchor set, unless it is there; the stages of `arf` resume by themselves. `say` tells the user.
 
     Raises:
         GridError: a command failed, with the end of its log; or the set was built by other commands.

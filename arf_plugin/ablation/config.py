@@ -183,7 +183,7 @@ class Wise(Strict):
 
 
 class AnchorSet(Strict):
-    """An anchor set: what arms call it, its folder, the set whose captions it takes, the `arf` commands that make it."""
+    """An anchor set: what arms call it, its folder, the set whose captions it takes, `arf` commands that make it."""
 
     name: Name
     path: Path = Field(strict=False)

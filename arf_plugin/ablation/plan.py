@@ -277,17 +277,12 @@ def count_samples(data: str) -> int | None:
 
 def missing_inputs(runs: Sequence[Run]) -> list[str]:
     """Local files and folders that the runs need and that are not there."""
-    wanted: dict[str, None] = {}
+    wanted: list[str] = []
     for run in runs:
-        task = run.grid.task
-        for url in expand_urls(task.data):
-            if "://" not in url:
-                wanted[url] = None
-        for file in (task.classnames, task.templates):
-            if file is not None and file != "imagenet":
-                wanted[file] = None
-        if run.grid.model.startswith("local-dir:"):
-            wanted[run.grid.model.removeprefix("local-dir:")] = None
+        task, model = run.grid.task, run.grid.model
+        wanted += [url for url in expand_urls(task.data) if "://" not in url]
+        wanted += [file for file in (task.classnames, task.templates) if file and file != "imagenet"]
+        wanted += [model.removeprefix("local-dir:")] if model.startswith("local-dir:") else []
         if run.arm.anchors is not None and not run.grid.anchors[run.arm.anchors].is_built:
-            wanted[str(run.anchors)] = None
-    return [path for path in wanted if not Path(path).exists()]
+            wanted.append(str(run.anchors))
+    return [path for path in dict.fromkeys(wanted) if not Path(path).exists()]

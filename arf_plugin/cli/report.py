@@ -31,14 +31,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "says what would make it appear.",
         EXAMPLES,
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUNS",
-        help="grid folders of arf ablate, run folders (named ARM-SEED), files of rows of arf evaluate --out",
-    )
     add = parser.add_argument
+    text = "grid folders of arf ablate, run folders (named ARM-SEED), files of rows of arf evaluate --out"
+    add("runs", nargs="+", type=Path, metavar="RUNS", help=text)
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the report goes")
     add("--title", metavar="TEXT", help="title of the page")
     add("--reference", metavar="ARM", help="arm to compare the others with (default: the grid's, else flyp)")

@@ -99,7 +99,7 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
     first, further = ([], []) if not said else (said[0][1][:1], [(said[0][0], said[0][1][1:]), *said[1:]])
     sentences, kinds = provenance.manifest_rows(report.anchors) if report.anchors else ([], {})
     by_set = results.by_set()
-    pairs = [item for one in report.slices for _, by in one.pairs(found.reference) for item in by.values()]
+    pairs = [item for one in report.slices for by in one.pairs.values() for item in by.values()]
     values = vars(report) | {
         "version": __version__,
         "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
@@ -200,7 +200,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "verdict": item.verdict,
             }
             for one in report.slices
-            for (arm, other), by_average in one.pairs(found.reference)
+            for (arm, other), by_average in one.pairs.items()
             for name, item in by_average.items()
         ],
         "summary": report.summary(),

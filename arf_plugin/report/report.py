@@ -73,13 +73,14 @@ class Report:
         """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
         found, said = self.found, []
         for one in self.slices:
-            others = [arm for arm in one.differences if arm != found.before][:3]
-            subjects = [found.subject] if found.subject in one.differences else others
+            compared = [arm for arm, other in one.pairs if other == found.reference]
+            others = [arm for arm in compared if arm != found.before][:3]
+            subjects = [found.subject] if found.subject in compared else others
             texts = []
-            for (arm, other), by_average in one.pairs(found.reference):
+            for (arm, other), by_average in one.pairs.items():
                 if other != found.reference or arm in subjects:
                     kept = {name: item for name, item in by_average.items() if name in self.averages.main}
-                    texts.append(sentence(found.arms[arm].label, found.arms[other or ""].label, kept))
+                    texts.append(sentence(found.arms[arm].label, found.arms[other].label, kept))
             if any(texts):
                 said.append((one.title, list(filter(None, texts))))
         return said

@@ -24,8 +24,7 @@ class Slice:
         title: Heads it.
         scores: By arm and average.
         names: The averages that it has, in the suites' order.
-        differences: To the reference, by arm and average.
-        comparisons: Further pairs of arms -> differences by average.
+        pairs: Pairs of arms -> differences by average: every arm to the reference first, then what else is compared.
         alphas: Alpha by arm, for ``chosen``.
     """
 
@@ -33,14 +32,8 @@ class Slice:
     title: str
     scores: dict[str, dict[str, Score]]
     names: list[str]
-    differences: dict[str, dict[str, Difference]] = field(default_factory=dict)
-    comparisons: dict[tuple[str, str], dict[str, Difference]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], dict[str, Difference]]
     alphas: dict[str, float] = field(default_factory=dict)
-
-    def pairs(self, reference: str | None) -> list[tuple[tuple[str, str | None], dict[str, Difference]]]:
-        """Pairs of arms with their differences: to the reference first."""
-        of_reference = [((arm, reference), by_average) for arm, by_average in self.differences.items()]
-        return [*of_reference, *self.comparisons.items()]
 
     def best(self, average: str) -> set[str]:
         """The arms with the highest mean, to the decimal that is shown."""
@@ -64,10 +57,10 @@ def build_slices(found: Collected, results: Results, comparisons: Collection[tup
             items = {n: difference(scores[arm][n], scores[other][n], paired.get(n)) for n in both}
             return {name: item for name, item in items.items() if item is not None}
 
-        base = found.reference
-        against = {arm: less(arm, base) for arm in scores if arm != base} if base in scores else {}
-        wanted = [pair for pair in comparisons if set(pair) <= scores.keys() and pair[1] != base]
-        return Slice(key, title, scores, names, against, {pair: less(*pair) for pair in wanted})
+        base = found.reference or ""
+        pairs = [(arm, base) for arm in scores if arm != base] if base in scores else []
+        pairs += [pair for pair in comparisons if set(pair) <= scores.keys() and pair[1] != base]
+        return Slice(key, title, scores, names, {pair: less(*pair) for pair in pairs})
 
     before: dict[str, float | None] = {found.before: None} if found.before else {}
     slices = [table("tuned", "as fine-tuned", dict.fromkeys(found.arms))]
