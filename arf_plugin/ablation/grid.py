@@ -29,10 +29,10 @@ from arf_plugin.ablation.plan import (
     before,
     candidate_runs,
     final_runs,
-    merged,
     merged_arm,
     missing_inputs,
 )
+from arf_plugin.ablation.plan import merged as merges_of
 from arf_plugin.ablation.runs import changes, is_finished, run_all, save_before, versions
 from arf_plugin.errors import GridError
 from arf_plugin.files import write_json
@@ -135,13 +135,10 @@ class Ablation:
             )
 
     def run(self, where: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-        """Does everything that is left.
+        """Does everything that is left, and returns the content of results.json.
 
         Args:
             where: The environments of the runs that may be under way at a time.
-
-        Returns:
-            The content of results.json.
 
         Raises:
             GridError: Something cannot run at all. Single runs that fail are in `failures` instead.
@@ -167,7 +164,7 @@ class Ablation:
         trained = [arm for arm in arms.values() if arm.is_trained]
         runs = [Run(grid, folder, arm, seed, None, self.processes) for arm in trained for seed in grid.seeds]
         runs = [run for run in (before(grid, folder), *runs) if is_finished(run)]
-        merges = merged(grid, runs)
+        merges = merges_of(grid, runs)
         scores = {}
         # What earlier starts have merged of fewer seeds, or of an arm's runs before they were thrown away.
         gone = re.compile("".join(f"(?!{re.escape(one.listed)}$)" for one in merges) + "merged/")
@@ -260,7 +257,7 @@ class Ablation:
             best = own[self.choices.decide(self.grid.arm(name), self.grid.seeds[0], averages)]
             final = Run(self.grid, self.folder, best.arm, best.seed, None, self.processes)
             if best.path.is_dir() and not final.path.exists():  # the winner's run becomes the arm's
-                final.parent.mkdir(parents=True, exist_ok=True)
+                final.path.parent.mkdir(parents=True, exist_ok=True)
                 best.path.rename(final.path)
 
     def _forget_restarted(self) -> None:
@@ -287,10 +284,7 @@ class Ablation:
 
 
 def open_sets(grid: Grid, split: str) -> list[EvaluationSet]:
-    """Opens the sets of the grid's suite for a split, "test" or "validation".
-
-    Returns:
-        What is there; test sets that are not are named on standard error.
+    """Opens what is there of the suite's sets for "test" or "validation"; missing test sets are named on stderr.
 
     Raises:
         GridError: Not one is there.
@@ -326,8 +320,8 @@ def measure(
         grid: The grid.
         folder: GRID, which the records' paths are relative to.
         runs: Finished runs.
-        sets: Opened sets.
-        records: The file of records, which may be there already.
+        sets: What to measure them on.
+        records: File of records; new ones are appended.
         alphas: WiSE-FT: each run is also mixed with the weights it started from; 0 and 1 are these and the run itself.
         merges: Arms whose seeds are also merged. Model Stock's start is that of the first seed, which differs from the
             others' only where each seed has a probe's head of its own.

@@ -25,17 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.ablation.launch import (
-    RunProgress,
-    Step,
-    cpu_threads,
-    is_stopping,
-    last_lines,
-    parse_step,
-    remove_truncated_checkpoints,
-    run_logged,
-    stop_all,
-)
+from arf_plugin.ablation import launch
+from arf_plugin.ablation.launch import RunProgress, Step
 from arf_plugin.ablation.plan import Run
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.console import progress
@@ -93,12 +84,7 @@ def is_finished(run: Run) -> bool:
 
 
 def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[str, str]) -> None:
-    """Does a run, from where an earlier start has left it.
-
-    Args:
-        run: The run; its anchors and its head are there.
-        on_step: Called with the trainer's progress.
-        environment: Variables beside those of this process.
+    """Does a run, whose anchors and head are there, from where an earlier start has left it.
 
     Raises:
         GridError: The run failed; with the end of its log.
@@ -114,19 +100,19 @@ def execute(run: Run, on_step: Callable[[Step], object], environment: Mapping[st
 
     def follow(line: bytes) -> None:
         nonlocal loss
-        if (step := parse_step(line)) is not None:
+        if (step := launch.parse_step(line)) is not None:
             loss = step.loss
             on_step(step)
 
     def left() -> bool:
         nonlocal resumed_at
-        resumed_at = remove_truncated_checkpoints(path / "checkpoints")
+        resumed_at = launch.remove_truncated_checkpoints(path / "checkpoints")
         return not result.is_file()
 
-    status = run_logged(run.command(), log, follow, environment, left)
+    status = launch.run_logged(run.command(), log, follow, environment, left)
     if status or not result.is_file():
         what = f"ended with status {status}" if status else f"left no {result.relative_to(path)}"
-        raise GridError(f"{run.name} {what}; the end of {log}:\n{last_lines(log)}")
+        raise GridError(f"{run.name} {what}; the end of {log}:\n{launch.last_lines(log)}")
     if not run.arm.is_probe:
         strip(run.last_checkpoint, run.weights, run.name)
     _finish(run, round(time.monotonic() - started, 1), resumed_at, loss)
@@ -194,7 +180,7 @@ def places(jobs: int | None, processes: int, on_cpu: bool) -> list[Mapping[str, 
 
     Args:
         jobs: Runs side by side; None for as many as fit.
-        processes: Processes of a run.
+        processes: Of one run.
         on_cpu: Whether the trainer has been told to stay on the CPU.
 
     Raises:
@@ -216,19 +202,14 @@ def places(jobs: int | None, processes: int, on_cpu: bool) -> list[Mapping[str, 
             return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
     cores = len(os.sched_getaffinity(0))
     count = jobs or max(1, cores // processes)
-    return [cpu_threads(max(1, cores // (count * processes)))] * count
+    return [launch.cpu_threads(max(1, cores // (count * processes)))] * count
 
 
 def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str) -> dict[str, str]:
-    """Does runs, several at a time; a failed one lets the others finish.
-
-    Args:
-        runs: Runs in their order; a run that starts from another's head comes after it. Finished ones are skipped.
-        where: The environments of those that may be under way at a time.
-        title: Of the bar.
+    """Does what is left of runs, one in each of the environments at a time; a failed one lets the others finish.
 
     Returns:
-        The failed runs' names, each with what went wrong.
+        The failed runs' names, each with what went wrong. A run that starts from another's head comes after it.
     """
     from tqdm import tqdm
 
@@ -270,7 +251,7 @@ def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str)
             say(f"{run.name}: done in {seconds}{loss}")
         except ArfError as error:
             failures[run.name] = str(error)
-            say(f"{run.name}: stopped" if is_stopping() else f"{run.name}: failed\n{error}")
+            say(f"{run.name}: stopped" if launch.is_stopping() else f"{run.name}: failed\n{error}")
         finally:
             free.put(environment)
             finished[run.name].set()
@@ -283,7 +264,7 @@ def run_all(runs: Sequence[Run], where: Sequence[Mapping[str, str]], title: str)
             for future in [pool.submit(work, run) for run in todo]:
                 future.result()
         except BaseException:  # Ctrl-C, a signal, or a mistake of ours: end what runs
-            stop_all()
+            launch.stop_all()
             pool.shutdown(cancel_futures=True)
             raise
     return failures

@@ -114,8 +114,8 @@ def summarize(
         grid: The grid.
         runs: The finished runs.
         test: Scores on the test sets.
-        alphas: Chosen alpha by arm.
-        merges: Arms whose seeds have been merged.
+        alphas: That were chosen, by arm.
+        merges: What was merged.
 
     Returns:
         ``rows``: one per line of the table (arm, alpha, mean, std, per_seed; percent); merged seeds have one score
@@ -221,13 +221,7 @@ def verdicts(
 def _tables(
     result: Mapping[str, Any], corner: str, write: Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 ) -> list[str]:
-    """The table of scores, with the reference's multiple of compute; then those of verdicts, one per arm compared with.
-
-    Args:
-        result: Content of results.json.
-        corner: Above the arms of the first table.
-        write: Makes a table of a heading and a line per arm.
-    """
+    """The table of scores, with `corner` above the arms; then those of verdicts, one per arm that is compared with."""
     from arf_plugin.evaluation.verdicts import as_cell
 
     names = list(dict.fromkeys(name for line in result["rows"] for name in line["mean"]))

@@ -36,11 +36,7 @@ def read_task(
 ) -> tuple[dict[str, bytes], dict[str, int]]:
     """Reads images and class numbers of a few samples of task data, by id; those that are not found are left out.
 
-    Args:
-        data: as ``--train-data``.
-        ids: of the samples.
-        csv: column of the image paths and separator, for CSV task data.
-        dataset_type: ``webdataset``, ``csv`` or ``auto``.
+    `csv` is the column of the image paths, and the separator.
 
     Raises:
         TaskDataError: the data are damaged.

@@ -36,7 +36,7 @@ class Curves:
     """Training curves of one run.
 
     Attributes:
-        terms: term (lower case, such as ``contrastive_loss``) -> (epochs since the start, value) in order.
+        terms: term (such as ``contrastive_loss``) -> (epochs since the start, value) in order.
         faults: epochs at which the sum was not a finite number.
     """
 

@@ -33,12 +33,12 @@ def make_report(
     on_pair: Advance = lambda: None,
     on_plot: Advance = lambda: None,
 ) -> Report:
-    """Makes a report and writes it.
+    """Makes a report of grid folders, run folders and files of records, and writes it.
 
     Args:
-        sources: Grid folders, run folders, files of records.
+        sources: These.
         out: Folder for ``index.html``, ``report.json``, ``table.md`` and ``figures/``.
-        options: See :class:`Options`.
+        options: What else to show.
         on_pair: Called when the gallery has looked at a pair.
         on_plot: Called when a plot has been drawn.
 
@@ -67,10 +67,6 @@ def make_report(
 
 def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
     """Renders a report as HTML.
-
-    Args:
-        report: What to show.
-        on_plot: Called when a plot has been drawn.
 
     Raises:
         MissingDependencyError: Without jinja2.

@@ -7,7 +7,6 @@ files: matplotlib escapes them, and its mathematical notation is switched off, s
 from __future__ import annotations
 
 import io
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +36,7 @@ FAMILY = "font-family: system-ui, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', s
 
 
 def for_page(panel: Panel, style: Style, prefix: str) -> str:
-    """Draws a panel as an SVG element for the page.
-
-    Args:
-        panel: the panel.
-        style: colours.
-        prefix: makes the element's ids unlike those of other panels on the page.
-    """
+    """Draws a panel as an SVG element for the page; the prefix makes its ids unlike those of other panels."""
     with _context():
         figure = _figure(WIDTH, panel.height)
         axes = figure.add_subplot()
@@ -59,18 +52,14 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
 
 def save(name: str, group: Group, folder: Path, style: Style) -> list[str]:
     """Writes a group as NAME.svg and NAME.png; returns the files' names."""
-    columns = min(3, len(group.panels))
-    rows = math.ceil(len(group.panels) / columns)
-    heights = [
-        max(panel.height for panel in group.panels[row * columns : (row + 1) * columns]) + 26
-        for row in range(rows)
-    ]
-    theme = style.theme
+    theme, columns = style.theme, min(3, len(group.panels))
+    starts = range(0, len(group.panels), columns)
+    heights = [max(panel.height for panel in group.panels[i : i + columns]) + 26 for i in starts]
     with _context():
         figure = _figure(WIDTH * columns, sum(heights) + 34)
         figure.patch.set(alpha=1, facecolor=theme.paper)
         figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
-        grid = figure.add_gridspec(rows, columns, height_ratios=heights)
+        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         for index, panel in enumerate(group.panels):
             axes = figure.add_subplot(grid[divmod(index, columns)])
             panel.draw(axes, theme)

@@ -144,13 +144,7 @@ def signed(value: float) -> str:
 
 
 def sentence(one: str, other: str, found: Mapping[str, Difference]) -> str:
-    """Says in words how one arm compares with another on every average; empty if nothing compares.
-
-    Args:
-        one: Label of the arm.
-        other: Label of the arm that it is compared with.
-        found: Their differences by average.
-    """
+    """Says in words how one arm (its label) compares with another on every average; empty if nothing compares."""
     seeds = max((len(item.seeds) for item in found.values()), default=0)
     parts = []
     for verdict in MEANINGS:
@@ -174,9 +168,7 @@ def sentence(one: str, other: str, found: Mapping[str, Difference]) -> str:
 class Averages:
     """The averages of one or several suites; without any, one per set.
 
-    Args:
-        suites: The suites. Names that several of them have are told apart by the suite's.
-        sets: Names of the measured sets.
+    Names that several suites have are told apart by the suite's.
     """
 
     def __init__(self, suites: Sequence[Suite], sets: Iterable[str]) -> None:
@@ -220,11 +212,7 @@ class Averages:
 
 
 class Results:
-    """Everything measured on one split.
-
-    Args:
-        measured: Measurements; of two of one thing, the later counts.
-        averages: Of the suites.
+    """Everything measured on one split; of two measurements of one thing, the later counts.
 
     Attributes:
         sets: Names of the measured sets, in the suites' order.

@@ -72,13 +72,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """One training run; arm and seed are the grid's, or by the folder's name.
 
     Attributes:
-        folder: its folder.
-        arm, seed: of the grid, or by the folder's name.
         info: what ``run.json`` says; empty without one.
-        logs: open_clip's logs, in the order of their names.
+        logs: open_clip's, in the order of their names.
     """
 
     folder: Path
@@ -108,12 +106,9 @@ class Collected:
     """Everything that was found.
 
     Attributes:
-        arms: in table order.
-        runs: training runs.
-        test, validation: measurements.
+        arms: by name, in table order.
         reference: name of the arm that the others are compared with.
-        grids: contents of each ``grid.json``.
-        choices: contents of each ``choices.json``: hyper-parameters and alphas that validation chose.
+        grids, choices: contents of each ``grid.json`` and ``choices.json``.
         comparisons: further pairs of arms that a grid wants compared.
         roots: folders below which any file that the records name may be shown: those that hold what the user has named,
             and the current one.

@@ -63,14 +63,7 @@ class Theme:
 
 
 class Style:
-    """The looks of a report's arms.
-
-    Args:
-        arms: Names in table order.
-        reference: The arm that others are compared with.
-        before: The model before fine-tuning, if there is one.
-        subject: The arm that the report is about.
-    """
+    """The looks of arms, which are given by name, in table order; those with a part of their own stand out."""
 
     def __init__(
         self,
