@@ -290,9 +290,3 @@ def merge(common: Flags, own: Flags) -> Flags:
 def command_words(flags: Flags) -> list[str]:
     """The flags as a command line."""
     return [word for name, values in flags.items() if values is not None for word in (f"--{name}", *values)]
-
-
-def number(flags: Flags, name: str) -> int:
-    """A whole number of a flag that says how long a run is; open_clip's default without it."""
-    values = flags.get(name)
-    return int(values[0]) if values else COUNTS.get(name, 1)

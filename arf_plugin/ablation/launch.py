@@ -17,8 +17,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _STEP = re.compile(
     rb"Train Epoch: (\d{1,15}) \[\s*(\d{1,15})/(\d{1,15}).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$"
@@ -35,8 +35,7 @@ _guard = threading.RLock()  # a signal handler may stop all while its thread sta
 _stopping = threading.Event()
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A progress line of the trainer: epoch from 0, images of it so far and in all (anchors included), last loss."""
 
     epoch: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from arf_plugin.ablation.config import Arm, Grid, command_words, number
+from arf_plugin.ablation.config import COUNTS, Arm, Grid, command_words
 from arf_plugin.ablation.launch import ARF, trainer
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.errors import TaskDataError
@@ -75,7 +75,8 @@ class Run:
 
     def count(self, flag: str) -> int:
         """A whole number of a flag, such as ``epochs``; open_clip's default without it."""
-        return number(self.arm.flags, flag)
+        values = self.arm.flags.get(flag)
+        return int(values[0]) if values else COUNTS.get(flag, 1)
 
     @property
     def last_checkpoint(self) -> Path:

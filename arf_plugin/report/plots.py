@@ -7,14 +7,15 @@ beside the line or dot that it is about; no plot has a legend of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arf_plugin.report.logs import Curves, term_name
 from arf_plugin.report.scores import Averages, Key, Results, Score, signed
 from arf_plugin.report.sources import Collected
-from arf_plugin.report.style import Theme
+from arf_plugin.report.style import Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ NAMED = 6  # lines that one panel can name
 BINS = 80  # points of a training curve
 
 Curve = Sequence[tuple[float, float]]
-Draw = Callable[["Axes", Theme], None]
+Draw = Callable[["Axes", Style], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Panel:
     Attributes:
         title: Stands above it.
         about: One sentence for readers who cannot see it.
-        draw: Draws it, in a theme's colours.
+        draw: Draws it, in a style's colours.
         height: In points.
     """
 
@@ -86,41 +87,35 @@ def dots_group(
             labels = {arm: found.arms[arm].label for arm in scores}
             told = "; ".join(f"{labels[arm]} {score.mean:.1f}" for arm, score in scores.items())
             lines = [arm for arm in (found.before, found.reference) if arm in scores]
-            draw = _dots(labels, scores, lines, min if lowest_is_best else max)
+            best = (min if lowest_is_best else max)(score.mean for score in scores.values())
+            draw = partial(_dots, labels=labels, scores=scores, lines=lines, best=best)
             panels.append(Panel(average, f"{title}, {average}: {told}.", draw, 36.0 + 22.0 * len(scores)))
     return Group(title, panels) if panels else None
 
 
 def _dots(
+    axes: Axes,
+    style: Style,
     labels: Mapping[str, str],
     scores: Mapping[str, Score],
-    lines: Iterable[str | None],
-    best_of: Callable[[Iterable[float]], float],
-) -> Draw:
+    lines: Sequence[str],
+    best: float,
+) -> None:
     """One line per arm: a faint dot per seed, the mean with its deviation, and the mean as a number."""
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        best = best_of(score.mean for score in scores.values())
-        for arm in filter(None, lines):
-            axes.axvline(
-                scores[arm].mean, color=theme.arms[arm], lw=0.9, ls=(0, (2, 2)), alpha=0.75, zorder=1
-            )
-        for place, (arm, score) in enumerate(scores.items()):
-            colour = theme.arms[arm]
-            if score.deviation is not None:
-                seeds = list(score.seeds.values())
-                axes.plot(
-                    seeds, [place] * len(seeds), "o", ms=3.2, mfc=colour, mec="none", alpha=0.35, zorder=2
-                )
-                axes.errorbar(score.mean, place, xerr=score.deviation, color=colour, elinewidth=1.2, zorder=3)
-            _mark(axes, theme, arm, score.mean, place, ms=6, mew=0.8, zorder=4)
-            weight = "bold" if math.isclose(score.mean, best) else "normal"
-            _at_right(axes, place, f"{score.mean:.1f}", color=theme.ink, fontsize=NORMAL, fontweight=weight)
-        _name_lines(axes, list(labels.values()), [theme.arms[arm] for arm in scores], NORMAL)
-        _pad(axes, "x", [value for score in scores.values() for value in score.seeds.values()])
-        _plain_axes(axes, theme, grid="x")
-
-    return draw
+    for arm in lines:
+        axes.axvline(scores[arm].mean, color=style.arms[arm], lw=0.9, ls=(0, (2, 2)), alpha=0.75, zorder=1)
+    for place, (arm, score) in enumerate(scores.items()):
+        colour = style.arms[arm]
+        if score.deviation is not None:
+            seeds = list(score.seeds.values())
+            axes.plot(seeds, [place] * len(seeds), "o", ms=3.2, mfc=colour, mec="none", alpha=0.35, zorder=2)
+            axes.errorbar(score.mean, place, xerr=score.deviation, color=colour, elinewidth=1.2, zorder=3)
+        _mark(axes, style, arm, score.mean, place, ms=6, mew=0.8, zorder=4)
+        weight = "bold" if math.isclose(score.mean, best) else "normal"
+        _at_right(axes, place, f"{score.mean:.1f}", color=style.ink, fontsize=NORMAL, fontweight=weight)
+    _name_lines(axes, list(labels.values()), [style.arms[arm] for arm in scores], NORMAL)
+    _pad(axes, "x", [value for score in scores.values() for value in score.seeds.values()])
+    _plain_axes(axes, style, grid="x")
 
 
 def curves_group(found: Collected, results: Results) -> Group | None:
@@ -191,45 +186,48 @@ def _paths_panel(title: str, lines: Sequence[Line], x_name: str, y_name: str, st
         for line in lines
         if line.arm in strong
     )
-    places = [place for line in lines for place in (*(point[1:] for point in line.points), *line.ends)]
-    xs, ys = zip(*places, strict=True)
-    wide, high = max(max(xs) - min(xs), 1.0), max(max(ys) - min(ys), 1.0)
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        axes.set_xlim(min(xs) - 0.06 * wide, max(xs) + 0.34 * wide)
-        axes.set_ylim(min(ys) - 0.13 * high, max(ys) + 0.08 * high)
-        for line in ordered:
-            _draw_path(axes, theme, line, line.arm in strong)
-        starts = [line.points[0] for line in ordered if line.points[0][0] == 0.0]
-        if starts:
-            _, x, y = starts[0]
-            axes.plot(x, y, "o", ms=6.5, mfc=theme.paper, mec=theme.muted, mew=1.6, zorder=6)
-            axes.annotate("before", (x, y), xytext=(0, -9), textcoords="offset points", ha="center", va="top",
-                          fontsize=SMALL, color=theme.muted, zorder=6)  # fmt: skip
-        named = [line for line in ordered if line.arm in strong]
-        _name_ends(axes, [(*line.points[-1][1:], line.label, theme.arms[line.arm]) for line in named])
-        axes.set_xlabel(f"{x_name}, %", fontsize=SMALL, color=theme.muted, labelpad=3)
-        axes.set_ylabel(f"{y_name}, %", fontsize=SMALL, color=theme.muted, labelpad=4)
-        _plain_axes(axes, theme, grid="both")
-
+    draw = partial(_draw_paths, lines=ordered, x_name=x_name, y_name=y_name, strong=strong)
     return Panel(title, f"{x_name} and {y_name} along alpha: {told}.", draw)
 
 
-def _draw_path(axes: Axes, theme: Theme, line: Line, strong: bool) -> None:
-    colour, mark = theme.arms[line.arm] if strong else theme.faint, theme.marks[line.arm]
+def _draw_paths(
+    axes: Axes, style: Style, lines: Sequence[Line], x_name: str, y_name: str, strong: Sequence[str]
+) -> None:
+    places = [place for line in lines for place in (*(point[1:] for point in line.points), *line.ends)]
+    xs, ys = zip(*places, strict=True)
+    wide, high = max(max(xs) - min(xs), 1.0), max(max(ys) - min(ys), 1.0)
+    axes.set_xlim(min(xs) - 0.06 * wide, max(xs) + 0.34 * wide)
+    axes.set_ylim(min(ys) - 0.13 * high, max(ys) + 0.08 * high)
+    for line in lines:
+        _draw_path(axes, style, line, line.arm in strong)
+    starts = [line.points[0] for line in lines if line.points[0][0] == 0.0]
+    if starts:
+        _, x, y = starts[0]
+        axes.plot(x, y, "o", ms=6.5, mfc=style.paper, mec=style.muted, mew=1.6, zorder=6)
+        axes.annotate("before", (x, y), xytext=(0, -9), textcoords="offset points", ha="center", va="top",
+                      fontsize=SMALL, color=style.muted, zorder=6)  # fmt: skip
+    named = [line for line in lines if line.arm in strong]
+    _name_ends(axes, [(*line.points[-1][1:], line.label, style.arms[line.arm]) for line in named])
+    axes.set_xlabel(f"{x_name}, %", fontsize=SMALL, color=style.muted, labelpad=3)
+    axes.set_ylabel(f"{y_name}, %", fontsize=SMALL, color=style.muted, labelpad=4)
+    _plain_axes(axes, style, grid="both")
+
+
+def _draw_path(axes: Axes, style: Style, line: Line, strong: bool) -> None:
+    colour, mark = style.arms[line.arm] if strong else style.faint, style.marks[line.arm]
     _, xs, ys = zip(*line.points, strict=True)
     width, order = (1.8, 3) if strong else (0.8, 1)
     axes.plot(xs, ys, color=colour, lw=width, zorder=order, solid_joinstyle="round")
     if not strong:
         axes.plot(xs[-1], ys[-1], mark, ms=3.5, color=colour, mec="none", zorder=1)
         return
-    axes.plot(xs[1:-1], ys[1:-1], "o", ms=3, mfc=theme.paper, mec=colour, mew=1.1, zorder=4)
+    axes.plot(xs[1:-1], ys[1:-1], "o", ms=3, mfc=style.paper, mec=colour, mew=1.1, zorder=4)
     for x, y in line.ends:
         axes.plot(x, y, mark, ms=3.4, mfc=colour, mec="none", alpha=0.4, zorder=2)
-    _mark(axes, theme, line.arm, xs[-1], ys[-1], ms=7, mew=0.9, zorder=5)
+    _mark(axes, style, line.arm, xs[-1], ys[-1], ms=7, mew=0.9, zorder=5)
     for alpha, x, y in line.points:
         if math.isclose(alpha, 0.5):
-            axes.plot(x, y, "o", ms=5.2, mfc=colour, mec=theme.paper, mew=0.8, zorder=5)
+            axes.plot(x, y, "o", ms=5.2, mfc=colour, mec=style.paper, mew=0.8, zorder=5)
 
 
 def domains_group(found: Collected, results: Results) -> Group | None:
@@ -253,41 +251,37 @@ def domains_group(found: Collected, results: Results) -> Group | None:
         scores, label = by_set[arm, None], found.arms[arm].label
         both = [name for name in names if name in scores and name in reference]
         told = "; ".join(f"{name} {scores[name].mean - reference[name].mean:+.1f}" for name in both)
-        draw = _steps(names, (found.reference, reference), (arm, scores), before, limits)
+        both_arms = {found.reference: reference, arm: scores}
+        draw = partial(_steps, names=names, scores=both_arms, before=before, limits=limits)
         about = f"Accuracy per domain, {label} less {base}: {told}."
         panels.append(Panel(f"{base} → {label}", about, draw, 36.0 + 19.0 * len(names)))
     return Group(f"Accuracy per domain, {results.unit}", panels)
 
 
 def _steps(
+    axes: Axes,
+    style: Style,
     names: Sequence[str],
-    reference: tuple[str, Mapping[str, Score]],
-    other: tuple[str, Mapping[str, Score]],
+    scores: Mapping[str, Mapping[str, Score]],
     before: Mapping[str, Score],
     limits: tuple[float, float],
-) -> Draw:
-    """The same sets for two arms: an arrow from the reference to the other, a ring for the model before."""
-    (arm_one, scores_one), (arm_two, scores_two) = reference, other
-
-    def draw(axes: Axes, theme: Theme) -> None:
-        for place, name in enumerate(names):
-            if name in before:
-                axes.plot(before[name].mean, place, "o", ms=5, mfc="none", mec=theme.muted, mew=1.1, zorder=2)
-            if name not in scores_one or name not in scores_two:
-                continue
-            start, end = scores_one[name].mean, scores_two[name].mean
-            axes.plot([start, end], [place, place], color=theme.arms[arm_two], lw=2.2, alpha=0.45, zorder=1,
-                      solid_capstyle="butt")  # fmt: skip
-            axes.plot(
-                start, place, theme.marks[arm_one], ms=4.6, mfc=theme.arms[arm_one], mec="none", zorder=3
-            )
-            _mark(axes, theme, arm_two, end, place, ms=6, mew=0.8, zorder=4)
-            _at_right(axes, place, signed(end - start), color=theme.ink, fontsize=SMALL)
-        axes.set_xlim(*limits)
-        _plain_axes(axes, theme, grid="x")
-        _name_lines(axes, [name.rsplit("/", 1)[-1] for name in names], [theme.ink] * len(names), SMALL)
-
-    return draw
+) -> None:
+    """The same sets for two arms: an arrow from the first to the second, a ring for the model before."""
+    (one, start_of), (two, end_of) = scores.items()
+    for place, name in enumerate(names):
+        if name in before:
+            axes.plot(before[name].mean, place, "o", ms=5, mfc="none", mec=style.muted, mew=1.1, zorder=2)
+        if name not in start_of or name not in end_of:
+            continue
+        start, end = start_of[name].mean, end_of[name].mean
+        axes.plot([start, end], [place, place], color=style.arms[two], lw=2.2, alpha=0.45, zorder=1,
+                  solid_capstyle="butt")  # fmt: skip
+        axes.plot(start, place, style.marks[one], ms=4.6, mfc=style.arms[one], mec="none", zorder=3)
+        _mark(axes, style, two, end, place, ms=6, mew=0.8, zorder=4)
+        _at_right(axes, place, signed(end - start), color=style.ink, fontsize=SMALL)
+    axes.set_xlim(*limits)
+    _plain_axes(axes, style, grid="x")
+    _name_lines(axes, [name.rsplit("/", 1)[-1] for name in names], [style.ink] * len(names), SMALL)
 
 
 def domain_sets(results: Results) -> list[str]:
@@ -319,43 +313,34 @@ def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> 
         if len(series) > 3:  # single seeds of more lines than that are a thicket
             series = [one._replace(seeds=()) for one in series]
         ordered = sorted(series, key=lambda one: one.arm in strong)
-        panels.append(
-            Panel(
-                title[0].upper() + title[1:],
-                f"{title} over training: {told}.",
-                _training(ordered, strong),
-                225.0,
-            )
-        )
+        draw = partial(_training, series=ordered, strong=strong)
+        about = f"{title} over training: {told}."
+        panels.append(Panel(title[0].upper() + title[1:], about, draw, 225.0))
     return Group("Loss over training, by term", panels)
 
 
-def _training(series: Sequence[Series], strong: Sequence[str]) -> Draw:
+def _training(axes: Axes, style: Style, series: Sequence[Series], strong: Sequence[str]) -> None:
     """One term of the loss over training, a line per arm; strong ones are drawn in colour and named."""
+    from matplotlib.ticker import MaxNLocator
 
-    def draw(axes: Axes, theme: Theme) -> None:
-        from matplotlib.ticker import MaxNLocator
-
-        labels = []
-        for one in series:
-            named = one.arm in strong
-            colour = theme.arms[one.arm] if named else theme.faint
-            if named:
-                for seed in one.seeds:
-                    axes.plot(*zip(*seed, strict=True), color=colour, lw=0.7, alpha=0.35, zorder=2)
-                labels.append((*one.mean[-1], one.label, colour))
-            width, order = (1.8, 3) if named else (0.8, 1)
-            axes.plot(*zip(*one.mean, strict=True), color=colour, lw=width, zorder=order)
-        last = max(one.mean[-1][0] for one in series)
-        _pad(axes, "y", [value for one in series for line in (one.mean, *one.seeds) for _, value in line])
-        axes.set_xlim(0, last * 1.36)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
-        _name_ends(axes, labels)
-        axes.set_xlabel("passes over the task data", fontsize=SMALL, color=theme.muted, labelpad=3)
-        _plain_axes(axes, theme, grid="y")
-
-    return draw
+    labels = []
+    for one in series:
+        named = one.arm in strong
+        colour = style.arms[one.arm] if named else style.faint
+        if named:
+            for seed in one.seeds:
+                axes.plot(*zip(*seed, strict=True), color=colour, lw=0.7, alpha=0.35, zorder=2)
+            labels.append((*one.mean[-1], one.label, colour))
+        width, order = (1.8, 3) if named else (0.8, 1)
+        axes.plot(*zip(*one.mean, strict=True), color=colour, lw=width, zorder=order)
+    last = max(one.mean[-1][0] for one in series)
+    _pad(axes, "y", [value for one in series for line in (one.mean, *one.seeds) for _, value in line])
+    axes.set_xlim(0, last * 1.36)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last * 1.01])
+    _name_ends(axes, labels)
+    axes.set_xlabel("passes over the task data", fontsize=SMALL, color=style.muted, labelpad=3)
+    _plain_axes(axes, style, grid="y")
 
 
 def _binned(points: Curve) -> Curve:
@@ -379,18 +364,18 @@ def _mean(seeds: Sequence[Curve]) -> Curve:
     return list(zip(grid, np.mean(values, axis=0).tolist(), strict=True))
 
 
-def _mark(axes: Axes, theme: Theme, arm: str, x: float, y: float, **options: Any) -> None:
+def _mark(axes: Axes, style: Style, arm: str, x: float, y: float, **options: Any) -> None:
     """Draws an arm's mark, set off from what is below it."""
-    axes.plot(x, y, theme.marks[arm], mfc=theme.arms[arm], mec=theme.paper, **options)
+    axes.plot(x, y, style.marks[arm], mfc=style.arms[arm], mec=style.paper, **options)
 
 
-def _plain_axes(axes: Axes, theme: Theme, grid: str) -> None:
+def _plain_axes(axes: Axes, style: Style, grid: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.rule)
-    axes.tick_params(axis="x" if grid == "x" else "both", color=theme.rule, labelcolor=theme.muted, labelsize=SMALL,
+    axes.spines[["left", "bottom"]].set_color(style.rule)
+    axes.tick_params(axis="x" if grid == "x" else "both", color=style.rule, labelcolor=style.muted, labelsize=SMALL,
                      length=3, width=0.8)  # fmt: skip
     axes.set_axisbelow(True)
-    axes.grid(axis=grid, color=theme.rule, lw=0.7)  # type: ignore[arg-type]
+    axes.grid(axis=grid, color=style.rule, lw=0.7)  # type: ignore[arg-type]
     axes.set_facecolor("none")
 
 

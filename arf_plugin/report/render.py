@@ -40,7 +40,7 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
     with _context():
         figure = _figure(WIDTH, panel.height)
         axes = figure.add_subplot()
-        panel.draw(axes, style.theme)
+        panel.draw(axes, style)
         svg = _svg(figure)
     svg = svg[svg.index("<svg") :]
     svg = _FAMILY.sub("", _LEFT_OUT.sub("", svg))
@@ -52,18 +52,18 @@ def for_page(panel: Panel, style: Style, prefix: str) -> str:
 
 def save(name: str, group: Group, folder: Path, style: Style) -> list[str]:
     """Writes a group as NAME.svg and NAME.png; returns the files' names."""
-    theme, columns = style.theme, min(3, len(group.panels))
+    columns = min(3, len(group.panels))
     starts = range(0, len(group.panels), columns)
     heights = [max(panel.height for panel in group.panels[i : i + columns]) + 26 for i in starts]
     with _context():
         figure = _figure(WIDTH * columns, sum(heights) + 34)
-        figure.patch.set(alpha=1, facecolor=theme.paper)
-        figure.suptitle(group.title, fontsize=13, color=theme.ink, x=0.012, ha="left", fontweight="bold")
+        figure.patch.set(alpha=1, facecolor=style.paper)
+        figure.suptitle(group.title, fontsize=13, color=style.ink, x=0.012, ha="left", fontweight="bold")
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         for index, panel in enumerate(group.panels):
             axes = figure.add_subplot(grid[divmod(index, columns)])
-            panel.draw(axes, theme)
-            axes.set_title(panel.title, fontsize=10.5, color=theme.ink, loc="left", pad=7)
+            panel.draw(axes, style)
+            axes.set_title(panel.title, fontsize=10.5, color=style.ink, loc="left", pad=7)
         with replacing(folder / f"{name}.svg") as temporary:
             temporary.write_text(_FAMILY.sub(f"{FAMILY}; ", _svg(figure)), encoding="utf-8")
         with replacing(folder / f"{name}.png") as temporary:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 INKS = {  # name -> (light, dark)
     "ink": ("#1d2026", "#e9e7e2"),
@@ -40,8 +40,7 @@ MARKS = ("^", "v", "P", "X", "p", "h", "d", "8", "H")  # of the others; before o
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How an arm looks: colours for a light and a dark page, and a matplotlib mark."""
 
     light: str
@@ -49,21 +48,13 @@ class Look:
     mark: str
 
 
-@dataclass(frozen=True)
-class Theme:
-    """What plots are drawn with: the colours of a light page, and colours and marks by arm."""
-
-    ink: str
-    muted: str
-    rule: str
-    faint: str
-    paper: str
-    arms: dict[str, str]
-    marks: dict[str, str]
-
-
 class Style:
-    """The looks of arms, which are given by name, in table order; those with a part of their own stand out."""
+    """Colours of a page, and the looks of arms, which are given by name in table order.
+
+    Plots are drawn in the colours of a light page: `ink`, `muted`, `rule`, `faint`, `paper`, and `arms` by name.
+    """
+
+    ink, muted, rule, faint, paper = (light for light, _ in INKS.values())
 
     def __init__(
         self,
@@ -75,11 +66,10 @@ class Style:
         special = {subject: Look(*SUBJECT, "D"), reference: Look(*REFERENCE, "s"), before: Look(*BEFORE, "o")}
         others = (Look(*colours, mark) for colours, mark in itertools.cycle(zip(OTHERS, MARKS, strict=True)))
         self.looks: dict[str, Look] = {arm: special.get(arm) or next(others) for arm in arms}
-        light = {name: colours[0] for name, colours in INKS.items()}
-        colours = {arm: look.light for arm, look in self.looks.items()}
-        self.theme = Theme(**light, arms=colours, marks={arm: look.mark for arm, look in self.looks.items()})
-        arm_pairs = {f"--arm-{i}": (look.light, look.dark) for i, look in enumerate(self.looks.values())}
-        self._pairs = {**{f"--{name}": pair for name, pair in INKS.items()}, **arm_pairs}
+        self.arms = {arm: look.light for arm, look in self.looks.items()}
+        self.marks = {arm: look.mark for arm, look in self.looks.items()}
+        self._pairs = {f"--{name}": pair for name, pair in INKS.items()}
+        self._pairs |= {f"--arm-{i}": (look.light, look.dark) for i, look in enumerate(self.looks.values())}
 
     def for_page(self, svg: str) -> str:
         """Replaces colours by CSS variables."""
