@@ -17,6 +17,7 @@ class TrainerArgs(Protocol):
     pretrained: str | None
     precision: str
     siglip: bool
+    gather_with_grad: bool
     distill_model: str | None
     distill_pretrained: str | None
     # Data.
@@ -26,6 +27,7 @@ class TrainerArgs(Protocol):
     imagenet_v2: str | None
     dataset_type: str
     dataset_resampled: bool
+    train_data_upsampling_factors: str | None
     train_num_samples: int | None
     csv_img_key: str
     csv_caption_key: str
@@ -44,6 +46,8 @@ class TrainerArgs(Protocol):
     logs: str
     save_logs: bool
     save_most_recent: bool
+    save_frequency: int
+    delete_previous_checkpoint: bool
     checkpoint_path: str
     tensorboard: bool
     wandb: bool
@@ -54,3 +58,19 @@ class TrainerArgs(Protocol):
     rank: int
     local_rank: int
     world_size: int
+
+
+class TaskTrainerArgs(TrainerArgs, Protocol):
+    """What open_clip 4 has beside it, as far as its own checks read it."""
+
+    text_key: str
+    json_text_key: str | None
+    image_key: str
+    use_naflex: bool
+    aug_cfg: dict[str, Any] | None
+    genlip: bool
+    genlap: bool
+    naflexclap: bool
+    torchcompile: bool
+    fsdp: bool
+    fsdp_checkpoint: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from arf_plugin.cli import options
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     release = args.release or find_release(args.target)
     series = Series(args.series, release)
     if args.action != "check":
-        getattr(series, args.action)(args.target)
+        series.change(args.target, revert=args.action == "revert")
     state = series.state(args.target)
     fits = state in ("applied", "applies")
     found = {
@@ -59,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "problem": None if fits else state,
     }
     if args.json:
-        json.dump(found, sys.stdout, indent=2)
-        print()
+        print(json.dumps(found, indent=2))
     else:
         print(f"open_clip {printable(release)}, series {args.series}: {found['state']}")
         for name in found["patches"]:

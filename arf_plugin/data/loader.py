@@ -20,28 +20,30 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from open_clip_train.data import SharedEpoch
 
-from arf_plugin.anchors.features import CaptionFeatures, pair_features, read_header
+from arf_plugin.anchors.features import caption_features, pair_features, read_header
+from arf_plugin.anchors.pairs import list_pair_shards
 from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import Batch, BatchLayout, OptimizerStep, Preprocess, as_tuple
-from arf_plugin.data.captions import CaptionStore
-from arf_plugin.data.pairs import FeaturesOf, pair_loader
+from arf_plugin.data.captions import open_captions
+from arf_plugin.data.pairs import pair_loader
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts
 from arf_plugin.data.task import TaskLoader, task_loader
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import AnchorSetError, ArfError
 from arf_plugin.resume.checkpoint import ResumePoint
-from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.order import RowStream, SampleOrder, ShardStream
 from arf_plugin.resume.rng import restore_rng, rng_state, seed_everything
-from arf_plugin.resume.streams import RowStream, ShardStream, Stream
+from arf_plugin.trainer_args import TrainerArgs
 
-Adapt = Callable[[Batch, "TextTrimmer | None"], Any]
+Adapt = Callable[[Batch, TextTrimmer | None], Any]  # gives a batch the trainer's form
 
 
 class AnchorSteps:
@@ -68,9 +70,12 @@ class AnchorSteps:
 
     def count(self, epoch: int, batches: int) -> int:
         """How many of an epoch's first micro-batches have anchors."""
-        if self.every == 1:
-            return batches
         return sum(self.has_anchors(epoch, batch) for batch in range(batches))
+
+    def made(self, epoch: int, batches: int) -> int | None:
+        """The run's optimizer steps after an epoch's first so many micro-batches; None in the middle of a step."""
+        steps, rest = divmod(batches, self.accum_freq)
+        return None if rest else self.steps_per_epoch * epoch + steps
 
 
 class TrainingLoader:
@@ -118,7 +123,7 @@ class TrainingLoader:
         self.pairs = pairs
         self.layout = layout
         self.step = step or OptimizerStep()
-        self.steps = steps or AnchorSteps()
+        self.steps = steps or AnchorSteps(num_batches=task.num_batches)
         self.trimmer = trimmer
         self.adapt = adapt
         self.seed = seed
@@ -137,7 +142,7 @@ class TrainingLoader:
         return self
 
     @property
-    def streams(self) -> dict[str, Stream]:
+    def streams(self) -> dict[str, ShardStream | RowStream]:
         """The loaders that know their position: those of a deterministic run."""
         named = {"task": self.task.batches, "pairs": self.pairs}
         return {name: each for name, each in named.items() if isinstance(each, ShardStream | RowStream)}
@@ -179,13 +184,10 @@ class TrainingLoader:
             remaining = itertools.islice(self.task.batches, self.num_batches - self.first_batch)
             for number, batch in enumerate(remaining, self.first_batch):
                 if not self.steps.has_anchors(self.epoch, number):
-                    for part in (
-                        "caption_text",
-                        "caption_text_feature",
-                    ):  # which came along with the task data
+                    for part in ("caption_text", "caption_text_feature"):  # came along with the task data
                         batch.pop(part, None)
                 elif pairs is not None:
-                    batch |= self._next(pairs)
+                    batch |= _next(pairs)
                 self.before_batch(number, batch)
                 self.step.note(number, batch)
                 yield self.adapt(batch, self.trimmer)
@@ -193,41 +195,28 @@ class TrainingLoader:
                 for each in self.after_batch:
                     each(number + 1)
         except ArfError as error:
-            raise _from_worker(error) from None
-
-    def _next(self, pairs: Iterator[Batch]) -> Batch:
-        pair = next(pairs, None)
-        if pair is None:
-            raise AnchorSetError("The pair anchors ended before the epoch did; check the set with: arf check")
-        return pair
+            # One that came from a loader worker has a whole traceback for its message.
+            marker = f"{type(error).__module__}.{type(error).__qualname__}: "
+            raise type(error)(str(error).rpartition(marker)[2].strip()) from None
 
 
-def _pair_features(anchors: str | None) -> FeaturesOf:
-    assert anchors is not None
-    return functools.partial(pair_features, anchors, header=read_header(anchors))
-
-
-def _from_worker(error: ArfError) -> ArfError:
-    """Undoes the wrapping of an error that came from a loader worker, whose message holds a whole traceback."""
-    marker = f"{type(error).__module__}.{type(error).__qualname__}: "
-    return type(error)(str(error).rpartition(marker)[2].strip())
+def _next(pairs: Iterator[Batch]) -> Batch:
+    batch = next(pairs, None)
+    if batch is None:
+        raise AnchorSetError("The pair anchors ended before the epoch did; check the set with: arf check")
+    return batch
 
 
 def training_loader(
-    args: Any,
+    args: TrainerArgs,
     config: ArfConfig,
     shape: Run,
-    *,
-    preprocess: Preprocess,
+    transforms: tuple[Preprocess, Preprocess],
     tokenizer: Any,
-    epoch: int,
-    classes: ClassPrompts | ClassIndices | None,
-    captions: CaptionStore | None,
-    pair_shards: list[str],
-    trimmer: TextTrimmer | None,
+    epoch: int = 0,
+    classes: ClassPrompts | ClassIndices | None = None,
+    trimmer: TextTrimmer | None = None,
     adapt: Adapt = as_tuple,
-    features: CaptionFeatures | None = None,
-    preprocess_pairs: Preprocess | None = None,
 ) -> TrainingLoader:
     """Puts the loader of a run together.
 
@@ -235,40 +224,47 @@ def training_loader(
         args: The trainer's arguments.
         config: The ARF flags.
         shape: Which data this process gets.
-        preprocess: The trainer's image transform for training.
+        transforms: The trainer's image transforms for training and for evaluation; pairs that are held by features
+            take the latter.
         tokenizer: The trainer's tokenizer.
         epoch: The first epoch.
         classes: Class prompts, or class indices for a head.
-        captions: Caption anchors; None if that term is off.
-        pair_shards: URLs of the pair tars; empty if that term is off.
         trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
         adapt: Gives a batch the trainer's form.
-        features: Those of the captions, if captions are held by these.
-        preprocess_pairs: Another transform for pairs: that for evaluation, if pairs are held by features.
 
     Raises:
-        ArfError: The data cannot be shared among as many loader workers.
+        ArfError: The anchors cannot be read, or the data cannot be shared among as many loader workers.
     """
+    anchors = config.anchors or ""
+    shards = list_pair_shards(anchors) if anchors and shape.pair_batch else []
+    captions = open_captions(anchors) if anchors and config.caption_weight else None
+    features = caption_features(anchors) if captions is not None and config.caption_features else None
     shared = SharedEpoch(epoch)
-    orders = {
-        name: SampleOrder(name, args.seed, shared.get_value, args.rank) if config.deterministic else None
-        for name in ("task", "pairs")
-    }
+    order = pair_order = None
+    if config.deterministic:
+        order = SampleOrder("task", args.seed, shared.get_value, args.rank)
+        pair_order = SampleOrder("pairs", args.seed, shared.get_value, args.rank)
     task = task_loader(
         args,
         TaskTexts(classes, captions, config.missing_caption, args.seed, shared.get_value, features),
-        preprocess=preprocess,
+        preprocess=transforms[0],
         tokenize=tokenizer,
         workers=shape.task_workers,
         epoch=shared,
-        order=orders["task"],
+        order=order,
     )
+    if order is not None:
+        stream: ShardStream | RowStream = ShardStream(task.batches, shape.task_workers, order)
+        if task.sampler is not None:
+            stream = RowStream(task.batches, task.sampler, args.seed)
+        task = task._replace(batches=stream)
     steps = AnchorSteps(config.every, args.accum_freq, task.num_batches)
     pairs: Iterable[Batch] | None = None
-    if pair_shards:
+    if shards:
+        header = read_header(anchors) if config.pair_features else None
         pairs = pair_loader(
-            pair_shards,
-            preprocess=preprocess_pairs or preprocess,
+            shards,
+            preprocess=transforms[1] if config.pair_features else transforms[0],
             tokenize=tokenizer,
             batch_size=shape.pair_batch,
             num_batches=task.num_batches,
@@ -277,20 +273,20 @@ def training_loader(
             epoch=shared,
             rank=args.rank,
             world_size=args.world_size,
-            order=orders["pairs"],
-            features=_pair_features(config.anchors) if config.pair_features else None,
+            order=pair_order,
+            features=functools.partial(pair_features, anchors, header=header)
+            if config.pair_features
+            else None,
         )
-    if orders["task"] is not None:
-        stream: Stream = ShardStream(task.batches, shape.task_workers, orders["task"])
-        if task.sampler is not None:
-            stream = RowStream(task.batches, task.sampler, args.seed)
-        task = task._replace(batches=stream)
-    if pairs is not None and orders["pairs"] is not None:
-        pairs = ShardStream(pairs, shape.pair_workers, orders["pairs"], steps.count)
+        if pair_order is not None:
+            pairs = ShardStream(pairs, shape.pair_workers, pair_order, steps.count)
+    layout = BatchLayout(args.batch_size, captions is not None, shape.pair_batch if shards else 0)
+    if args.rank == 0:
+        _log(config, layout, len(captions) if captions is not None else 0, len(shards))
     return TrainingLoader(
         task,
         pairs,
-        BatchLayout(args.batch_size, captions is not None, shape.pair_batch if pair_shards else 0),
+        layout,
         step=OptimizerStep(args.accum_freq),
         steps=steps,
         epoch=shared,
@@ -298,4 +294,31 @@ def training_loader(
         adapt=adapt,
         seed=args.seed if config.deterministic else None,
         rank=args.rank,
+    )
+
+
+def _log(config: ArfConfig, layout: BatchLayout, captions: int, shards: int) -> None:
+    if config.l2sp:
+        logging.info(f"ARF: L2-SP holds the weights to where they start (weight {config.l2sp:g}).")
+    if not config.anchors:
+        trains_on = "class prompts (FLYP)" if config.classnames else "the samples' own texts"
+        trains_on = "class labels, through the head (LP-FT)" if config.head else trains_on
+        logging.info(f"ARF: no anchor set; training on {trains_on}.")
+        return
+    terms = [f"{layout.task} task pairs"]
+    for name, size, weight, loss in (
+        ("caption anchors", layout.captions * layout.task, config.caption_weight, config.caption_loss),
+        ("pair anchors", layout.pairs, config.pair_weight, config.pair_loss),
+    ):
+        if size:
+            terms.append(f"{size} {name} ({loss} loss, weight {weight:g})")
+        else:
+            reason = "its weight is 0" if weight == 0 else f"{config.anchors} has none"
+            logging.info(f"ARF: the term of the {name} is off, because {reason}.")
+    every = config.every
+    rarely = "" if every == 1 else f"One step in {every} has anchors, at {every} times the weight. "
+    logging.info(
+        f"ARF is on. Each micro-batch of a process: {' + '.join(terms)}; "
+        f"{layout.images} images, {sum(layout.text_sizes)} texts. {rarely}Anchors: {config.anchors}, "
+        f"{captions} captions, {shards} pair shards."
     )

@@ -24,7 +24,7 @@ from arf_plugin.anchors.pairs import RawPair, read_pairs
 from arf_plugin.checks.messages import no_features_message
 from arf_plugin.data.batch import Batch, Preprocess, Sample
 from arf_plugin.errors import AnchorSetError
-from arf_plugin.resume.order import Pipeline, SampleOrder
+from arf_plugin.resume.order import Pipeline, SampleOrder, decoded
 from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
@@ -37,84 +37,49 @@ FeaturesOf = Callable[[str], PairFeatures]  # of the shard with a URL
 NAMED = 10  # pairs that cannot be decoded, in a consumer's warnings; the rest is counted
 
 
-class PairShards(torch.utils.data.IterableDataset):
-    """This consumer's share of the shards, pass after pass.
-
-    Args:
-        shards: All pair shards, in the same order everywhere.
-        seed: The run's seed.
-        epoch: The current epoch, shared with loader workers.
-        rank: This process among all.
-        world_size: Number of processes.
-    """
-
-    def __init__(
-        self, shards: list[str], seed: int, epoch: SharedEpoch, rank: int = 0, world_size: int = 1
-    ) -> None:
-        super().__init__()
-        self.shards = shards
-        self.seed = seed
-        self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        consumer, consumers = self.rank * workers + worker_id, self.world_size * workers
-        for number in itertools.count():
-            epoch, order = self.epoch.get_value(), list(self.shards)
-            random.Random(f"{self.seed}/{epoch}/{number}").shuffle(order)
-            shuffle = f"{self.seed}/{epoch}/{self.rank}/{worker_id}/{number}"  # of a pass's pairs
-            for url in order[consumer::consumers]:
-                yield {"url": url, "shuffle": shuffle}
-
-
-class PairSamples:
-    """A stage of the pipeline: shards -> samples; a pass that yields none is the last one.
+class PairSamples(torch.utils.data.IterableDataset[Sample]):
+    """This consumer's share of the pairs as samples, pass after pass; see `pair_loader` for its arguments.
 
     Pairs that cannot be decoded are passed over, as open_clip does with its samples, and named once.
-
-    Args:
-        preprocess: The trainer's image transform: PIL image -> ``[3, H, W]``. For evaluation where there are features.
-        tokenize: open_clip's tokenizer: text -> ``[1, L]``.
-        order: Numbers raw samples and seeds their transforms; None where images need not be the same in each run.
-        features: Reads the features of a shard's pairs, which then become parts of its samples.
     """
 
     def __init__(
         self,
+        shards: list[str],
         preprocess: Preprocess,
         tokenize: Callable[[str], Any],
-        order: SampleOrder | None = None,
-        features: FeaturesOf | None = None,
+        seed: int,
+        epoch: SharedEpoch,
+        rank: int,
+        world_size: int,
+        order: SampleOrder | None,
+        features: FeaturesOf | None,
     ) -> None:
-        self.preprocess = preprocess
-        self.tokenize = tokenize
-        self.order = order
-        self.features = features
+        super().__init__()
+        self.shards, self.preprocess, self.tokenize = shards, preprocess, tokenize
+        self.seed, self.epoch, self.rank, self.world_size = seed, epoch, rank, world_size
+        self.order, self.features = order, features
         self._named: set[tuple[str, str]] = set()
         self._tried = self._bad = 0  # in this pass
         self._reason = ""
 
-    def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[Sample]:
-        """Pass after pass over this consumer's shards."""
-        raw = self._read(shards)
-        if self.order is None:
-            yield from (sample for each in raw if (sample := self.sample(*each)) is not None)
-            return
-        for number, each in self.order.number(raw):
-            if (sample := self.sample(*each)) is not None:
-                yield {**sample, "index": number}
+    def __iter__(self) -> Iterator[Sample]:
+        return decoded(self._raw(), lambda each: self.sample(*each), self.order)
 
-    def _read(self, shards: Iterator[dict[str, Any]]) -> Iterator[tuple[RawPair, Sample]]:
-        """Pairs of the shards and their features, shuffled in a pass so that none meets its own copy from the next one.
+    def _raw(self) -> Iterator[tuple[RawPair, Sample]]:
+        """Pairs and their features, shuffled in a pass so that none meets its own copy from the next one.
 
         Raises:
             AnchorSetError: A whole pass over these shards has given no pair, or none that can be decoded.
         """
-        for shuffle, group in itertools.groupby(shards, key=lambda shard: shard["shuffle"]):
-            urls, rng = [shard["url"] for shard in group], random.Random(shuffle)
+        worker = get_worker_info()
+        workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
+        consumer, consumers = self.rank * workers + worker_id, self.world_size * workers
+        for number in itertools.count():
+            epoch, urls = self.epoch.get_value(), list(self.shards)
+            random.Random(f"{self.seed}/{epoch}/{number}").shuffle(urls)
+            urls = urls[consumer::consumers]
+            rng = random.Random(f"{self.seed}/{epoch}/{self.rank}/{worker_id}/{number}")
             self._tried = self._bad = read = 0
             for pair in _shuffled(itertools.chain.from_iterable(map(self._shard, urls)), rng):
                 read += 1
@@ -129,13 +94,14 @@ class PairSamples:
         rows = {key: row for row, key in enumerate(found.keys)}
         for pair in read_pairs(url):
             row = rows.get(utf8(pair.key))
-            vectors = (
-                {} if row is None else {"pair_image_feature": found.image, "pair_text_feature": found.text}
-            )
+            towers = {"pair_image_feature": found.image, "pair_text_feature": found.text}
             # Copies: a pair in the buffer would keep the arrays of its whole shard.
-            yield pair, {name: torch.tensor(each[row], dtype=torch.float32) for name, each in vectors.items()}
+            copied = (
+                {} if row is None else {name: torch.tensor(of[row]).float() for name, of in towers.items()}
+            )
+            yield pair, copied
 
-    def sample(self, pair: RawPair, features: Sample | None = None) -> Sample | None:
+    def sample(self, pair: RawPair, features: Sample) -> Sample | None:
         """Decodes one pair and adds its features; None, with a warning, where it cannot be decoded.
 
         Raises:
@@ -157,7 +123,7 @@ class PairSamples:
             return None
         if self.features is not None and not features:
             raise AnchorSetError(no_features_message(f"{pair.url}, pair {pair.key}"))
-        return parts | (features or {})
+        return parts | features
 
     def _end_pass(self, urls: list[str], read: int) -> None:
         where = f"{len(urls)} pair shards ({urls[0]}{', ...' if len(urls) > 1 else ''})"
@@ -236,8 +202,7 @@ def pair_loader(
             "or write smaller shards with: arf pack --shard-size ..."
         )
     pipeline = Pipeline(
-        PairShards(shards, seed, epoch, rank, world_size),
-        PairSamples(preprocess, tokenize, order, features),
+        PairSamples(shards, preprocess, tokenize, seed, epoch, rank, world_size, order, features),
         wds.batched(batch_size, partial=False, collation_fn=default_collate),
         order=order,
     ).with_epoch(math.ceil(num_batches / max(1, workers)))

@@ -29,47 +29,28 @@ def choose(options: int, *what: object) -> int:
 
 
 class ClassPrompts:
-    """Turns the ``cls`` of a sample into a class prompt.
-
-    Args:
-        classnames: One name per class index.
-        templates: Templates with ``{c}`` in the class name's place.
-    """
+    """Turns the ``cls`` of a sample into a class prompt: one name per class, templates with ``{c}`` in its place."""
 
     def __init__(self, classnames: Sequence[str], templates: Sequence[str]) -> None:
         self.classnames = list(classnames)
         self.templates = list(templates)
 
     def __call__(self, cls: object, sample_id: str, seed: int, epoch: int) -> str:
-        """Builds the prompt of one sample.
-
-        Args:
-            cls: The class index, as a number or its decimal text.
-            sample_id: The sample's id, which the choice of the template depends on.
-            seed: The run's seed.
-            epoch: The epoch; each epoch draws anew.
-
-        Raises:
-            TaskDataError: ``cls`` is no class index.
-        """
+        """Builds the prompt of one sample; each epoch draws a template anew. See `class_index` for errors."""
         index = class_index(cls, sample_id, len(self.classnames))
         template = self.templates[choose(len(self.templates), "template", seed, epoch, sample_id)]
         return template.replace("{c}", self.classnames[index])
 
 
 class ClassIndices:
-    """Takes the place of `ClassPrompts` where a head classifies: the class index itself.
-
-    Args:
-        classes: Number of classes.
-    """
+    """Takes the place of `ClassPrompts` where a head classifies so many classes: the class index itself."""
 
     def __init__(self, classes: int) -> None:
-        self.classes = classes
+        self.classnames = [str(index) for index in range(classes)]
 
     def __call__(self, cls: object, sample_id: str) -> int:
         """The index of one sample; see `class_index` for errors."""
-        return class_index(cls, sample_id, self.classes)
+        return class_index(cls, sample_id, len(self.classnames))
 
 
 def class_index(cls: object, sample_id: str, classes: int) -> int:

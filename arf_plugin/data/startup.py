@@ -15,27 +15,17 @@ from arf_plugin.anchors.task import is_csv
 from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.checks.rules import findings
 from arf_plugin.config import ArfConfig
+from arf_plugin.trainer_args import TrainerArgs
 
 
 def inputs_of(args: Any, **more: Any) -> Inputs:
-    """Inputs with what open_clip's flags say of the task data.
-
-    Args:
-        args: Parsed arguments: the trainer's, or those of a command that has the same flags.
-        **more: Everything else that is known.
-    """
+    """Inputs with what the trainer's flags, or the same of a command, say of the task data; ``more`` is the rest."""
     flags = ("train_data", "dataset_type", "csv_img_key", "csv_caption_key", "csv_separator")
     return Inputs(**{name: getattr(args, name) for name in flags}, **more)
 
 
-def inputs_of_run(args: Any, config: ArfConfig, classes: Sequence[str] | None) -> Inputs:
-    """What a run's flags say of its inputs, its shape included.
-
-    Args:
-        args: The trainer's arguments.
-        config: The ARF flags.
-        classes: Class names, if class prompts or a head need them.
-    """
+def inputs_of_run(args: TrainerArgs, config: ArfConfig, classes: Sequence[str] | None) -> Inputs:
+    """What a run's flags say of its inputs, its shape included; class names where prompts or a head need them."""
     inputs = inputs_of(
         args,
         anchors=config.anchors,
@@ -116,7 +106,7 @@ def split_workers(
     return max(workers - share, min(workers, 1)), share
 
 
-def needs_count(args: Any) -> bool:
+def needs_count(args: TrainerArgs) -> bool:
     """Whether open_clip would ask for ``--train-num-samples``."""
     from open_clip_train.data import get_dataset_size
 

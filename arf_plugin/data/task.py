@@ -10,6 +10,7 @@ with its class prompt and its caption anchor in it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +30,9 @@ from arf_plugin.anchors.task_csv import CLASS_COLUMN, read_csv
 from arf_plugin.data.batch import Batch, Preprocess, Sample, Tokenize, collate
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.errors import FlagError, TaskDataError
-from arf_plugin.resume.order import Pipeline, SampleOrder
+from arf_plugin.resume.order import Pipeline, SampleOrder, decoded
 from arf_plugin.resume.rng import seed_loading
+from arf_plugin.trainer_args import TrainerArgs
 
 
 class TaskLoader(NamedTuple):
@@ -71,21 +73,13 @@ class TaskSamples:
     """A stage of the pipeline: shards -> samples, those left out that open_clip passes over.
 
     open_clip passes over samples without an image or a text, or whose image or text (where it is needed) cannot be
-    decoded; from release 4 on also those with an empty text, or an image of more than ``--max-image-pixels``.
-
-    Args:
-        texts: Finds the texts of a sample.
-        preprocess: The trainer's image transform for training: PIL image -> ``[3, H, W]``.
-        order: The order of raw samples; None to shuffle them afresh in each run, as open_clip does.
-        most_pixels: ``--max-image-pixels``; 0 for any number.
+    decoded; from release 4 on also those with an empty text, or an image of more than ``most_pixels``.
     """
 
     def __init__(
         self, texts: TaskTexts, preprocess: Preprocess, order: SampleOrder | None = None, most_pixels: int = 0
     ) -> None:
-        self.texts = texts
-        self.preprocess = preprocess
-        self.order = order
+        self.texts, self.preprocess, self.order = texts, preprocess, order
         self.decode = decode_image
         self.takes_empty_texts = not hasattr(open_clip_data, "FilterNonEmptyText")
         if hasattr(open_clip_data, "decode_pil_rgb"):
@@ -97,15 +91,9 @@ class TaskSamples:
         tarfile.TarFile.encoding = ENCODING
         raw = map(RawSample.of, open_clip_data.tarfile_to_samples_nothrow(shards))
         _, _, size, initial = shuffle_sizes()
-        if self.order is None:
-            for each in wds.shuffle(bufsize=size, initial=initial)(raw):
-                if (sample := self.sample(each)) is not None:
-                    yield sample
-            return
-        shuffled = wds.shuffle(bufsize=size, initial=initial, rng=self.order.shuffling())(raw)
-        for number, each in self.order.number(shuffled):
-            if (sample := self.sample(each)) is not None:
-                yield {**sample, "index": number}
+        seeded = {} if self.order is None else {"rng": self.order.shuffling()}
+        shuffled = wds.shuffle(bufsize=size, initial=initial, **seeded)(raw)
+        return decoded(shuffled, self.sample, self.order)
 
     def sample(self, raw: RawSample) -> Sample | None:
         """Decodes one sample and finds its texts; None for one that open_clip passes over."""
@@ -140,13 +128,13 @@ def shuffle_sizes() -> tuple[int, int, int, int]:
     if hasattr(open_clip_data, "wds_shuffle_sizes"):  # from release 4 on, where the environment has a say
         sizes: tuple[int, int, int, int] = open_clip_data.wds_shuffle_sizes()
         return sizes
-    names = ("SHARD_SHUFFLE_SIZE", "SHARD_SHUFFLE_INITIAL", "SAMPLE_SHUFFLE_SIZE", "SAMPLE_SHUFFLE_INITIAL")
-    first, second, third, fourth = (int(getattr(open_clip_data, f"_{name}")) for name in names)
-    return first, second, third, fourth
+    own = open_clip_data
+    shards = own._SHARD_SHUFFLE_SIZE, own._SHARD_SHUFFLE_INITIAL
+    return *shards, own._SAMPLE_SHUFFLE_SIZE, own._SAMPLE_SHUFFLE_INITIAL
 
 
 def task_loader(
-    args: Any,
+    args: TrainerArgs,
     texts: TaskTexts,
     *,
     preprocess: Preprocess,
@@ -173,19 +161,7 @@ def task_loader(
     collate_batch = functools.partial(collate, tokenize=tokenize)
     if is_csv(args.train_data, args.dataset_type):
         return _csv_loader(args, texts, preprocess, collate_batch, workers, order)
-    samples = TaskSamples(texts, preprocess, order, getattr(args, "max_image_pixels", 0) or 0)
-    return _tar_loader(args, samples, collate_batch, workers, epoch, order)
-
-
-def _tar_loader(
-    args: Any,
-    samples: TaskSamples,
-    collate_batch: Callable[[list[Sample]], Batch],
-    workers: int,
-    epoch: open_clip_data.SharedEpoch,
-    order: SampleOrder | None,
-) -> TaskLoader:
-    """open_clip's ``get_wds_dataset`` for training data, with `samples` in its middle."""
+    # From here on, open_clip's own get_wds_dataset, with other samples in its middle.
     shards: list[Any]
     if args.dataset_resampled:
         weights = args.train_data_upsampling_factors
@@ -226,7 +202,7 @@ def _tar_loader(
     num_batches = batches_of_worker * max(1, workers)
     pipeline = Pipeline(
         *shards,
-        samples,
+        TaskSamples(texts, preprocess, order, getattr(args, "max_image_pixels", 0) or 0),
         wds.batched(args.batch_size, partial=False, collation_fn=collate_batch),
         order=order,
     ).with_epoch(batches_of_worker)
@@ -237,7 +213,7 @@ def _tar_loader(
 
 
 def _csv_loader(
-    args: Any,
+    args: TrainerArgs,
     texts: TaskTexts,
     preprocess: Preprocess,
     collate_batch: Callable[[list[Sample]], Batch],
@@ -258,15 +234,9 @@ def _csv_loader(
 
 
 class CsvSamples(torch.utils.data.Dataset[Sample]):
-    """The rows of a CSV as samples.
+    """The rows of a CSV as samples: image paths, classes if they are needed, own texts if there are any.
 
-    Args:
-        images: The image path of each row, exactly as the CSV has it.
-        classes: The column ``cls``, if classes are needed.
-        own: The rows' own texts, if there are any.
-        texts: Finds the texts of a sample.
-        preprocess: The trainer's image transform for training.
-        order: With it, augmentation depends on seed, epoch and row alone, not on what its worker did before.
+    With an order, augmentation depends on seed, epoch and row alone, not on what its worker did before.
     """
 
     def __init__(
@@ -276,14 +246,10 @@ class CsvSamples(torch.utils.data.Dataset[Sample]):
         own: list[Any] | None,
         texts: TaskTexts,
         preprocess: Preprocess,
-        order: SampleOrder | None = None,
+        order: SampleOrder | None,
     ) -> None:
-        self.images = images
-        self.classes = classes
-        self.own = own
-        self.texts = texts
-        self.preprocess = preprocess
-        self.order = order
+        self.images, self.classes, self.own = images, classes, own
+        self.texts, self.preprocess, self.order = texts, preprocess, order
 
     def __len__(self) -> int:
         return len(self.images)
@@ -300,11 +266,7 @@ class CsvSamples(torch.utils.data.Dataset[Sample]):
 
 
 class LaterBatches:
-    """Batches of row numbers without the first ``skip`` ones.
-
-    Args:
-        batches: A sampler of batches.
-    """
+    """Batches of row numbers without the first ``skip`` ones."""
 
     def __init__(self, batches: BatchSampler) -> None:
         self.batches = batches
@@ -315,9 +277,7 @@ class LaterBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number, batch in enumerate(self.batches):
-            if number >= self.skip:
-                yield batch
+        return itertools.islice(self.batches, self.skip, None)
 
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch, as open_clip does."""

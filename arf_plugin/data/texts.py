@@ -36,25 +36,14 @@ class TaskTexts:
         epoch: Callable[[], int] = lambda: 0,
         features: CaptionFeatures | None = None,
     ) -> None:
-        self.classes = classes
-        self.captions = captions
-        self.features = features
-        self.missing_caption = missing_caption
-        self.seed = seed
-        self.epoch = epoch
+        self.classes, self.captions, self.features = classes, captions, features
+        self.missing_caption, self.seed, self.epoch = missing_caption, seed, epoch
 
     def __call__(self, identity: str, cls: object | None, text: str | bytes | None) -> Sample | None:
-        """Finds the texts of one sample.
-
-        Args:
-            identity: The sample's id.
-            cls: Its class index, if it has one.
-            text: Its own text, if it has one; as bytes, it is decoded only where it is needed.
+        """Finds the texts of one sample, as parts of a batch; its own text, as bytes, is decoded where it is needed.
 
         Returns:
-            Its parts ``text``, or ``label`` for a head, and ``caption_text`` with caption anchors, which may have a
-            ``caption_text_feature``. None for a sample without a text of its own where one is needed, which open_clip
-            skips.
+            None for a sample without a text of its own where one is needed, which open_clip skips.
 
         Raises:
             TaskDataError: The sample has a ``cls`` that is no class index, or none and no text in its place.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 from arf_plugin import config
 from arf_plugin.errors import ArfError, IncompatibleUpstreamError
-from arf_plugin.flags import parsing_errors, wants_arf
+from arf_plugin.flags import add_arf_flags, parsing_errors, wants_arf
 from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
-from arf_plugin.hooks.table import hooks
-from arf_plugin.hooks.versions import trains_tasks, upstream_version
-from arf_plugin.trainer_args import TrainerArgs
+from arf_plugin.hooks.table import hooks, trains_tasks, upstream_version
 from arf_plugin.untrusted import printable
 
 MAIN = "open_clip_train.main"
@@ -39,7 +38,14 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     sys.excepthook = print_arf_errors
     version = upstream_version()
     args = _parse(original, argv, version)
-    _activate(resolve(args, version), bool(getattr(args, "resume", None)), version, params)
+    arf = resolve(args, version)
+    from arf_plugin.hooks.session import Session  # not at the top: takes a while, and --help needs none
+
+    session = Session(arf, version)
+    chosen = hooks_of_run(arf, bool(getattr(args, "resume", None)), version)
+    ENGINE.apply(chosen, version, session, {MAIN: _main_module(params)})
+    _make_logs_printable()
+    logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
     return args
 
 
@@ -76,16 +82,29 @@ def _parse(original: Callable[[Any], Any], argv: Sequence[str], version: str) ->
         deactivate()
 
 
+class _ParserWithFlags(argparse.ArgumentParser):
+    """Adds the ARF group when parsing begins, so that it comes last in --help."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        add_arf_flags(self)
+        return super().parse_args(*args, **kwargs)
+
+
+def argparse_with_flags(original: Any, context: Any) -> SimpleNamespace:
+    """The module ``argparse`` as ``params.py`` sees it while it parses."""
+    return SimpleNamespace(**{**vars(original), "ArgumentParser": _ParserWithFlags})
+
+
 def deactivate() -> None:
     """Puts back everything that was replaced for a run; the guard on ``parse_args`` stays."""
     ENGINE.undo()
 
 
-def resolve(args: TrainerArgs, version: str) -> config.ArfConfig:
+def resolve(args: Any, version: str) -> config.ArfConfig:
     """Checks the flags of a run, those that only this release has among them; see `arf_plugin.config.resolve`."""
     arf = config.resolve(args)
     if trains_tasks(version):
-        from arf_plugin.hooks.task_flags import check_args as check_task_args
+        from arf_plugin.hooks.task import check_args as check_task_args
 
         check_task_args(args, arf)
     return arf
@@ -94,15 +113,6 @@ def resolve(args: TrainerArgs, version: str) -> config.ArfConfig:
 def hooks_of_run(arf: config.ArfConfig, resumes: bool, version: str) -> tuple[Hook, ...]:
     """The hooks that a run with these flags needs; any run may resume from a step checkpoint."""
     return hooks("run", version) + (hooks("resumable run", version) if arf.resumable or resumes else ())
-
-
-def _activate(arf: config.ArfConfig, resumes: bool, version: str, params: ModuleType) -> None:
-    from arf_plugin.hooks.session import Session
-
-    session = Session(arf, version)
-    ENGINE.apply(hooks_of_run(arf, resumes, version), version, session, {MAIN: _main_module(params)})
-    _make_logs_printable()
-    logging.getLogger(__name__).debug("hooks applied: %s", ENGINE.applied)
 
 
 def _make_logs_printable() -> None:

@@ -54,6 +54,11 @@ class Hook:
         """Whether the hook was written for an upstream release."""
         return covers(self.versions, version)
 
+    @property
+    def shadows(self) -> bool:
+        """Whether it shadows a built-in."""
+        return (self.origin or "").startswith("builtins:")
+
 
 class Engine:
     """Holds what is applied, for undoing.
@@ -129,24 +134,10 @@ class Engine:
             return str(error)
         return None
 
-    def _look_up(self, hook: Hook, version: str) -> None:
-        """As `_resolve`, from the sources."""
-        self._require_version(hook, version)
-        module, name = hook.target.split(":")
-        if not sources.exists(module):
-            raise self._error(hook, f"module {module} is not installed", hook.target)
-        found = sources.origin(module, name)
-        shadows = (hook.origin or "").startswith("builtins:")
-        if found is None and not shadows:
-            raise self._error(hook, f"module {module} has no '{name}'", hook.target)
-        if hook.origin is not None:
-            own = None if shadows else sources.origin(*hook.origin.split(":"))
-            if found != own:
-                raise self._error(hook, f"{hook.target} is {found}", f"upstream's own {hook.origin}")
-
     def _resolve(
         self, hook: Hook, version: str, modules: Mapping[str, ModuleType]
     ) -> tuple[ModuleType, str, Any]:
+        """Module, name and what it stands for now, if the hook may replace that."""
         self._require_version(hook, version)
         module_name, name = hook.target.split(":")
         try:
@@ -154,18 +145,31 @@ class Engine:
         except ImportError as error:
             found = f"module {module_name} cannot be imported ({error})"
             raise self._error(hook, found, hook.target) from error
-        shadows = (hook.origin or "").startswith("builtins:")
-        original = getattr(module, name, getattr(builtins, name, _ABSENT) if shadows else _ABSENT)
-        if original is _ABSENT:
-            raise self._error(hook, f"module {module_name} has no '{name}'", hook.target)
-        if hook.origin is not None:
-            origin_module, origin_name = hook.origin.split(":")
-            if original is not getattr(importlib.import_module(origin_module), origin_name, None):
-                found = (
-                    f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
-                )
-                raise self._error(hook, f"{hook.target} is {found}", f"upstream's own {hook.origin}")
+        original = getattr(module, name, getattr(builtins, name, None) if hook.shadows else None)
+        called = f"{getattr(original, '__module__', '?')}.{getattr(original, '__qualname__', original)}"
+        self._require_own(hook, original, hook.origin and load(hook.origin, None), called)
         return module, name, original
+
+    def _look_up(self, hook: Hook, version: str) -> None:
+        """As `_resolve`, from the sources."""
+        self._require_version(hook, version)
+        module, name = hook.target.split(":")
+        if not sources.exists(module):
+            raise self._error(hook, f"module {module} is not installed", hook.target)
+        found, own = sources.origin(module, name), hook.origin
+        if hook.shadows:
+            found = found or own
+        elif own is not None:
+            own = sources.origin(*own.split(":"))
+        self._require_own(hook, found, own, found)
+
+    def _require_own(self, hook: Hook, found: Any, own: Any, called: str | None) -> None:
+        """Refuses a name that is not there, or stands for something else than upstream's own."""
+        if found is None:
+            module, name = hook.target.split(":")
+            raise self._error(hook, f"module {module} has no '{name}'", hook.target)
+        if hook.origin is not None and found != own:
+            raise self._error(hook, f"{hook.target} is {called}", f"upstream's own {hook.origin}")
 
     def _require_version(self, hook: Hook, version: str) -> None:
         if not hook.covers(version):
@@ -182,7 +186,7 @@ class Engine:
         )
 
 
-def load(path: str) -> Any:
-    """The object that ``module:name`` names."""
+def load(path: str, *otherwise: Any) -> Any:
+    """The object that ``module:name`` names; ``otherwise``, if it is given, where the module has no such name."""
     module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name, *otherwise)

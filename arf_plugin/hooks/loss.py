@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 
 from arf_plugin.errors import CheckpointError
-from arf_plugin.hooks.session import Session
-from arf_plugin.hooks.training import Training
+from arf_plugin.hooks.session import EpochListener, Session, Training
 from arf_plugin.losses.anchored import AnchoredLoss
 from arf_plugin.losses.features import MEAN, DifferenceTerm
 from arf_plugin.losses.head import HeadLoss
 from arf_plugin.losses.l2sp import L2SPLoss
 from arf_plugin.losses.teacher import TeacherLoss
+from arf_plugin.trainer_args import TrainerArgs
 
 WORSE_THAN_CHANCE = 1.25
 
@@ -27,47 +26,40 @@ def create_loss(original: Callable[..., Any], session: Session) -> Callable[...,
     """Returns the original loss where no anchors are in the batch, and the anchored one otherwise."""
 
     @functools.wraps(original)
-    def wrapped(args: Any) -> Any:
+    def wrapped(args: TrainerArgs) -> Any:
         return build_loss(lambda: original(args), session, args)
 
     return wrapped
 
 
-def build_loss(build_base: Callable[[], Any], session: Session, args: Any) -> Any:
-    """The loss of a run.
-
-    Args:
-        build_base: Builds the loss that open_clip would have used.
-        session: The run.
-        args: The trainer's arguments.
-    """
+def build_loss(build_base: Callable[[], Any], session: Session, args: TrainerArgs) -> Any:
+    """The loss of a run; ``build_base`` builds the one that open_clip would have used."""
+    config, facts, loader = session.config, session.model, session.loader
     loss = _loss(build_base, session)
-    facts = session.model
     random = facts is not None and bool(facts.random_parts)
-    if not (session.config.head or random or getattr(args, "siglip", False)):
+    if not (config.head or random or getattr(args, "siglip", False)):
         _warn_of_first_loss(getattr(loss, "task", loss), args)
-    if session.config.by_feature:
+    if config.by_feature:
         _warn_of_gathering(args)
     if facts is not None and facts.start is not None:
-        session.model = dataclasses.replace(facts, start=None)  # the loss keeps what it needs of it
-        loss = L2SPLoss(loss, facts.model, facts.start, session.config.l2sp, args.accum_freq)
-    config = session.config
-    if config.teacher and config.teacher_weight and session.data is not None:
-        loss = TeacherLoss(loss, session.data.step, config.teacher_weight * config.teacher_every)
+        loss = L2SPLoss(loss, facts.model, facts.start, config.l2sp, args.accum_freq)
+        facts.start = None  # the loss keeps what it needs of it
+    if config.teacher and config.teacher_weight and loader is not None:
+        loss = TeacherLoss(loss, loader.step, config.teacher_weight * config.teacher_every)
     return loss
 
 
 def _loss(build_base: Callable[[], Any], session: Session) -> Any:
-    config, plan = session.config, session.data
+    config, loader = session.config, session.loader
     if config.head:
         return HeadLoss()
-    if plan is None or not (plan.layout.captions or plan.layout.pairs):
+    if loader is None or not (loader.layout.captions or loader.layout.pairs):
         return build_base()
     loss = AnchoredLoss(
         build_base,
-        plan.step,
-        caption_weight=config.caption_weight if plan.layout.captions else None,
-        pair_weight=config.pair_weight if plan.layout.pairs else None,
+        loader.step,
+        caption_weight=config.caption_weight if loader.layout.captions else None,
+        pair_weight=config.pair_weight if loader.layout.pairs else None,
         every=config.every,
         caption_loss=config.caption_loss,
         pair_loss=config.pair_loss,
@@ -77,14 +69,8 @@ def _loss(build_base: Callable[[], Any], session: Session) -> Any:
     return loss
 
 
-class KeptMean:
-    """Keeps the mean of a `DifferenceTerm` in the optimizer's state; an `EpochListener`.
-
-    So it is part of every checkpoint, open_clip's own and step checkpoints, and comes back with it.
-
-    Args:
-        term: The term.
-    """
+class KeptMean(EpochListener):
+    """Keeps the mean of a `DifferenceTerm` in the optimizer's state, and so in every checkpoint."""
 
     def __init__(self, term: DifferenceTerm) -> None:
         self.term = term
@@ -106,11 +92,8 @@ class KeptMean:
                 "from another checkpoint."
             )
 
-    def after_epoch(self, training: Training) -> None:
-        """Nothing to do."""
 
-
-def _warn_of_gathering(args: Any) -> None:
+def _warn_of_gathering(args: TrainerArgs) -> None:
     """Terms of features pass on all of their gradient; open_clip's contrastive loss may not, beside them."""
     partial = args.world_size > 1 and not (getattr(args, "siglip", False) or args.gather_with_grad)
     if partial and args.rank == 0:
@@ -121,7 +104,7 @@ def _warn_of_gathering(args: Any) -> None:
         )
 
 
-def _warn_of_first_loss(loss: Any, args: Any) -> None:
+def _warn_of_first_loss(loss: Any, args: TrainerArgs) -> None:
     """Looks at the loss of the first step, once: worse than chance is what mixed up class names look like."""
     if args.rank != 0 or getattr(args, "torchcompile", False):
         return

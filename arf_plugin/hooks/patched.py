@@ -6,62 +6,22 @@ table lists; both lead to the same functions that the hooks install. See patches
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from arf_plugin.flags import add_arf_flags, wants_arf
+from arf_plugin.flags import add_arf_flags as add_flags  # noqa: F401, called by patched parsers
+from arf_plugin.flags import wants_arf
 from arf_plugin.hooks.activation import hooks_of_run, print_arf_errors, resolve
-from arf_plugin.hooks.engine import Engine, Hook, load
-from arf_plugin.hooks.releases import PACKAGE
+from arf_plugin.hooks.engine import Hook, load
 from arf_plugin.hooks.table import HOOKS
+
+if TYPE_CHECKING:
+    from arf_plugin.hooks.session import Session
 
 Name = TypeVar("Name")
 
-
-class CallSites(Engine):
-    """An engine for sources that ask for their replacements: it notes which hooks hold, and changes no module."""
-
-    def __init__(self) -> None:
-        super().__init__(PACKAGE)
-        self._contexts: list[tuple[Hook, Any]] = []
-
-    @property
-    def applied(self) -> list[str]:
-        """Ids of the hooks that are in force."""
-        return [hook.id for hook, _ in self._contexts]
-
-    def apply(
-        self,
-        hooks: Iterable[Hook],
-        version: str,
-        context: Any,
-        modules: Mapping[str, ModuleType] | None = None,
-    ) -> None:
-        """Puts hooks in force. Their versions do not matter: the source says itself where it wants them."""
-        self._contexts += [(hook, context) for hook in hooks]
-
-    def undo(self, keep: int = 0) -> None:
-        """Puts hooks out of force, last first, until ``keep`` are left."""
-        del self._contexts[keep:]
-
-    def replacement(self, identity: str, original: Name) -> Name:
-        """What a name stands for now: the original, or what the hook's wrapper makes of it."""
-        for hook, context in reversed(self._contexts):
-            if hook.id == identity:
-                replaced: Name = load(hook.wrapper)(original, context)
-                return replaced
-        return original
-
-
-_CALL_SITES = CallSites()
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the ARF group to the trainer's parser."""
-    add_arf_flags(parser)
+_in_force: dict[str, tuple[Hook, Session]] = {}  # by id
 
 
 def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, release: str) -> Any:
@@ -78,7 +38,7 @@ def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, relea
     from arf_plugin.hooks.session import Session
 
     argv = sys.argv[1:] if argv is None else argv
-    _CALL_SITES.undo()
+    _in_force.clear()
     # Where the start-up file is active as well, its guard must not apply the hooks on top of the patch.
     args = getattr(original, "arf_original", original)(argv)
     if not wants_arf(argv):
@@ -88,7 +48,7 @@ def parse_args(original: Callable[[Any], Any], argv: Sequence[str] | None, relea
     sys.excepthook = print_arf_errors
     session = Session(resolve(args, release), release)
     resumes = bool(getattr(args, "resume", None))
-    _CALL_SITES.apply(hooks_of_run(session.config, resumes, release), release, session)
+    _in_force.update({hook.id: (hook, session) for hook in hooks_of_run(session.config, resumes, release)})
     return args
 
 
@@ -102,8 +62,12 @@ def hook(identity: str, original: Name) -> Name:
     Returns:
         The original where ARF is off, what the hook's wrapper makes of it where it is on.
     """
+    if identity in _in_force:
+        found, session = _in_force[identity]
+        replaced: Name = load(found.wrapper)(original, session)
+        return replaced
     if identity not in {known.id for known in HOOKS}:
         raise KeyError(
             f"arf-plugin has no hook '{identity}': the patch was made for another release of arf-plugin"
         )
-    return _CALL_SITES.replacement(identity, original)
+    return original

@@ -22,7 +22,6 @@ from arf_plugin.files import replacing
 from arf_plugin.untrusted import require_regular
 
 PACKAGE = "open_clip_train"
-SERIES = ("arf", "upstream")
 LARGEST_SOURCE = 16 << 20  # bytes; open_clip's largest file has 80,000
 
 
@@ -55,11 +54,6 @@ def find_release(target: Path) -> str:
 
 
 def _read(path: Path) -> bytes:
-    """Bytes of a source file.
-
-    Raises:
-        PatchError: it is no file, cannot be read, or is far too large for a source.
-    """
     require_regular(path, PatchError)
     try:
         with path.open("rb") as file:
@@ -74,11 +68,7 @@ def _read(path: Path) -> bytes:
 
 
 class Series:
-    """A numbered series of patches for one release.
-
-    Args:
-        name: ``arf`` or ``upstream``.
-        release: Release of open_clip.
+    """A numbered series of patches, ``arf`` or ``upstream``, for one release of open_clip.
 
     Raises:
         PatchError: There are no patches for the release.
@@ -109,28 +99,22 @@ class Series:
             return "applied"
         return self._git(target, "--check") or "applies"
 
-    def apply(self, target: Path) -> None:
-        """Applies all patches.
+    def change(self, target: Path, *, revert: bool = False) -> None:
+        """Applies all patches, or takes them back.
 
         Raises:
-            PatchError: They are applied already, or do not fit.
+            PatchError: They are as they should become, do not fit, or their lines were changed since.
         """
-        self._change(target, "applies", "the series is applied already")
-
-    def revert(self, target: Path) -> None:
-        """Takes all patches back.
-
-        Raises:
-            PatchError: They are not applied, or their lines were changed since.
-        """
-        self._change(target, "applied", "the series is not applied already", "--reverse")
-
-    def _change(self, target: Path, wanted: str, otherwise: str, *options: str) -> None:
         state = self.state(target)
-        problem = self._git(target, *options) if state == wanted else state
+        if state == ("applied" if revert else "applies"):
+            problem = self._git(target, *(["--reverse"] if revert else []))
+        elif state in ("applied", "applies"):
+            problem = f"the series is {'not ' if revert else ''}applied already"
+        else:
+            problem = state
         if problem:
             raise PatchError(
-                f"{target}: {otherwise if problem in ('applied', 'applies') else problem}\nNothing was changed. "
+                f"{target}: {problem}\nNothing was changed. "
                 f"The patches are in {self.paths[0].parent}; see how they fit with: arf patch check"
             )
 
@@ -156,9 +140,8 @@ class Series:
                     check=False,
                 )
 
-            listed = git(
-                "--numstat", "-z"
-            )  # -z: names as they are, each ended by a zero byte, behind two counts
+            # -z: names as they are, each ended by a zero byte, behind two counts.
+            listed = git("--numstat", "-z")
             if listed.returncode:
                 return listed.stderr.strip()
             names = sorted({entry.split("\t")[2] for entry in listed.stdout.split("\0") if entry})
@@ -190,11 +173,7 @@ def _environment(home: str) -> dict[str, str]:
 
 
 def _source(target: Path, name: str) -> bytes | None:
-    """Bytes of a source file; None if it is missing.
-
-    Raises:
-        PatchError: it, or a folder on the way to it, is a link: it may be some other program's file.
-    """
+    """Bytes of a source file; None if it is missing. Refuses links: they may lead to some other program's file."""
     path = target
     for part in Path(name).parts:
         path = path / part

@@ -1,13 +1,16 @@
-"""THE list of upstream names that the plugin touches. Applying, undoing and ``arf doctor`` all walk it.
+"""THE list of upstream names that the plugin touches, and which of them hold for the open_clip that is installed.
 
-A name that open_clip's two forms of trainer use differently has a hook for each; `hooks` picks those of a release.
+Applying, undoing and ``arf doctor`` all walk it. A name that open_clip's two forms of trainer use differently has a
+hook for each; `hooks` picks those of a release.
 """
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from arf_plugin.errors import IncompatibleUpstreamError
-from arf_plugin.hooks.engine import Hook
-from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, SUPPORTED
+from arf_plugin.hooks.engine import Hook, covers
+from arf_plugin.hooks.releases import CREATE_LOSS, CREATE_TASK, PACKAGE, RELEASES, SUPPORTED
 
 BOTH = " or ".join(SUPPORTED)
 
@@ -24,7 +27,7 @@ HOOKS = (
         id="parser",
         target="open_clip_train.params:argparse",
         versions=BOTH,
-        wrapper="arf_plugin.hooks.params:argparse_with_flags",
+        wrapper="arf_plugin.hooks.activation:argparse_with_flags",
         when="parsing",
         why="adds the ARF group to the trainer's own parser, so that --help and errors are in one place",
     ),
@@ -79,7 +82,7 @@ HOOKS = (
         target="open_clip_train.main:train_one_epoch",
         origin="open_clip_train.train:train_one_epoch",
         versions=CREATE_LOSS,
-        wrapper="arf_plugin.hooks.epoch:train_one_epoch",
+        wrapper="arf_plugin.hooks.session:train_one_epoch",
         when="run",
         why="calls the original with the trainer's own arguments; tells listeners before and after",
     ),
@@ -135,13 +138,57 @@ def hooks(when: str, version: str) -> tuple[Hook, ...]:
     Raises:
         IncompatibleUpstreamError: There is none: the phase is for other releases alone, or is misspelt.
     """
-    phase = [hook for hook in HOOKS if hook.when == when]
-    fitting = tuple(hook for hook in phase if hook.covers(version))
+    fitting = tuple(hook for hook in HOOKS if hook.when == when and hook.covers(version))
     if not fitting:
-        there = " or ".join(sorted({hook.versions for hook in phase}))
+        there = " or ".join(sorted({hook.versions for hook in HOOKS if hook.when == when}))
         raise IncompatibleUpstreamError(
             f"no hook of the phase '{when}' was written for {PACKAGE} {version}.\n"
             f"  expected: {PACKAGE}{there}\n"
             "Drop the --arf-* flag that needs it, or install a release that has it: see README.md of arf-plugin."
         )
     return fitting
+
+
+def installed(package: str = PACKAGE) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def upstream_version() -> str:
+    """Version of the open_clip that training will use.
+
+    Raises:
+        IncompatibleUpstreamError: Its version cannot be told, as in a bare source checkout, or is none that the hooks
+            were written for.
+    """
+    version = installed()
+    if version is None:
+        raise IncompatibleUpstreamError(
+            f"{PACKAGE} is not installed as a distribution, so its version cannot be checked.\n"
+            f"Install it with: pip install '{PACKAGE}{CREATE_LOSS}' (a checkout: pip install -e .)"
+        )
+    problem = unsupported(version)
+    if problem is not None:
+        raise IncompatibleUpstreamError(problem)
+    return version
+
+
+def unsupported(version: str) -> str | None:
+    """Says why a release is refused; None if the hooks were written for it."""
+    if any(covers(versions, version) for versions in SUPPORTED):
+        return None
+    return (
+        f"the hooks were not written for the installed {PACKAGE}.\n"
+        f"  found:    {PACKAGE} {version} is installed\n"
+        f"  expected: {PACKAGE}{' or '.join(SUPPORTED)} (tested: {', '.join(r.version for r in RELEASES)})\n"
+        "Training stops here rather than go on without anchors. See all hooks with: arf doctor\n"
+        f"Then: pip install '{PACKAGE}{CREATE_LOSS}', or upgrade arf-plugin."
+    )
+
+
+def trains_tasks(version: str) -> bool:
+    """Whether a release's trainer builds a task (`arf_plugin.hooks.task`) rather than a loss."""
+    return covers(CREATE_TASK, version)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from open_clip import get_input_dtype
@@ -19,26 +19,19 @@ from torch import nn
 from arf_plugin.data.batch import Batch, DeviceConcat
 from arf_plugin.data.loader import AnchorSteps, TrainingLoader
 from arf_plugin.errors import CheckpointError
-from arf_plugin.hooks.session import Session
-from arf_plugin.hooks.training import autocast_of
+from arf_plugin.hooks.session import EpochListener, Session, Training, autocast_of
 from arf_plugin.losses.average import WeightAverage
 from arf_plugin.losses.teacher import teach
 from arf_plugin.safe_loading import first_line
-
-if TYPE_CHECKING:
-    from arf_plugin.hooks.training import Training
+from arf_plugin.trainer_args import TrainerArgs
 
 NAME = "average_{}.pt"  # beside epoch_{}.pt; sorts before it, so --resume latest finds that
 
 
-def add_teacher(loader: TrainingLoader, session: Session, args: Any, epoch: int) -> None:
+def add_teacher(loader: TrainingLoader, session: Session, args: TrainerArgs, epoch: int) -> None:
     """Lets a loader run the teacher, and average its weights, as the flags say.
 
-    Args:
-        loader: The loader of the run, which knows where it goes on.
-        session: The run.
-        args: The trainer's arguments.
-        epoch: Whole epochs that have been trained.
+    ``epoch`` counts whole epochs that have been trained.
 
     Raises:
         CheckpointError: The run goes on from a checkpoint that has no average.
@@ -48,9 +41,8 @@ def add_teacher(loader: TrainingLoader, session: Session, args: Any, epoch: int)
     if config.teacher_weight:
         loader.before_batch = RunningTeacher(facts.copy, loader, args, config.teacher_every)
     if config.teacher == "average":
-        session.average = WeightAverage(
-            facts.copy, facts.model, loader.num_batches // args.accum_freq * args.epochs
-        )
+        steps = loader.steps.steps_per_epoch * args.epochs
+        session.average = WeightAverage(facts.copy, facts.model, steps)
         averaging = Averaging(session.average, loader, args)
         averaging.begin(session.resumed, epoch)
         loader.after_batch.insert(0, averaging.after_batch)  # before step checkpoints, which keep it
@@ -66,18 +58,10 @@ def add_teacher(loader: TrainingLoader, session: Session, args: Any, epoch: int)
 
 
 class RunningTeacher:
-    """Gives a micro-batch the teacher's features, on the steps that have the term.
+    """Gives a micro-batch the teacher's features, on the steps that have the term: one in ``every``."""
 
-    Args:
-        model: The teacher.
-        loader: The loader that hands out the batches.
-        args: The trainer's arguments.
-        every: One optimizer step in so many has the term.
-    """
-
-    def __init__(self, model: nn.Module, loader: TrainingLoader, args: Any, every: int) -> None:
-        self.model = model
-        self.loader = loader
+    def __init__(self, model: nn.Module, loader: TrainingLoader, args: TrainerArgs, every: int) -> None:
+        self.model, self.loader = model, loader
         self.steps = AnchorSteps(every, args.accum_freq, loader.num_batches)
         self.device = torch.device(args.device)
         self.dtype = get_input_dtype(args.precision)
@@ -90,39 +74,25 @@ class RunningTeacher:
         trimmer, text = self.loader.trimmer, batch["text"]
         texts = DeviceConcat(text, columns=trimmer.length(text) if trimmer else None)
         batch["image"] = batch["image"].to(device=self.device, dtype=self.dtype, non_blocking=True)
-        batch |= teach(
-            self.model, batch["image"], texts.to(device=self.device, non_blocking=True), self.autocast
-        )
+        moved = texts.to(device=self.device, non_blocking=True)
+        batch |= teach(self.model, batch["image"], moved, self.autocast)
 
 
-class Averaging:
-    """Keeps the average up to date and saves it; an `EpochListener`.
+class Averaging(EpochListener):
+    """Keeps the average up to date, after the last micro-batch of each step, and saves it."""
 
-    Args:
-        average: The average.
-        loader: The loader; the moment after the last micro-batch of a step is the moment to update.
-        args: The trainer's arguments.
-    """
-
-    def __init__(self, average: WeightAverage, loader: TrainingLoader, args: Any) -> None:
-        self.average = average
-        self.loader = loader
-        self.args = args
+    def __init__(self, average: WeightAverage, loader: TrainingLoader, args: TrainerArgs) -> None:
+        self.average, self.loader, self.args = average, loader, args
 
     def begin(self, resumed: Any, epoch: int) -> None:
-        """Starts from the model as it is, or from the average as it was.
-
-        Args:
-            resumed: What the step checkpoint that the run goes on from says; None for none.
-            epoch: Whole epochs that have been trained.
-        """
+        """Starts from the model as it is, or from the average as it was: in a step checkpoint, or beside an epoch's."""
         if not epoch and resumed is None:
             self.average.update(0)
             return
         # What training shares with evaluation is the format of weights; no other run imports it.
         from arf_plugin.evaluation.checkpoints import read_weights
 
-        path = Path(self.args.resume)
+        path = Path(self.args.resume or "")
         if resumed is None:  # from open_clip's own checkpoint, which does not know it
             path = path.with_name(NAME.format(epoch))
             saved = read_weights(path) if path.is_file() else None
@@ -144,12 +114,9 @@ class Averaging:
 
     def after_batch(self, batches: int) -> None:
         """Takes in the weights, if an optimizer step has just been made."""
-        accum = self.args.accum_freq
-        if batches % accum == 0:
-            self.average.update(self.loader.num_batches // accum * self.loader.epoch + batches // accum)
-
-    def before_epoch(self, training: Training) -> None:
-        """Nothing to do."""
+        step = self.loader.steps.made(self.loader.epoch, batches)
+        if step is not None:
+            self.average.update(step)
 
     def after_epoch(self, training: Training) -> None:
         """Saves the average when the trainer is about to save its own checkpoint."""

@@ -1,4 +1,4 @@
-"""``--arf-watch``: what is seen between epochs, into the trainer's own log, TensorBoard, wandb and one file of rows.
+"""``--arf-watch``: what is seen between epochs, into the trainer's own log, TensorBoard, wandb and one file of records.
 
 ``LOGS/NAME/arf_watch.jsonl`` has one line per set and moment::
 
@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 from open_clip import get_input_dtype
-from torch import nn
 
-from arf_plugin.config import ArfConfig
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import drift
@@ -30,31 +28,26 @@ from arf_plugin.evaluation.records import FORMAT, EvalRecord, append_record, rea
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.watch import Features, Observation, Observer
 from arf_plugin.files import replacing
-from arf_plugin.hooks.training import Training, autocast_of
+from arf_plugin.hooks.session import EpochListener, Session, Training, autocast_of
+from arf_plugin.trainer_args import TrainerArgs
 from arf_plugin.untrusted import printable, require_regular
 
-ROWS, START = "arf_watch.jsonl", "arf_watch_start.pt"
+RECORDS, START = "arf_watch.jsonl", "arf_watch_start.pt"
 
 
-class Watch:
-    """Measures before the first epoch and after each; a listener of epochs.
-
-    Args:
-        config: The ARF flags.
-        args: The trainer's arguments.
-        sets: What to measure on.
-        preprocess: The trainer's transform for evaluation.
-        tokenizer: The trainer's tokenizer.
-
-    Attributes:
-        steps_per_epoch: Optimizer steps, by which wandb counts.
-    """
+class Watch(EpochListener):
+    """Measures on sets before the first epoch and after each, with the trainer's tokenizer and transform."""
 
     def __init__(
-        self, config: ArfConfig, args: Any, sets: list[EvaluationSet], preprocess: Any, tokenizer: Any
+        self,
+        session: Session,
+        args: TrainerArgs,
+        sets: list[EvaluationSet],
+        preprocess: Any,
+        tokenizer: Any,
     ) -> None:
         device = torch.device(args.device)
-        self.config = config
+        self.session, self.config = session, session.config
         self.processes = Processes.joined()
         self.observer = Observer(
             sets=sets,
@@ -68,14 +61,13 @@ class Watch:
             workers=args.workers,
             processes=self.processes,
         )
-        self.steps_per_epoch = 0
         self._folder: Path | None = None
         self._start: dict[str, float] = {}
         self._start_features: dict[str, Features] = {}
         self._begun = False
 
     def before_epoch(self, training: Training) -> None:
-        """Measures where training starts from, unless a resumed run has its figures already."""
+        """Measures where training starts from, unless a resumed run has its scores already."""
         if self._begun:
             return
         self._begun = True
@@ -85,7 +77,7 @@ class Watch:
         if not self.processes.share(bool(known)):
             self._look(training, training.epoch)
         elif self.processes.first:
-            self._start = {name: row["start"] for name, row in known.items()}
+            self._start = {name: record["start"] for name, record in known.items()}
             accuracies = ", ".join(f"{name} {start:.1f} %" for name, start in self._start.items())
             logging.info(f"ARF watch: goes on; top-1 before training: {accuracies}")
 
@@ -97,21 +89,21 @@ class Watch:
             logging.error(f"ARF watch: nothing measured after epoch {training.epoch + 1}: {error}")
 
     def _known(self) -> dict[str, EvalRecord]:
-        """The last row of each set in the file, if it has rows of all sets as they are now."""
-        path = self._folder / ROWS if self._folder else None
+        """The last record of each set in the file, if it has records of all sets as they are now."""
+        path = self._folder / RECORDS if self._folder else None
         if path is None or not path.is_file():
             return {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            found = {row["set"]: row for row in read_records(path)}
+            found = {record["set"]: record for record in read_records(path)}
         for warning in caught:
             logging.warning(f"ARF watch: {warning.message}")
         for dataset in self.observer.sets:
-            row = found.get(dataset.name, {})
-            same = (row.get("data"), row.get("prompts")) == (dataset.samples.digest, dataset.prompts)
-            if not same or not isinstance(row.get("start"), (int, float)):
+            record = found.get(dataset.name, {})
+            same = (record.get("data"), record.get("prompts")) == (dataset.samples.digest, dataset.prompts)
+            if not same or not isinstance(record.get("start"), (int, float)):
                 logging.warning(
-                    f"ARF watch: {path} has no figures of the set '{dataset.name}' as it is now (another version may "
+                    f"ARF watch: {path} has no scores of the set '{dataset.name}' as it is now (another version may "
                     "have measured it, or its images are others); the accuracy here counts as the start."
                 )
                 return {}
@@ -120,42 +112,38 @@ class Watch:
         return {dataset.name: found[dataset.name] for dataset in self.observer.sets}
 
     def _load_features(self, path: Path) -> bool:
-        if not path.is_file():
-            logging.warning(f"ARF watch: there is no {path}, so drift is measured from here on.")
-            return False
+        problem = None
         try:
-            require_regular(path, EvaluationError)
-            features = torch.load(path, weights_only=True, map_location="cpu")
+            if path.is_file():
+                require_regular(path, EvaluationError)
+                self._start_features = torch.load(path, weights_only=True, map_location="cpu")
+                misfits = [each.name for each in self.observer.sets if not _fit(self._start_features, each)]
+                if misfits:
+                    problem = f"{path} has no features of the images and classes of '{misfits[0]}'"
+            else:
+                problem = f"there is no {path}"
         except Exception as cause:  # a damaged archive raises many kinds
             reason = printable(str(cause).strip().partition("\n")[0])[:200] or type(cause).__name__
-            logging.warning(
-                f"ARF watch: {path} cannot be read ({reason}), so drift is measured from here on."
-            )
-            return False
-        for dataset in self.observer.sets:
-            if not _fit(features, dataset):
-                logging.warning(
-                    f"ARF watch: {path} has no features of the images and classes of '{dataset.name}', so drift is "
-                    "measured from here on."
-                )
-                return False
-        self._start_features = features
-        return True
+            problem = f"{path} cannot be read ({reason})"
+        if problem is not None:
+            self._start_features = {}
+            logging.warning(f"ARF watch: {problem}, so drift is measured from here on.")
+        return problem is None
 
     def _look(self, training: Training, epoch: int) -> None:
-        seen = self.observer.observe(_unwrapped(training.model))
+        assert self.session.model is not None, "the model is built before it trains"
+        seen = self.observer.observe(self.session.model.model)
         if not self.processes.first:
             return
         if not self._start:
             self._start = {one.dataset.name: one.metrics["top1"] for one in seen}
             self._keep_features(seen)
         for one in seen:
-            row = self._row(one, training.args, epoch)
-            self._log(row, one.seconds)
-            self._warn(row)
+            record = self._record(one, training.args, epoch)
+            self._log(record, one.seconds)
             if self._folder is not None:
-                append_record(self._folder / ROWS, row)
-            self._report(row, training)
+                append_record(self._folder / RECORDS, record)
+            self._report(record, training)
 
     def _keep_features(self, seen: list[Observation]) -> None:
         if not self.config.watch_drift:
@@ -165,7 +153,9 @@ class Watch:
             with replacing(self._folder / START) as temporary:
                 torch.save(self._start_features, temporary)
 
-    def _row(self, one: Observation, args: Any, epoch: int) -> EvalRecord:
+    def _record(self, one: Observation, args: TrainerArgs, epoch: int) -> EvalRecord:
+        loader = self.session.loader
+        assert loader is not None, "the data are built before the model trains"
         dataset, moved = one.dataset, {}
         for kind, start in self._start_features.get(dataset.name, {}).items():
             if one.features[kind].shape != start.shape:  # of another model
@@ -176,7 +166,7 @@ class Watch:
             measured = drift(one.features[kind], start)
             moved.update({f"{kind}_{name}": _number(value) for name, value in measured.items()})
         return {
-            **{"format": FORMAT, "epoch": epoch, "step": epoch * self.steps_per_epoch},
+            **{"format": FORMAT, "epoch": epoch, "step": epoch * loader.steps.steps_per_epoch},
             **{"set": dataset.name, "split": dataset.split, "checkpoint": f"epoch_{epoch}"},
             **{"model": args.model, "precision": args.precision},
             **{"images": dataset.images, "classes": len(dataset.classnames), "headline": "top1"},
@@ -185,47 +175,45 @@ class Watch:
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def _log(self, row: EvalRecord, seconds: float) -> None:
-        metrics, when = row["metrics"], _when(row["epoch"])
+    def _log(self, record: EvalRecord, seconds: float) -> None:
+        metrics, when, name = record["metrics"], _when(record["epoch"]), record["set"]
+        now, start, chance = metrics["top1"], record["start"], 100.0 / record["classes"]
         moved = ", ".join(
-            f"{name.replace('_', ' ').replace('cka', 'CKA')} {'none' if value is None else f'{value:.3f}'}"
-            for name, value in row["drift"].items()
+            f"{kind.replace('_', ' ').replace('cka', 'CKA')} {'none' if value is None else f'{value:.3f}'}"
+            for kind, value in record["drift"].items()
         )
         logging.info(
-            f"ARF watch: {when}: {row['set']}: zero-shot top-1 {metrics['top1']:.2f} % "
-            f"(start {row['start']:.2f} %), mean per class {metrics['mean_per_class']:.2f} %"
+            f"ARF watch: {when}: {name}: zero-shot top-1 {now:.2f} % "
+            f"(start {start:.2f} %), mean per class {metrics['mean_per_class']:.2f} %"
             + (f"; {moved}" if moved else "")
-            + f" [{row['images']} images, {seconds:.1f} s]"
+            + f" [{record['images']} images, {seconds:.1f} s]"
         )
-
-    def _warn(self, row: EvalRecord) -> None:
-        now, start, chance = row["metrics"]["top1"], row["start"], 100.0 / row["classes"]
         if now < start * (1.0 - self.config.watch_drop):
             logging.warning(
-                f"ARF watch: zero-shot accuracy on '{row['set']}' has collapsed: {start:.1f} % before training, "
-                f"{now:.1f} % {_when(row['epoch'])}, {100 * (1 - now / start):.0f} % of it lost (--arf-watch-drop "
+                f"ARF watch: zero-shot accuracy on '{name}' has collapsed: {start:.1f} % before training, "
+                f"{now:.1f} % {when}, {100 * (1 - now / start):.0f} % of it lost (--arf-watch-drop "
                 f"{self.config.watch_drop:g}). The model forgets: train with --arf-anchors, a lower --lr or fewer "
                 "--epochs, or mix the weights with those of the start (arf interpolate)."
             )
-        elif row["epoch"] == 0 and start < 1.2 * chance:
+        elif record["epoch"] == 0 and start < 1.2 * chance:
             logging.warning(
-                f"ARF watch: before training, accuracy on '{row['set']}' is {start:.1f} %, and guessing among its "
-                f"{row['classes']} classes gives {chance:.1f} %: a collapse would not show. Is --pretrained missing, "
+                f"ARF watch: before training, accuracy on '{name}' is {start:.1f} %, and guessing among its "
+                f"{record['classes']} classes gives {chance:.1f} %: a collapse would not show. Is --pretrained missing, "
                 "or are the class names not those of the images?"
             )
 
-    def _report(self, row: EvalRecord, training: Training) -> None:
-        """Hands figures to the loggers that the trainer uses: by epoch, or by step in wandb, as it does itself."""
+    def _report(self, record: EvalRecord, training: Training) -> None:
+        """Hands scores to the loggers that the trainer uses: by epoch, or by step in wandb, as it does itself."""
         values = {
-            f"watch/{row['set']}/{name}": value
-            for name, value in {**row["metrics"], **row["drift"]}.items()
+            f"watch/{record['set']}/{name}": value
+            for name, value in {**record["metrics"], **record["drift"]}.items()
             if value is not None
         }
         if training.tb_writer is not None:
             for name, value in values.items():
-                training.tb_writer.add_scalar(name, value, row["epoch"])
+                training.tb_writer.add_scalar(name, value, record["epoch"])
         if training.wandb is not None:
-            training.wandb.log({**values, "epoch": row["epoch"]}, step=row["step"])
+            training.wandb.log({**values, "epoch": record["epoch"]}, step=record["step"])
 
 
 def _fit(features: Any, dataset: EvaluationSet) -> bool:
@@ -239,13 +227,6 @@ def _fit(features: Any, dataset: EvaluationSet) -> bool:
         and own[kind].is_floating_point()
         for kind, count in counts.items()
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """open_clip's model inside what ``--torchcompile`` and several processes put around it."""
-    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
-        model = inner
-    return model
 
 
 def _when(epoch: int) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from arf_plugin.data.batch import BatchLayout, OptimizerStep
-from arf_plugin.losses.features import CAPTION, PAIR, DifferenceTerm, FeatureTerm
+from arf_plugin.losses.features import CAPTION, PAIR, DifferenceTerm, FeatureTerm, total
 
 
 class AnchoredLoss(nn.Module):
@@ -91,8 +91,8 @@ class AnchoredLoss(nn.Module):
             elif isinstance(term, FeatureTerm):
                 losses[name] = weight * term(part, self.step)
             else:
-                losses[name] = weight * _total(term, part)
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+                losses[name] = weight * total(term(**part, output_dict=True))
+        return losses if output_dict else total(losses)
 
     def _split(self, outputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
         """What the base loss takes for the task's own texts, for its captions and for pairs."""
@@ -112,7 +112,3 @@ def _term(loss: str, names: tuple[tuple[str, str], ...], build_base: Callable[[]
     if loss == "contrastive":
         return build_base()
     return DifferenceTerm() if loss == "difference" else FeatureTerm(*names)
-
-
-def _total(base: nn.Module, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(base(**outputs, output_dict=True).values())).sum()

@@ -25,13 +25,36 @@ from torch import nn
 
 from arf_plugin.data.batch import OptimizerStep
 
-KINDS = ("contrastive", "feature", "difference")
 DECAY = 0.99
 MEAN = "arf_difference_mean"  # key of m
 
 # The student's features, and the cached ones that they are held to.
 PAIR = (("image_features", "pair_image_feature"), ("text_features", "pair_text_feature"))
 CAPTION = (("text_features", "caption_text_feature"),)
+
+
+class WithTerm(nn.Module):
+    """Another loss, which returns its terms by name, and a term of our own beside it: `value`, under ``name``."""
+
+    def __init__(self, base: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base, self.name = base, name
+
+    def forward(
+        self, output_dict: bool = False, **outputs: torch.Tensor
+    ) -> dict[str, torch.Tensor] | torch.Tensor:
+        """Computes all terms from what the base loss takes; by name, or their sum."""
+        losses = {**self.base(**outputs, output_dict=True), self.name: self.value(outputs)}
+        return losses if output_dict else total(losses)
+
+    def value(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted term, a scalar."""
+        raise NotImplementedError
+
+
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sum of terms."""
+    return torch.stack(list(losses.values())).sum()
 
 
 class FeatureTerm(nn.Module):

@@ -15,14 +15,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from arf_plugin.losses.features import WithTerm
+
 
 def starting_point(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies the parameters that can train, by name, without gradient."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-class L2SPLoss(nn.Module):
-    """Adds the penalty to another loss.
+class L2SPLoss(WithTerm):
+    """Adds the penalty as ``l2sp_loss``, whole in each process: averaging gradients leaves it as it is.
 
     Args:
         base: The loss to add to; returns its terms by name.
@@ -40,28 +42,14 @@ class L2SPLoss(nn.Module):
         weight: float,
         accum_freq: int = 1,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, "l2sp_loss")
         self.weight = weight
         self.accum_freq = accum_freq
         # A plain list: the model is no part of the loss, and the copies are not saved anywhere.
         self._trained = [(p, start[name]) for name, p in model.named_parameters() if p.requires_grad]
 
-    def forward(
-        self, output_dict: bool = False, **outputs: torch.Tensor
-    ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """Computes the base loss's terms and ``l2sp_loss``, a scalar.
-
-        Each process adds the whole penalty: averaging gradients over processes leaves it as it is.
-
-        Args:
-            output_dict: Return the terms by name; their sum otherwise.
-            **outputs: What the base loss takes.
-        """
-        losses = {**self.base(**outputs, output_dict=True), "l2sp_loss": self._penalty()}
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
-
-    def _penalty(self) -> torch.Tensor:
+    def value(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `WithTerm`."""
         squares = [_squared_distance(p, start) for p, start in self._trained]
         penalty = self.weight / 2 * torch.stack(squares).sum()
         share = penalty / self.accum_freq

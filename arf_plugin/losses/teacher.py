@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from arf_plugin.data.batch import Batch, OptimizerStep
-from arf_plugin.losses.features import FeatureTerm
+from arf_plugin.losses.features import FeatureTerm, WithTerm
 
 IMAGE, TEXT = "teacher_image_feature", "teacher_text_feature"  # parts of a batch, [B, D]
 
@@ -42,51 +42,31 @@ def teach(
     texts: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Batch:
-    """The teacher's features, as parts of the batch.
-
-    Args:
-        teacher: A model of open_clip's that returns dictionaries.
-        images: ``[B, 3, H, W]``, where the teacher is.
-        texts: ``[B, L]``, there, too.
-        autocast: Makes the context of the run's precision.
-    """
+    """The features of images ``[B, 3, H, W]`` and texts ``[B, L]``, as parts of the batch; all on one device."""
     with autocast():
         output = teacher(images, texts)
     return {IMAGE: output["image_features"], TEXT: output["text_features"]}
 
 
-class TeacherLoss(nn.Module):
-    """Adds the term to another loss.
+class TeacherLoss(WithTerm):
+    """Adds ``teacher_loss``, which is 0 on steps without the teacher's features.
 
     Args:
         base: The loss to add to; returns its terms by name.
-        step: What the current optimizer step's micro-batches are made of, the teacher's features among it on steps
-            that have the term.
-        weight: w, on these steps.
+        step: What the current optimizer step's micro-batches are made of.
+        weight: w, on steps that have the term.
     """
 
     def __init__(self, base: nn.Module, step: OptimizerStep, weight: float) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, "teacher_loss")
         self.step = step
         self.weight = weight
         self.term = FeatureTerm(("image_features", IMAGE), ("text_features", TEXT))
 
-    def forward(
-        self, output_dict: bool = False, **outputs: torch.Tensor
-    ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """Computes the base loss's terms and ``teacher_loss``, a scalar, 0 on steps without it.
-
-        Args:
-            output_dict: Return the terms by name; their sum otherwise.
-            **outputs: What the model returned for the step's micro-batches, and the base loss takes.
-        """
-        losses = dict(self.base(**outputs, output_dict=True))
-        if IMAGE in self.step.parts[0]:
-            images = self.step.split_images(outputs["image_features"])[0]
-            texts = self.step.split_texts(outputs["text_features"])[0]
-            distance = self.term({"image_features": images, "text_features": texts}, self.step)
-            losses["teacher_loss"] = self.weight * distance
-        else:
-            losses["teacher_loss"] = outputs["logit_scale"].new_zeros(())
-        return losses if output_dict else torch.stack(list(losses.values())).sum()
+    def value(self, outputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """See `WithTerm`."""
+        if IMAGE not in self.step.parts[0]:
+            return outputs["logit_scale"].new_zeros(())
+        images = self.step.split_images(outputs["image_features"])[0]
+        texts = self.step.split_texts(outputs["text_features"])[0]
+        return self.weight * self.term({"image_features": images, "text_features": texts}, self.step)

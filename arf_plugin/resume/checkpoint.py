@@ -16,6 +16,7 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +25,7 @@ from pydantic import Field, JsonValue, model_validator
 from arf_plugin.errors import CheckpointError
 from arf_plugin.files import TEMPORARY, list_files, remove_incomplete, replacing
 from arf_plugin.resume.rng import preserved_rng, restore_rng
+from arf_plugin.safe_loading import first_line
 from arf_plugin.untrusted import printable
 from arf_plugin.validation import Strict, validated
 
@@ -93,8 +95,8 @@ def write(content: Mapping[str, Any], path: Path) -> None:
         # Under a hidden name, which open_clip's --resume latest passes over, until it is whole.
         with replacing(path) as temporary, temporary.open("wb") as stream:
             torch.save(dict(content), stream)
-            stream.flush()
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # not every file system has folders that can be synchronised
+            _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
             f"The step checkpoint {path} cannot be written: {error}\n"
@@ -192,42 +194,32 @@ def check_format(saved: Any, path: str) -> dict[str, Any]:
     where = f"The step checkpoint {path}"
     checked = validated(_Saved, saved, where, CheckpointError, _INSTEAD)
     for rank, process in enumerate(checked.processes or ()):
-        _check_generators(process.rng, f"{where}, process {rank}")
+        try:
+            _check_rng(process.rng)
+        except Exception as error:  # torch, numpy and Python each have their own
+            raise CheckpointError(
+                f"{where}, process {rank}: the state of its random numbers cannot be set: "
+                f"{printable(first_line(error))[:200]}. {_INSTEAD}"
+            ) from error
     content: dict[str, Any] = saved
     return content
 
 
-def _check_generators(rng: dict[str, Any], where: str) -> None:
-    """Checks the state of a process's random numbers, by setting them once."""
-    try:
-        _check_rng(rng)
-        with preserved_rng():
-            restore_rng({**rng, "cuda": []})
-    except Exception as error:  # torch, numpy and Python each have their own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"{where}: the state of its random numbers cannot be set: {printable(reason)}. {_INSTEAD}"
-        ) from error
-
-
-def _check_rng(state: Mapping[str, Any]) -> None:
-    """What setting the generators does not check, or checks by reading beyond their state."""
+def _check_rng(state: dict[str, Any]) -> None:
+    """Sets the generators of this process once, after what they do not check, or read beyond their state."""
     keys, position, has_gauss, gauss = state["numpy"]
-    if (
-        keys.dtype != torch.int64
-        or keys.shape != (624,)
-        or not 0 <= int(keys.min()) <= int(keys.max()) < 1 << 32
-    ):
+    if keys.dtype != torch.int64 or keys.shape != (624,) or not 0 <= keys.min() <= keys.max() < 1 << 32:
         raise ValueError("NumPy's has other keys than 624 numbers of 32 bits")
     if type(position) is not int or not 0 <= position <= 624 or has_gauss not in (0, 1):
         raise ValueError(f"NumPy's is at {position!r}")
-    next_gauss = state["python"][2]
-    if not isinstance(gauss, float) or not isinstance(next_gauss, float | type(None)):
+    if not isinstance(gauss, float) or not isinstance(state["python"][2], float | type(None)):
         raise ValueError("a number that a generator has held back is none")
     if not isinstance(state["cuda"], list):
         raise ValueError("a part is of another type")
     if not all(isinstance(each, torch.Tensor) and each.dtype == torch.uint8 for each in state["cuda"]):
         raise ValueError("a GPU's is no tensor of bytes")
+    with preserved_rng():
+        restore_rng({**state, "cuda": []})
 
 
 def resume_point(
@@ -238,6 +230,7 @@ def resume_point(
     accum_freq: int,
     rank: int,
     deterministic: bool,
+    streams: Mapping[str, int] = MappingProxyType({}),
 ) -> ResumePoint:
     """Finds where a run goes on.
 
@@ -248,58 +241,48 @@ def resume_point(
         accum_freq: Micro-batches in an optimizer step.
         rank: This process among all.
         deterministic: Whether the run is to go on as if it had not been stopped.
+        streams: How many counts each stream of data keeps, by its name.
 
     Raises:
         CheckpointError: It is to be deterministic, and cannot be.
     """
-    if deterministic:
-        if saved["processes"] is None:
-            raise CheckpointError(
-                "The step checkpoint was saved without --arf-deterministic, so it does not know the order of "
-                "the data.\nResume without the flag, or from an epoch's checkpoint: --resume epoch_E.pt"
-            )
-        changed = [
-            printable(f"  {name}: {_short(saved['data'].get(name))} then, {_short(data.get(name))} now")
-            for name in sorted({*saved["data"], *data})
-            if saved["data"].get(name) != data.get(name)
-        ]
-        if changed or saved["num_batches"] != num_batches:
-            raise CheckpointError(
-                "The step checkpoint belongs to a run with other data or in another shape:\n"
-                + "\n".join(
-                    changed or [f"  batches in an epoch: {saved['num_batches']} then, {num_batches} now"]
-                )
-                + "\nWith --arf-deterministic they must be the same. Give the same flags as before; or drop "
-                "--arf-deterministic, and the rest of the epoch sees data in a fresh order."
-            )
-        if rank >= len(saved["processes"]):
-            raise CheckpointError(
-                f"The step checkpoint has the state of {len(saved['processes'])} processes, and this is number {rank}, "
-                f"counted from 0. {_INSTEAD}"
-            )
-        return ResumePoint(saved["epoch"], saved["batches"], saved["processes"][rank])
-    # Another number of processes makes other batches of the same epoch: go on after the same share of it.
-    batches = saved["batches"] * num_batches // saved["num_batches"]
-    return ResumePoint(saved["epoch"], batches - batches % accum_freq)
-
-
-def check_streams(process: Mapping[str, Any], workers: Mapping[str, int]) -> None:
-    """Checks that a process's state has a place in every stream of data.
-
-    Args:
-        process: What `ResumePoint.process` holds.
-        workers: Counts that each stream has, by its name.
-
-    Raises:
-        CheckpointError: A stream is missing, or belongs to another number of workers.
-    """
-    for name, expected in workers.items():
-        found = process["streams"].get(name)
+    if not deterministic:
+        # Another number of processes makes other batches of the same epoch: go on after the same share of it.
+        batches = saved["batches"] * num_batches // saved["num_batches"]
+        return ResumePoint(saved["epoch"], batches - batches % accum_freq)
+    processes = saved["processes"]
+    if processes is None:
+        raise CheckpointError(
+            "The step checkpoint was saved without --arf-deterministic, so it does not know the order of "
+            "the data.\nResume without the flag, or from an epoch's checkpoint: --resume epoch_E.pt"
+        )
+    changed = [
+        printable(f"  {name}: {_short(saved['data'].get(name))} then, {_short(data.get(name))} now")
+        for name in sorted({*saved["data"], *data})
+        if saved["data"].get(name) != data.get(name)
+    ]
+    if not changed and saved["num_batches"] != num_batches:
+        changed = [f"  batches in an epoch: {saved['num_batches']} then, {num_batches} now"]
+    if changed:
+        raise CheckpointError(
+            "The step checkpoint belongs to a run with other data or in another shape:\n"
+            + "\n".join(changed)
+            + "\nWith --arf-deterministic they must be the same. Give the same flags as before; or drop "
+            "--arf-deterministic, and the rest of the epoch sees data in a fresh order."
+        )
+    if rank >= len(processes):
+        raise CheckpointError(
+            f"The step checkpoint has the state of {len(processes)} processes, and this is number {rank}, "
+            f"counted from 0. {_INSTEAD}"
+        )
+    for name, expected in streams.items():
+        found = processes[rank]["streams"].get(name)
         if found is None or len(found) != expected:
             said = "nothing" if found is None else f"{len(found)} counts"
             raise CheckpointError(
                 f"The step checkpoint has {said} for the stream '{name}', expected {expected}. {_INSTEAD}"
             )
+    return ResumePoint(saved["epoch"], saved["batches"], processes[rank])
 
 
 def _short(value: Any) -> str:
@@ -331,9 +314,8 @@ def _remove_left_overs(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system has folders that can be synchronised
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

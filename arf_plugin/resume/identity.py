@@ -6,14 +6,12 @@ the digests are found in the cache for as long as no file is touched.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from tqdm import tqdm
 
 from arf_plugin.anchors.features import read_header
 from arf_plugin.anchors.tars import is_remote, local_path
@@ -21,8 +19,10 @@ from arf_plugin.anchors.task import expand_urls, is_csv
 from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
+from arf_plugin.console import progress
 from arf_plugin.errors import CheckpointError
-from arf_plugin.files import content_digest, digest, list_files_of
+from arf_plugin.files import content_digest, digest, file_digest, list_files_of
+from arf_plugin.trainer_args import TrainerArgs
 
 TRAINER_FLAGS = (
     *("seed", "world_size", "batch_size", "accum_freq", "train_data", "train_num_samples", "dataset_type"),
@@ -34,18 +34,11 @@ _FILES_AT_ONCE = 1000  # images of a CSV whose digest is cached together
 
 
 def data_identity(
-    args: Any, config: ArfConfig, shape: Run, contents: dict[str, str | None]
+    args: TrainerArgs, config: ArfConfig, shape: Run, contents: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Collects it.
+    """Collects it, as numbers and texts by name.
 
-    Args:
-        args: The trainer's arguments.
-        config: The ARF flags.
-        shape: Which data a process gets.
-        contents: What `content_of_data` found; empty where the order of data is fresh in each run.
-
-    Returns:
-        Numbers and texts by name.
+    ``contents`` are what `content_of_data` found; empty where the order of data is fresh in each run.
     """
     return {
         **{name: _plain(getattr(args, name, None)) for name in TRAINER_FLAGS},
@@ -61,19 +54,16 @@ def data_identity(
     }
 
 
-def content_of_data(args: Any, config: ArfConfig) -> dict[str, str | None]:
+def content_of_data(args: TrainerArgs, config: ArfConfig) -> dict[str, str | None]:
     """Digests of the contents of task data, captions and pairs; None for what the run does not use.
-
-    Args:
-        args: The trainer's arguments.
-        config: The ARF flags.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
     logging.info("ARF: reading all data once, to know them when the run is resumed (cached)")
     try:
-        with tqdm(desc="contents", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        with progress("contents", "B") as bar:
+            bar.unit_scale = True
             if is_csv(args.train_data, args.dataset_type):
                 frame = read_csv(args.train_data, args.csv_img_key, args.csv_separator)
                 images = [str(path) for path in frame[args.csv_img_key]]
@@ -105,14 +95,12 @@ def _anchors(config: ArfConfig, folder: str, suffix: str, advance: Any) -> str |
 def _contents(urls: Sequence[str], advance: Any) -> str:
     """One digest over the contents of files in order; of remote files, over what their store says to tell versions."""
     if any(map(is_remote, urls)):
-        return "sha256 " + digest(
-            [_remote(url) if is_remote(url) else content_digest([local_path(url)]) for url in urls]
-        )
-    paths = [local_path(url) for url in urls]
-    step = 1 if len(paths) <= _FILES_AT_ONCE else _FILES_AT_ONCE
-    parts = [
-        content_digest(paths[start : start + step], advance=advance) for start in range(0, len(paths), step)
-    ]
+        parts = [_remote(url) if is_remote(url) else content_digest([local_path(url)]) for url in urls]
+    else:
+        paths = [local_path(url) for url in urls]
+        step = 1 if len(paths) <= _FILES_AT_ONCE else _FILES_AT_ONCE
+        starts = range(0, len(paths), step)
+        parts = [content_digest(paths[start : start + step], advance=advance) for start in starts]
     return "sha256 " + digest(parts)
 
 
@@ -131,4 +119,4 @@ def _file(name: str | None) -> str | None:
     """A file's digest; a built-in list's name."""
     if name is None or not Path(name).is_file():
         return name
-    return "sha256 " + hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return "sha256 " + file_digest(Path(name))

@@ -28,11 +28,9 @@ from arf_plugin.config import ArfConfig
 from arf_plugin.data.batch import BatchLayout
 from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.data.task import TaskLoader
-from arf_plugin.hooks.checkpoint import StepCheckpoints
-from arf_plugin.hooks.session import Session
-from arf_plugin.hooks.training import Training
-from arf_plugin.resume.order import SampleOrder
-from arf_plugin.resume.streams import ShardStream
+from arf_plugin.hooks.resume import StepCheckpoints
+from arf_plugin.hooks.session import Session, Training
+from arf_plugin.resume.order import SampleOrder, ShardStream
 
 EVERY = (100, 500, 1000)
 

@@ -39,7 +39,7 @@ from PIL import Image
 from arf_plugin.config import ArfConfig
 from arf_plugin.hooks import data as hooked
 from arf_plugin.hooks.session import Session
-from arf_plugin.hooks.versions import upstream_version
+from arf_plugin.hooks.table import upstream_version
 
 JOINED = "ARF, images joined on the CPU"
 

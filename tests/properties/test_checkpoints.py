@@ -15,7 +15,7 @@ from hypothesis import given
 
 from arf_plugin.errors import ArfError
 from arf_plugin.evaluation.run_settings import Settings, find_run, read_params
-from arf_plugin.resume.checkpoint import check_format, check_streams, describe, resume_point
+from arf_plugin.resume.checkpoint import check_format, describe, resume_point
 from arf_plugin.resume.rng import preserved_rng, restore_rng, rng_state
 
 STATE = {"rng": rng_state(), "streams": {"task": [3, 4], "pairs": [0]}}
@@ -68,10 +68,9 @@ def test_step_checkpoints(data):
             place.pop(last)
     rank, deterministic = data.draw(st.integers(0, 3)), data.draw(st.booleans())
     shape = {"num_batches": 12, "accum_freq": 2, "rank": rank, "deterministic": deterministic}
+    shape["streams"] = {"task": 2, "pairs": 1}
     try:
         point = resume_point(check_format(saved, "x.pt"), data=SAVED["data"], **shape)
-        if point.process is not None:
-            check_streams(point.process, {"task": 2, "pairs": 1})
     except ArfError as error:
         assert len(str(error)) < 2000
         return

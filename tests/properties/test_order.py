@@ -18,9 +18,8 @@ from arf_plugin.checks.inputs import Run
 from arf_plugin.config import ArfConfig
 from arf_plugin.data.loader import TrainingLoader, training_loader
 from arf_plugin.resume.checkpoint import ResumePoint
-from arf_plugin.resume.order import SampleOrder
+from arf_plugin.resume.order import SampleOrder, ShardStream
 from arf_plugin.resume.rng import preserved_rng
-from arf_plugin.resume.streams import ShardStream
 
 SHARDS, PER_SHARD, BATCH = 4, 6, 2
 
@@ -129,17 +128,12 @@ def loader(folder, workers: int, every: int, accum_freq: int) -> TrainingLoader:
     )
     return training_loader(
         args,
-        ArfConfig(deterministic=True, every=every),
+        ArfConfig(anchors=str(folder), deterministic=True, every=every),
         Run(BATCH, task_workers=workers, pair_workers=workers, pair_batch=BATCH),
-        preprocess=lambda picture: torch.tensor(picture.getpixel((3, 4))).float() + torch.rand(3),
-        tokenizer=lambda texts: torch.tensor(
+        (lambda picture: torch.tensor(picture.getpixel((3, 4))).float() + torch.rand(3), None),
+        lambda texts: torch.tensor(
             [[int(t.split()[1])] for t in ([texts] if isinstance(texts, str) else texts)]
         ),
-        epoch=0,
-        classes=None,
-        captions=None,
-        pair_shards=[f"{folder}/pairs/{shard}.tar" for shard in range(SHARDS)],
-        trimmer=None,
     )
 
 

@@ -22,11 +22,8 @@ SHIM = Path(__file__).parents[1] / "shim" / "sitecustomize.py"
 # What trainer and commands import, but for the modules that are run themselves. A name that is not there is left out.
 PRELOADED = [
     "arf_plugin.evaluation.sweep",
-    "arf_plugin.hooks.checkpoint",
     "arf_plugin.hooks.data",
-    "arf_plugin.hooks.epoch",
     "arf_plugin.hooks.loss",
-    "arf_plugin.hooks.training",
     "arf_plugin.hooks.watch",
     "arf_plugin.losses.head",
     "open_clip_train.data",

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 
 from arf_plugin.hooks.source_patches import Series
-from arf_plugin.hooks.versions import trains_tasks
+from arf_plugin.hooks.table import trains_tasks
 from support import data, forks, reference, releases, trainer
 
 TASK_SIZE = 6
@@ -235,7 +235,7 @@ def run(cases: list[Case], folder: Path, model_configs: Path) -> dict[Case, tupl
     fork = folder / f"fork-{releases.current()}"
     if any(case.patched for case in cases):
         shutil.copytree(Path(open_clip_train.__file__).parent, fork / "open_clip_train")
-        Series("arf", releases.current()).apply(fork)
+        Series("arf", releases.current()).change(fork)
 
     def record(case: Case) -> trainer.Run:
         train = trainer.Trainer(folder / "logs", model_configs, folder / "cache")

@@ -75,7 +75,7 @@ def imported(statement: str, beyond: str = "pass") -> set[str]:
     [
         "import arf_plugin; dir(arf_plugin)",
         "import arf_plugin.cli.main as m; m.build_parser()",
-        "from arf_plugin.hooks.diagnosis import diagnose; assert diagnose()['hooks'][0]['applies']",
+        "from arf_plugin.cli.doctor import diagnose; assert diagnose()['hooks'][0]['applies']",
     ],
 )
 def test_light_parts_import_no_torch(statement):

@@ -16,7 +16,7 @@ import torch
 from support import data, forks, releases
 from support.environments import copy_project, make_environment, pip
 
-from arf_plugin.hooks.versions import trains_tasks
+from arf_plugin.hooks.table import trains_tasks
 
 ROOT = Path(__file__).parents[3]
 OBJECTIVE = "create_task" if trains_tasks(releases.current()) else "create_loss"
@@ -171,7 +171,7 @@ def test_hooks_can_be_undone_and_applied_again():
 import open_clip_train.main as main, open_clip_train.data as data
 from arf_plugin.hooks.activation import ENGINE
 from arf_plugin.hooks.table import hooks
-from arf_plugin.hooks.versions import upstream_version
+from arf_plugin.hooks.table import upstream_version
 names = [hook.target.split(":")[1] for hook in hooks("run", upstream_version())]
 before = [getattr(main, name) for name in names]
 for _ in range(2):
@@ -190,8 +190,7 @@ print("restored")
 
 
 def test_doctor_reports_every_hook(run_arf):
-    from arf_plugin.hooks.table import HOOKS
-    from arf_plugin.hooks.versions import upstream_version
+    from arf_plugin.hooks.table import HOOKS, upstream_version
 
     found = json.loads(run_arf("doctor", "--json").stdout)
     assert found["ok"] and found["startup"]["active"]

@@ -9,7 +9,7 @@ from support.resuming import assert_same_end, run_with_kills
 from support.tars import write_tar
 from support.trainer import TERMS, batches, logged
 
-from arf_plugin.hooks.versions import trains_tasks
+from arf_plugin.hooks.table import trains_tasks
 
 if not trains_tasks(releases.current()):
     pytest.skip("needs the trainer of open_clip 4: run nox -s open_clip-4.2.0.dev0", allow_module_level=True)

@@ -15,7 +15,7 @@ from support.loggers import TENSORBOARD, WANDB
 from support.tars import write_tar
 
 from arf_plugin.errors import FlagError
-from arf_plugin.hooks.versions import trains_tasks
+from arf_plugin.hooks.table import trains_tasks
 
 ROOT = Path(__file__).parents[3]
 FP32 = (
@@ -232,7 +232,7 @@ def test_a_resumed_run_whose_file_of_rows_is_damaged(train, task_csv, held_out, 
     assert "Traceback" not in run.output and "Train Epoch: 1" not in run.output
     path.write_text(whole.replace('"data": "', '"data": "0'))  # as of another version
     run = train.forked(*common, "--epochs", 2, "--resume", "latest")
-    assert "has no figures of the set 'held-out' as it is now" in run.output
+    assert "has no scores of the set 'held-out' as it is now" in run.output
 
 
 def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors, held_out):

@@ -21,7 +21,7 @@ from arf_plugin.data.task import shuffle_sizes, task_loader
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.errors import FlagError, TaskDataError
 from arf_plugin.hooks.releases import PACKAGE
-from arf_plugin.hooks.versions import installed, trains_tasks
+from arf_plugin.hooks.table import installed, trains_tasks
 
 TASKS = trains_tasks(installed(PACKAGE) or "")
 SHARDS, PER_SHARD = 6, 9

@@ -19,8 +19,7 @@ from arf_plugin.errors import IncompatibleUpstreamError
 from arf_plugin.hooks.activation import hooks_of_run
 from arf_plugin.hooks.engine import Engine
 from arf_plugin.hooks.releases import PACKAGE, RELEASES, REQUIREMENT, SUPPORTED
-from arf_plugin.hooks.table import HOOKS, hooks
-from arf_plugin.hooks.versions import unsupported, upstream_version
+from arf_plugin.hooks.table import HOOKS, hooks, unsupported, upstream_version
 
 ROOT = Path(__file__).parents[3]
 
