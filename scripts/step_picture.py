@@ -37,8 +37,7 @@ TASK = (
 )
 PAIRS = (
     Hop("ANCHORS/pairs/*.tar", ""),
-    Hop("each pair once per pass, shuffled", "data/pairs.py:PairShards"),
-    Hop("read and decode", "data/pairs.py:PairSamples"),
+    Hop("each pair once per pass, shuffled", "data/pairs.py:PairSamples"),
     Hop("batch of A pairs", "data/pairs.py:pair_loader"),
 )
 SHARED = (

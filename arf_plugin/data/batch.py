@@ -70,7 +70,7 @@ class BatchLayout:
 
     @property
     def images(self) -> int:
-        """Images in a micro-batch."""
+        """B + A."""
         return self.task + self.pairs
 
     @property

@@ -81,19 +81,15 @@ class AnchorSteps:
 class TrainingLoader:
     """The task loader and the pair loader, zipped: what open_clip calls ``data["train"]``, and its ``dataloader``.
 
-    Args:
+    Attributes:
         task: The loader of task data, and its counts.
         pairs: The loader of pair anchors, or None.
         layout: What a batch with anchors is made of.
         step: What is told of each micro-batch, for the loss.
-        steps: Which steps have anchors; None for all.
-        epoch: The epoch that loader workers see.
+        steps: Which steps have anchors.
         trimmer: Finds the length that the texts of a batch are cut to; None leaves them whole.
         adapt: Gives a batch the trainer's form.
         seed: The run's seed where random numbers are to be the same in every run; None leaves them alone.
-        rank: This process among all.
-
-    Attributes:
         num_batches: Micro-batches per epoch.
         num_samples: Images per epoch, anchors included, so that the trainer's progress counts add up: it
             multiplies batches by the images it sees in one. Of a step without anchors it counts fewer.
@@ -119,15 +115,11 @@ class TrainingLoader:
         seed: int | None = None,
         rank: int = 0,
     ) -> None:
-        self.task = task
-        self.pairs = pairs
-        self.layout = layout
+        self.task, self.pairs, self.layout = task, pairs, layout
         self.step = step or OptimizerStep()
         self.steps = steps or AnchorSteps(num_batches=task.num_batches)
-        self.trimmer = trimmer
-        self.adapt = adapt
-        self.seed = seed
-        self.rank = rank
+        self.trimmer, self.adapt = trimmer, adapt
+        self.seed, self.rank = seed, rank
         self.num_batches = task.num_batches
         self.num_samples = task.num_samples * layout.images // layout.task
         self.epoch = self.first_batch = 0

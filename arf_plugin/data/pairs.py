@@ -170,7 +170,7 @@ def pair_loader(
     """Builds the loader of pair anchors.
 
     Args:
-        shards: URLs of the pair tars.
+        shards: URLs of the pair tars, in the same order in every process.
         preprocess: The trainer's image transform: PIL image -> ``[3, H, W]``. For evaluation where there are features.
         tokenize: open_clip's tokenizer: text -> ``[1, L]``.
         batch_size: A, pairs in a batch.

@@ -51,10 +51,10 @@ def shape_of_run(
     pair_batch_size: int | None = None,
     pair_workers: int | None = None,
 ) -> Run:
-    """Which data a process gets.
+    """Which data a process gets; what a command has no flag for counts as open_clip's default.
 
     Args:
-        args: Parsed arguments; what a command has no flag for counts as open_clip's default.
+        args: Parsed arguments, of the trainer or of a command.
         pair_shards: Pair shards that are used.
         world_size: Processes.
         pair_batch_size: ``--arf-pair-batch-size``; None for ``--batch-size``.

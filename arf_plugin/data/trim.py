@@ -28,13 +28,10 @@ class TextTrimmer:
     end_token: int | None = None
 
     def length(self, *texts: torch.Tensor) -> int:
-        """Positions up to the last end-of-text token, rounded up.
+        """Positions up to the last end-of-text token, rounded up to a multiple of `MULTIPLE` or the context length.
 
         Args:
             *texts: Tokens ``[N, L]`` of the parts of a batch, on the CPU.
-
-        Returns:
-            A multiple of `MULTIPLE`, or the context length.
         """
         needed = max(int(self.ends(tokens).max()) + 1 for tokens in texts)
         return min(-(-needed // MULTIPLE) * MULTIPLE, self.context_length)

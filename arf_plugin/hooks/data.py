@@ -136,14 +136,13 @@ def _on_first_rank(args: TrainerArgs, check: Callable[[], Found]) -> Found:
         return check()
     from open_clip_train.distributed import broadcast_object
 
-    result: tuple[bool, Any] = (True, None)
-    verdict: ArfError | None = None
+    found, verdict = None, None
     if args.rank == 0:
         try:
-            result = (True, check())
+            found = check()
         except ArfError as error:
-            verdict, result = error, (False, None)
-    passed, found = broadcast_object(args, result)
-    if not passed:
+            verdict = error
+    shared: tuple[bool, Found] = broadcast_object(args, (verdict is None, found))
+    if not shared[0]:
         raise verdict if verdict is not None else SystemExit(1)
-    return found
+    return shared[1]

@@ -32,23 +32,23 @@ class Hook:
     Attributes:
         id: Short name of the hook, for people.
         target: Where the name is looked up at run time, as ``module:name``.
+        origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The hook applies
+            only if both are the same object, so nobody else's patch is overwritten. ``builtins:name`` is a built-in
+            that the target's module uses: the hook shadows it there, and undoing removes the shadow.
         versions: Upstream releases that the hook was written for: version specifiers, with " or " between ranges.
         wrapper: ``module:function`` of ours. It is called with the original and a context, and returns what takes
             the original's place.
         when: How long the hook holds: ``start-up``, ``parsing``, ``run`` or ``resumable run``.
         why: What it is for, in one line.
-        origin: Where upstream defines the name, as ``module:name``, if the target merely imports it. The hook applies
-            only if both are the same object, so nobody else's patch is overwritten. ``builtins:name`` is a built-in
-            that the target's module uses: the hook shadows it there, and undoing removes the shadow.
     """
 
     id: str
     target: str
+    origin: str | None
     versions: str
     wrapper: str
     when: str
     why: str
-    origin: str | None = None
 
     def covers(self, version: str) -> bool:
         """Whether the hook was written for an upstream release."""

@@ -202,7 +202,7 @@ def freeze_batch_norm(model: nn.Module) -> int:
 
     Replacing ``train`` on the layer leaves parameters, buffers and their names alone, so checkpoints stay ordinary.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for layer in layers:
         layer.eval()
         layer.train = functools.partial(_stay_in_evaluation, layer)

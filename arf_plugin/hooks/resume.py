@@ -305,7 +305,7 @@ class StepCheckpoints(EpochListener):
                 step=step,
                 batches=batches,
                 num_batches=self.loader.num_batches,
-                data=self.data,
+                data=dict(self.data),
                 processes=processes,
                 average=self.session.average.state_dict() if self.session.average is not None else None,
             ),

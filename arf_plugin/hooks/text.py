@@ -22,19 +22,11 @@ from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import IncompatibleUpstreamError
 
 
-def trimmer(model: nn.Module) -> TextTrimmer | str:
-    """Says how a model's texts can be cut, or why they cannot.
-
-    Args:
-        model: A model of open_clip.
-
-    Returns:
-        The trimmer, or a reason in words.
-    """
+def trimmer(model: Any) -> TextTrimmer | str:
+    """What cuts the texts of a model of open_clip's, or the reason in words why nothing can."""
     if type(model) is CLIP:
-        return _trimmer(
-            model, model.text_pool_type, getattr(model, "text_eos_id", None), model.context_length
-        )
+        end = getattr(model, "text_eos_id", None)
+        return _trimmer(model, model.text_pool_type, end, model.context_length)
     if type(model) is not CustomTextCLIP:
         return f"{type(model).__name__} is none of the models for which it is known to be exact"
     text = model.text
@@ -55,16 +47,15 @@ def _trimmer(tower: Any, pool: str, end_token: int | None, context_length: int) 
     return f"its text tower is pooled by '{pool}', not at the end-of-text token"
 
 
-def accept_trimmed(model: nn.Module) -> None:
+def accept_trimmed(model: Any) -> None:
     """Makes a model that `trimmer` approves of take texts ``[N, L]`` shorter than its context length."""
     if type(model) is CLIP:
         padding = _Padding(model.context_length)
         model.token_embedding.register_forward_hook(padding.pad_embeddings)
         model.transformer.register_forward_pre_hook(padding.cut, with_kwargs=True)
-        model.transformer.register_forward_hook(padding.pad_output)
-        model.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
-    else:
-        model.text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
+        model.transformer.register_forward_hook(padding.pad)
+    transformer = model.transformer if type(model) is CLIP else model.text.transformer
+    transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
 
 
 def _cut_mask(
@@ -81,31 +72,21 @@ def _cut_mask(
 
 
 class _Padding:
-    """Hooks on CLIP's own text tower; they run in the order of the methods, once in each forward.
-
-    Args:
-        context_length: Positions of the position embedding.
-    """
+    """Hooks on CLIP's own text tower; they run in the order of the methods, once in each forward."""
 
     def __init__(self, context_length: int) -> None:
-        self.context_length = context_length
-        self.length = context_length
+        self.context_length = self.length = context_length
 
     def pad_embeddings(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """``[N, L, W]`` to ``[N, context_length, W]``, as the position embedding wants it."""
         self.length = output.shape[1]
-        return self._pad(output)
+        return self.pad(module, inputs, output)
 
-    def cut(
-        self, module: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, Any]
-    ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    def cut(self, module: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The transformer's input ``[N, context_length, W]`` to ``[N, L, W]``."""
         return (inputs[0][:, : self.length], *inputs[1:]), named
 
-    def pad_output(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """The transformer's output ``[N, L, W]`` to ``[N, context_length, W]``."""
-        return self._pad(output)
-
-    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+    def pad(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """``[N, L, W]`` to ``[N, context_length, W]``."""
         missing = self.context_length - self.length
-        return F.pad(x, (0, 0, 0, missing)) if missing else x
+        return F.pad(output, (0, 0, 0, missing)) if missing else output

@@ -198,8 +198,8 @@ class Watch(EpochListener):
         elif record["epoch"] == 0 and start < 1.2 * chance:
             logging.warning(
                 f"ARF watch: before training, accuracy on '{name}' is {start:.1f} %, and guessing among its "
-                f"{record['classes']} classes gives {chance:.1f} %: a collapse would not show. Is --pretrained missing, "
-                "or are the class names not those of the images?"
+                f"{record['classes']} classes gives {chance:.1f} %: a collapse would not show. Is --pretrained "
+                "missing, or are the class names not those of the images?"
             )
 
     def _report(self, record: EvalRecord, training: Training) -> None:

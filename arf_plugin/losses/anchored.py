@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from arf_plugin.data.batch import BatchLayout, OptimizerStep
+from arf_plugin.data.batch import OptimizerStep
 from arf_plugin.losses.features import CAPTION, PAIR, DifferenceTerm, FeatureTerm, total
 
 
@@ -29,8 +29,7 @@ class AnchoredLoss(nn.Module):
     Args:
         build_base: Builds the loss that open_clip would have used for the same flags. It is called once per term,
             since open_clip's losses cache labels for one batch size.
-        step: What the current optimizer step's micro-batches are made of; who loads them keeps it up to date. A
-            layout alone stands for steps of one micro-batch that are all alike.
+        step: What the current optimizer step's micro-batches are made of; who loads them keeps it up to date.
         caption_weight: w_cap; None where no step has captions.
         pair_weight: w_pair; None where no step has pairs.
         every: One optimizer step in so many has anchors.
@@ -41,7 +40,7 @@ class AnchoredLoss(nn.Module):
     def __init__(
         self,
         build_base: Callable[[], nn.Module],
-        step: OptimizerStep | BatchLayout,
+        step: OptimizerStep,
         caption_weight: float | None = 1.0,
         pair_weight: float | None = 1.0,
         every: int = 1,
@@ -49,11 +48,6 @@ class AnchoredLoss(nn.Module):
         pair_loss: str = "contrastive",
     ) -> None:
         super().__init__()
-        if isinstance(step, BatchLayout):
-            layout, step = step, OptimizerStep()
-            step.layouts.append(layout)
-            caption_weight = caption_weight if layout.captions else None
-            pair_weight = pair_weight if layout.pairs else None
         self.step = step
         self.caption_weight = (caption_weight or 0.0) * every
         self.pair_weight = (pair_weight or 0.0) * every

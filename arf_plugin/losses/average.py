@@ -30,13 +30,7 @@ def step_weights(steps: int) -> list[float]:
 
 
 class WeightAverage:
-    """Keeps the average in a model.
-
-    Args:
-        model: The model that holds it: a copy of the other.
-        trained: The model that trains.
-        steps: T, the run's optimizer steps.
-    """
+    """Keeps in ``model``, a copy of it, the average of the model that is ``trained`` for T ``steps``."""
 
     def __init__(self, model: nn.Module, trained: nn.Module, steps: int) -> None:
         self.model, self.trained = model, trained
@@ -51,7 +45,9 @@ class WeightAverage:
         trained = dict(self.trained.named_parameters())
         sums = list(self._sums.values())
         torch._foreach_lerp_(sums, [_precise(trained[name]) for name in self._sums], self.weights[step])
-        self._copy_back()
+        for name, parameter in self.model.named_parameters():
+            if self._sums[name].dtype != parameter.dtype:
+                parameter.copy_(self._sums[name])
         own, others = dict(self.model.named_buffers()), dict(self.trained.named_buffers())
         for name in self._buffers:
             own[name].copy_(others[name])
@@ -72,11 +68,6 @@ class WeightAverage:
         self.model.load_state_dict(state)
         for name, kept in self._sums.items():
             kept.copy_(state[name])
-
-    def _copy_back(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if self._sums[name].dtype != parameter.dtype:
-                parameter.copy_(self._sums[name])
 
 
 def _precise(tensor: torch.Tensor) -> torch.Tensor:

@@ -42,11 +42,7 @@ def attach_head(model: nn.Module, head: LinearHead) -> None:
     """Makes a CLIP model classify while it trains; in evaluation mode it stays the CLIP model it was.
 
     The head becomes ``model.arf_head``, so that optimizer and checkpoints have it. What takes no part (text tower,
-    logit scale) is frozen.
-
-    Args:
-        model: open_clip's model, returning dictionaries.
-        head: The head to start from.
+    logit scale) is frozen. The model is one of open_clip's that returns dictionaries.
     """
     for name, parameter in model.named_parameters():
         if not name.startswith("visual."):
@@ -77,13 +73,6 @@ class HeadLoss(nn.Module):
         output_dict: bool = False,
         **unused: torch.Tensor,
     ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """Computes the mean over a batch.
-
-        Args:
-            logits: ``[n, classes]``.
-            labels: ``[n]``, int64.
-            output_dict: Return the term by name.
-            **unused: The logit scale, which the trainer logs.
-        """
+        """The mean over logits ``[n, classes]`` and labels ``[n]``, int64; the logit scale, which is logged, unused."""
         loss = functional.cross_entropy(logits, labels)
         return {"cross_entropy_loss": loss} if output_dict else loss

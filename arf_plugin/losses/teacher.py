@@ -69,4 +69,5 @@ class TeacherLoss(WithTerm):
             return outputs["logit_scale"].new_zeros(())
         images = self.step.split_images(outputs["image_features"])[0]
         texts = self.step.split_texts(outputs["text_features"])[0]
-        return self.weight * self.term({"image_features": images, "text_features": texts}, self.step)
+        distance: torch.Tensor = self.term({"image_features": images, "text_features": texts}, self.step)
+        return self.weight * distance

@@ -46,16 +46,16 @@ class _Process(Strict):
 
 
 class _Saved(Strict):
-    """What `describe` says."""
+    """What a step checkpoint holds under `KEY`."""
 
     format: int
-    epoch: Count
-    step: Count
-    batches: Count
-    num_batches: Annotated[int, Field(ge=1, le=_MOST)]
-    data: dict[str, JsonValue]
-    processes: list[_Process] | None
-    average: dict[str, Any] | None = None
+    epoch: Count  # whole epochs
+    step: Count  # optimizer steps of the run
+    batches: Count  # micro-batches per process of the current epoch that were trained on
+    num_batches: Annotated[int, Field(ge=1, le=_MOST)]  # those of a whole epoch
+    data: dict[str, JsonValue]  # what determines their order, by name; see `arf_plugin.resume.identity`
+    processes: list[_Process] | None  # None without --arf-deterministic
+    average: dict[str, Any] | None = None  # of the weights over the run so far, if the run has one
 
     @model_validator(mode="after")
     def _batches_are_some_of_all(self) -> _Saved:
@@ -149,33 +149,11 @@ def require_readable(path: str) -> None:
             )
 
 
-def describe(
-    *,
-    epoch: int,
-    step: int,
-    batches: int,
-    num_batches: int,
-    data: Mapping[str, Any],
-    processes: list[Any] | None,
-    average: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What a step checkpoint holds under `KEY`.
-
-    Args:
-        epoch: Whole epochs.
-        step: Optimizer steps of the run.
-        batches: Micro-batches per process of the current epoch that were trained on.
-        num_batches: Those of a whole epoch.
-        data: What determines the order of data, by name; see `arf_plugin.resume.identity`.
-        processes: State of each process's data streams and random numbers; None without ``--arf-deterministic``.
-        average: The average of the weights over the run so far, if the run has one.
-    """
-    return {
-        "format": FORMAT,
-        **{"epoch": epoch, "step": step, "batches": batches, "num_batches": num_batches},
-        **{"data": dict(data), "processes": processes},
-        **({"average": dict(average)} if average is not None else {}),
-    }
+def describe(**fields: Any) -> dict[str, Any]:
+    """What a step checkpoint holds under `KEY`: the fields of `_Saved`; without an average where there is none."""
+    if fields.get("average") is None:
+        fields.pop("average", None)
+    return {"format": FORMAT, **fields}
 
 
 def check_format(saved: Any, path: str) -> dict[str, Any]:

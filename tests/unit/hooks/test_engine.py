@@ -28,7 +28,7 @@ def upstream(monkeypatch):
 
 
 def hook(target, versions=">=1,<2", origin=None):
-    return Hook("a-hook", target, versions, f"{__name__}:shout", "run", "says it loudly", origin)
+    return Hook("a-hook", target, origin, versions, f"{__name__}:shout", "run", "says it loudly")
 
 
 def test_apply_wraps_and_undo_restores_identity(upstream):
@@ -50,9 +50,7 @@ def test_apply_wraps_and_undo_restores_identity(upstream):
 def test_a_built_in_is_shadowed_in_one_module_alone(upstream):
     defining, importing = upstream
     engine = Engine("upstream")
-    shadow = Hook(
-        "a-hook", "upstream_defining:input", ">=1", f"{__name__}:shout", "run", "", "builtins:input"
-    )
+    shadow = hook("upstream_defining:input", ">=1", "builtins:input")
     engine.apply([shadow], "1.5", "!")
     assert "input" in vars(defining) and "input" not in vars(importing)
     assert "upstream's own builtins:input" in engine.check(shadow, "1.5")  # somebody else has shadowed it
