@@ -74,14 +74,16 @@ class KeptMean(EpochListener):
 
     def __init__(self, term: DifferenceTerm) -> None:
         self.term = term
-        self._begun = False
 
     def before_epoch(self, training: Training) -> None:
-        """Takes what a checkpoint has brought, if one was loaded."""
+        """Shares the optimizer's state with the term."""
         self.term.state = training.optimizer.param_groups[0]
-        if self._begun or not training.args.resume:
+
+    def begin(self, training: Training) -> None:
+        """Checks what a checkpoint has brought, if one was loaded."""
+        mean = training.optimizer.param_groups[0].get(MEAN)
+        if not training.args.resume:
             return
-        self._begun, mean = True, self.term.state.get(MEAN)
         if mean is None:
             logging.warning(
                 "ARF: the checkpoint has no mean of --arf-pair-loss difference; it begins at 0 again."

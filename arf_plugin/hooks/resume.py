@@ -223,14 +223,9 @@ class FixedBuckets(EpochListener):
     before the first step, the buckets stay, at the price of less overlap between backward pass and communication.
     """
 
-    def __init__(self) -> None:
-        self._done = False
-
-    def before_epoch(self, training: Training) -> None:
-        """Arranges the buckets, once in a process."""
-        if not self._done:
-            fix_buckets(training.model)
-            self._done = True
+    def begin(self, training: Training) -> None:
+        """Arranges the buckets."""
+        fix_buckets(training.model)
 
 
 class StepCheckpoints(EpochListener):

@@ -128,6 +128,11 @@ class Training:
 class EpochListener:
     """Is told of every epoch that trains; `Session.listeners` holds them."""
 
+    begun = False
+
+    def begin(self, training: Training) -> None:
+        """The first epoch of this process is about to begin."""
+
     def before_epoch(self, training: Training) -> None:
         """The epoch is about to begin."""
 
@@ -153,6 +158,9 @@ def train_one_epoch(original: Callable[..., None], session: Session) -> Callable
 def listening(session: Session, training: Training) -> Iterator[None]:
     """Tells the listeners before an epoch, and after it if it ends well."""
     for listener in session.listeners:
+        if not listener.begun:
+            listener.begun = True
+            listener.begin(training)
         listener.before_epoch(training)
     yield
     for listener in session.listeners:

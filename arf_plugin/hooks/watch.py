@@ -64,13 +64,9 @@ class Watch(EpochListener):
         self._folder: Path | None = None
         self._start: dict[str, float] = {}
         self._start_features: dict[str, Features] = {}
-        self._begun = False
 
-    def before_epoch(self, training: Training) -> None:
+    def begin(self, training: Training) -> None:
         """Measures where training starts from, unless a resumed run has its scores already."""
-        if self._begun:
-            return
-        self._begun = True
         if training.args.save_logs:
             self._folder = Path(training.args.logs, training.args.name)
         known = self._known() if self.processes.first else {}
