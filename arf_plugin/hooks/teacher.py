@@ -44,7 +44,7 @@ def add_teacher(loader: TrainingLoader, session: Session, args: TrainerArgs, epo
         steps = loader.steps.steps_per_epoch * args.epochs
         session.average = WeightAverage(facts.copy, facts.model, steps)
         averaging = Averaging(session.average, loader, args)
-        averaging.begin(session.resumed, epoch)
+        averaging.start(session.resumed, epoch)
         loader.after_batch.insert(0, averaging.after_batch)  # before step checkpoints, which keep it
         if config.save_average:
             session.listeners.append(averaging)
@@ -84,7 +84,7 @@ class Averaging(EpochListener):
     def __init__(self, average: WeightAverage, loader: TrainingLoader, args: TrainerArgs) -> None:
         self.average, self.loader, self.args = average, loader, args
 
-    def begin(self, resumed: Any, epoch: int) -> None:
+    def start(self, resumed: Any, epoch: int) -> None:
         """Starts from the model as it is, or from the average as it was: in a step checkpoint, or beside an epoch's."""
         if not epoch and resumed is None:
             self.average.update(0)
