@@ -299,7 +299,7 @@ def interpolate(original: str | Path, tuned: str | Path, out: str | Path, alpha:
         EvaluationError: Checkpoints of different architectures, a file that is none, or an alpha outside [0, 1].
     """
     from arf_plugin.evaluation.candidates import find_original
-    from arf_plugin.evaluation.interpolation import interpolate_files
+    from arf_plugin.evaluation.merging import interpolate_files
 
     interpolate_files(find_original(str(original)), Path(tuned), alpha, Path(out))
     return Path(out)
@@ -331,13 +331,11 @@ def merge(
     from arf_plugin.evaluation.candidates import find_original
     from arf_plugin.evaluation.checkpoints import open_checkpoint
     from arf_plugin.evaluation.merging import Merge, write_merges
-    from arf_plugin.evaluation.sweep import Family
+    from arf_plugin.evaluation.sweep import check_ends
 
-    how = Merge(method, lines if method == "lines" else None)
-    runs = (tuned,) if isinstance(tuned, (str, Path)) else tuned
-    family = Family(method, find_original(str(original)), tuple(map(Path, runs)))
-    family.check()
-    write_merges(
-        open_checkpoint(family.original), [open_checkpoint(path) for path in family.tuned], {Path(out): how}
-    )
+    how = Merge(method, lines if method == "lines" else ())
+    runs = [Path(path) for path in ((tuned,) if isinstance(tuned, (str, Path)) else tuned)]
+    start = find_original(str(original))
+    check_ends(how, start, runs)
+    write_merges(open_checkpoint(start), [open_checkpoint(path) for path in runs], {Path(out): how})
     return Path(out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,11 +22,11 @@ from arf_plugin.errors import EvaluationError
 
 if TYPE_CHECKING:
     from arf_plugin.evaluation.candidates import Candidate
+    from arf_plugin.evaluation.merging import Merge
     from arf_plugin.evaluation.sets import EvaluationSet
-    from arf_plugin.evaluation.suites import Suite
-    from arf_plugin.evaluation.sweep import Choice, Family, Point, Scores
+    from arf_plugin.evaluation.sweep import Scores
 
-K = TypeVar("K", bound="Point")
+K = TypeVar("K", bound=Hashable)
 DESCRIPTION = """\
 Makes one model of the weights before fine-tuning and of one or several fine-tuned checkpoints, tensor by tensor:
   wise   WiSE-FT: (1 - alpha) * ORIGINAL + alpha * TUNED
@@ -115,160 +115,122 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=run)
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The command's input, checked and opened.
-
-    Attributes:
-        args: the command line.
-        first: whether this process writes and prints.
-        family: the checkpoints and the method.
-        models: by alpha, a and b, or the method's name; in ascending order.
-        size: bytes of one model.
-        suite: gives averages; None for sets without a suite.
-        test: sets to report on.
-        validation: sets to choose on.
-        by: what chooses; None if nothing does.
-    """
-
-    args: argparse.Namespace
-    first: bool
-    family: Family
-    models: dict[Point, Candidate]
-    size: int
-    suite: Suite | None
-    test: list[EvaluationSet]
-    validation: list[EvaluationSet]
-    by: str | None
-
-    @property
-    def title(self) -> str:
-        """What points are."""
-        return "alpha" if self.family.method == "wise" else self.family.method
-
-    def measure(
-        self, models: Mapping[K, Candidate], sets: list[EvaluationSet], out: Path | None
-    ) -> dict[K, Scores]:
-        """Measures models; how images are prepared depends on the name of the original's weights, if it has one."""
-        from arf_plugin.evaluation.sweep import measure
-
-        original, settings = self.args.original, device_options(self.args)
-        pretrained = None if Path(original).is_file() else original.rpartition("@")[2] or None
-        settings |= {"out": out, "pretrained": pretrained}
-        return measure(models, self.args.model, sets, self.suite, **settings)
-
-    def targets(self, chosen: Point | None = None) -> dict[Path, Point]:
-        """Points by the files to write their models to."""
-        from arf_plugin.evaluation.sweep import text
-
-        args, found = self.args, dict[Path, Any]()
-        if args.out_folder:
-            for point in self.models:
-                name = (
-                    text(point) if isinstance(point, str) else f"{self.title}-{text(point).replace(' ', '-')}"
-                )
-                found[args.out_folder / f"{name}.{args.format}"] = point
-        if args.out:
-            found[args.out] = next(iter(self.models)) if chosen is None else chosen
-        return found
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from arf_plugin.evaluation import sweep
+    from arf_plugin.evaluation.candidates import find_original
     from arf_plugin.evaluation.distributed import Processes
-    from arf_plugin.evaluation.sweep import text
+    from arf_plugin.evaluation.merging import Merge
     from arf_plugin.files import write_json
 
     with Processes() as processes:  # one group for both measurements
-        warn_as("arf interpolate", processes.first)
-        job = _open(args, processes.first)
+        first = processes.first
+        warn_as("arf interpolate", first)
+        methods = _methods(args)
+        _check(args, len(methods))
+        original, tuned = find_original(args.original), tuple(args.tuned)
+        size = sweep.check_ends(methods[0], original, tuned)
+        models = {how: sweep.made(how, original, tuned, args.original) for how in methods}
+        suite, test = find(args, "test") if args.suite or args.data else (None, [])
+        validation = _validation(args)
+        by = sweep.check_by(args.choose_by, validation, suite) if validation else None
         if args.dry_run:
-            if job.first:
-                options.show(_plan(job), False, "plan")
+            files = len(_targets(args, methods))
+            plan = {
+                **_planned(args, methods),
+                "model size": f"{size / 1e6:.1f} MB",
+                "checkpoints": f"{files}, {files * size / 1e9:.2f} GB in all",
+                "validation": _count(validation),
+                "chosen by": by or "nothing",
+                "test": _count(test),
+            }
+            if first:
+                options.show(plan, False, "plan")
             return 0
-        summary = _summary(job)
+
+        def measure(
+            which: Mapping[K, Candidate], sets: list[EvaluationSet], out: Path | None
+        ) -> dict[K, Scores]:
+            # How images are prepared depends on the name of the original's weights, if it has one.
+            pretrained = None if Path(args.original).is_file() else args.original.rpartition("@")[2] or None
+            settings = {**device_options(args), "out": out, "pretrained": pretrained}
+            return sweep.measure(which, args.model, sets, suite, **settings)
+
+        def tell(
+            title: str, sets: list[EvaluationSet], scores: Mapping[str, Scores], star: str | None, of: str
+        ) -> None:
+            summary[title] = {name: asdict(each) for name, each in scores.items()}
+            say(f"{title}, {_count(sets)}:\n{sweep.table(scores, star, of)}")
+
+        say = print if first else (lambda *texts: None)
+        title = "alpha" if args.method == "wise" else args.method
+        summary = _summary(args, methods)
         chosen = None
         if args.greedy:
-            job = _choose_runs(job, summary)
-        elif job.by:
-            chosen = _choose(job, summary).point
-        targets = job.targets(chosen)
-        if targets and job.first:
-            _write(job, targets)
-        wise = job.family.method == "wise"
-        summary["written"] = {str(path): point if wise else text(point) for path, point in targets.items()}
-        if job.test:
-            _report(job, summary, chosen)
-        if job.first and args.json:
+            assert by is not None
+            kept, summary["chosen"], alone = sweep.greedy_soup(
+                tuned, by, lambda which: measure(which, validation, args.validation_results)
+            )
+            models = {Merge("soup"): sweep.soup(kept)}
+            tell("validation", validation, alone, None, "checkpoint")
+            for step in summary["chosen"]["steps"]:
+                word = "kept" if step["kept"] else "left out"
+                say(f"{step['run']}: {step['value']:.2f}, the soup with it {step['with_it']:.2f}: {word}")
+            say(f"soup of {len(kept)} by {by}: {summary['chosen']['value']:.2f}")
+        elif by is not None:
+            found = measure(models, validation, args.validation_results)
+            chosen, *tied = sweep.choose(found, by)
+            ties, value = sweep.TIES[args.method], found[chosen].rank(by)
+            summary["chosen"] = {title: _plain(chosen), "by": by, "value": value}
+            summary["chosen"] |= {"tied": list(map(_plain, tied)), "ties": ties}
+            tell("validation", validation, _by_text(found), chosen.text, title)
+            also = (
+                f"; as good: {', '.join(how.text for how in tied)}, and the rule is: {ties}" if tied else ""
+            )
+            say(f"chosen by {by}: {title} {chosen.text} ({value:.2f}){also}")
+        targets = _targets(args, models, chosen)
+        if targets and first:
+            _write(args, original, next(iter(models.values())).runs, targets)
+        summary["written"] = {
+            str(path): how.numbers[0] if how.method == "wise" else how.text for path, how in targets.items()
+        }
+        if test:
+            asked = {chosen: models[chosen]} if chosen is not None and args.only_chosen else models
+            found = measure(asked, test, args.results)
+            tell("test", test, _by_text(found), chosen and chosen.text, title)
+            if chosen is not None:
+                scores = found[chosen].averages or found[chosen].sets
+                told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+                say(f"test at {title} {chosen.text}: {told}")
+        if first and args.json:
             write_json(args.json, summary)
     return 0
 
 
-def _summary(job: _Job) -> dict[str, Any]:
-    """What a summary begins with."""
-    args = job.args
-    found: dict[str, Any] = {
-        name: str(getattr(args, name) or "") or None for name in ("original", "model", "suite")
-    }
-    tuned = [str(path) for path in args.tuned]
-    if args.method == "wise":
-        return {**found, "tuned": tuned[0], "alphas": list(job.models)}
-    lines = {"lines": list(job.models)} if args.method == "lines" else {}
-    return {**found, "tuned": tuned, "method": args.method, **lines}
-
-
-def _open(args: argparse.Namespace, first: bool) -> _Job:
-    from arf_plugin.evaluation.candidates import find_original
-    from arf_plugin.evaluation.sets import find_sets
-    from arf_plugin.evaluation.sweep import Family, check_by
-
-    points = _points(args)
-    _check(args, points)
-    family = Family(args.method, find_original(args.original), tuple(args.tuned), args.original)
-    size = family.check()
-    models = {point: family.at(point) for point in points}
-    suite, test = find(args, "test") if args.suite or args.data else (None, [])
-    validation: list[EvaluationSet] = []
-    if args.validation:
-        sets = [found for folder in args.validation for found in find_sets(folder)]
-        validation = [replace(found, split="validation") for found in sets]
-    elif args.validation is not None:
-        validation = find(args, "validation")[1]
-    by = check_by(args.choose_by, validation, suite) if validation else None
-    return _Job(args, first, family, models, size, suite, test, validation, by)
-
-
-def _points(args: argparse.Namespace) -> list[Point]:
-    """The models that are asked for: alphas, pairs of a and b, or the method's name."""
-    from arf_plugin.evaluation.interpolation import ALPHAS, check_alpha
-    from arf_plugin.evaluation.merging import LINES
+def _methods(args: argparse.Namespace) -> list[Merge]:
+    """The models that are asked for, in ascending order of alpha, or a and b."""
+    from arf_plugin.evaluation.merging import ALPHAS, LINES, Merge
 
     given = {"wise": ("alpha", "alphas"), "lines": ("lines",), "soup": ("greedy",), "stock": ()}
     for method, flags in given.items():
         for flag in flags:
             if method != args.method and not (getattr(args, flag) is None or getattr(args, flag) is False):
                 raise EvaluationError(f"--{flag} is for --method {method}, not for {args.method}.")
-    if args.method in ("stock", "soup"):
-        return [args.method]
+    numbers: list[tuple[float, ...]] = [()]
     if args.method == "lines":
-        pairs = [(a, b) for a, b in args.lines or (LINES if args.validation is not None else LINES[:1])]
-        return sorted(set(pairs))
-    if args.alpha is not None:
-        found = [args.alpha]
-    elif args.alphas is not None or _measures(args):
-        found = args.alphas or list(ALPHAS)
-    else:
-        found = [0.5]
-    for alpha in found:
-        check_alpha(alpha)
-    return sorted(set(found))
+        numbers = [(a, b) for a, b in args.lines or (LINES if args.validation is not None else LINES[:1])]
+    elif args.method == "wise":
+        swept = args.alphas is not None or _measures(args)
+        alphas = (args.alphas or ALPHAS) if swept else (0.5,)
+        numbers = [(alpha,) for alpha in (alphas if args.alpha is None else (args.alpha,))]
+    return [Merge(args.method, each) for each in sorted(set(numbers))]
 
 
 def _measures(args: argparse.Namespace) -> bool:
     return bool(args.suite or args.data or args.validation is not None)
 
 
-def _check(args: argparse.Namespace, points: Sequence[Point]) -> None:
+def _check(args: argparse.Namespace, models: int) -> None:
     """Refuses combinations of flags that cannot work."""
     if not (_measures(args) or args.out or args.out_folder):
         raise EvaluationError(
@@ -280,9 +242,9 @@ def _check(args: argparse.Namespace, points: Sequence[Point]) -> None:
             "Measuring needs --model, open_clip's name of the checkpoints' architecture, such as ViT-B-16-quickgelu."
         )
     what = "alpha" if args.method == "wise" else "pair of a and b"
-    if args.out and len(points) > 1 and args.validation is None:
+    if args.out and models > 1 and args.validation is None:
         raise EvaluationError(
-            f"--out takes one {what}, {len(points)} were given. Use --out-folder, or let --validation choose one."
+            f"--out takes one {what}, {models} were given. Use --out-folder, or let --validation choose one."
         )
     if args.greedy and args.validation is None:
         raise EvaluationError("A greedy soup is made by validation data: give --validation, too.")
@@ -301,100 +263,74 @@ def _check(args: argparse.Namespace, points: Sequence[Point]) -> None:
             raise EvaluationError(f"--{flag.replace('_', '-')} needs --validation.")
 
 
-def _plan(job: _Job) -> dict[str, Any]:
-    """What a run would do."""
-    from arf_plugin.evaluation.sweep import text
+def _validation(args: argparse.Namespace) -> list[EvaluationSet]:
+    """The sets to choose on."""
+    from arf_plugin.evaluation.sets import find_sets
 
-    files = len(job.targets())
-    if job.family.method in ("stock", "soup"):
-        greedy = "greedy " if job.args.greedy else ""
-        models = {"method": f"{greedy}{job.title} of {len(job.family.tuned)} checkpoints"}
-    elif job.family.method == "lines":
-        models = {"lines, a b": ", ".join(map(text, job.models))}
-    else:
-        models = {"alphas": " ".join(map(text, job.models))}
-    return {
-        **models,
-        "model size": f"{job.size / 1e6:.1f} MB",
-        "checkpoints": f"{files}, {files * job.size / 1e9:.2f} GB in all",
-        "validation": _count(job.validation),
-        "chosen by": job.by or "nothing",
-        "test": _count(job.test),
+    if args.validation is None:
+        return []
+    if not args.validation:
+        return find(args, "validation")[1]
+    sets = [found for folder in args.validation for found in find_sets(folder)]
+    return [replace(found, split="validation") for found in sets]
+
+
+def _planned(args: argparse.Namespace, methods: Sequence[Merge]) -> dict[str, str]:
+    if args.method in ("stock", "soup"):
+        greedy = "greedy " if args.greedy else ""
+        return {"method": f"{greedy}{args.method} of {len(args.tuned)} checkpoints"}
+    if args.method == "lines":
+        return {"lines, a b": ", ".join(how.text for how in methods)}
+    return {"alphas": " ".join(how.text for how in methods)}
+
+
+def _summary(args: argparse.Namespace, methods: Sequence[Merge]) -> dict[str, Any]:
+    """What a summary begins with."""
+    found: dict[str, Any] = {
+        name: str(getattr(args, name) or "") or None for name in ("original", "model", "suite")
     }
+    tuned = [str(path) for path in args.tuned]
+    if args.method == "wise":
+        return {**found, "tuned": tuned[0], "alphas": list(map(_plain, methods))}
+    lines = {"lines": list(map(_plain, methods))} if args.method == "lines" else {}
+    return {**found, "tuned": tuned, "method": args.method, **lines}
 
 
-def _choose(job: _Job, summary: dict[str, Any]) -> Choice:
-    from arf_plugin.evaluation import sweep
-
-    assert job.by is not None
-    found = job.measure(job.models, job.validation, job.args.validation_results)
-    choice = sweep.choose(found, job.by)
-    summary["validation"] = {sweep.text(point): asdict(scores) for point, scores in found.items()}
-    summary["chosen"] = choice.as_json()
-    if job.first:
-        print(f"validation, {_count(job.validation)}:\n{sweep.table(found, choice.point, job.title)}")
-        ties = ", ".join(map(sweep.text, choice.tied))
-        print(f"chosen by {choice.by}: {choice.name} {sweep.text(choice.point)} ({choice.value:.2f})", end="")
-        print(f"; as good: {ties}, and the rule is: {choice.ties}" if ties else "", flush=True)
-    return choice
+def _plain(how: Merge) -> float | tuple[float, ...]:
+    """A method's numbers for JSON: alpha, or a and b."""
+    return how.numbers[0] if how.method == "wise" else how.numbers
 
 
-def _choose_runs(job: _Job, summary: dict[str, Any]) -> _Job:
-    """Makes the greedy soup; the job's one model is then that of the runs that it keeps."""
-    from arf_plugin.evaluation import sweep
-
-    assert job.by is not None
-
-    def measured(models: Mapping[str, Candidate]) -> dict[str, Scores]:
-        return job.measure(models, job.validation, job.args.validation_results)
-
-    chosen, alone = sweep.greedy_soup(job.family.tuned, job.by, measured)
-    summary["validation"] = {path: asdict(scores) for path, scores in alone.items()}
-    summary["chosen"] = chosen.as_json()
-    if job.first:
-        print(f"validation, {_count(job.validation)}:\n{sweep.table(alone, title='checkpoint')}")
-        for step in chosen.steps:
-            kept = "kept" if step["kept"] else "left out"
-            print(f"{step['run']}: {step['value']:.2f}, the soup with it {step['with_it']:.2f}: {kept}")
-        print(f"soup of {len(chosen.runs)} by {chosen.by}: {chosen.value:.2f}", flush=True)
-    return replace(job, models={"soup": sweep.soup(chosen.runs)})
+def _by_text(scores: Mapping[Merge, Scores]) -> dict[str, Scores]:
+    return {how.text: each for how, each in scores.items()}
 
 
-def _write(job: _Job, targets: Mapping[Path, Point]) -> None:
+def _targets(
+    args: argparse.Namespace, models: Iterable[Merge], chosen: Merge | None = None
+) -> dict[Path, Merge]:
+    """What to write, by file."""
+    found: dict[Path, Merge] = {}
+    kind = {"wise": "alpha-", "lines": "lines-"}.get(args.method, "")
+    if args.out_folder:
+        for how in models:
+            found[args.out_folder / f"{kind}{how.text.replace(' ', '-')}.{args.format}"] = how
+    if args.out:
+        found[args.out] = chosen or next(iter(models))
+    return found
+
+
+def _write(
+    args: argparse.Namespace, original: Path, runs: Sequence[Path], targets: Mapping[Path, Merge]
+) -> None:
     from arf_plugin.console import progress
     from arf_plugin.evaluation.checkpoints import open_checkpoint
-    from arf_plugin.evaluation.interpolation import write_mixtures
-    from arf_plugin.evaluation.merging import Merge, write_merges
+    from arf_plugin.evaluation.merging import write_merges
 
-    original, flags = open_checkpoint(job.family.original), run_flags(job.args)
-    runs = [open_checkpoint(path) for path in next(iter(job.models.values())).runs]
     with progress("interpolate", "checkpoints", len(targets)) as bar:
-        if job.family.method == "wise":
-            alphas = {path: point for path, point in targets.items() if isinstance(point, float)}
-            write_mixtures(original, runs[0], alphas, bar.update, flags)
-        else:
-            merges = {path: job.models[point].merge or Merge("soup") for path, point in targets.items()}
-            write_merges(original, runs, merges, bar.update, flags)
+        opened = [open_checkpoint(path) for path in runs]
+        write_merges(open_checkpoint(original), opened, targets, bar.update, run_flags(args))
     for path in targets:
         print(path)
-
-
-def _report(job: _Job, summary: dict[str, Any], chosen: Point | None) -> None:
-    from arf_plugin.evaluation import sweep
-
-    models = job.models
-    if chosen is not None and job.args.only_chosen:
-        models = {chosen: models[chosen]}
-    found = job.measure(models, job.test, job.args.results)
-    summary["test"] = {sweep.text(point): asdict(scores) for point, scores in found.items()}
-    if not job.first:
-        return
-    print(f"test, {_count(job.test)}:\n{sweep.table(found, chosen, job.title)}")
-    if chosen is not None:
-        scores = found[chosen]
-        values = (scores.averages or scores.sets).items()
-        told = ", ".join(f"{name} {value:.2f}" for name, value in values)
-        print(f"test at {job.title} {sweep.text(chosen)}: {told}")
 
 
 def _count(sets: list[EvaluationSet]) -> str:

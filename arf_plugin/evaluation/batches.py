@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.distributed import Processes
 
 if TYPE_CHECKING:
     import torch
 
     from arf_plugin.evaluation.sets import EvaluationSet
 
+T = TypeVar("T")
+Preprocess: TypeAlias = "Callable[[Any], torch.Tensor]"
 
-@dataclass(frozen=True)
-class Batch:
-    """Neighbouring images of one set; batches of a set do not depend on how many processes share them.
+
+class Batch(NamedTuple):
+    """Images `start` to before `stop` of a set; they do not depend on how many processes share the batches.
 
     Attributes:
         number: place among all batches of all sets.
@@ -41,38 +45,26 @@ def plan(sizes: Sequence[int], batch_size: int) -> list[Batch]:
     return [Batch(number, *place) for number, place in enumerate(places)]
 
 
-class _Decoder:
-    """What worker processes run: a map-style data set whose items are whole batches."""
+def _read(
+    sets: Sequence[EvaluationSet], preprocess: Preprocess, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor] | EvaluationError:
+    """What worker processes run."""
+    import torch
+    from torch.utils.data import default_collate
 
-    def __init__(
-        self,
-        sets: Sequence[EvaluationSet],
-        batches: Sequence[Batch],
-        preprocess: Callable[[Any], torch.Tensor],
-    ) -> None:
-        self.sets, self.batches, self.preprocess = sets, batches, preprocess
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | EvaluationError:
-        import torch
-        from torch.utils.data import default_collate
-
-        batch = self.batches[index]
-        try:
-            samples = [self.sets[batch.dataset].samples[i] for i in range(batch.start, batch.stop)]
-        except EvaluationError as error:
-            return error  # as a value: a worker's exception would come with its traceback in the message
-        images = [self.preprocess(image) for image, _ in samples]
-        # Stacks straight into shared memory.
-        return default_collate(images), torch.tensor([number for _, number in samples])
+    try:
+        samples = [sets[batch.dataset].samples[i] for i in range(batch.start, batch.stop)]
+    except EvaluationError as error:
+        return error  # as a value: a worker's exception would come with its traceback in the message
+    images = [preprocess(image) for image, _ in samples]
+    # Stacks straight into shared memory.
+    return default_collate(images), torch.tensor([number for _, number in samples])
 
 
 def decode(
     sets: Sequence[EvaluationSet],
     batches: Sequence[Batch],
-    preprocess: Callable[[Any], torch.Tensor],
+    preprocess: Preprocess,
     workers: int,
     device: torch.device,
 ) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
@@ -85,9 +77,12 @@ def decode(
     """
     from torch.utils.data import DataLoader
 
-    decoder: Any = _Decoder(sets, batches, preprocess)
+    listed: Any = batches
     gpu = device.type == "cuda"
-    loader = DataLoader(decoder, batch_size=None, num_workers=min(workers, len(batches)), pin_memory=gpu)
+    read = functools.partial(_read, sets, preprocess)
+    loader = DataLoader(
+        listed, batch_size=None, num_workers=min(workers, len(batches)), pin_memory=gpu, collate_fn=read
+    )
     started = iter(loader)  # here: the generator would wait until the first batch is asked for
 
     def received() -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
@@ -98,3 +93,49 @@ def decode(
             yield batch, images.to(device, non_blocking=gpu), numbers.to(device, non_blocking=gpu)
 
     return received()
+
+
+def shared(
+    sets: Sequence[EvaluationSet],
+    prepare: Callable[[EvaluationSet], Callable[[torch.Tensor, torch.Tensor], T]],
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    processes: Processes,
+    advance: Callable[[int], object],
+) -> Iterator[tuple[EvaluationSet, list[T]]]:
+    """Shares the batches of all sets among processes, and yields set by set what became of its batches, in order.
+
+    Args:
+        sets: what to go through.
+        prepare: called once a set; what it returns is called with images and class numbers of each batch.
+        preprocess: the model's transform for evaluation.
+        batch_size: images in a batch.
+        workers: processes that decode.
+        device: where images are to be.
+        processes: those that take part; all of them have to iterate, and all get the results.
+        advance: told of numbers of images, those of the other processes guessed.
+
+    Raises:
+        EvaluationError: while iterating, in every process, if one of them cannot read an image.
+    """
+    share = plan([dataset.images for dataset in sets], batch_size)[processes.rank :: processes.world]
+    stream = decode(sets, share, preprocess, workers, device)
+    for index, dataset in enumerate(sets):
+        use = prepare(dataset)
+        mine: list[tuple[int, T]] = []
+        problem = None
+        try:
+            for batch, images, target in itertools.islice(stream, sum(b.dataset == index for b in share)):
+                mine.append((batch.number, use(images, target)))
+                advance(len(target) * processes.world)
+        except EvaluationError as error:
+            problem = error
+        everyone = processes.gather((mine, problem))
+        for _, found in everyone:
+            if found is not None:
+                raise found
+        numbered = [each for theirs, _ in everyone for each in theirs]
+        yield dataset, [found for _, found in sorted(numbered, key=lambda each: each[0])]

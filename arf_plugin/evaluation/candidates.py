@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
-import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import ArfError, EvaluationError
-from arf_plugin.evaluation.checkpoints import BIG_VISION, load_into, open_checkpoint, write_weights
-from arf_plugin.evaluation.head import Head
-from arf_plugin.evaluation.interpolation import check_alpha, load_made, load_mixture
-from arf_plugin.evaluation.merging import Merge, merge_checkpoints
+from arf_plugin.evaluation.checkpoints import BIG_VISION, fitted, load_into, open_checkpoint, write_weights
+from arf_plugin.evaluation.head import Head, split_head
+from arf_plugin.evaluation.merging import Merge, align_all, merge
 from arf_plugin.evaluation.run_settings import Run, Settings, find_run, resolve
-from arf_plugin.files import cache_folder, digest, file_digest
+from arf_plugin.files import cache_folder, digest, file_digest, stat_key
 from arf_plugin.safe_loading import first_line, safe_loading
 
 if TYPE_CHECKING:
@@ -35,7 +31,7 @@ class Candidate:
         alpha: share of `checkpoint` in the mixture, 0 to 1.
         name: what records call the checkpoint; its path if None, and what is merged of which paths.
         original_name: what records call the original; its path if None.
-        merge: how weights are made of `checkpoint`, the others and the original.
+        merge: how else weights are made of `checkpoint`, the others and the original.
         others: further fine-tuned weights, of a merge.
     """
 
@@ -48,17 +44,23 @@ class Candidate:
     others: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.merge is not None:
-            lacking = self.original is None and self.merge.method != "soup"
-            if self.checkpoint is None or self.alpha is not None or lacking:
-                raise EvaluationError(
-                    "A merge needs checkpoints, and all but a soup the original; it has no alpha."
-                )
-            self.merge.check_count(1 + len(self.others))
-        elif (self.original is None) != (self.alpha is None) or (self.original and not self.checkpoint):
-            raise EvaluationError("A mixture needs two checkpoints and an alpha.")
-        if self.alpha is not None:
-            check_alpha(self.alpha)
+        how = self.how
+        needs_original = how is not None and how.method != "soup"
+        if (
+            (self.merge and self.alpha is not None)
+            or (how and self.checkpoint is None)
+            or (needs_original if self.original is None else how is None)
+        ):
+            raise EvaluationError(
+                "A mixture has an alpha, a merge has a method; both need checkpoints, and all but a soup the original."
+            )
+        if how is not None:
+            how.check_count(len(self.runs))
+
+    @property
+    def how(self) -> Merge | None:
+        """How weights are made of several; None for a checkpoint as it is."""
+        return self.merge if self.alpha is None else Merge("wise", (self.alpha,))
 
     @property
     def runs(self) -> tuple[Path, ...]:
@@ -68,7 +70,8 @@ class Candidate:
     @property
     def title(self) -> str:
         """What records call the checkpoint."""
-        return self.name or (self.merge.title(self.runs) if self.merge else str(self.checkpoint))
+        merged = f"{self.merge} of {', '.join(map(str, self.runs))}" if self.merge else str(self.checkpoint)
+        return self.name or merged
 
     def check(self) -> None:
         """Raises an EvaluationError if a file is missing."""
@@ -81,16 +84,8 @@ class Candidate:
     def digest(self) -> str | None:
         """SHA-256 of the checkpoint's file; of a merge, over the method and the files' digests."""
         if self.merge is None:
-            return _digest(self.checkpoint)
-        return digest([str(self.merge), *self.run_digests()])
-
-    def run_digests(self) -> list[str | None]:
-        """SHA-256 of each fine-tuned checkpoint's file."""
-        return [_digest(path) for path in self.runs]
-
-    def original_digest(self) -> str | None:
-        """SHA-256 of the original's file."""
-        return _digest(self.original)
+            return known_digest(self.checkpoint)
+        return digest([str(self.merge), *map(known_digest, self.runs)])
 
     def resolve(
         self, model: str, flags: Settings, pretrained: str | None = None
@@ -123,17 +118,22 @@ class Candidate:
         Raises:
             EvaluationError: if they are of another architecture, or no weights at all.
         """
+        how = self.how
         if self.checkpoint is None:
             return None
-        if self.merge is not None:
-            original = None if self.original is None else open_checkpoint(self.original)
-            made = merge_checkpoints(self.merge, [open_checkpoint(path) for path in self.runs], original)
-            return load_made(model, made, self.checkpoint)
-        if self.original is None or self.alpha is None:
+        if how is None:
             return load_into(model, self.checkpoint)
-        return load_mixture(
-            model, open_checkpoint(self.original), open_checkpoint(self.checkpoint), self.alpha
-        )
+        runs = [open_checkpoint(path) for path in self.runs]
+        original = None if self.original is None or how.method == "soup" else open_checkpoint(self.original)
+        made = merge(how, [run.weights for run in runs], align_all(runs, original))
+        weights, head = split_head(made)
+        try:
+            model.load_state_dict(fitted(model, weights, self.checkpoint))
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"--model and {self.checkpoint} are of different architectures: {error}"
+            ) from error
+        return head
 
 
 def weights_file(model: str, pretrained: str | None) -> Path | None:
@@ -275,45 +275,11 @@ def weights_digest(model: torch.nn.Module) -> str:
     return sha.hexdigest()
 
 
-def load_all(
-    candidates: Sequence[Candidate], model: torch.nn.Module
-) -> list[tuple[torch.nn.Module, Head | None]]:
-    """A model per candidate; the last one takes the given model's own memory."""
-    loaded = []
-    for number, candidate in enumerate(candidates):
-        own = model if number == len(candidates) - 1 else copy.deepcopy(model)
-        loaded.append((own, candidate.load(own)))
-    return loaded
-
-
-def how_many_fit(model: torch.nn.Module, device: torch.device, processes: int) -> int:
-    """How many copies of a model fit in half of the memory that is free, at least one."""
-    import torch
-
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
-    return max(1, int(free / 2 / max(size, 1)))
-
-
-def _free_memory() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # no Linux
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _digest(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    status = path.stat()
-    return _digest_of(path, status.st_mtime_ns, status.st_size)
+def known_digest(path: Path | None) -> str | None:
+    """SHA-256 of a file. The original of a sweep is in many mixtures; it is read once, unless it has changed."""
+    return None if path is None else _digest_of(path, *stat_key(path))
 
 
 @functools.lru_cache(maxsize=256)
-def _digest_of(path: Path, modified: int, size: int) -> str:
-    """The original of a sweep is in many mixtures; it is read once, unless it has changed."""
+def _digest_of(path: Path, *stat: int) -> str:
     return file_digest(path)

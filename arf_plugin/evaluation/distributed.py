@@ -6,7 +6,6 @@ Images and weights never travel; counts and confidences do, over gloo, which wor
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -56,13 +55,11 @@ class Processes:
                 self._joined = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._joined:
             import torch.distributed as dist
 
-            if kind is None:
+            if error[0] is None:
                 dist.barrier()
             dist.destroy_process_group()
 

@@ -1,8 +1,9 @@
-"""Models made of fine-tuned runs and the weights they started from: Model Stock, soups, LiNeS.
+"""Models made of fine-tuned runs and the weights they started from: WiSE-FT, Model Stock, soups, LiNeS.
 
 With w0 the start, w_i the N runs, and d_i = w_i - w0 their updates, tensor by tensor:
 
 =========  =======================================================================================================
+``wise``   WiSE-FT (Wortsman et al., CVPR 2022, arXiv 2109.01903), of one run: (1 - alpha) * w0 + alpha * w
 ``stock``  Model Stock (Jang et al., ECCV 2024, arXiv 2403.19522): t * mean(w_i) + (1 - t) * w0 with
            t = N c / (1 + (N - 1) c), c the mean cosine of all pairs of updates. The more the runs agree, the less of
            the start.
@@ -20,40 +21,45 @@ What the papers leave open, and is ours:
 * ``lines``: a layer is a block of a tower, through all of its stages. Embeddings and stem belong to the first layer;
   the last norm, pooling, projection, ``logit_scale`` and a classification head to the last. A tower of one block is
   that of its last layer.
-* Integer tensors (BatchNorm's counters) are those of the first run; with ``lines``, of the nearer end.
+* Integer tensors (BatchNorm's counters) are those of the first run; with ``wise`` and ``lines``, of the nearer end.
 
 Checkpoints are mapped from their files: memory holds one result, never the runs.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import re
+import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.evaluation.checkpoints import Checkpoint, listed
-from arf_plugin.evaluation.head import PREFIX
-from arf_plugin.evaluation.interpolation import (
-    CHUNK,
-    align,
-    check_heads,
-    check_pair,
-    check_same,
-    combine,
-    mix,
-    write_all,
+from arf_plugin.evaluation.checkpoints import (
+    CONSTANT,
+    Checkpoint,
+    difference,
+    listed,
+    open_checkpoint,
+    write_weights,
 )
-from arf_plugin.evaluation.run_settings import Settings
+from arf_plugin.evaluation.head import PREFIX
+from arf_plugin.evaluation.run_settings import Settings, find_run, note
 
 if TYPE_CHECKING:
     import torch
 
-METHODS = ("stock", "soup", "lines")
+METHODS = {"wise": 1, "stock": 0, "soup": 0, "lines": 2}  # and how many numbers each takes
+ALPHAS = tuple(number / 10 for number in range(11))
 LINES = tuple((i / 4, 1 - i / 4) for i in range(5))  # (a, b) to choose among: the last layer keeps its update
+_CHUNK = 1 << 20  # elements whose fp64 sums are held at a time
+_IMAGE, _TEXTS = "visual.positional_embedding", ("positional_embedding", "text.positional_embedding")
 _STATISTICS = (".running_mean", ".running_var")  # of BatchNorm
 # Names within a tower, after what wraps it: ModifiedResNet's and timm's `layer1.0`, `stages.1.blocks.0`, `blocks.3`,
 # open_clip's `resblocks.3`, those of transformers' text towers `layer.3`, `layers.3`, `block.3`.
@@ -75,41 +81,56 @@ class Merge:
 
     Attributes:
         method: one of `METHODS`.
-        lines: a and b of LiNeS; both ends of the scale, a and a + b, are from 0 (the start) to 1 (the run).
+        numbers: WiSE-FT's alpha, from 0 (the start) to 1 (the run); LiNeS's a and b, where both ends of the scale, a
+            and a + b, are from 0 to 1.
 
     Raises:
-        EvaluationError: for another method, or a scale outside [0, 1].
+        EvaluationError: for another method, or other numbers.
     """
 
     method: str
-    lines: tuple[float, float] | None = None
+    numbers: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise EvaluationError(f"method is {self.method!r}, expected one of {', '.join(METHODS)}.")
-        if (self.lines is None) == (self.method == "lines"):
-            raise EvaluationError("a and b are LiNeS's: method 'lines' needs them, the others have none.")
-        if self.lines is not None:
-            first, last = self.lines[0], sum(self.lines)
+        if len(self.numbers) != METHODS[self.method]:
+            raise EvaluationError(
+                f"WiSE-FT takes alpha, LiNeS a and b, the others no number; {self.method!r} got {self.numbers}."
+            )
+        if self.method == "wise" and not 0.0 <= self.numbers[0] <= 1.0:
+            raise EvaluationError(
+                f"alpha is {self.numbers[0]}. Expected a number from 0 (the first) to 1 (the second checkpoint)."
+            )
+        if self.method == "lines":
+            (first, b), last = self.numbers, sum(self.numbers)
             if not (0.0 <= first <= 1.0 and -1e-9 <= last <= 1.0 + 1e-9):
                 raise EvaluationError(
-                    f"LiNeS with a {self.lines[0]:g} and b {self.lines[1]:g} scales updates by {first:g} in the first "
+                    f"LiNeS with a {first:g} and b {b:g} scales updates by {first:g} in the first "
                     f"and by {last:g} in the last layer. Expected both from 0 (as it was) to 1 (as fine-tuned)."
                 )
 
+    @property
+    def text(self) -> str:
+        """What tells it from others of its method, for tables and keys: the numbers, or else the method."""
+        return " ".join(f"{number:g}" for number in self.numbers) or self.method
+
     def __str__(self) -> str:
-        return self.method if self.lines is None else f"lines {self.lines[0]:g} {self.lines[1]:g}"
+        return f"{self.method} {self.text}" if self.numbers else self.method
 
-    def check_count(self, count: int) -> None:
+    def check_count(self, count: int, least_of_soup: int = 1) -> None:
         """Raises an EvaluationError unless the method takes that many runs."""
-        if self.method == "lines" and count != 1:
-            raise EvaluationError(f"lines takes one fine-tuned checkpoint, {count} were given.")
-        if count < (2 if self.method == "stock" else 1):
-            raise EvaluationError(f"{self.method} merges two fine-tuned checkpoints or more; {count} given.")
-
-    def title(self, runs: Sequence[Path]) -> str:
-        """What records call the result."""
-        return f"{self} of {', '.join(map(str, runs))}"
+        if self.method == "wise" and count > 1:
+            raise EvaluationError(
+                f"WiSE-FT mixes one fine-tuned checkpoint with the original, {count} were given. Several are merged "
+                "with --method stock or --method soup."
+            )
+        if self.method == "lines" and count > 1:
+            raise EvaluationError(f"--method lines takes one fine-tuned checkpoint, {count} were given.")
+        if count < {"stock": 2, "soup": least_of_soup}.get(self.method, 1):
+            raise EvaluationError(
+                f"--method {self.method} merges two fine-tuned checkpoints or more; {count} given."
+            )
 
 
 def merge(
@@ -119,7 +140,7 @@ def merge(
 
     Args:
         how: the method.
-        runs: fine-tuned weights by name: one for ``lines``, two or more for ``stock``.
+        runs: fine-tuned weights by name: one for ``wise`` and ``lines``, two or more for ``stock``.
         start: what they started from, with the same names and shapes; ``soup`` does not look at it.
 
     Returns:
@@ -130,46 +151,70 @@ def merge(
             no layer.
     """
     how.check_count(len(runs))
+    first = runs[0]
     for number, run in enumerate(runs[1:], 2):
-        check_same(runs[0], run, f"The first and the {number}. fine-tuned checkpoint")
+        _check_same(first, run, f"The first and the {number}. fine-tuned checkpoint")
     if how.method == "soup":
-        return {name: _mean([run[name] for run in runs]) for name in runs[0]}
+        return {name: _mean([run[name] for run in runs]) for name in first}
     if start is None:
         raise EvaluationError(f"{how.method} needs the weights before fine-tuning, too.")
-    check_same(start, runs[0], "The checkpoints before and after fine-tuning")
-    if how.lines is not None:
-        (a, b), (run,) = how.lines, runs
-        scales = {name: min(max(a + b * depth, 0.0), 1.0) for name, depth in depths(run).items()}
-        return {name: mix(start[name], tensor, scales[name]) for name, tensor in run.items()}
-    return {name: _stock(name, start[name], [run[name] for run in runs]) for name in runs[0]}
+    _check_same(start, first, "The checkpoints before and after fine-tuning")
+    if how.method == "stock":
+        return {name: _stock(name, start[name], [run[name] for run in runs]) for name in first}
+    if how.method == "wise":
+        scales = dict.fromkeys(first, how.numbers[0])
+    else:
+        a, b = how.numbers
+        scales = {name: min(max(a + b * depth, 0.0), 1.0) for name, depth in depths(first).items()}
+    return {name: mix(start[name], tensor, scales[name]) for name, tensor in first.items()}
+
+
+def mix(start: torch.Tensor, end: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Mixes one tensor: ``(1 - alpha) * start + alpha * end``, a tensor of its own with the dtype of `end`.
+
+    At 0 and 1 the result is the end point, bit by bit.
+    """
+    import torch
+
+    if alpha in (0.0, 1.0) or not end.is_floating_point():
+        return (start if alpha < 0.5 else end).clone(memory_format=torch.contiguous_format)
+    return _combine((start, end), (1.0 - alpha, alpha), end.dtype)
+
+
+def _combine(tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """Sums tensors times their shares, in fp64, rounded once; integers are those of the first tensor."""
+    import torch
+
+    if not dtype.is_floating_point:
+        return tensors[0].clone(memory_format=torch.contiguous_format)
+    total = torch.empty(tensors[0].shape, dtype=dtype)
+    target, flat = total.view(-1), [tensor.reshape(-1) for tensor in tensors]
+    for i in range(0, target.numel(), _CHUNK):
+        part = slice(i, i + _CHUNK)
+        parts = (share * tensor[part].double() for share, tensor in zip(shares, flat, strict=True))
+        target[part] = functools.reduce(torch.Tensor.add_, parts)
+    return total
 
 
 def _mean(runs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean, in the dtype of the first; integers are those of the first."""
-    return combine(runs, [1 / len(runs)] * len(runs), runs[0].dtype)
+    return _combine(runs, [1 / len(runs)] * len(runs), runs[0].dtype)
 
 
 def _stock(name: str, start: torch.Tensor, runs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Model Stock of one tensor."""
     if not runs[0].is_floating_point() or runs[0].numel() < 2 or name.endswith(_STATISTICS):
         return _mean(runs)
     share = stock_share(start, runs)
-    return combine([start, *runs], [1 - share, *[share / len(runs)] * len(runs)], runs[0].dtype)
+    return _combine([start, *runs], [1 - share, *[share / len(runs)] * len(runs)], runs[0].dtype)
 
 
 def stock_share(start: torch.Tensor, runs: Sequence[torch.Tensor]) -> float:
-    """Model Stock's t of one tensor: the share of the runs' mean, from 0 to 1.
-
-    Args:
-        start: the tensor before fine-tuning.
-        runs: after it, two or more.
-    """
+    """Model Stock's t of one tensor: the share of the mean of two or more `runs`, from 0 to 1."""
     import torch
 
     count = len(runs)
     flat = [tensor.reshape(-1) for tensor in (start, *runs)]
     products = torch.zeros(count, count, dtype=torch.float64)  # of the updates
-    size = max(1, CHUNK // (4 * count))
+    size = max(1, _CHUNK // (4 * count))
     for i in range(0, start.numel(), size):
         first, *others = (tensor[i : i + size].double() for tensor in flat)
         updates = torch.stack(others).sub_(first)
@@ -197,19 +242,14 @@ def depths(names: Iterable[str]) -> dict[str, float]:
             "open_clip: its own transformers and ResNets, timm's (visual.trunk) and transformers' text towers. "
             "--method wise works for any model."
         )
-    blocks: dict[str, set[tuple[int, ...]]] = {"visual": set(), "text": set()}
-    for name, place in places.items():
-        if isinstance(place, tuple):
-            blocks[_tower(name)].add(place)
-    order = {tower: {block: i for i, block in enumerate(sorted(found))} for tower, found in blocks.items()}
-    found = {}
-    for name, place in places.items():
-        if isinstance(place, tuple):
-            numbers = order[_tower(name)]
-            place = numbers[place] / (len(numbers) - 1) if len(numbers) > 1 else 1.0
-        assert place is not None
-        found[name] = place
-    return found
+    found: dict[str, float] = {}
+    for tower in ("visual", "text"):
+        here = {name: place for name, place in places.items() if _tower(name) == tower}
+        blocks = sorted({place for place in here.values() if isinstance(place, tuple)})
+        last = len(blocks) - 1
+        depth = {block: number / last if last else 1.0 for number, block in enumerate(blocks)}
+        found |= {name: depth[p] if isinstance(p, tuple) else p for name, p in here.items() if p is not None}
+    return {name: found[name] for name in places}
 
 
 def _tower(name: str) -> str:
@@ -227,32 +267,49 @@ def _place(name: str) -> float | tuple[int, ...] | None:
     return 0.0 if _FIRST.fullmatch(part) else 1.0 if _LAST.fullmatch(part) else None
 
 
-def merge_checkpoints(
-    how: Merge, runs: Sequence[Checkpoint], original: Checkpoint | None = None
-) -> dict[str, torch.Tensor]:
-    """Merges opened checkpoints; the original is brought to the form of the runs, as open_clip would.
-
-    Raises:
-        EvaluationError: as :func:`merge`, with the files' names; also for heads that are not for the same classes.
-    """
-    how.check_count(len(runs))
-    starts = check_runs(runs, None if how.method == "soup" else original)
-    return merge(how, [run.weights for run in runs], starts)
-
-
-def check_runs(
+def align_all(
     runs: Sequence[Checkpoint], original: Checkpoint | None = None
 ) -> Mapping[str, torch.Tensor] | None:
-    """Raises an EvaluationError unless all are weights of one architecture, runs in one form.
+    """Raises an EvaluationError unless all are weights of one architecture, with heads for the same classes or none.
+
+    Runs are to be of one form already.
 
     Returns:
         The original's weights in the form of the runs.
     """
     first = runs[0]
     for run in runs[1:]:
-        check_heads(first, run)
-        check_same(first.weights, run.weights, f"{first.path} and {run.path}")
-    return None if original is None else check_pair(original, first)
+        _check_heads(first, run)
+        _check_same(first.weights, run.weights, f"{first.path} and {run.path}")
+    if original is None:
+        return None
+    _check_heads(original, first)
+    starts = align(original.weights, first.weights)
+    _check_same(starts, first.weights, f"{original.path} and {first.path}")
+    return starts
+
+
+def _check_heads(one: Checkpoint, other: Checkpoint) -> None:
+    heads = [any(name.startswith(PREFIX) for name in end.weights) for end in (one, other)]
+    if heads[0] != heads[1]:
+        having, without = (one, other) if heads[0] else (other, one)
+        raise EvaluationError(
+            f"{having.path} has a classification head and {without.path} has none, so they cannot be mixed. Give two "
+            "checkpoints with a head (arf probe makes the one before fine-tuning), or two without."
+        )
+    names = [end.weights.get(f"{PREFIX}classnames") for end in (one, other)]
+    if names[0] is not None and names[1] is not None and names[0].tolist() != names[1].tolist():
+        raise EvaluationError(
+            f"The heads of {one.path} and {other.path} are for different class names. Mix checkpoints of one task."
+        )
+
+
+def _check_same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], which: str) -> None:
+    if problems := difference(one, other):
+        raise EvaluationError(
+            f"{which} are of different architectures; in the second, {listed(problems)}. Only one model's weights can "
+            "be mixed."
+        )
 
 
 def check_moved(original: Checkpoint, runs: Sequence[Checkpoint]) -> None:
@@ -275,6 +332,64 @@ def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
+def align(
+    weights: Mapping[str, torch.Tensor], form: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Converts weights to the names and shapes of others of one architecture, as open_clip does when it loads them.
+
+    A run may give its model another image size or text length, or a loss with a bias (``--siglip``), than the weights
+    that it started from had. What is converted: names of older text towers, position embeddings of another size, a bias
+    of the loss that only one has (zero, as open_clip sets it), constant buffers. Whatever else differs is left for the
+    caller to refuse.
+
+    Args:
+        weights: tensors by name.
+        form: tensors of the wanted names and shapes; their values do not count, but for constant buffers.
+
+    Returns:
+        The weights; tensors that need no conversion are the given ones.
+    """
+    if not difference(weights, form):
+        return weights
+    found = dict(weights)
+    if _TEXTS[0] in found and _TEXTS[0] not in form and _TEXTS[1] in form:
+        from open_clip.model import convert_to_custom_text_state_dict
+
+        found = convert_to_custom_text_state_dict(found)
+    for name in found.keys() - form.keys():
+        if name == "logit_bias" or name.endswith(CONSTANT):
+            del found[name]
+    for name, wanted in form.items():
+        if name not in found and name == "logit_bias":
+            found[name] = wanted.new_zeros(wanted.shape)
+        elif name not in found and name.endswith(CONSTANT):
+            found[name] = wanted
+        elif name in found and name.startswith("logit_") and found[name].numel() == wanted.numel():
+            found[name] = found[name].reshape(wanted.shape)
+    for name in (_IMAGE, *_TEXTS):
+        if name in found and name in form:
+            found[name] = _resized(name, found[name], form[name])
+    return found
+
+
+def _resized(name: str, positions: torch.Tensor, form: torch.Tensor) -> torch.Tensor:
+    """Position embeddings of another length, interpolated by open_clip; the given ones if that cannot be."""
+    old, new = (len(each) if each.ndim == 2 else 0 for each in (positions, form))
+    if not old or not new or old == new or positions.shape[1] != form.shape[1]:
+        return positions
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    state = {name: positions.float()}
+    if name == _IMAGE:
+        sides = [math.isqrt(length - 1) for length in (old, new)]
+        if min(sides) < 1 or [side**2 + 1 for side in sides] != [old, new]:  # which grid is it?
+            return positions
+        resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=(sides[1], sides[1]))))
+    else:
+        resize_text_pos_embed(state, SimpleNamespace(positional_embedding=form))
+    return state[name].to(positions.dtype)
+
+
 def write_merges(
     original: Checkpoint,
     runs: Sequence[Checkpoint],
@@ -282,7 +397,7 @@ def write_merges(
     advance: Callable[[int], object] = lambda count: None,
     flags: Settings | None = None,
 ) -> None:
-    """Writes merged checkpoints; they tell of the first run, as mixtures do of theirs.
+    """Writes merged checkpoints, in the form of the first run; they tell of that run.
 
     Args:
         original: weights before fine-tuning.
@@ -292,14 +407,32 @@ def write_merges(
         flags: how images and texts are seen, where that is not known from the first run.
 
     Raises:
-        EvaluationError: as :func:`merge_checkpoints`, or if the disk is too full; nothing is written then.
+        EvaluationError: if the checkpoints are of different architectures or their number does not fit, or the disk is
+            too full; nothing is written then.
     """
     for how in targets.values():
         how.check_count(len(runs))
-        check_runs(runs, original)
+    starts, first, flags = align_all(runs, original), runs[0], flags or Settings()
+    told = note(find_run(first.path, first.run, flags), flags)
+    size = max(original.bytes, first.bytes)
+    for folder, count in Counter(path.parent for path in targets).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if size * count > free:
+            raise EvaluationError(
+                f"{count} checkpoint(s) needs {size * count / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free. "
+                "Make room, name another place, or write fewer checkpoints."
+            )
+    for path, how in targets.items():
+        if how.method == "wise":
+            name = f"{original.path.stem} and {first.path.stem} at {how.text}"
+        else:
+            name = f"{how} of {', '.join(run.path.stem for run in runs)}, from {original.path.stem}"
+        write_weights(path, merge(how, [run.weights for run in runs], starts), name, told)
+        advance(1)
 
-    def made(how: Merge) -> tuple[str, Callable[[], Any]]:
-        name = f"{how} of {', '.join(run.path.stem for run in runs)}, from {original.path.stem}"
-        return name, lambda: merge_checkpoints(how, runs, original)
 
-    write_all(original, runs[0], {path: made(how) for path, how in targets.items()}, advance, flags)
+def interpolate_files(original: Path, tuned: Path, alpha: float, out: Path) -> None:
+    """Mixes two checkpoints as WiSE-FT does and writes the result; see :func:`write_merges`."""
+    how = Merge("wise", (alpha,))
+    write_merges(open_checkpoint(original), [open_checkpoint(tuned)], {out: how})

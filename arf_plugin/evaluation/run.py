@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import importlib.metadata
-import itertools
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import batches
-from arf_plugin.evaluation.candidates import Candidate, build, how_many_fit, load_all, weights_digest
+from arf_plugin.evaluation.candidates import Candidate, build, known_digest, weights_digest
 from arf_plugin.evaluation.distributed import Processes
+from arf_plugin.evaluation.head import Head
 from arf_plugin.evaluation.metrics import Predictions, joined, measure
 from arf_plugin.evaluation.records import FORMAT, EvalRecord, Results, packed
 from arf_plugin.evaluation.run_settings import Settings
@@ -107,30 +109,36 @@ def evaluate(
                 mine = [candidate for candidate in left if ways[candidate] == way]
                 loaded = own if mine[0].checkpoint is None else None
                 own = None  # its memory goes to the next model
-                if loaded is None:
-                    loaded = build(model, None, place, settings=way, cache_dir=cache_dir)
-                runtime = _Runtime(*loaded, place, precision == "amp", batch_size, workers, processes)
+                net, preprocess, tokenizer = loaded or build(
+                    model, None, place, settings=way, cache_dir=cache_dir
+                )
                 del loaded
-                fitting = how_many_fit(runtime.model, place, processes.local_world)
-                size = models_at_once or processes.share(fitting)
+                size = models_at_once or processes.share(_how_many_fit(net, place, processes.local_world))
                 groups = [mine[start : start + size] for start in range(0, len(mine), size)]
                 work = [[task for task in todo if task.candidate in group] for group in groups]
                 expected += sum(dataset.images for part in work for dataset in _sets_of(part))
                 bar.total = expected
+                as_classifier = functools.partial(
+                    Classifier,
+                    tokenizer=tokenizer,
+                    device=place,
+                    amp=precision == "amp",
+                    shown=processes.first,
+                )
+                shared = functools.partial(
+                    batches.shared, preprocess=preprocess, batch_size=batch_size, workers=workers, device=place,
+                    processes=processes, advance=bar.update,
+                )  # fmt: skip
                 for part in work:
-                    for task, found, classifier in _predict(part, runtime, bar.update):
-                        scores = measure(found, len(task.dataset.classnames))
-                        told = {"metrics": scores, "classifier": classifier, "time": _now()}
-                        told["right"] = packed((found.target == found.predicted).numpy())
-                        results.add({**task.record, **told})
+                    for record in _measured(part, net, as_classifier, shared):
+                        results.add(record)
         if expected and processes.first:
             rate = expected / (time.monotonic() - started)
             print(f"evaluate: {expected} images, {rate:.1f} images/s", file=sys.stderr)
         return [results.take(task.record) for task in tasks]
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(NamedTuple):
     """One measurement: a candidate, a set, and the record without its scores."""
 
     candidate: Candidate
@@ -138,53 +146,67 @@ class _Task:
     record: EvalRecord
 
 
-@dataclass(frozen=True)
-class _Runtime:
-    """What all measurements share."""
-
-    model: torch.nn.Module
-    preprocess: Callable[[Any], torch.Tensor]
-    tokenizer: Any
-    device: torch.device
-    amp: bool
-    batch_size: int
-    workers: int
-    processes: Processes
-
-
-def _predict(
-    tasks: Sequence[_Task], runtime: _Runtime, advance: Callable[[int], object]
-) -> Iterator[tuple[_Task, Predictions, str]]:
-    """Yields the predictions of tasks whose models are in memory together, set by set, and who made them."""
-    candidates = list(dict.fromkeys(task.candidate for task in tasks))
-    sets, processes = _sets_of(tasks), runtime.processes
-    common = (runtime.tokenizer, runtime.device, runtime.amp, processes.first)
-    classifiers = {
-        candidate: Classifier(model, head, *common)
-        for candidate, (model, head) in zip(candidates, load_all(candidates, runtime.model), strict=True)
-    }
-    plan = batches.plan([dataset.images for dataset in sets], runtime.batch_size)
-    share = plan[processes.rank :: processes.world]
-    stream = batches.decode(sets, share, runtime.preprocess, runtime.workers, runtime.device)
-    for index, dataset in enumerate(sets):
-        here = [task for task in tasks if task.dataset is dataset]
-        weights = {task.candidate: classifiers[task.candidate].weights(dataset) for task in here}
-        parts: dict[Candidate, list[tuple[int, Predictions]]] = {task.candidate: [] for task in here}
-        mine = sum(batch.dataset == index for batch in share)
-        for batch, images, target in itertools.islice(stream, mine):
-            for candidate, part in parts.items():
-                found = classifiers[candidate].predict(images, target, weights[candidate])
-                part.append((batch.number, found))
-            advance(len(target) * processes.world)
-        for task in here:
-            everyone = itertools.chain.from_iterable(processes.gather(parts[task.candidate]))
-            in_order = [found for _, found in sorted(everyone, key=lambda numbered: numbered[0])]
-            head = classifiers[task.candidate].uses_head(dataset)
-            yield task, joined(in_order), "head" if head else "zero-shot"
-
-
 def _sets_of(tasks: Sequence[_Task]) -> list[EvaluationSet]:
     return list({task.dataset.name: task.dataset for task in tasks}.values())
+
+
+def _measured(
+    tasks: Sequence[_Task],
+    model: torch.nn.Module,
+    as_classifier: Callable[[torch.nn.Module, Head | None], Classifier],
+    shared: Callable[..., Iterator[tuple[EvaluationSet, list[list[Predictions]]]]],
+) -> Iterator[EvalRecord]:
+    """Yields the records of tasks whose models are in memory together, set by set."""
+    candidates = list(dict.fromkeys(task.candidate for task in tasks))
+    loaded = {candidate: as_classifier(*each) for candidate, each in _load_all(candidates, model)}
+
+    def prepare(dataset: EvaluationSet) -> Callable[[torch.Tensor, torch.Tensor], list[Predictions]]:
+        here = [loaded[task.candidate] for task in tasks if task.dataset is dataset]
+        weights = [classifier.weights(dataset) for classifier in here]
+        return lambda images, target: [
+            c.predict(images, target, w) for c, w in zip(here, weights, strict=True)
+        ]
+
+    for dataset, parts in shared(_sets_of(tasks), prepare):
+        here = [task for task in tasks if task.dataset is dataset]
+        for task, answers in zip(here, zip(*parts, strict=True), strict=True):
+            found = joined(answers)
+            yield {
+                **task.record,
+                "metrics": measure(found, len(dataset.classnames)),
+                "classifier": "head" if loaded[task.candidate].uses_head(dataset) else "zero-shot",
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "right": packed((found.target == found.predicted).numpy()),
+            }
+
+
+def _load_all(
+    candidates: Sequence[Candidate], model: torch.nn.Module
+) -> Iterator[tuple[Candidate, tuple[torch.nn.Module, Head | None]]]:
+    """A model per candidate; the last one takes the given model's own memory."""
+    for candidate in candidates:
+        own = model if candidate is candidates[-1] else copy.deepcopy(model)
+        yield candidate, (own, candidate.load(own))
+
+
+def _how_many_fit(model: torch.nn.Module, device: torch.device, processes: int) -> int:
+    """How many copies of a model fit in half of the memory that is free, at least one."""
+    import torch
+
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory() // processes
+    return max(1, int(free / 2 / max(size, 1)))
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # no Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _check(candidates: Sequence[Candidate], sets: Sequence[EvaluationSet]) -> None:
@@ -217,23 +239,18 @@ def _resolve(
 
 def describe(candidate: Candidate, model: str, pretrained: str | None = None, own: Any = None) -> EvalRecord:
     """A record's fields on a candidate; `own` is what :func:`build` returned, for the model's own weights."""
-    if candidate.checkpoint is None:
-        name, tag = candidate.name or model, pretrained
-    else:
-        name, tag = candidate.title, None
-    original = candidate.original_name or (str(candidate.original) if candidate.original else None)
-    merged = (
-        {"merge": str(candidate.merge), "runs": list(map(str, candidate.runs))} if candidate.merge else {}
-    )
-    return {
-        "checkpoint": name,
-        "digest": candidate.digest() if candidate.checkpoint else weights_digest(own[0]),
-        "original": original,
-        "original_digest": candidate.original_digest(),
+    file = candidate.checkpoint is not None
+    found: EvalRecord = {
+        "checkpoint": candidate.title if file else candidate.name or model,
+        "digest": candidate.digest() if file else weights_digest(own[0]),
+        "original": candidate.original_name or (str(candidate.original) if candidate.original else None),
+        "original_digest": known_digest(candidate.original),
         "alpha": candidate.alpha,
-        "pretrained": tag,
-        **merged,
+        "pretrained": None if file else pretrained,
     }
+    if candidate.merge:
+        found |= {"merge": str(candidate.merge), "runs": list(map(str, candidate.runs))}
+    return found
 
 
 def describe_set(dataset: EvaluationSet) -> EvalRecord:
@@ -259,7 +276,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[library.replace("-", "_")] = "not installed"
     return found
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

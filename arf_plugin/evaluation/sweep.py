@@ -1,8 +1,8 @@
 """A sweep: models made of a start and fine-tuned runs are measured, and validation data choose one.
 
-The models are WiSE-FT's along the line between two checkpoints, or those of :mod:`arf_plugin.evaluation.merging`. They
-are made in memory, straight into the models that are evaluated; no checkpoint is written for that. As many of them as
-fit are evaluated together, so that images are decoded once for all; with less memory, once per group.
+The models of :mod:`arf_plugin.evaluation.merging` are made in memory, straight into the models that are evaluated; no
+checkpoint is written for that. As many of them as fit are evaluated together, so that images are decoded once for all;
+with less memory, once per group.
 
 The paper of WiSE-FT recommends alpha 0.5 where no validation data are at hand. Choosing on validation data is common
 practice; what is done about ties is ours. The greedy soup is Algorithm 1 of arXiv 2203.05482.
@@ -12,87 +12,53 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from arf_plugin.console import text_table
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.checkpoints import open_checkpoint
-from arf_plugin.evaluation.merging import Merge, check_moved, check_runs, depths
+from arf_plugin.evaluation.merging import Merge, align_all, check_moved, depths
 from arf_plugin.evaluation.records import by_set
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import EvaluationSet
 from arf_plugin.evaluation.suites import Suite, average
 
-WISE = "wise"
-# What tells the models of one method apart: WiSE-FT's alpha, LiNeS's a and b, or a word.
-Point: TypeAlias = float | tuple[float, float] | str
-K = TypeVar("K", bound=Point)
+K = TypeVar("K", bound=Hashable)
+TIES = {"wise": "nearer 0.5, then smaller", "lines": "smaller a, then smaller b"}  # which of equals is taken
 
 
-def text(point: Point) -> str:
-    """A point for tables, JSON keys and names of files."""
-    if isinstance(point, tuple):
-        return " ".join(f"{number:g}" for number in point)
-    return point if isinstance(point, str) else f"{point:g}"
+def check_ends(how: Merge, original: Path, tuned: Sequence[Path]) -> int:
+    """Raises an EvaluationError unless a method can be used on checkpoints; returns the size of one in bytes.
 
-
-@dataclass(frozen=True)
-class Family:
-    """The models that a method makes.
-
-    Attributes:
-        method: "wise", or one of :data:`arf_plugin.evaluation.merging.METHODS`.
+    Args:
+        how: the method.
         original: checkpoint before fine-tuning.
-        tuned: checkpoints after it; one for "wise" and "lines".
-        original_name: what records call the original; its path if None.
+        tuned: checkpoints after it; of one architecture, and not all the same.
     """
+    how.check_count(len(tuned), least_of_soup=2)
+    if twice := next((path for path in tuned if tuned.count(path) > 1), None):
+        raise EvaluationError(f"{twice} is given twice. Name each fine-tuned checkpoint once.")
+    start, runs = open_checkpoint(original), [open_checkpoint(path) for path in tuned]
+    align_all(runs, start)
+    if how.method == "lines":
+        depths(runs[0].weights)
+    if how.method != "wise":
+        check_moved(start, runs)
+    return runs[0].bytes
 
-    method: str
-    original: Path
-    tuned: tuple[Path, ...]
-    original_name: str | None = None
 
-    def check(self) -> int:
-        """Raises an EvaluationError unless all are weights of one architecture; returns their size in bytes.
-
-        Raises:
-            EvaluationError: also for a method that takes another number of checkpoints, and where all hold the same.
-        """
-        if self.method == WISE and len(self.tuned) > 1:
-            raise EvaluationError(
-                f"WiSE-FT mixes one fine-tuned checkpoint with the original, {len(self.tuned)} were given. Several are "
-                "merged with --method stock or --method soup."
-            )
-        if twice := next((path for path in self.tuned if self.tuned.count(path) > 1), None):
-            raise EvaluationError(f"{twice} is given twice. Name each fine-tuned checkpoint once.")
-        if self.method in ("stock", "soup") and len(self.tuned) < 2:
-            raise EvaluationError(
-                f"--method {self.method} merges two fine-tuned checkpoints or more; 1 given."
-            )
-        if self.method == "lines":
-            Merge("lines", (0.0, 1.0)).check_count(len(self.tuned))
-        original, runs = open_checkpoint(self.original), [open_checkpoint(path) for path in self.tuned]
-        check_runs(runs, original)
-        if self.method == "lines":
-            depths(runs[0].weights)
-        if self.method != WISE:
-            check_moved(original, runs)
-        return runs[0].bytes
-
-    def at(self, point: Point) -> Candidate:
-        """The model at a point; WiSE-FT's also at 0 and 1, where it equals an end."""
-        first, *others = self.tuned
-        if isinstance(point, float | int):
-            return Candidate(first, self.original, point, original_name=self.original_name)
-        if self.method == "soup":
-            return soup(self.tuned)
-        how = Merge(self.method, point if isinstance(point, tuple) else None)
-        named = self.original_name
-        return Candidate(first, self.original, original_name=named, merge=how, others=tuple(others))
+def made(how: Merge, original: Path, tuned: Sequence[Path], original_name: str | None = None) -> Candidate:
+    """The model that a method makes of checkpoints; WiSE-FT's also at 0 and 1, where it equals an end."""
+    first, *others = tuned
+    if how.method == "soup":
+        return soup(tuned)
+    if how.method == "wise":
+        return Candidate(first, original, how.numbers[0], original_name=original_name)
+    return Candidate(first, original, original_name=original_name, merge=how, others=tuple(others))
 
 
 def soup(runs: Sequence[Path]) -> Candidate:
@@ -103,12 +69,7 @@ def soup(runs: Sequence[Path]) -> Candidate:
 
 @dataclass(frozen=True)
 class Scores:
-    """Headline scores of one model in percent.
-
-    Attributes:
-        sets: by set.
-        averages: by average of the suite.
-    """
+    """Headline scores of one model in percent, by set, and by average of the suite."""
 
     sets: dict[str, float]
     averages: dict[str, float]
@@ -117,62 +78,9 @@ class Scores:
         """An average or, if none is called so, a set."""
         return self.averages[by] if by in self.averages else self.sets[by]
 
-
-@dataclass(frozen=True)
-class Choice:
-    """The point that validation data chose.
-
-    Attributes:
-        point: the chosen one.
-        by: the set or average that chose.
-        value: its score in percent.
-        tied: other points with the same score.
-    """
-
-    point: float | tuple[float, float]
-    by: str
-    value: float
-    tied: tuple[float | tuple[float, float], ...]
-
-    @property
-    def name(self) -> str:
-        """What the point is."""
-        return "lines" if isinstance(self.point, tuple) else "alpha"
-
-    @property
-    def ties(self) -> str:
-        """Of points with equal scores, the one that is taken."""
-        return "smaller a, then smaller b" if self.name == "lines" else "nearer 0.5, then smaller"
-
-    def as_json(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {
-            **{self.name: self.point, "by": self.by, "value": self.value},
-            **{"tied": list(self.tied), "ties": self.ties},
-        }
-
-
-@dataclass(frozen=True)
-class Greedy:
-    """The runs that a greedy soup keeps.
-
-    Attributes:
-        runs: the kept ones, by falling score.
-        by: the set or average that chose.
-        value: score of their soup in percent.
-        steps: every run in the order they were tried: ``run``, its own ``value``, the score of the soup ``with_it``,
-            and whether it was ``kept``.
-    """
-
-    runs: tuple[Path, ...]
-    by: str
-    value: float
-    steps: tuple[dict[str, Any], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """For a JSON file."""
-        kept = {"runs": [str(path) for path in self.runs], "by": self.by, "value": self.value}
-        return {**kept, "steps": list(self.steps)}
+    def rank(self, by: str) -> float:
+        """The value to choose by, rounded, so that what is equal but for sums in another order is equal."""
+        return round(self.value(by), 9)
 
 
 def measure(
@@ -185,14 +93,14 @@ def measure(
     """Measures models on sets.
 
     Args:
-        candidates: the models by their points.
+        candidates: the models by any keys.
         model: open_clip's name for the architecture.
         sets: opened sets.
         suite: gives the averages.
         **settings: of :func:`arf_plugin.evaluation.run.evaluate`, such as ``out`` and ``models_at_once``.
 
     Returns:
-        Scores by point.
+        Scores by key.
 
     Raises:
         EvaluationError: for checkpoints or sets that cannot be evaluated.
@@ -200,18 +108,19 @@ def measure(
     asked = list(dict.fromkeys(candidates.values()))
     records = evaluate(asked, model, sets, suite=suite.name if suite else None, **settings)
     per = len(sets)
-    of = {candidate: records[i * per : (i + 1) * per] for i, candidate in enumerate(asked)}
-    found = {}
-    for point, candidate in candidates.items():
-        scores = by_set(of[candidate])
-        found[point] = Scores(scores, average(suite, scores) if suite else {})
-    return found
+    scores = {each: by_set(records[i * per : (i + 1) * per]) for i, each in enumerate(asked)}
+    return {
+        key: Scores(scores[each], average(suite, scores[each]) if suite else {})
+        for key, each in candidates.items()
+    }
 
 
 def greedy_soup(
     tuned: Sequence[Path], by: str, measure: Callable[[Mapping[str, Candidate]], Mapping[str, Scores]]
-) -> tuple[Greedy, dict[str, Scores]]:
+) -> tuple[tuple[Path, ...], dict[str, Any], dict[str, Scores]]:
     """Makes a soup of runs, taking each in turn, best first, that does not lower the score of those taken before.
+
+    Of runs with equal scores the earlier one is tried first.
 
     Args:
         tuned: the runs.
@@ -219,22 +128,22 @@ def greedy_soup(
         measure: measures models on the validation data.
 
     Returns:
-        What is kept, and the runs' own scores by path. Of runs with equal scores the earlier one is tried first.
+        The runs that are kept, by falling score. The same for a JSON file: ``runs``, ``by``, the soup's ``value`` and
+        ``steps``, every ``run`` in the order they were tried: its own ``value``, the score of the soup ``with_it``, and
+        whether it was ``kept``. And the runs' own scores by path.
     """
     alone = dict(measure({str(path): Candidate(path) for path in tuned}))
-    values = {path: round(alone[str(path)].value(by), 9) for path in tuned}
     kept: tuple[Path, ...] = ()
     best, steps = -math.inf, []
-    for path in sorted(values, key=lambda path: -values[path]):
-        value = values[path]
+    for path in sorted(tuned, key=lambda path: -alone[str(path)].rank(by)):
+        own = value = alone[str(path)].rank(by)
         if kept:
-            found = measure({"soup": soup((*kept, path))})["soup"]
-            value = round(found.value(by), 9)
+            value = measure({"soup": soup((*kept, path))})["soup"].rank(by)
         better = value >= best
         if better:
             kept, best = (*kept, path), value
-        steps.append({"run": str(path), "value": values[path], "with_it": value, "kept": better})
-    return Greedy(kept, by, best, tuple(steps)), alone
+        steps.append({"run": str(path), "value": own, "with_it": value, "kept": better})
+    return kept, {"runs": list(map(str, kept)), "by": by, "value": best, "steps": steps}, alone
 
 
 def check_by(by: str | None, sets: Sequence[EvaluationSet], suite: Suite | None) -> str:
@@ -260,8 +169,9 @@ def check_by(by: str | None, sets: Sequence[EvaluationSet], suite: Suite | None)
             )
         return (first or known)[0]
     if by not in known:
-        close = difflib.get_close_matches(by.lower(), [name.lower() for name in known], n=1)
-        hint = next((f" Did you mean {name!r}?" for name in known if close and name.lower() == close[0]), "")
+        folded = {name.lower(): name for name in reversed(known)}
+        close = difflib.get_close_matches(by.lower(), folded, n=1)
+        hint = f" Did you mean {folded[close[0]]!r}?" if close else ""
         raise EvaluationError(
             f"--choose-by {by}: the validation data have no such set or average.{hint} Expected one of "
             f"{', '.join(known)}."
@@ -269,28 +179,29 @@ def check_by(by: str | None, sets: Sequence[EvaluationSet], suite: Suite | None)
     return by
 
 
-def choose(scores: Mapping[Any, Scores], by: str) -> Choice:
-    """Chooses the point with the highest score.
+def choose(scores: Mapping[Merge, Scores], by: str) -> list[Merge]:
+    """The models with the highest score: first the one that is chosen, then those that tie with it.
 
-    Of equal alphas that nearer 0.5, because that is what WiSE-FT's authors advise without data, then the smaller,
+    Of equal alphas it is that nearer 0.5, because that is what WiSE-FT's authors advise without data, then the smaller,
     because it is nearer the original, whose robustness is to be kept; that is also why LiNeS takes the smaller a and b.
     """
 
-    def preferred(point: Any) -> tuple[float, ...]:
-        return (-point[0], -point[1]) if isinstance(point, tuple) else (-round(abs(point - 0.5), 9), -point)
+    def preferred(how: Merge) -> tuple[float, ...]:
+        first = how.numbers[0]
+        return how.numbers if how.method == "lines" else (round(abs(first - 0.5), 9), first)
 
-    values = {point: round(found.value(by), 9) for point, found in scores.items()}
-    best = max(values, key=lambda point: (values[point], *preferred(point)))
-    tied = tuple(other for other in values if other != best and values[other] == values[best])
-    return Choice(best, by, values[best], tied)
+    highest = max(found.rank(by) for found in scores.values())
+    ties = [how for how, found in scores.items() if found.rank(by) == highest]
+    best = min(ties, key=preferred)
+    return [best, *(other for other in ties if other != best)]
 
 
-def table(scores: Mapping[K, Scores], chosen: Point | None = None, title: str = "alpha") -> str:
-    """Lays scores out as text, one line per point: averages if there are any, else sets; a star at the chosen one."""
+def table(scores: Mapping[str, Scores], chosen: str | None = None, title: str = "alpha") -> str:
+    """Lays scores out as text, one line per model: averages if there are any, else sets; a star at the chosen one."""
     first = next(iter(scores.values()))
     columns = list(first.averages or first.sets)
     lines = [
-        [f"{text(point)}{'*' if point == chosen else ''}", *(f"{found.value(name):.2f}" for name in columns)]
-        for point, found in scores.items()
+        [f"{name}{'*' if name == chosen else ''}", *(f"{each.value(column):.2f}" for column in columns)]
+        for name, each in scores.items()
     ]
     return text_table([title, *columns], lines)

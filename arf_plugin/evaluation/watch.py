@@ -28,6 +28,7 @@ from arf_plugin.evaluation.zeroshot import Classifier
 from arf_plugin.resume.rng import restore_rng, rng_state
 
 Features = dict[str, torch.Tensor]
+_Part = tuple[Predictions, torch.Tensor]  # what a batch gave: answers and features
 
 
 @dataclass(frozen=True)
@@ -106,38 +107,46 @@ class Observer:
     processes: Processes
 
     def observe(self, model: torch.nn.Module) -> list[Observation]:
-        """Measures the model on every set.
-
-        Args:
-            model: open_clip's, without wrappers.
+        """Measures the model, open_clip's without wrappers, on every set.
 
         Raises:
             EvaluationError: in every process, if one of them cannot read an image.
         """
         start = time.perf_counter()
+        texts = []
         with left_alone(model), torch.no_grad(), self.autocast():
             classifier = Classifier(model, None, self.tokenizer, self.device, self.amp, self.processes.first)
-            weights = [self._weights(classifier, dataset) for dataset in self.sets]
-            mine: list[_Part] | EvaluationError
-            try:
-                mine = self._classify(classifier, weights)
-            except EvaluationError as error:
-                mine = error
-            everyone = self.processes.gather(mine)
-        for theirs in everyone:
-            if isinstance(theirs, EvaluationError):
-                raise theirs
-        parts = [part for theirs in everyone if not isinstance(theirs, EvaluationError) for part in theirs]
+
+            def prepare(dataset: EvaluationSet) -> Callable[[torch.Tensor, torch.Tensor], _Part]:
+                weights = self._weights(classifier, dataset)
+                texts.append(weights.T.float().cpu())
+
+                def use(images: torch.Tensor, target: torch.Tensor) -> _Part:
+                    features = classifier.features(images.to(dtype=self.dtype))
+                    return classifier.classify(features, target, weights), features.float().cpu()
+
+                return use
+
+            total = sum(dataset.images for dataset in self.sets)
+            with progress("watch", "images", total, quiet=not self.processes.first) as bar:
+                measured = list(
+                    batches.shared(
+                        self.sets,
+                        prepare,
+                        self.preprocess,
+                        batch_size=self.batch_size,
+                        workers=self.workers,
+                        device=self.device,
+                        processes=self.processes,
+                        advance=bar.update,
+                    )
+                )
         seconds = time.perf_counter() - start
         found = []
-        for index, dataset in enumerate(self.sets):
-            here = sorted((p for p in parts if p.batch.dataset == index), key=lambda p: p.batch.number)
-            features = {
-                "image": torch.cat([p.features for p in here]),
-                "text": weights[index].T.float().cpu(),
-            }
-            metrics = accuracies(joined([p.predictions for p in here]), len(dataset.classnames))
-            found.append(Observation(dataset, metrics, features, seconds))
+        for (dataset, parts), text in zip(measured, texts, strict=True):
+            answers, images = zip(*parts, strict=True)
+            metrics = accuracies(joined(answers), len(dataset.classnames))
+            found.append(Observation(dataset, metrics, {"image": torch.cat(images), "text": text}, seconds))
         return found
 
     def _weights(self, classifier: Classifier, dataset: EvaluationSet) -> torch.Tensor:
@@ -149,29 +158,6 @@ class Observer:
         shares = self.processes.gather(share.cpu())
         columns = [shares[n % world][:, n // world] for n in range(len(names))]
         return torch.stack(columns, dim=1).to(self.device)
-
-    def _classify(self, classifier: Classifier, weights: Sequence[torch.Tensor]) -> list[_Part]:
-        plan = batches.plan([dataset.images for dataset in self.sets], self.batch_size)
-        share = plan[self.processes.rank :: self.processes.world]
-        stream = batches.decode(self.sets, share, self.preprocess, self.workers, self.device)
-        total = sum(batch.stop - batch.start for batch in share)
-        parts = []
-        with progress("watch", "images", total, quiet=not self.processes.first) as bar:
-            for batch, images, target in stream:
-                features = classifier.features(images.to(dtype=self.dtype))
-                predictions = classifier.classify(features, target, weights[batch.dataset])
-                parts.append(_Part(batch, predictions, features.float().cpu()))
-                bar.update(len(target))
-        return parts
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one batch gave."""
-
-    batch: batches.Batch
-    predictions: Predictions
-    features: torch.Tensor
 
 
 @contextlib.contextmanager

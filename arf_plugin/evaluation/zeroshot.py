@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from arf_plugin.console import progress
 from arf_plugin.errors import MissingDependencyError
 from arf_plugin.evaluation.head import Head
 from arf_plugin.evaluation.metrics import Predictions, predictions
@@ -56,13 +55,10 @@ class Classifier:
         return self.head is not None and self.head.fits(dataset.classnames)
 
     def weights(self, dataset: EvaluationSet) -> torch.Tensor | Head:
-        """What :meth:`predict` needs for a set.
+        """What :meth:`predict` needs for a set: the head, or columns of unit norm [dimension, classes].
 
         A zero-shot classifier has per class the mean of the unit text features over the templates. Classes that an
         earlier set had with the same templates are not computed again.
-
-        Returns:
-            [dimension, classes], columns of unit norm; or the head.
 
         Raises:
             MissingDependencyError: without CLIP_benchmark.
@@ -83,13 +79,18 @@ class Classifier:
             from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
         except ImportError:
             raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation") from None
-        # A bar of ours in place of its own, which would be written into logs, too.
-        hidden = not (self.shown and sys.stderr.isatty())
-        bar = tqdm(names, desc="classifier", unit=" classes", leave=False, disable=hidden, file=sys.stderr)
-        with contextlib.redirect_stderr(io.StringIO()):
-            weights: torch.Tensor = zero_shot_classifier(
-                *(self.model, self.tokenizer, bar, templates, self.device.type, self.amp)
-            )
+        with progress("classifier", "classes", len(names), quiet=not self.shown) as bar:
+
+            def counted() -> Iterator[str]:
+                for name in names:
+                    yield name
+                    bar.update()
+
+            # Our bar in place of its own, which would be written into logs, too.
+            with contextlib.redirect_stderr(io.StringIO()):
+                weights: torch.Tensor = zero_shot_classifier(
+                    *(self.model, self.tokenizer, counted(), templates, self.device.type, self.amp)
+                )
         return weights
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -105,13 +106,12 @@ class Classifier:
     ) -> Predictions:
         """Classifies what :meth:`features` returned.
 
+        Confidences are softmax probabilities at the model's own logit scale, or of the head's logits.
+
         Args:
             features: [N, dimension].
             target: int64 [N] on the model's device.
             weights: from :meth:`weights`.
-
-        Returns:
-            Predictions. Confidences are softmax probabilities at the model's own logit scale, or of the head's logits.
         """
         import torch
 

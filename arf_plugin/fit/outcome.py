@@ -232,7 +232,7 @@ def _write_best(settings: FitSettings, mixture: Candidate) -> None:
     from safetensors.torch import save_file
 
     from arf_plugin.evaluation.checkpoints import open_checkpoint
-    from arf_plugin.evaluation.interpolation import interpolate_files
+    from arf_plugin.evaluation.merging import interpolate_files
 
     best, folder = Path(settings.out) / "best.pt", Path(settings.out) / "best"
     assert mixture.checkpoint is not None and mixture.original is not None and mixture.alpha is not None

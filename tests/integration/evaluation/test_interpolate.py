@@ -14,6 +14,7 @@ import torch
 from support.evaluation import save_checkpoint, save_config, write_set
 
 from arf_plugin.cli.main import main
+from arf_plugin.evaluation.merging import Merge
 from arf_plugin.evaluation.records import read_records, select
 from arf_plugin.evaluation.sweep import Scores, choose
 
@@ -456,5 +457,5 @@ def test_checkpoints_that_cannot_be_mixed_are_refused(arf, tmp_path):
     ],
 )
 def test_the_rule_for_ties(scores, alpha, tied):
-    choice = choose({a: Scores({"set": value}, {}) for a, value in scores.items()}, "set")
-    assert (choice.point, choice.tied) == (alpha, tied)
+    of = {Merge("wise", (a,)): Scores({"set": value}, {}) for a, value in scores.items()}
+    assert choose(of, "set") == [Merge("wise", (a,)) for a in (alpha, *tied)]

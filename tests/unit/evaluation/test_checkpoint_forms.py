@@ -14,6 +14,7 @@ from support import releases
 from support.evaluation import save_config, weights
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.checkpoints import (
     fitted,
     load_into,
@@ -22,7 +23,7 @@ from arf_plugin.evaluation.checkpoints import (
     read_weights,
     write_weights,
 )
-from arf_plugin.evaluation.interpolation import interpolate_files, load_mixture
+from arf_plugin.evaluation.merging import interpolate_files
 
 pytestmark = releases.FOLDERS_OF_MODELS
 POSITIONS = "visual.positional_embedding"
@@ -192,7 +193,7 @@ def test_a_clip_is_mixed_with_what_siglip_made_of_it(clip, plain, tmp_path):
     assert found.keys() == tuned.keys() and float(found["logit_bias"]) == -2.0
     for kind in ({}, {"init_logit_bias": -10.0}):
         model = open_clip.create_model(clip, **kind)
-        load_mixture(model, *map(open_checkpoint, ends), 0.25)
+        Candidate(ends[1], ends[0], 0.25).load(model)
         assert_equal(model, loaded(clip, tmp_path / "mixed.pt", **kind))
 
 
@@ -211,7 +212,7 @@ def test_a_mixture_with_a_run_of_another_image_size(clip, plain, tmp_path, alpha
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = open_clip.create_model(clip, **form)
-            load_mixture(found, *map(open_checkpoint, ends), alpha)
+            Candidate(ends[1], ends[0], alpha).load(found)
             assert_equal(found, loaded(clip, tmp_path / "mixed.pt", **form))
 
 

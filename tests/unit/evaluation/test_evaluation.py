@@ -25,7 +25,7 @@ from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation import run
 from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.head import names_digest
-from arf_plugin.evaluation.interpolation import interpolate_files
+from arf_plugin.evaluation.merging import interpolate_files
 from arf_plugin.evaluation.records import read_records, right_images, select
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets

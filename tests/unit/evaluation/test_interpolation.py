@@ -12,14 +12,9 @@ import torch
 from support.memory import peak, save_large
 
 from arf_plugin.errors import EvaluationError
+from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.checkpoints import open_checkpoint
-from arf_plugin.evaluation.interpolation import (
-    interpolate,
-    interpolate_files,
-    load_mixture,
-    mix,
-    write_mixtures,
-)
+from arf_plugin.evaluation.merging import Merge, interpolate_files, merge, mix, write_merges
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +68,13 @@ def test_logits_at_the_end_points_are_those_of_the_end_points(clip, ends, tmp_pa
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_streamed_files_hold_what_mixing_in_memory_gives(ends, tmp_path, suffix):
-    targets = {tmp_path / f"{alpha}{suffix}": alpha for alpha in (0.0, 0.1, 0.5, 1.0)}
-    write_mixtures(*map(open_checkpoint, ends), targets)
+    targets = {tmp_path / f"{alpha}{suffix}": Merge("wise", (alpha,)) for alpha in (0.0, 0.1, 0.5, 1.0)}
+    original, tuned = map(open_checkpoint, ends)
+    write_merges(original, [tuned], targets)
     before = torch.load(ends[0], weights_only=True)["state_dict"]
     after = torch.load(ends[1], weights_only=True)["state_dict"]
     after = {name.removeprefix("module."): tensor for name, tensor in after.items()}
-    for path, alpha in targets.items():
+    for path, how in targets.items():
         if suffix == ".pt":
             found = torch.load(path, weights_only=True)["state_dict"]
             mapped = torch.load(path, weights_only=True, mmap=True)["state_dict"]
@@ -86,7 +82,7 @@ def test_streamed_files_hold_what_mixing_in_memory_gives(ends, tmp_path, suffix)
             assert zipfile.ZipFile(path).testzip() is None
         else:
             found = safetensors.torch.load_file(path)
-        expected = interpolate(before, after, alpha)
+        expected = merge(how, [after], before)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
@@ -128,7 +124,7 @@ def test_equal_weights_are_equal_bytes(ends, tmp_path):
 def test_a_mixture_is_loaded_into_a_model(clip, ends, tmp_path):
     interpolate_files(*ends, 0.4, tmp_path / "out.pt")
     model = open_clip.create_model(clip)
-    load_mixture(model, *map(open_checkpoint, ends), 0.4)
+    Candidate(ends[1], ends[0], 0.4).load(model)
     expected = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
@@ -164,9 +160,9 @@ def test_files_of_before_torch_1_6_are_read(ends, tmp_path):
 
 
 MIXTURES = """
-from arf_plugin.evaluation.interpolation import write_mixtures
-ends = (open_checkpoint(Path(path)) for path in sys.argv[1:3])
-write_mixtures(*ends, {Path(out): float(Path(out).stem) for out in sys.argv[3:]})
+from arf_plugin.evaluation.merging import Merge, write_merges
+original, tuned = (open_checkpoint(Path(path)) for path in sys.argv[1:3])
+write_merges(original, [tuned], {Path(out): Merge("wise", (float(Path(out).stem),)) for out in sys.argv[3:]})
 """
 
 
@@ -198,10 +194,10 @@ def test_another_architecture_is_named(tmp_path, ends, clip):
         interpolate_files(ends[0], tmp_path / "other.pt", 0.5, tmp_path / "out.pt")
     assert "is missing" in str(error.value)
     with pytest.raises(EvaluationError, match=r"'w' is \[3\] and not \[2\]"):
-        interpolate({"w": torch.zeros(2)}, {"w": torch.zeros(3)}, 0.5)
-    other = open_checkpoint(tmp_path / "other.pt")
+        merge(Merge("wise", (0.5,)), [{"w": torch.zeros(3)}], {"w": torch.zeros(2)})
+    other = tmp_path / "other.pt"
     with pytest.raises(EvaluationError, match=r"--model and .*other.pt are of different architectures"):
-        load_mixture(open_clip.create_model(clip), other, other, 0.5)
+        Candidate(other, other, 0.5).load(open_clip.create_model(clip))
     assert not (tmp_path / "out.pt").exists()
 
 

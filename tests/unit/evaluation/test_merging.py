@@ -307,7 +307,7 @@ def test_what_cannot_be_merged_is_refused(files, tmp_path):
     with pytest.raises(EvaluationError, match=r"1\.pt has a classification head and .*a\.pt has none"):
         write_merges(original, [tuned[0], headed[0]], {tmp_path / "x.pt": SOUP})
     assert not (tmp_path / "x.pt").exists()
-    for method, lines in (("slerp", None), ("lines", None), ("soup", (0.0, 1.0)), ("lines", (0.5, 0.6))):
+    for method, lines in (("slerp", ()), ("lines", ()), ("soup", (0.0, 1.0)), ("lines", (0.5, 0.6))):
         with pytest.raises(EvaluationError):
             Merge(method, lines)
     with pytest.raises(EvaluationError, match="all but a soup the original"):
