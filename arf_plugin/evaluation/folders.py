@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.untrusted import printable
@@ -50,15 +51,12 @@ _CAMERAS = (".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".arw")  #
 
 @dataclass
 class ClassFolder:
-    """What lies in the folder of a class.
+    """What lies in the folder of a class; paths are relative to the set, images in ``ImageFolder``'s order.
 
     Attributes:
-        name: the folder's.
-        images: paths relative to the set, in ``ImageFolder``'s order.
-        direct: whether some of them lie in the folder itself.
+        direct: whether some images lie in the folder itself.
         parts: folders in it that hold images, at any depth.
         unread: images that are not read, by their suffixes.
-        archives: archives beside the images.
     """
 
     name: str
@@ -142,11 +140,7 @@ def read_classes(root: Path, named: bool = False) -> list[ClassFolder]:
 
 
 def listing(folder: str) -> tuple[list[str], list[str]]:
-    """Names of the folders, links to folders among them, and of the other entries of a folder, sorted.
-
-    Raises:
-        EvaluationError: it cannot be listed.
-    """
+    """Names of the folders (and links to such) and of the other entries of a folder, sorted, or an EvaluationError."""
     folders: list[str] = []
     files: list[str] = []
     try:
@@ -166,11 +160,7 @@ def listing(folder: str) -> tuple[list[str], list[str]]:
 
 
 def place_of(folder: str) -> tuple[int, int]:
-    """What is equal for two paths of one folder.
-
-    Raises:
-        EvaluationError: it is gone.
-    """
+    """What is equal for two paths of one folder; an EvaluationError if it is gone."""
     try:
         found = Path(folder).stat()
     except OSError as cause:
@@ -290,8 +280,7 @@ def _head(path: Path) -> bytes:
         raise EvaluationError(f"{path} cannot be read: {cause.strerror}.") from cause
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(NamedTuple):
     """What a folder holds directly."""
 
     path: Path
@@ -302,13 +291,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Survey:
-    """What there is below a folder.
-
-    Attributes:
-        folder: where it was looked.
-        split: the part of the data that is wanted.
-        roots: sets in CLIP_benchmark's WebDataset layout, by path.
-    """
+    """What there is below a folder: `roots` are sets in CLIP_benchmark's WebDataset layout that have a split."""
 
     folder: Path
     split: str
@@ -316,14 +299,10 @@ class Survey:
     _seen: list[_Seen]
 
     def refuse_second_layout(self) -> None:
-        """Refuses class folders beside tars, in the folder itself or in one of the sets.
-
-        Raises:
-            EvaluationError: naming both.
-        """
+        """Raises an EvaluationError for class folders beside tars, in the folder itself or in one of the sets."""
         for place in dict.fromkeys((self.folder, *self.roots, *(root / self.split for root in self.roots))):
-            classes = [s.path.name for s in self._seen if s.images and s.path.parent == place]
-            classes = [name for name in classes if not name.startswith(".")]
+            inner = [s.path.name for s in self._seen if s.images and s.path.parent == place]
+            classes = [name for name in inner if not name.startswith(".")]
             if len(classes) > 1:
                 raise EvaluationError(
                     f"{place} has folders of images ({shortened(classes)}), and a set in WebDataset layout is at "

@@ -50,13 +50,8 @@ _LISTING = (*IDENTITY, *_NAMES)
 _WITHOUT_DATA = tuple(name for name in IDENTITY if name != "data")
 _NEEDED = ("set", "checkpoint", "metrics", "headline")
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
-    **{
-        "alpha": (int, float, type(None)),
-        "images": int,
-        "classes": int,
-        "expected_images": (int, type(None)),
-    },
-    **{"epoch": int, "step": int, "start": (int, float), "batch_size": int},
+    **dict.fromkeys(("images", "classes", "epoch", "step", "batch_size"), int),
+    **{"alpha": (int, float, type(None)), "expected_images": (int, type(None)), "start": (int, float)},
 }
 _FIELDS = {
     **dict.fromkeys((*IDENTITY, *_NAMES, "time", "right"), (str, type(None))),
@@ -79,9 +74,7 @@ def _values(record: EvalRecord, names: Iterable[str]) -> tuple[Any, ...]:
 
 
 def read_records(path: Path, *, whole: bool = True) -> list[EvalRecord]:
-    """Reads records in the file's order.
-
-    A last line that a killed process left unfinished is passed over.
+    """Reads records in the file's order. A last line that a killed process left unfinished is passed over.
 
     Args:
         path: the file.
@@ -115,23 +108,18 @@ def read_records(path: Path, *, whole: bool = True) -> list[EvalRecord]:
 
 
 def _check(record: Any, where: str, whole: bool) -> None:
-    """Refuses what is no record, so that whoever reads one can rely on its fields.
-
-    Raises:
-        EvaluationError: naming the field.
-    """
+    """Refuses what is no record, so that whoever reads one can rely on its fields."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = printable(repr(record.get("format") if isinstance(record, dict) else record))[:80]
         raise EvaluationError(f"{where}: format is {found}, expected a record of format {FORMAT}.")
-    missing = [name for name in _NEEDED if name not in record]
-    if missing:
+    if missing := [name for name in _NEEDED if name not in record]:
         raise EvaluationError(
             f"{where}: {', '.join(missing)} missing (found: {printable(', '.join(record))[:200]})."
         )
     if not whole:
         return
     require_fields(
-        record, {name: _FIELDS[name] for name in _FIELDS if name in record}, where, EvaluationError
+        record, {name: kind for name, kind in _FIELDS.items() if name in record}, where, EvaluationError
     )
     metrics, headline = record["metrics"], record["headline"]
     require_fields(metrics, dict.fromkeys(metrics, (int, float)), f"{where}, metrics", EvaluationError)
@@ -162,12 +150,9 @@ def packed(right: NDArray[np.bool_]) -> str:
 def right_images(record: EvalRecord, where: str | None = None) -> NDArray[np.bool_]:
     """Which images of a record with the field ``right`` were right, [N] in the set's order.
 
-    Args:
-        record: the record.
-        where: what it is, for messages.
-
     Raises:
-        EvaluationError: the field is not of that record: no base64, of another length, or of another accuracy.
+        EvaluationError: the field is not of that record, which messages call `where`: no base64, of another length, or
+            of another accuracy.
     """
     import numpy as np
 
@@ -200,11 +185,7 @@ def right_images(record: EvalRecord, where: str | None = None) -> NDArray[np.boo
 
 
 def append_record(path: Path, record: EvalRecord) -> None:
-    """Appends a record and writes it through to the disk; an unfinished last line is cut off first.
-
-    Raises:
-        EvaluationError: the file cannot be written.
-    """
+    """Appends a record and writes it through to the disk; an unfinished last line is cut off first."""
     require_regular(path, EvaluationError)
     # Names of files may hold bytes that are no UTF-8.
     writable = {name: utf8(value) if isinstance(value, str) else value for name, value in record.items()}
@@ -224,33 +205,24 @@ def append_record(path: Path, record: EvalRecord) -> None:
 
 def _finish(file: Any) -> None:
     """Cuts an unfinished last line off, or ends one that only lacks its newline."""
-    end = keep = file.seek(0, os.SEEK_END)
-    while keep:
-        start = max(0, keep - 65536)
+    end = start = file.seek(0, os.SEEK_END)
+    last = b""
+    while start and b"\n" not in last:
+        start = max(0, start - 65536)
         file.seek(start)
-        newline = file.read(keep - start).rfind(b"\n")
-        if newline >= 0:
-            keep = start + newline + 1
-            break
-        keep = start
-    if keep < end:
-        file.seek(keep)
+        last = file.read(end - start)
+    last = last.rpartition(b"\n")[2]
+    if last:
         try:
-            parse_json(file.read(), "the last line", EvaluationError)
+            parse_json(last, "the last line", EvaluationError)
         except EvaluationError:
-            file.truncate(keep)
+            file.truncate(end - len(last))
         else:
             file.write(b"\n")
 
 
 class Results:
-    """Records measured so far, and the file that new ones are appended to.
-
-    Args:
-        path: the file, or None.
-        known: records that are there already.
-        writes: whether this process writes the file.
-    """
+    """Records that are `known`, and the file, if any, that new ones are appended to if this process `writes`."""
 
     def __init__(self, path: Path | None, known: Collection[EvalRecord] = (), writes: bool = True) -> None:
         self.path, self.writes = path, writes
@@ -334,9 +306,9 @@ def by_set(records: Iterable[EvalRecord], metric: str | None = None) -> dict[str
         seen.add((record["checkpoint"], record.get("alpha")))
         name = metric or record["headline"]
         if name not in record["metrics"]:
+            found = ", ".join(record["metrics"])
             raise EvaluationError(
-                f"The record of {record['checkpoint']} on '{record['set']}' has no metric {name!r} "
-                f"(found: {', '.join(record['metrics'])})."
+                f"The record of {record['checkpoint']} on '{record['set']}' has no metric {name!r} (found: {found})."
             )
         scores[record["set"]] = record["metrics"][name]
     if len(seen) > 1:

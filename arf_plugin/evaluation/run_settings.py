@@ -51,34 +51,23 @@ _INTERPOLATIONS = Literal["bicubic", "bilinear", "random"]
 _RESIZE_MODES = Literal["shortest", "longest", "squash"]
 
 
-class Settings(BaseModel):
-    """Arguments of the trainer that change how a model sees images and texts; None leaves it to the model.
+def _as(expected: str) -> Any:
+    return Field(description=expected)
 
-    Attributes:
-        image_mean: subtracted from pixels, for each colour.
-        image_std: what they are divided by.
-        image_interpolation: of resizing.
-        image_resize_mode: how images become square.
-        force_image_size: in pixels: one number, or height and width.
-        force_quick_gelu: another activation than the model's configuration has.
-        force_custom_text: weights of the text tower under other names.
-        force_context_length: tokens of a text.
-    """
+
+class Settings(BaseModel):
+    """Arguments of the trainer that change how a model sees images and texts; None leaves it to the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    image_mean: _Colours | None = Field(default=None, description="three numbers")
-    image_std: _PositiveColours | None = Field(default=None, description="three numbers above 0")
-    image_interpolation: _INTERPOLATIONS | None = Field(
-        default=None, description="one of bicubic, bilinear, random"
-    )
-    image_resize_mode: _RESIZE_MODES | None = Field(
-        default=None, description="one of shortest, longest, squash"
-    )
-    force_image_size: _Sizes | None = Field(default=None, description="one or two whole numbers of pixels")
-    force_quick_gelu: bool | None = Field(default=None, description="True or False")
-    force_custom_text: bool | None = Field(default=None, description="True or False")
-    force_context_length: _Whole | None = Field(default=None, description="a whole number of tokens")
+    image_mean: Annotated[_Colours | None, _as("three numbers")] = None
+    image_std: Annotated[_PositiveColours | None, _as("three numbers above 0")] = None
+    image_interpolation: Annotated[_INTERPOLATIONS | None, _as("one of bicubic, bilinear, random")] = None
+    image_resize_mode: Annotated[_RESIZE_MODES | None, _as("one of shortest, longest, squash")] = None
+    force_image_size: Annotated[_Sizes | None, _as("one or two whole numbers of pixels")] = None
+    force_quick_gelu: Annotated[bool | None, _as("True or False")] = None
+    force_custom_text: Annotated[bool | None, _as("True or False")] = None
+    force_context_length: Annotated[_Whole | None, _as("a whole number of tokens")] = None
 
     def given(self) -> dict[str, Any]:
         """What is not left to the model, by name. A switch that is off is what the model has."""
@@ -109,7 +98,7 @@ def settings_of(values: Mapping[str, Any], where: str, but: Settings | None = No
     """Settings of plain values by name; other names are passed over, and None is what the model has.
 
     Args:
-        values: by name, from a file or a command line.
+        values: from a file or a command line.
         where: that, for messages.
         but: what these give is not looked at, since it is not used.
 
@@ -134,14 +123,7 @@ def settings_of(values: Mapping[str, Any], where: str, but: Settings | None = No
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of the run that a checkpoint comes from.
-
-    Attributes:
-        settings: how it saw images and texts.
-        model: its ``--model``.
-        pretrained: its ``--pretrained``.
-        source: where that stands.
-    """
+    """What is known of the run that a checkpoint comes from: its settings, flags, and where they stand."""
 
     settings: Settings
     model: str | None
@@ -150,11 +132,7 @@ class Run:
 
 
 def read_params(path: Path, but: Settings | None = None) -> Run | None:
-    """Reads a trainer's ``params.txt``.
-
-    Args:
-        path: the file.
-        but: settings that count more than its own.
+    """Reads a trainer's ``params.txt``, but for what `but` gives, which counts more.
 
     Returns:
         What it tells; None, with a warning, if it is not one of the trainer's.
@@ -205,12 +183,12 @@ def _text(value: Any) -> str | None:
 
 
 def find_run(path: Path, told: Any = None, but: Settings | None = None) -> Run | None:
-    """Finds what is known of the run behind a checkpoint.
+    """Finds what is known of the run behind a checkpoint, but for what `but` gives, which counts more.
 
     Args:
         path: the checkpoint.
         told: what it tells itself (:attr:`arf_plugin.evaluation.checkpoints.Checkpoint.run`).
-        but: settings that count more.
+        but: settings that are known.
 
     Raises:
         EvaluationError: what is found is damaged.
@@ -231,7 +209,7 @@ def find_run(path: Path, told: Any = None, but: Settings | None = None) -> Run |
 def resolve(
     path: Path, told: Any, model: str, flags: Settings, pretrained: str | None = None
 ) -> tuple[Settings, Run | None]:
-    """How a checkpoint is to be measured.
+    """How a checkpoint is to be measured, and what is known of its run.
 
     Args:
         path: the checkpoint.
@@ -239,9 +217,6 @@ def resolve(
         model: open_clip's name of the model that it is measured as.
         flags: what was asked for; it counts first.
         pretrained: the weights that it was made from, if its run does not say so.
-
-    Returns:
-        The settings, and what is known of the run.
     """
     run = find_run(path, told, flags)
     if run is None:

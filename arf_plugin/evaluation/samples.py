@@ -12,56 +12,38 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.tars import Member, scan_samples
 from arf_plugin.console import progress
 from arf_plugin.errors import EvaluationError
-from arf_plugin.files import digest, file_digest, read_cache, stat_key, write_cache
+from arf_plugin.files import digest, file_digest, known_stat, read_cache, write_cache
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import PIL.Image
 
+T = TypeVar("T")
 _IN_TARS = ("webp", "png", "jpg", "jpeg")  # in the order in which CLIP_benchmark takes one of several
 _NOT_READ = ("ppm", "bmp", "pgm", "tif", "tiff", "gif", "avif", "heic")  # images, but not in tars
 _WORTH_CACHING = 1 << 24  # bytes of images; less is read again in no time
 _WORTH_SHOWING = 1 << 28
 # Nanoseconds: a file may change once more within the tick of the clock that it was read in.
 _SETTLED = 2 * 10**9
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS, _READ_AHEAD = 8, 1024  # threads, and what is handed to them at a time
-
-
-class Samples(Protocol):
-    """Images with class numbers."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over what tells one state of the data from another: contents, names and classes of the images."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        """Reads an image and its class number.
-
-        Raises:
-            EvaluationError: naming the place, if it cannot be read.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where an image is, and its class: a whole file, or a part of a tar; `data` holds it if the tar is compressed."""
+    """An image: a whole file, or a part of a tar (`data` holds it if that is compressed); and its class."""
 
     file: str
     key: str
@@ -71,11 +53,7 @@ class Place:
     data: bytes | None = None
 
     def read(self) -> bytes:
-        """The encoded image.
-
-        Raises:
-            EvaluationError: if it is gone.
-        """
+        """The encoded image; an EvaluationError if it is gone."""
         if self.data is not None:
             return self.data
         try:
@@ -91,10 +69,10 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """Samples of tars or of files; see :func:`tar_samples` and :func:`file_samples`.
+    """Samples of tars or of files: images with class numbers.
 
     Attributes:
-        digest: see :class:`Samples`.
+        digest: SHA-256 over what tells one state of the data from another: contents, names and classes of the images.
         places: where the images are.
         contents: SHA-256 of each.
     """
@@ -131,11 +109,7 @@ class StoredSamples:
 
 
 def tar_samples(shards: Sequence[Path], classes: int) -> StoredSamples:
-    """Samples of WebDataset tars: an image and a ``cls`` each, in the tars' order.
-
-    Args:
-        shards: the tars.
-        classes: number of classes.
+    """Samples of WebDataset tars: an image and a ``cls`` below `classes` each, in the tars' order.
 
     Raises:
         EvaluationError: for a tar that is missing, broken or hostile; a sample without image or class, or of a class
@@ -143,14 +117,14 @@ def tar_samples(shards: Sequence[Path], classes: int) -> StoredSamples:
     """
     for shard in shards:
         require_regular(shard, EvaluationError)
-    before = [_state_of(shard) for shard in shards]
+    before = [known_stat(shard) for shard in shards]
     places = [place for shard in shards for place in _index(shard, classes)]
     size = sum(place.size for place in places)
     contents = _digests(
         "tars", shards, len(places), size, lambda i: hashlib.sha256(places[i].read()).digest()
     )
     for shard, state in zip(shards, before, strict=True):
-        if state != _state_of(shard):
+        if state != known_stat(shard):
             raise EvaluationError(f"{shard} is being written while it is read. Start again when it is whole.")
     told = [
         [Path(place.file).name, place.key, place.cls, content.hex()]
@@ -160,11 +134,7 @@ def tar_samples(shards: Sequence[Path], classes: int) -> StoredSamples:
 
 
 def file_samples(root: Path, files: Sequence[tuple[str, int]]) -> StoredSamples:
-    """Images in files of their own.
-
-    Args:
-        root: folder that all paths are below.
-        files: paths relative to `root`, and class numbers.
+    """Images in files below a folder: their paths relative to `root`, and class numbers.
 
     Raises:
         EvaluationError: one is missing, unreadable or no file.
@@ -176,15 +146,7 @@ def file_samples(root: Path, files: Sequence[tuple[str, int]]) -> StoredSamples:
 
 
 class BuilderSamples:
-    """Samples of a data set that a builder of CLIP_benchmark made without a transform.
-
-    Args:
-        dataset: has `__len__` and `__getitem__`, which gives an image and a class number.
-        name: the builder's name.
-        classes: number of classes.
-        root: the folder that it reads.
-        split: part of the data.
-    """
+    """Samples of a data set that a builder of CLIP_benchmark made without a transform, from a folder `root`."""
 
     def __init__(self, dataset: Any, name: str, classes: int, root: Path, split: str) -> None:
         self.dataset, self.name, self.classes = dataset, name, classes
@@ -218,6 +180,9 @@ class BuilderSamples:
                 f"Image {index} of {self.name} is of class {cls}, expected 0 to {self.classes - 1}."
             )
         return image, int(cls)
+
+
+Samples: TypeAlias = StoredSamples | BuilderSamples
 
 
 def _first_of(dataset: Any, names: Iterable[str]) -> Iterable[Any]:
@@ -263,49 +228,32 @@ def _samples_of(shard: Path, read: Sequence[str]) -> Iterator[tuple[str, Member,
 
 
 def _digests_of_files(paths: Sequence[Path]) -> list[bytes]:
-    """SHA-256 of each file.
+    """SHA-256 of each; an EvaluationError for one that is missing, unreadable or no file."""
 
-    Raises:
-        EvaluationError: one is missing, unreadable or no file.
-    """
-
-    def unreadable(path: object, cause: Exception) -> EvaluationError:
-        reason = getattr(cause, "strerror", None) or cause
-        return EvaluationError(f"{path} cannot be read: {reason}. Is the copy complete?")
-
-    def one(index: int) -> bytes:
-        try:
-            return bytes.fromhex(file_digest(paths[index]))
-        except OSError as cause:
-            raise unreadable(paths[index], cause) from cause
-
-    total = 0
-    for path in paths:
+    def size(path: Path) -> int:
         require_regular(path, EvaluationError)
+        return path.stat().st_size
+
+    def of(path: Path, read: Callable[[Path], T]) -> T:
         try:
-            total += path.stat().st_size
+            return read(path)
         except (OSError, ValueError) as cause:  # ValueError: a name that no file can have
-            raise unreadable(path, cause) from cause
-    return _digests("files", paths, len(paths), total, one)
+            reason = getattr(cause, "strerror", None) or cause
+            raise EvaluationError(f"{path} cannot be read: {reason}. Is the copy complete?") from cause
+
+    total = sum(of(path, size) for path in paths)
+    return _digests("files", paths, len(paths), total, lambda i: bytes.fromhex(of(paths[i], file_digest)))
 
 
 def _digests(
     kind: str, files: Sequence[Path], count: int, size: int, one: Callable[[int], bytes]
 ) -> list[bytes]:
-    """Digests of the images of a set, computed once and found in the cache while no file is touched.
-
-    Args:
-        kind: which function `one` is.
-        files: what the images are in.
-        count: number of images.
-        size: bytes to read.
-        one: computes one image's digest.
-    """
-    states = [_state_of(path) for path in files]
+    """Digests of `count` images in files, by `one`, found in the cache while no file is touched; `size` is in bytes."""
+    states = [known_stat(path) for path in files]
     key = digest(["evaluation-1", kind, count, [str(path.absolute()) for path in files], states])
     if size >= _WORTH_CACHING:
         known = read_cache("evaluation", key, list)
-        if known is not None and len(known) == count and all(_is_sha256(each) for each in known):
+        if known is not None and len(known) == count and all(map(_SHA256.fullmatch, map(str, known))):
             return [bytes.fromhex(each) for each in known]
     started = time.time_ns()
     found: list[bytes] = []
@@ -321,15 +269,3 @@ def _digests(
     if size >= _WORTH_CACHING and settled:
         write_cache("evaluation", key, [each.hex() for each in found])
     return found
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _state_of(path: Path) -> list[int] | None:
-    """What changes when a file is written to; None if it is not there."""
-    try:
-        return stat_key(path)
-    except OSError:
-        return None  # who reads it says so

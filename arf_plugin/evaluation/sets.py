@@ -1,6 +1,6 @@
 """Evaluation sets: images, class names and prompts.
 
-Folders are read in two layouts. CLIP_benchmark's WebDataset layout::
+There are two layouts. CLIP_benchmark's WebDataset layout::
 
     SET/classnames.txt                              one class per line
     SET/zeroshot_classification_templates.txt       prompts, `{c}` for the class name
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from arf_plugin.data.prompts import repeated_names
 from arf_plugin.errors import EvaluationError, MissingDependencyError
-from arf_plugin.evaluation.folders import ClassFolder, read_classes, shortened, survey, warn
+from arf_plugin.evaluation.folders import NSHARDS, ClassFolder, read_classes, shortened, survey, warn
 from arf_plugin.evaluation.samples import Samples, StoredSamples, file_samples, tar_samples
 from arf_plugin.files import digest, list_files
 from arf_plugin.untrusted import decode_text, read_json, require_regular, split_lines, utf8
@@ -94,16 +94,16 @@ class EvaluationSet:
         Raises:
             EvaluationError: for a name that is no class, or data that do not say their classes beforehand.
         """
-        half = (len(self.classnames) + 1) // 2
-        if isinstance(subset, str):
-            kept = list(range(len(self.classnames)))[: half if subset == "first-half" else None]
-            kept = kept[half if subset == "second-half" else 0 :]
+        numbers, half = range(len(self.classnames)), (len(self.classnames) + 1) // 2
+        kept: Sequence[int]
+        if subset == "first-half":
+            kept = numbers[:half]
+        elif subset == "second-half":
+            kept = numbers[half:]
+        elif unknown := [name for name in subset if name not in self.classnames]:
+            raise EvaluationError(f"'{unknown[0]}' is no class of '{self.name}' at {self.place}.")
         else:
-            numbers = {name: number for number, name in reversed(list(enumerate(self.classnames)))}
-            unknown = [name for name in subset if name not in numbers]
-            if unknown:
-                raise EvaluationError(f"'{unknown[0]}' is no class of '{self.name}' at {self.place}.")
-            kept = [numbers[name] for name in subset]
+            kept = [self.classnames.index(name) for name in subset]
         if not isinstance(self.samples, StoredSamples):
             raise EvaluationError(
                 f"'subset' needs '{self.name}' as a WebDataset folder or as folders of images, not from a builder."
@@ -140,11 +140,7 @@ def find_sets(folder: Path, split: str = "test") -> list[EvaluationSet]:
 
 
 def open_webdataset(root: Path, name: str, split: str = "test") -> EvaluationSet:
-    """Opens a set in CLIP_benchmark's WebDataset layout.
-
-    Raises:
-        EvaluationError: if a file is missing or malformed.
-    """
+    """Opens a set in CLIP_benchmark's WebDataset layout; an EvaluationError names what is missing or malformed."""
     shards = _shards(root / split)
     templates = read_lines(root / TEMPLATES)
     for template in templates:
@@ -158,11 +154,9 @@ def open_webdataset(root: Path, name: str, split: str = "test") -> EvaluationSet
 def open_folders(root: Path, name: str, split: str = "test") -> EvaluationSet:
     """Opens a set of one folder of images per class, numbered in the order of their names.
 
-    The classes and images are those of torchvision's ``ImageFolder``; see :mod:`arf_plugin.evaluation.folders`.
-
     Raises:
-        EvaluationError: if there are no such folders, something in them is not understood, or classnames.txt names
-            other classes.
+        EvaluationError: if there are no such folders, something in them is not understood (see
+            :mod:`arf_plugin.evaluation.folders`), or classnames.txt names other classes.
     """
     classes = _classes(root)
     if not classes:
@@ -204,12 +198,7 @@ def open_list(path: Path, name: str, split: str = "test") -> EvaluationSet:
 
 
 def imagenet_templates() -> list[str]:
-    """CLIP_benchmark's English templates of ImageNet.
-
-    Raises:
-        MissingDependencyError: without CLIP_benchmark.
-        EvaluationError: its file of templates is damaged.
-    """
+    """CLIP_benchmark's English templates of ImageNet; an ArfError if it is missing or damaged."""
     found = importlib.util.find_spec("clip_benchmark")
     if found is None or found.origin is None:
         raise MissingDependencyError("clip-benchmark", "Evaluation", "evaluation")
@@ -266,21 +255,19 @@ def _of_classes(root: Path, classes: Sequence[ClassFolder], name: str, split: st
 
 def _shards(folder: Path) -> list[Path]:
     """The tars that nshards.txt counts, which are all that there are."""
-    listed = folder / "nshards.txt"
+    listed = folder / NSHARDS
     count = " ".join(read_lines(listed))
     if not (count.isascii() and count.isdecimal() and len(count) < 20 and int(count)):
         raise EvaluationError(f"{listed} says {count[:40]!r}, expected the number of tars.")
     there = {path.name for path in list_files(folder, ".tar")}
-    wanted = []
-    for number in range(int(count)):
-        wanted.append(f"{number}.tar")
-        if wanted[-1] not in there:
-            raise EvaluationError(
-                f"{listed} says {int(count)}, but {wanted[-1]} does not exist (found: "
-                f"{shortened(sorted(there)) or 'no tar'}). Copy the set again."
-            )
-    extra = sorted(there.difference(wanted))
-    if extra:
+    missing = next((name for n in range(int(count)) if (name := f"{n}.tar") not in there), None)
+    if missing:
+        raise EvaluationError(
+            f"{listed} says {int(count)}, but {missing} does not exist (found: "
+            f"{shortened(sorted(there)) or 'no tar'}). Copy the set again."
+        )
+    wanted = [f"{n}.tar" for n in range(int(count))]
+    if extra := sorted(there.difference(wanted)):
         raise EvaluationError(
             f"{listed} says {int(count)}, which leaves out {shortened(extra)}. Expected as many as there are tars, "
             "named 0.tar, 1.tar and so on; correct the number, or remove the others."
@@ -316,14 +303,11 @@ def _own_texts(
 
 def _compare_names(path: Path, names: list[str], folders: list[str]) -> None:
     """Refuses names that are those of folders, in another order; other names cannot be compared."""
-    places: dict[str, int] = {}
-    for number, folder in enumerate(folders):
-        places.setdefault(_plain(folder), number)
-    unique = len(places) == len(folders)
+    places = {_plain(folder): number for number, folder in enumerate(folders)}
     wrong = [
         (number, places[_plain(name)])
         for number, name in enumerate(names)
-        if unique and places.get(_plain(name), number) != number
+        if len(places) == len(folders) and places.get(_plain(name), number) != number
     ]
     if len(wrong) > 1:
         number, there = wrong[0]

@@ -48,13 +48,7 @@ class Found:
 
 
 def find_suite(suite: Suite, root: Path, split: str = "test", only: Sequence[str] = ()) -> Found:
-    """Opens the sets of a suite below a folder.
-
-    Args:
-        suite: the suite.
-        root: the data root.
-        split: which part of the data.
-        only: names or patterns of sets; all if empty.
+    """Opens the sets of a suite below a folder: those that names or patterns in `only` name, or all.
 
     Raises:
         EvaluationError: for a root that is missing, a name in `only` that is no set, or a set that is malformed.
@@ -68,15 +62,19 @@ def find_suite(suite: Suite, root: Path, split: str = "test", only: Sequence[str
             raise EvaluationError(
                 f"{pattern!r} is no set of the suite '{suite.name}'. Expected some of {', '.join(suite.sets)}."
             )
-    sets, missing = [], {}
+    sets: list[EvaluationSet] = []
+    missing: dict[str, list[str]] = {}
     for name, entry in suite.sets.items():
         if only and not any(fnmatch.fnmatch(name, pattern) for pattern in only):
             continue
-        opened, places = find_set(name, entry, root, split)
-        if opened is None:
-            missing[name] = places
+        places: list[str] = []
+        for source in entry.sources:
+            opened = _open(name, source, root, split, places)
+            if opened is not None:
+                sets.append(_with_entry(entry, source, opened))
+                break
         else:
-            sets.append(opened)
+            missing[name] = places
     return Found(sets, missing)
 
 
@@ -86,24 +84,8 @@ def missing_text(suite: Suite, found: Found) -> str:
     return f"{len(lines)} of the sets of '{suite.name}' are not there:\n" + "\n".join(lines)
 
 
-def find_set(name: str, entry: SetEntry, root: Path, split: str) -> tuple[EvaluationSet | None, list[str]]:
-    """Opens a set from the first of its sources that is there.
-
-    Returns:
-        The set or None, and the places that were looked at.
-
-    Raises:
-        EvaluationError: if what is there is malformed, or has another number of classes than the suite says.
-    """
-    places: list[str] = []
-    for source in entry.sources:
-        opened = _open(name, source, root, split, places)
-        if opened is not None:
-            return _with_entry(entry, source, opened), places
-    return None, places
-
-
 def _open(name: str, source: Source, root: Path, split: str, places: list[str]) -> EvaluationSet | None:
+    """Opens a set from a source, or adds to `places` where it was looked for."""
     at = source.place.replace("{split}", split)
     if source.webdataset is not None:
         inner = "test" if "{split}" in source.place else split
@@ -114,17 +96,12 @@ def _open(name: str, source: Source, root: Path, split: str, places: list[str]) 
         places.append(str(root / at / inner / "nshards.txt"))
         return None
     path = root / at
+    if not (path.is_dir() if source.list is None else path.is_file()):
+        places.append(f"{path}/" if source.list is None else str(path))
+        return None
     if source.list is not None:
-        if path.is_file():
-            return open_list(path, name, split)
-        places.append(str(path))
-    elif not path.is_dir():
-        places.append(f"{path}/")
-    elif source.builder is not None:
-        return _build(name, source.builder, path, split)
-    else:
-        return open_folders(path, name, split)
-    return None
+        return open_list(path, name, split)
+    return _build(name, source.builder, path, split) if source.builder else open_folders(path, name, split)
 
 
 def _with_entry(entry: SetEntry, source: Source, opened: EvaluationSet) -> EvaluationSet:
