@@ -1,17 +1,21 @@
-"""Reads YAML files that others have written, to nodes that know their lines: plain values, bounded, one sentence.
+"""Reads YAML files that others have written: plain values that know their lines, bounded, one sentence.
 
-Nothing is constructed here: what a text stands for is for the reader of the file to say, so that an impossible date is
-a text like any other. Aliases are fine as long as the file remains of a sane size with all of them filled in, which
-"billion laughs" do not, nor lists that contain themselves.
+What a text stands for is for the reader of the file to say, so that an impossible date is a text like any other.
+Aliases are fine as long as the file remains of a sane size with all of them filled in, which "billion laughs" do not,
+nor lists that contain themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import ArfError, MissingDependencyError
 from arf_plugin.untrusted import printable, require_regular
+
+if TYPE_CHECKING:
+    from arf_plugin.validation import Location
 
 LARGEST_FILE = 1 << 20  # bytes; the package's own have some thousand
 LARGEST_VALUE = 100_000  # nodes, aliases filled in
@@ -19,21 +23,67 @@ _PREFIX = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "timestamp", "seq", "map", "merge", "value")
 
 
-def compose(path: Path, name: str, what: str, error: type[ArfError]) -> Any:
-    """Parses a YAML file of one document.
+def read(
+    path: Path,
+    name: str,
+    what: str,
+    error: type[ArfError],
+    scalar: Callable[[Any, Location], Any] = lambda node, location: node.value,
+) -> tuple[Any, Callable[[Location], str]]:
+    """Reads a YAML file of one document: mappings, lists, truth values and nothing; for the rest it is asked.
 
     Args:
         path: the file.
         name: what messages call it.
         what: what it is read for, such as "a suite".
         error: family of the error.
+        scalar: what another value stands for, given its node and location; by default the text as it is written.
 
     Returns:
-        The root node, whose mappings have plain texts for keys; None for an empty file.
+        The value, None for an empty file; and what gives the place of a location in it, such as ``grid.yaml, line 12``,
+        or of the nearest one around it.
 
     Raises:
-        error: it cannot be read, is no YAML, or holds something else than plain values; with the line if there is one.
+        error: it cannot be read, is no YAML, holds something else than plain values, or has a key twice; with the line
+            if there is one.
     """
+    lines: dict[Location, int] = {(): 1}
+
+    def plain(node: Any, location: Location) -> Any:
+        lines.setdefault(location, node.start_mark.line + 1)
+        if node.id == "sequence":
+            return [plain(child, (*location, index)) for index, child in enumerate(node.value)]
+        if node.id == "mapping":
+            found: dict[str, Any] = {}
+            for key, value in node.value:
+                inner, line = (*location, key.value), key.start_mark.line + 1
+                if key.value in found:
+                    where = printable(".".join(map(str, inner)))[:200]
+                    raise error(
+                        f"{name}, line {line}, {where}: this key stands on line {lines[inner]}, too. Keep one of them."
+                    )
+                lines[inner] = line
+                found[key.value] = plain(value, inner)
+            return found
+        if node.tag.endswith(":null"):
+            return None
+        return (
+            node.value.lower() in ("true", "yes", "on")
+            if node.tag.endswith(":bool")
+            else scalar(node, location)
+        )
+
+    def place(location: Location) -> str:
+        while location not in lines:
+            location = location[:-1]
+        return f"{name}, line {lines[location]}"
+
+    root = _compose(path, name, what, error)
+    return None if root is None else plain(root, ()), place
+
+
+def _compose(path: Path, name: str, what: str, error: type[ArfError]) -> Any:
+    """The root node of a file's one document, whose mappings have plain texts for keys; None for an empty file."""
     try:
         import yaml
     except ImportError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from arf_plugin.ablation.config import Grid, merge
 from arf_plugin.errors import GridError
-from arf_plugin.plain_yaml import compose
+from arf_plugin.plain_yaml import read
 from arf_plugin.validation import Location, placed, shown, validated
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -59,42 +59,15 @@ class _File:
                 f"There is no grid '{name_or_path[:200]}'. Expected a YAML file, or one of: {', '.join(known)}."
             )
         self.name = path.name if name_or_path in known else name_or_path
-        self.lines: dict[Location, int] = {}
-        node = compose(path, self.name, "a grid", GridError)
-        if node is None:
+        self.values, self.place = read(path, self.name, "a grid", GridError)
+        if self.values is None:
             raise GridError(f"{self.name} is empty. Expected a grid; `arf ablate --list` names ready ones.")
-        self.values = self._plain(node, ())
         if not isinstance(self.values, dict):
             raise self.error((), f"found {shown(self.values)}, expected a mapping (key: value).")
-
-    def place(self, location: Location) -> str:
-        """File and line of a value, or of the nearest one around it."""
-        while location not in self.lines:
-            location = location[:-1]
-        return f"{self.name}, line {self.lines[location]}"
 
     def error(self, location: Location, message: str) -> GridError:
         """An error about a value, to be raised."""
         return _error(self.place(location), location, message)
-
-    def _plain(self, node: Any, location: Location) -> Any:
-        """What a node stands for: mappings, lists, true, false and nothing; else the text as it was written."""
-        self.lines[location] = node.start_mark.line + 1
-        if node.id == "sequence":
-            return [self._plain(child, (*location, index)) for index, child in enumerate(node.value)]
-        if node.id == "mapping":
-            found: dict[str, Any] = {}
-            for key, value in node.value:
-                name, line, inner = key.value, key.start_mark.line + 1, (*location, key.value)
-                if name in found:
-                    text = f"this key stands on line {self.lines[inner]}, too. Keep one of them."
-                    raise _error(f"{self.name}, line {line}", inner, text)
-                found[name] = self._plain(value, inner)
-                self.lines[inner] = line
-            return found
-        if node.tag.endswith(":null"):
-            return None
-        return node.value.lower() in ("true", "yes", "on") if node.tag.endswith(":bool") else node.value
 
 
 class _Reader:

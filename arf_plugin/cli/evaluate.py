@@ -153,36 +153,25 @@ def run(args: argparse.Namespace) -> int:
 
     first = Processes().first
     warn_as("arf evaluate", first)
-    if args.model is None:
-        if args.compare is None or args.checkpoints or args.dry_run:
-            raise FlagError(
-                "--model is needed to measure: an open_clip model, local-dir:FOLDER or hf-hub:NAME."
-            )
-        if first:
-            content, text = compare(args, None)
-            if args.json:
-                write_json(args.json, content)
-            print(text)
-        return 0
-    suite, sets = find(args, args.split, dry_run=args.dry_run)
-    candidates = _candidates(args)
-    if args.dry_run:
-        print(_plan(args, sets, candidates))
-        return 0
-    records = evaluate(
-        candidates,
-        args.model,
-        sets,
-        suite=suite.name if suite else None,
-        pretrained=args.pretrained,
-        out=args.out,
-        **device_options(args),
-    )
+    records, content, shown = None, {}, []
+    if args.model is not None:
+        suite, sets = find(args, args.split, dry_run=args.dry_run)
+        candidates = _candidates(args)
+        if args.dry_run:
+            print(_plan(args, sets, candidates))
+            return 0
+        how = {**device_options(args), "pretrained": args.pretrained, "out": args.out}
+        records = evaluate(candidates, args.model, sets, suite=suite.name if suite else None, **how)
+        content, shown = summary(records, suite), [table(records, suite)]
+    elif args.compare is None or args.checkpoints or args.dry_run:
+        raise FlagError("--model is needed to measure: an open_clip model, local-dir:FOLDER or hf-hub:NAME.")
     if first:
-        content, text = compare(args, records) if args.compare else ({}, "")
+        if args.compare:
+            compared, text = compare(args, records)
+            content, shown = {**content, **compared}, [*shown, text]
         if args.json:
-            write_json(args.json, {**summary(records, suite), **content})
-        print(table(records, suite) + (f"\n\n{text}" if text else ""))
+            write_json(args.json, content)
+        print("\n\n".join(shown))
     return 0
 
 
@@ -205,22 +194,28 @@ def compare(args: argparse.Namespace, measured: list[EvalRecord] | None) -> tupl
     from arf_plugin.evaluation.tables import comparison_table
 
     files = [measured is None and Path(name).suffix == ".jsonl" for name in args.compare]
-    among = args.among or ([args.out] if args.out and measured is None else [])
-    pools = [read_records(path) for path in among] or ([measured] if measured is not None else [])
+    if args.among or measured is None:
+        pools = [read_records(path) for path in args.among or [args.out] if path]
+    else:
+        pools = [measured]
     if not all(files) and (not pools or (any(files) and len(pools) > 1)):
         raise FlagError(
             f"--compare {' '.join(map(printable, args.compare))}: expected two files of records (.jsonl), or two arms "
             "and the files that their records are in (--among FILE, or --out)."
         )
-    sides = []
-    for name, is_file in zip(args.compare, files, strict=True):
-        found = [read_records(Path(name))] if is_file else pools
+
+    def arms(name: str, pools: list[list[EvalRecord]]) -> list[verdicts.ByRun]:
         # What is compared is top-1, whatever heads a set's column.
         of_split = [
             [{**one, "headline": "top1"} for one in pool if one.get("split") in (None, args.split)]
-            for pool in found
+            for pool in pools
         ]
-        sides.append([verdicts.find_arm(pool, "*" if is_file else name) for pool in of_split])
+        return [verdicts.find_arm(pool, name) for pool in of_split]
+
+    sides = [
+        arms("*", [read_records(Path(name))]) if is_file else arms(name, pools)
+        for name, is_file in zip(args.compare, files, strict=True)
+    ]
     before, after = verdicts.joined(*sides)
     records = [record for run in after.values() for record in run.values()]
     suites = {record.get("suite") for record in records} & set(known_suites())

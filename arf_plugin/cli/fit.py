@@ -111,10 +111,11 @@ def _config(path: str) -> dict[str, Any]:
     import yaml
 
     from arf_plugin.errors import FitError
-    from arf_plugin.plain_yaml import compose
+    from arf_plugin.plain_yaml import read
 
-    node = compose(Path(path), path, "settings of a fit", FitError)
-    found = yaml.SafeLoader("").construct_document(node) if node is not None else {}
+    scalar = yaml.SafeLoader("").construct_document
+    found, _ = read(Path(path), path, "settings of a fit", FitError, lambda node, _: scalar(node))
+    found = {} if found is None else found
     if not isinstance(found, dict):
         raise FitError(f"{path} is no mapping. Expected lines such as model: ViT-B-16-quickgelu@openai")
     return found

@@ -192,13 +192,9 @@ def build(
     texts = {"context_length": settings.force_context_length} if settings.force_context_length else {}
     try:
         with safe_loading():
+            options = {**settings.arguments(), **named, **weights, "device": device}
             built, _, preprocess = open_clip.create_model_and_transforms(
-                model,
-                pretrained=None if file else pretrained,
-                device=device,
-                **settings.arguments(),
-                **named,
-                **weights,
+                model, pretrained=None if file else pretrained, **options
             )
             tokenizer = open_clip.get_tokenizer(model, **texts, **named)
     except ArfError:
@@ -217,9 +213,6 @@ def find_original(text: str) -> Path:
     """Finds the model before fine-tuning by its path, or by ``MODEL@PRETRAINED`` as open_clip calls it.
 
     Named weights are loaded by open_clip once and kept as a file in the cache folder.
-
-    Args:
-        text: a path, or for example ``ViT-B-16-quickgelu@openai``.
 
     Returns:
         The path of a checkpoint.

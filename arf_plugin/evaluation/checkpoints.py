@@ -36,16 +36,10 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint that has been opened.
-
-    Attributes:
-        path: the file.
-        weights: tensors by name, on the CPU, mapped from the file; to be read, not written.
-        run: what the file tells of the run behind it, as it stands there; None if nothing.
-    """
+    """A checkpoint that has been opened; `run` is what it tells of the run behind it, as it stands there."""
 
     path: Path
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]  # by name, on the CPU, mapped from the file; to be read, not written
     run: Any = None
 
     @property
@@ -67,7 +61,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise EvaluationError(f"There is no checkpoint at {path}. Expected a .pt or .safetensors file.")
     try:
-        content, run = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                run = (file.metadata() or {}).get(RUN)
+        else:
+            import torch
+
+            mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 cannot be mapped
+            with safe_loading():
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            run = content.get(RUN) if isinstance(content, dict) else None
     except UnsafeTorchError:
         raise
     except Exception as cause:  # torch and safetensors raise many kinds for a damaged file
@@ -83,46 +89,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return open_checkpoint(path).weights
 
 
-def _load_safetensors(path: Path) -> tuple[Any, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, (file.metadata() or {}).get(RUN)
-
-
-def _load_pickle(path: Path) -> tuple[Any, Any]:
-    import torch
-
-    mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 cannot be mapped
-    with safe_loading():
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    return content, content.get(RUN) if isinstance(content, dict) else None
-
-
 def _plain_weights(content: Any, path: Path) -> dict[str, torch.Tensor]:
     """The tensors in what a file holds, under the names that the bare model has for them."""
     import torch
 
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
-        )
-    ):
+    whole = isinstance(weights, dict) and weights
+    if not whole or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise EvaluationError(
             f"{path} holds no weights (found: {found}). Expected a dict of tensors, or one under 'state_dict'."
         )
     plain: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
-        if plain_name(name) in plain:
+        bare = plain_name(name)
+        if bare in plain:
             raise EvaluationError(
-                f"{path} holds '{plain_name(name)}' twice, once as '{name}'. Expected the weights of one model."
+                f"{path} holds '{bare}' twice, once as '{name}'. Expected the weights of one model."
             )
-        plain[plain_name(name)] = value
+        plain[bare] = value
     return plain
 
 
@@ -220,8 +205,7 @@ def fitted(
             name not in state and name == "logit_bias"
         ):  # as open_clip does, which asks for a scale beside it
             state[name] = torch.zeros_like(tensor)
-    for name in [name for name in state if name not in own and _is_needless(name)]:
-        del state[name]
+    state = {name: tensor for name, tensor in state.items() if name in own or not _is_needless(name)}
     if problems := difference(own, state):
         raise EvaluationError(
             f"{path} is a checkpoint of another architecture than --model: {listed(problems)}. Name the model it was "

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.untrusted import printable
@@ -45,7 +44,6 @@ _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _NO_PICTURES = (".pdf", ".ps", ".eps", ".h5", ".hdf", ".mpg", ".mpeg", ".grib", ".bufr")  # known to PIL, too
 _NUMBERED = re.compile(r"[0-9]+\.tar")
 _MOST_REPEATED = 10_000  # folders that links lead to once more
-_Waiting = tuple[str, tuple[tuple[int, int], ...]]  # a folder, and the places of itself and those above it
 _CAMERAS = (".heic", ".heif", ".jxl", ".svg", ".dng", ".nef", ".cr2", ".arw")  # unknown to PIL alone
 
 
@@ -271,7 +269,7 @@ def _opens(path: Path, suffix: str) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    if not path.is_file():
+    if not path.is_file():  # a pipe
         return b""
     try:
         with path.open("rb") as file:
@@ -280,95 +278,67 @@ def _head(path: Path) -> bytes:
         raise EvaluationError(f"{path} cannot be read: {cause.strerror}.") from cause
 
 
-class _Seen(NamedTuple):
-    """What a folder holds directly."""
+def survey(folder: Path, split: str) -> tuple[list[Path], list[str]]:
+    """Looks through a folder and all below it for sets in CLIP_benchmark's WebDataset layout; links are followed.
 
-    path: Path
-    images: bool
-    counted: bool
-    tars: bool
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What there is below a folder: `roots` are sets in CLIP_benchmark's WebDataset layout that have a split."""
-
-    folder: Path
-    split: str
-    roots: list[Path]
-    _seen: list[_Seen]
-
-    def refuse_second_layout(self) -> None:
-        """Raises an EvaluationError for class folders beside tars, in the folder itself or in one of the sets."""
-        for place in dict.fromkeys((self.folder, *self.roots, *(root / self.split for root in self.roots))):
-            inner = [s.path.name for s in self._seen if s.images and s.path.parent == place]
-            classes = [name for name in inner if not name.startswith(".")]
-            if len(classes) > 1:
-                raise EvaluationError(
-                    f"{place} has folders of images ({shortened(classes)}), and a set in WebDataset layout is at "
-                    f"{self.roots[0] / self.split}. Expected one layout: move one of them elsewhere, or name the "
-                    "one that is meant."
-                )
-
-    def left_out(self) -> Iterator[str]:
-        """Says what looks like a set, or a part of one, and is not read."""
-        known = {root / self.split for root in self.roots}
-        if self.folder.joinpath(NSHARDS).is_file() and not self.roots:
-            yield f"{self.folder} has {NSHARDS} itself: name the folder above it."
-        others = [s.path for s in self._seen if s.counted and s.path not in known]
-        others = [path for path in others if path.parent not in self.roots and path != self.folder]
-        if others:
-            yield (
-                f"{shortened(map(str, others))} {'has' if len(others) == 1 else 'have'} {NSHARDS}, but the split is "
-                f"'{self.split}': left out."
-            )
-        uncounted = [str(s.path) for s in self._seen if s.tars and not s.counted and s.path not in known]
-        if uncounted:
-            yield f"{shortened(uncounted)}: tars without {NSHARDS} are left out."
-        images = [str(s.path) for s in self._seen if s.images] if self.roots else []
-        if images:
-            yield (
-                f"images in {shortened(images)} belong to no set in WebDataset layout and are left out; name a set "
-                "of class folders by itself."
-            )
-
-
-def survey(folder: Path, split: str) -> Survey:
-    """Looks through a folder and all below it; links are followed.
+    Returns:
+        Those that have the split, sorted; and texts that say what looks like a set, or a part of one, and is not read.
 
     Raises:
-        EvaluationError: a folder cannot be listed, or links lead round and round.
+        EvaluationError: a folder cannot be listed, links lead round and round, or there are class folders beside tars,
+            in the folder itself or in one of the sets.
     """
-    wanted = Path(split).parts
-    seen = list(_folders(folder))
-    roots = []
-    for one in seen:
-        inner = one.path.relative_to(folder).parts
-        if one.counted and wanted and inner[-len(wanted) :] == wanted:
-            roots.append(one.path.parents[len(wanted) - 1])
-    return Survey(folder, split, sorted(roots), seen)
+    images: list[Path] = []
+    counted: list[Path] = []
+    uncounted: list[Path] = []
+    for path, files in _folders(folder):
+        if any(is_image(name) and not name.startswith("._") for name in files):
+            images.append(path)
+        if NSHARDS in files:
+            counted.append(path)
+        elif any(_NUMBERED.fullmatch(name) for name in files):
+            uncounted.append(path)
+    parts = Path(split).parts
+    found = [path for path in counted if parts and path.relative_to(folder).parts[-len(parts) :] == parts]
+    roots = sorted(path.parents[len(parts) - 1] for path in found)
+    for place in dict.fromkeys((folder, *roots, *found)) if roots else ():
+        classes = [path.name for path in images if path.parent == place and not path.name.startswith(".")]
+        if len(classes) > 1:
+            raise EvaluationError(
+                f"{place} has folders of images ({shortened(classes)}), and a set in WebDataset layout is at "
+                f"{roots[0] / split}. Expected one layout: move one of them elsewhere, or name the one that is meant."
+            )
+    problems = []
+    if folder in counted and not roots:
+        problems.append(f"{folder} has {NSHARDS} itself: name the folder above it.")
+    if others := [p for p in counted if p not in found and p.parent not in roots and p != folder]:
+        has = "has" if len(others) == 1 else "have"
+        problems.append(
+            f"{shortened(map(str, others))} {has} {NSHARDS}, but the split is '{split}': left out."
+        )
+    if uncounted:
+        problems.append(f"{shortened(map(str, uncounted))}: tars without {NSHARDS} are left out.")
+    if images and roots:
+        problems.append(
+            f"images in {shortened(map(str, images))} belong to no set in WebDataset layout and are left out; name a "
+            "set of class folders by itself."
+        )
+    return roots, problems
 
 
-def _folders(folder: Path) -> Iterator[_Seen]:
-    """Yields folders, links after all others, so that a folder's own name comes first.
+def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yields folders and the names of their files.
 
     A link to a folder above itself adds nothing; one to another place is another name for what is there.
     """
     start = place_of(str(folder))
-    waiting: deque[_Waiting] = deque([(str(folder), (start,))])
-    links: deque[_Waiting] = deque()
+    waiting = deque([(str(folder), (start,))])  # folders, and the places of each and those above it
     known, repeated = {start}, 0
-    while waiting or links:
-        path, above = (waiting or links).popleft()
+    while waiting:
+        path, above = waiting.popleft()
         folders, files = listing(path)
-        yield _Seen(
-            Path(path),
-            images=any(is_image(name) and not name.startswith("._") for name in files),
-            counted=NSHARDS in files,
-            tars=any(_NUMBERED.fullmatch(name) for name in files),
-        )
-        for name in folders:
-            inner = f"{path}/{name}"
+        yield Path(path), files
+        for inner in (f"{path}/{name}" for name in folders):
             place = place_of(inner)
             if place in above:
                 continue
@@ -378,4 +348,4 @@ def _folders(folder: Path) -> Iterator[_Seen]:
                     f"{folder}: links lead to the same folders over and over, such as {inner}. Remove them."
                 )
             known.add(place)
-            (links if Path(inner).is_symlink() else waiting).append((inner, (*above, place)))
+            waiting.append((inner, (*above, place)))

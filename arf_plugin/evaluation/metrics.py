@@ -22,31 +22,18 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers on N images of a set.
+    """A model's answers on N images of a set; tensors [N] on the CPU."""
 
-    Attributes:
-        target: int64 [N], true class numbers.
-        predicted: int64 [N], class of the largest logit.
-        among_top: bool [N], whether the true class is among the five largest logits; all True below five classes.
-        confidence: float32 [N], the predicted class's probability.
-    """
-
-    target: torch.Tensor
-    predicted: torch.Tensor
-    among_top: torch.Tensor
-    confidence: torch.Tensor
+    target: torch.Tensor  # int64, true class numbers
+    predicted: torch.Tensor  # int64, class of the largest logit
+    among_top: torch.Tensor  # bool, whether the true class is among the five largest logits
+    confidence: torch.Tensor  # float32, the predicted class's probability
 
 
 def predictions(logits: torch.Tensor, target: torch.Tensor, scale: float = 1.0) -> Predictions:
-    """Reduces logits to what the metrics need.
+    """Reduces logits [N, classes] of images of classes `target` to what the metrics need.
 
-    Args:
-        logits: [N, classes].
-        target: int64 [N].
-        scale: factor on the logits before the softmax.
-
-    Returns:
-        Tensors on the CPU.
+    Probabilities are the softmax of the logits times `scale`.
     """
     import torch
 
@@ -67,30 +54,17 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 
 
 def measure(found: Predictions, classes: int) -> dict[str, float]:
-    """Computes all metrics of a set.
-
-    Args:
-        found: predictions on all its images.
-        classes: number of classes, C.
-
-    Returns:
-        In percent: those of :func:`accuracies`, and `ece`, see :func:`calibration_error`.
-    """
+    """All metrics of a set, in percent: those of :func:`accuracies`, and `ece`, the :func:`calibration_error`."""
     hits = found.target == found.predicted
     return {**accuracies(found, classes), "ece": 100.0 * calibration_error(found.confidence, hits)}
 
 
 def accuracies(found: Predictions, classes: int) -> dict[str, float]:
-    """Computes the metrics that look at classes alone, not at confidences.
+    """The metrics that look at classes alone, not at confidences, in percent.
 
-    Args:
-        found: predictions on all images of a set.
-        classes: number of classes, C.
-
-    Returns:
-        In percent: `top1`; `top5` from five classes on; `mean_per_class`, the mean recall of the classes that occur
-        (scikit-learn's balanced accuracy); `macro_f1`, the mean F1 of the classes that occur or are predicted
-        (scikit-learn's f1_score with average="macro").
+    `top1`; `top5` from five classes on; `mean_per_class`, the mean recall of the classes that occur (scikit-learn's
+    balanced accuracy); `macro_f1`, the mean F1 of the classes that occur or are predicted (scikit-learn's f1_score
+    with average="macro").
     """
     import torch
 
@@ -112,7 +86,7 @@ def accuracies(found: Predictions, classes: int) -> dict[str, float]:
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Expected calibration error over all images of a set, 15 bins of equal width.
+    """Expected calibration error over all images of a set, 15 bins of equal width, from 0 to 1.
 
     The mean over bins of |accuracy - mean confidence|, weighted by the bins' shares of images (Guo et al., "On
     calibration of modern neural networks", ICML 2017, equation 3).
@@ -120,9 +94,6 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     Args:
         confidence: float [N], probabilities of the predicted classes.
         correct: bool [N].
-
-    Returns:
-        A fraction from 0 to 1.
 
     Raises:
         MissingDependencyError: without torchmetrics.
@@ -145,16 +116,10 @@ def mean_cosine(now: torch.Tensor, start: torch.Tensor) -> float:
 
 
 def linear_cka(now: torch.Tensor, start: torch.Tensor) -> float:
-    """Linear centred kernel alignment of two representations of the same N inputs.
+    """Linear centred kernel alignment of two representations ``[N, D]`` and ``[N, D']`` of the same N inputs.
 
-    ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms, X and Y being centred over the inputs.
-
-    Args:
-        now: ``[N, D]``.
-        start: ``[N, D']``.
-
-    Returns:
-        From 0 to 1, which is the same geometry; NaN where all vectors of one of them are equal, or one is not finite.
+    ``|Y'X|^2 / (|X'X| |Y'Y|)`` in Frobenius norms, X and Y being centred over the inputs: from 0 to 1, which is the
+    same geometry; NaN where all vectors of one of them are equal, or one is not finite.
     """
     x, y = (features.double() - features.double().mean(dim=0) for features in (now, start))
     return float((y.T @ x).norm().square() / ((x.T @ x).norm() * (y.T @ y).norm()))

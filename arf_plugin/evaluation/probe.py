@@ -10,10 +10,11 @@ validation part was cut from it. CLIP_benchmark's own probe needs a GPU and appr
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arf_plugin.data.prompts import choose, class_index
 from arf_plugin.errors import MissingDependencyError, TaskDataError
@@ -26,8 +27,7 @@ GRID = tuple(10 ** (-half / 2) for half in range(15))  # 1 to 1e-7, from strong 
 _BLOCK = 1 << 16  # images whose scores are in memory at once
 
 
-@dataclass(frozen=True)
-class Labelled:
+class Labelled(NamedTuple):
     """One image as it is stored, and its class."""
 
     id: str
@@ -37,18 +37,11 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Frozen features of labelled images.
-
-    Attributes:
-        ids: Sample ids.
-        vectors: ``[n, D]``, fp32, unit norm.
-        labels: ``[n]``, int64.
-        skipped: Reasons by id, of images that cannot be decoded.
-    """
+    """Frozen features of labelled images, by sample id; and why others were skipped, which cannot be decoded."""
 
     ids: list[str]
-    vectors: torch.Tensor
-    labels: torch.Tensor
+    vectors: torch.Tensor  # [n, D], fp32, unit norm
+    labels: torch.Tensor  # [n], int64
     skipped: dict[str, str]
 
     def part(self, positions: Sequence[int]) -> Features:
@@ -158,9 +151,9 @@ def split(features: Features, fraction: float, seed: int = 0) -> tuple[Features,
     Returns:
         Training and validation part. A class of a single sample stays in the first.
     """
-    by_class: dict[int, list[int]] = {}
+    by_class = defaultdict[int, list[int]](list)
     for position, label in enumerate(features.labels.tolist()):
-        by_class.setdefault(label, []).append(position)
+        by_class[label].append(position)
     held: set[int] = set()
     for positions in by_class.values():
         order = sorted(positions, key=lambda i: choose(1 << 63, "validation", seed, features.ids[i]))
@@ -172,10 +165,7 @@ def split(features: Features, fraction: float, seed: int = 0) -> tuple[Features,
 def solutions(features: Features, classnames: Sequence[str], grid: Sequence[float]) -> Iterator[Head]:
     """Fits a logistic regression to its optimum for every strength of the penalty, each starting at the last optimum.
 
-    Args:
-        features: What to fit.
-        classnames: Names of the classes; those without a sample get scores below all others'.
-        grid: Strengths of the penalty on the weights; the bias is free.
+    The bias is free. Classes without a sample get scores below all others'.
 
     Yields:
         Heads in fp64.
@@ -200,9 +190,8 @@ def solutions(features: Features, classnames: Sequence[str], grid: Sequence[floa
     vectors = features.vectors.double()
     mean = vectors.mean(dim=0)
     vectors -= mean
-    two = (
-        len(present) == 2
-    )  # scikit-learn fits one sigmoid then, with the difference of the two classes' weights
+    # Of two classes scikit-learn fits one sigmoid, with the difference of their weights.
+    two = len(present) == 2
     solver = LogisticRegression(tol=1e-8, max_iter=2000, warm_start=True)
     for l2 in grid:
         solver.C = (2 if two else 1) / (l2 * len(vectors))
@@ -235,7 +224,6 @@ def probe(
     validation: Features | None = None,
     fraction: float = 0.2,
     seed: int = 0,
-    grid: Sequence[float] = GRID,
     advance: Callable[[int], object] = lambda count: None,
 ) -> tuple[Head, dict[str, Any]]:
     """Chooses the penalty on validation data and fits the probe.
@@ -246,8 +234,7 @@ def probe(
         validation: Features to choose by; None cuts a part off the task data, and fits to all of it after the choice.
         fraction: Size of that part.
         seed: Draws that part.
-        grid: Strengths to try.
-        advance: Told of each strength that is done.
+        advance: Told of each strength of `GRID` that is done.
 
     Returns:
         The head in fp32, and a summary for people and JSON: the chosen ``l2``, and ``grid``, validation accuracy and
@@ -263,9 +250,8 @@ def probe(
         raise TaskDataError(
             f"{len(task.ids)} samples leave no validation part of {fraction:g}. Give --validation shards, or more."
         )
-    grid = sorted(grid, reverse=True)
     heads, tried = [], []
-    for l2, head in zip(grid, solutions(training, classnames, grid), strict=True):
+    for l2, head in zip(GRID, solutions(training, classnames, GRID), strict=True):
         top1, loss = measure(head, validation)
         heads.append(head)
         tried.append({"l2": l2, "top1": round(top1, 4), "loss": round(loss, 6)})
@@ -273,15 +259,15 @@ def probe(
     best = max(range(len(tried)), key=lambda i: (tried[i]["top1"], -tried[i]["loss"]))
     head = heads[best]
     if training is not task:
-        [head] = solutions(task, classnames, [grid[best]])
+        [head] = solutions(task, classnames, [GRID[best]])
     summary = {
         "classes": len(classnames),
         "samples": len(task.ids),
         "validation": len(validation.ids),
         "skipped": len(task.skipped),
         "classes_without_samples": len(classnames) - len(task.labels.unique()),
-        "l2": grid[best],
-        "at_edge_of_grid": best in (0, len(grid) - 1),
+        "l2": GRID[best],
+        "at_edge_of_grid": best in (0, len(GRID) - 1),
         "validation_top1": tried[best]["top1"],
         "training_top1": round(measure(head, task)[0], 4),
         "grid": tried,

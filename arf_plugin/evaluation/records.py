@@ -206,9 +206,9 @@ def append_record(path: Path, record: EvalRecord) -> None:
 def _finish(file: Any) -> None:
     """Cuts an unfinished last line off, or ends one that only lacks its newline."""
     end = start = file.seek(0, os.SEEK_END)
-    last = b""
+    last, size = b"", 1 << 16
     while start and b"\n" not in last:
-        start = max(0, start - 65536)
+        start, size = max(0, end - size), 2 * size
         file.seek(start)
         last = file.read(end - start)
     last = last.rpartition(b"\n")[2]

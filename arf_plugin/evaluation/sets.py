@@ -121,18 +121,15 @@ def find_sets(folder: Path, split: str = "test") -> list[EvaluationSet]:
     if not folder.is_dir():
         raise EvaluationError(f"There is no folder {folder}. Expected a set, or a folder of sets.")
     name = folder.name if folder.name not in ("", "..") else folder.resolve().name
-    seen = survey(folder, split)
-    if seen.roots:
-        seen.refuse_second_layout()
-        for problem in seen.left_out():
+    roots, left_out = survey(folder, split)
+    if roots:
+        for problem in left_out:
             warn(problem)
-        return [
-            open_webdataset(root, utf8(str(root.relative_to(folder)) if root != folder else name), split)
-            for root in seen.roots
-        ]
+        names = [utf8(str(root.relative_to(folder)) if root != folder else name) for root in roots]
+        return [open_webdataset(root, called, split) for root, called in zip(roots, names, strict=True)]
     if classes := _classes(folder):
         return [_of_classes(folder, classes, utf8(name), split)]
-    hints = "".join(f" {problem[0].upper()}{problem[1:]}" for problem in seen.left_out())
+    hints = "".join(f" {problem[0].upper()}{problem[1:]}" for problem in left_out)
     raise EvaluationError(
         f"There is no evaluation set in or below {folder}. {LAYOUT.replace('test/', f'{split}/')}; or one folder "
         f"of images per class.{hints}"

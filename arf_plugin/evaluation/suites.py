@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from arf_plugin.errors import EvaluationError
-from arf_plugin.plain_yaml import compose
+from arf_plugin.plain_yaml import read
 from arf_plugin.validation import Listed, Location, Strict, shown, validated
 
 FOLDER = Path(__file__).with_suffix("")
@@ -74,11 +74,7 @@ class Source(Strict):
     @property
     def place(self) -> str:
         """Path below the data root; ``{split}`` is to be filled in."""
-        return next(
-            place
-            for place in (self.at, self.webdataset, self.builder, self.folders, self.list)
-            if place is not None
-        )
+        return self.at or self.webdataset or self.builder or self.folders or self.list or ""
 
 
 class SetEntry(Strict):
@@ -141,15 +137,7 @@ class Suite(SuiteFile):
 
 
 def average(suite: Suite, values: Mapping[str, float]) -> dict[str, float]:
-    """Computes a suite's averages.
-
-    Args:
-        suite: the suite.
-        values: a score per set, such as top-1 in percent.
-
-    Returns:
-        Score by average, in the suite's order; those with a set that `values` lacks are left out.
-    """
+    """A suite's averages by name, in its order, of a score per set; those with a set that lacks one are left out."""
     result: dict[str, float] = {}
     for name, entry in suite.averages.items():
         if entry.harmonic is None:
@@ -184,25 +172,14 @@ def load_suite(name: str | Path) -> Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """Reads a suite file.
-
-    Raises:
-        EvaluationError: naming file, line and key of the first mistake.
-    """
+    """Reads a suite file; an EvaluationError names file, line and key of the first mistake."""
     if not path.exists():
         raise EvaluationError(f"There is no suite file at {path}.")
-    lines: dict[Location, int] = {(): 1}
-    content = _plain(compose(path, str(path), "a suite", EvaluationError), path, lines)
+    content, place = read(path, str(path), "a suite", EvaluationError, _scalar)
     if not isinstance(content, dict):
         raise EvaluationError(
             f"{path}, line 1: the file is {shown(content)}, expected a mapping (key: value)."
         )
-
-    def place(location: Location) -> str:
-        while location not in lines:
-            location = location[:-1]
-        return f"{path}, line {lines[location]}"
-
     suite = validated(SuiteFile, content, str(path), EvaluationError, locate=place)
     averages: dict[str, Average] = {}
     for name, entry in suite.averages.items():
@@ -226,35 +203,9 @@ def read_suite(path: Path) -> Suite:
     return Suite(name=path.stem, description=described, sets=suite.sets, averages=averages)
 
 
-def _plain(node: Any, path: Path, lines: dict[Location, int], location: Location = ()) -> Any:
-    """What a node stands for: mappings, lists, truth values, whole numbers and nothing; else the text as it is.
-
-    Args:
-        node: of the file; None if that is empty.
-        path: the file, for messages.
-        lines: takes the line of every value, counted from 1.
-        location: keys and positions that lead to the node.
-    """
-    if node is None or node.tag.endswith(":null"):
-        return None
-    lines.setdefault(location, node.start_mark.line + 1)
-    if node.id == "sequence":
-        return [_plain(child, path, lines, (*location, index)) for index, child in enumerate(node.value)]
-    if node.id == "mapping":
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            inner = (*location, name)
-            if name in found:
-                raise EvaluationError(
-                    f"{path}, line {line}: key '{name[:80]}' is there twice (line {lines[inner]})."
-                )
-            lines[inner] = line
-            found[name] = _plain(value, path, lines, inner)
-        return found
-    if node.tag.endswith(":bool"):
-        return bool(node.value.lower() in ("true", "yes", "on"))
+def _scalar(node: Any, location: Location) -> int | str:
+    """Whole numbers; else the text as it is, in places with ``{set}`` filled in."""
     if node.tag.endswith(":int") and len(node.value) < 20 and node.value.lstrip("+-").isdecimal():
         return int(node.value)
-    is_place = location[2:3] == ("sources",)
-    return node.value.replace("{set}", str(location[1])) if is_place else node.value
+    text: str = node.value
+    return text.replace("{set}", str(location[1])) if location[2:3] == ("sources",) else text

@@ -12,7 +12,7 @@ from arf_plugin.evaluation.verdicts import Comparison
 from arf_plugin.untrusted import printable
 
 _HEADINGS = {
-    **{"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "macro_f1": "macro F1", "ece": "ECE"},
+    **{"top1": "top-1", "top5": "top-5", "mean_per_class": "per class", "macro_f1": "macro F1", "ece": "ECE"}
 }
 
 

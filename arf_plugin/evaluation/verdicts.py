@@ -25,6 +25,7 @@ of its averages together, averages by class, which mix the same scores anew, apa
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -148,22 +149,17 @@ def compare(one: ByRun, other: ByRun, averages: Mapping[str, Average], mean: boo
             continue
         for member in members:
             if (member, *usable) not in reduced:
-                bits = (np.stack([right_images(one[a][member]) for a, _ in usable]),
-                        np.stack([right_images(other[b][member]) for _, b in usable]))  # fmt: skip
+                bits = [
+                    np.stack([right_images(arm[seed][member]) for seed in seeds_of])
+                    for arm, seeds_of in zip((one, other), zip(*usable, strict=True), strict=True)
+                ]
                 reduced[(member, *usable)] = _of_set(member, *bits)
         found = {member: reduced[(member, *usable)] for member in members}
         verdicts[name] = _judge(found, averages, main if name == MEAN else [name])
-    families = ([name for name in main if name in verdicts], [n for n in verdicts if n not in (*main, MEAN)])
-    corrected = {
-        name: p for family in families for name, p in holm({n: verdicts[n].p for n in family}).items()
-    }
-    return Comparison(
-        {
-            name: replace(verdict, corrected=corrected.get(name, verdict.p))
-            for name, verdict in verdicts.items()
-        },
-        unpaired,
-    )
+    for family in (main, [name for name in verdicts if name not in (*main, MEAN)]):
+        for name, p in holm({name: verdicts[name].p for name in family if name in verdicts}).items():
+            verdicts[name] = replace(verdicts[name], corrected=p)
+    return Comparison(verdicts, unpaired)
 
 
 def find_arm(records: Iterable[EvalRecord], name: str) -> dict[int | None, dict[str, EvalRecord]]:
@@ -216,10 +212,8 @@ def _called(record: EvalRecord) -> str:
 
 def _members(averages: Mapping[str, Average], name: str) -> dict[str, None]:
     """The sets of an average, those of a harmonic mean's parts included."""
-    parts = averages[name].harmonic or ()
-    return dict.fromkeys(
-        [*averages[name].of, *(member for part in parts for member in _members(averages, part))]
-    )
+    parts = [_members(averages, part) for part in averages[name].harmonic or ()]
+    return dict.fromkeys(itertools.chain(averages[name].of, *parts))
 
 
 def single(sets: Iterable[str]) -> dict[str, Average]:
@@ -235,12 +229,7 @@ def matched(one: ByRun, other: ByRun) -> list[tuple[Any, Any]]:
 
 
 def joined(one: Sequence[ByRun], other: Sequence[ByRun]) -> tuple[ByRun, ByRun]:
-    """Two arms of several grids, such as of several pretrained models, with the runs that are compared under one key.
-
-    Args:
-        one: an arm's runs by grid.
-        other: those of the other arm.
-    """
+    """Two arms' runs of several grids, as of several pretrained models, with those that are compared under one key."""
     first: dict[Any, Mapping[str, EvalRecord]] = {}
     second: dict[Any, Mapping[str, EvalRecord]] = {}
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
@@ -286,21 +275,13 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Set(NamedTuple):
-    """What one set says of two arms.
-
-    Attributes:
-        images: its number of images.
-        differ: those that the arms differ on, in any seed.
-        exact: p of the exact test, for one seed.
-        scores: [2, S], in percent.
-        drawn: the same of resampled images, [2, REPLICATES, S].
-    """
+    """What one set says of two arms: p of the exact test, for one seed; scores in percent, also of resampled images."""
 
     images: int
     differ: int
     exact: float | None
-    scores: NDArray[np.float64]
-    drawn: NDArray[np.float64]
+    scores: NDArray[np.float64]  # [2, S]
+    drawn: NDArray[np.float64]  # [2, REPLICATES, S]
 
 
 def _of_set(name: str, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> _Set:

@@ -10,7 +10,7 @@ import pytest
 from arf_plugin.ablation.reader import load_grid
 from arf_plugin.errors import EvaluationError, GridError
 from arf_plugin.evaluation.suites import read_suite
-from arf_plugin.plain_yaml import compose
+from arf_plugin.plain_yaml import read
 
 pytest.importorskip("yaml")
 
@@ -112,8 +112,9 @@ def test_what_is_no_number_of_classes_is_named(tmp_path, number):
 def test_a_byte_order_mark_and_aliases_are_fine(tmp_path):
     path = tmp_path / "own.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + b"a: &x [1, 2]\nb: [*x, *x]\n")
-    [(a, _), (b, value)] = compose(path, "own.yaml", "a test", GridError).value
-    assert (a.value, b.value) == ("a", "b") and len(value.value) == 2
+    value, place = read(path, "own.yaml", "a test", GridError)
+    assert value == {"a": ["1", "2"], "b": [["1", "2"], ["1", "2"]]}
+    assert (place(("b", 7)), place(("c",))) == ("own.yaml, line 2", "own.yaml, line 1")
 
 
 def test_variables_do_not_fill_without_end(tmp_path):

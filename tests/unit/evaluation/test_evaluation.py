@@ -192,10 +192,7 @@ def test_names_for_records(clip, paths, sets, tmp_path):
     evaluate([Candidate(paths[1], name="runs/arf-0/weights.pt"), mixture], clip, sets[:1], out=out, workers=0)
     assert [
         record["original"] for record in select(read_records(out), checkpoint="runs/arf-0/weights.pt")
-    ] == [
-        None,
-        "before",
-    ]
+    ] == [None, "before"]
 
 
 def test_a_head_classifies_the_set_it_was_made_for(clip, paths, sets, tmp_path):

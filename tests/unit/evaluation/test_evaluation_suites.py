@@ -118,7 +118,7 @@ def test_an_own_suite(own):
             "kind: found 'ood', expected one of: id",
         ),
         ("kind: class-split, of: [seen]", "of: [seen]", 9, "'kind' is missing"),
-        ("  unseen:\n", "  seen:\n", 5, "key 'seen' is there twice"),
+        ("  unseen:\n", "  seen:\n", 5, "sets.seen: this key stands on line 3, too"),
         ('"{set}/{split}"', "../elsewhere", 7, "leaves the data root"),
         (
             "description: two sets",
