@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,13 +63,8 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add = parser.add_argument
     add("original", metavar="ORIGINAL", help="checkpoint before fine-tuning, or MODEL@PRETRAINED")
-    add(
-        "tuned",
-        type=Path,
-        nargs="+",
-        metavar="TUNED",
-        help="checkpoints after it; several for stock and soup",
-    )
+    tuned = "checkpoints after it; several for stock and soup"
+    add("tuned", type=Path, nargs="+", metavar="TUNED", help=tuned)
     add("--method", choices=("wise", "stock", "soup", "lines"), default="wise", help="default: %(default)s")
     which = parser.add_mutually_exclusive_group().add_argument
     one = "wise: 0: ORIGINAL, 1: TUNED (default: 0.5, if nothing is measured)"
@@ -85,12 +80,8 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
     add("--dry-run", action="store_true", help="check the input, print the plan and stop")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--out", type=Path, metavar="FILE", help="write the one model, or the chosen one")
-    add(
-        "--out-folder",
-        type=Path,
-        metavar="DIR",
-        help="write every one: DIR/alpha-A.pt, lines-A-B.pt, stock.pt, soup.pt",
-    )
+    every = "write every one: DIR/alpha-A.pt, lines-A-B.pt, stock.pt, soup.pt"
+    add("--out-folder", type=Path, metavar="DIR", help=every)
     form = "in --out-folder (default: %(default)s)"
     add("--format", choices=("pt", "safetensors"), default="pt", help=form)
     add = parser.add_argument_group("measuring").add_argument
@@ -159,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
         def tell(
             title: str, sets: list[EvaluationSet], scores: Mapping[str, Scores], star: str | None, of: str
         ) -> None:
-            summary[title] = {name: asdict(each) for name, each in scores.items()}
+            summary[title] = {name: each._asdict() for name, each in scores.items()}
             say(f"{title}, {_count(sets)}:\n{sweep.table(scores, star, of)}")
 
         say = print if first else (lambda *texts: None)
@@ -232,35 +223,30 @@ def _measures(args: argparse.Namespace) -> bool:
 
 def _check(args: argparse.Namespace, models: int) -> None:
     """Refuses combinations of flags that cannot work."""
-    if not (_measures(args) or args.out or args.out_folder):
-        raise EvaluationError(
-            "Nothing to do. Name a file with --out or a folder with --out-folder to write to, or data to measure "
-            "with --suite and --data-root, or with --data."
-        )
-    if _measures(args) and not args.model:
-        raise EvaluationError(
-            "Measuring needs --model, open_clip's name of the checkpoints' architecture, such as ViT-B-16-quickgelu."
-        )
+    measures, chooses = _measures(args), args.validation is not None
     what = "alpha" if args.method == "wise" else "pair of a and b"
-    if args.out and models > 1 and args.validation is None:
-        raise EvaluationError(
-            f"--out takes one {what}, {models} were given. Use --out-folder, or let --validation choose one."
-        )
-    if args.greedy and args.validation is None:
-        raise EvaluationError("A greedy soup is made by validation data: give --validation, too.")
-    if args.validation is not None and (
-        args.method == "stock" or (args.method == "soup" and not args.greedy)
-    ):
-        hint = " A soup's runs are chosen with --greedy." if args.method == "soup" else ""
-        raise EvaluationError(f"--validation has nothing to choose with --method {args.method}.{hint}")
-    if args.validation == [] and not args.suite:
-        raise EvaluationError(
-            "--validation without a folder means the suite's validation split: give --suite and --data-root, or name "
-            "a folder of sets."
-        )
-    for flag in ("choose_by", "validation_results", "only_chosen"):
-        if getattr(args, flag) and args.validation is None:
-            raise EvaluationError(f"--{flag.replace('_', '-')} needs --validation.")
+    fixed = args.method == "stock" or (args.method == "soup" and not args.greedy)
+    hint = " A soup's runs are chosen with --greedy." if args.method == "soup" else ""
+    refused = {
+        "Nothing to do. Name a file with --out or a folder with --out-folder to write to, or data to measure "
+        "with --suite and --data-root, or with --data.": not (measures or args.out or args.out_folder),
+        "Measuring needs --model, open_clip's name of the checkpoints' architecture, such as ViT-B-16-quickgelu.": (
+            measures and not args.model
+        ),
+        f"--out takes one {what}, {models} were given. Use --out-folder, or let --validation choose one.": (
+            args.out and models > 1 and not chooses
+        ),
+        "A greedy soup is made by validation data: give --validation, too.": args.greedy and not chooses,
+        f"--validation has nothing to choose with --method {args.method}.{hint}": chooses and fixed,
+        "--validation without a folder means the suite's validation split: give --suite and --data-root, or name "
+        "a folder of sets.": args.validation == [] and not args.suite,
+        "--choose-by needs --validation.": args.choose_by and not chooses,
+        "--validation-results needs --validation.": args.validation_results and not chooses,
+        "--only-chosen needs --validation.": args.only_chosen and not chooses,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise EvaluationError(message)
 
 
 def _validation(args: argparse.Namespace) -> list[EvaluationSet]:

@@ -20,19 +20,12 @@ Preprocess: TypeAlias = "Callable[[Any], torch.Tensor]"
 
 
 class Batch(NamedTuple):
-    """Images `start` to before `stop` of a set; they do not depend on how many processes share the batches.
+    """Images of a set; they do not depend on how many processes share the batches."""
 
-    Attributes:
-        number: place among all batches of all sets.
-        dataset: index of the set.
-        start: first image.
-        stop: the one behind the last.
-    """
-
-    number: int
-    dataset: int
-    start: int
-    stop: int
+    number: int  # place among all batches of all sets
+    dataset: int  # index of the set
+    start: int  # first image
+    stop: int  # the one behind the last
 
 
 def plan(sizes: Sequence[int], batch_size: int) -> list[Batch]:

@@ -23,25 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint, its WiSE-FT mixture with another one, or several merged.
+    """A checkpoint, its WiSE-FT mixture with another one, or several merged."""
 
-    Attributes:
-        checkpoint: the (fine-tuned) weights; None for those that come with the model.
-        original: the weights before fine-tuning, of a mixture or a merge.
-        alpha: share of `checkpoint` in the mixture, 0 to 1.
-        name: what records call the checkpoint; its path if None, and what is merged of which paths.
-        original_name: what records call the original; its path if None.
-        merge: how else weights are made of `checkpoint`, the others and the original.
-        others: further fine-tuned weights, of a merge.
-    """
-
-    checkpoint: Path | None
-    original: Path | None = None
-    alpha: float | None = None
-    name: str | None = None
-    original_name: str | None = None
-    merge: Merge | None = None
-    others: tuple[Path, ...] = ()
+    checkpoint: Path | None  # the (fine-tuned) weights; None for those that come with the model
+    original: Path | None = None  # the weights before fine-tuning, of a mixture or a merge
+    alpha: float | None = None  # share of `checkpoint` in the mixture, 0 to 1
+    name: str | None = (
+        None  # what records call the checkpoint; its path if None, and what is merged of which paths
+    )
+    original_name: str | None = None  # what records call the original; its path if None
+    merge: Merge | None = None  # how else weights are made of `checkpoint`, the others and the original
+    others: tuple[Path, ...] = ()  # further fine-tuned weights, of a merge
 
     def __post_init__(self) -> None:
         how = self.how
@@ -110,10 +102,7 @@ class Candidate:
         return found, run
 
     def load(self, model: torch.nn.Module) -> Head | None:
-        """Loads the weights into a model of the architecture.
-
-        Returns:
-            The linear head that comes with them, if any.
+        """Loads the weights into a model of the architecture; returns the linear head that comes with them, if any.
 
         Raises:
             EvaluationError: if they are of another architecture, or no weights at all.

@@ -123,10 +123,10 @@ def plain_name(name: str) -> str:
 def write_weights(path: Path, weights: Mapping[str, torch.Tensor], name: str, run: str | None = None) -> None:
     """Writes weights as open_clip's trainer does, so that ``--resume`` and ``--pretrained`` take them.
 
-    Equal weights are equal bytes. The file appears under its name when it is whole.
+    Equal weights are equal bytes. A ``.safetensors`` file holds the bare tensors.
 
     Args:
-        path: target; a ``.safetensors`` file holds the bare tensors.
+        path: target.
         weights: tensors by name.
         name: the run's name, kept in the checkpoint.
         run: what to tell of the run behind it, from :func:`arf_plugin.evaluation.run_settings.note`.
@@ -154,10 +154,7 @@ def write_weights(path: Path, weights: Mapping[str, torch.Tensor], name: str, ru
 
 
 def load_into(model: torch.nn.Module, path: Path) -> Head | None:
-    """Loads a checkpoint's weights into a model of the same architecture, as ``open_clip.load_checkpoint`` does.
-
-    Returns:
-        The linear head that the checkpoint holds beside the model's weights, if any.
+    """Loads a checkpoint into a model of its architecture, as ``open_clip.load_checkpoint`` does; returns its head.
 
     Raises:
         EvaluationError: naming the first weights that do not fit; the model may then hold some of them.

@@ -14,11 +14,7 @@ T = TypeVar("T")
 class Processes:
     """The processes that torchrun started, or this one alone. A context: leaving it leaves the group.
 
-    Attributes:
-        rank: this process's number.
-        world: number of processes.
-        local_rank: number on its machine, which picks its GPU.
-        local_world: processes on its machine.
+    `rank` of `world` processes; `local_rank`, which picks the GPU, of `local_world` on this machine.
     """
 
     def __init__(self) -> None:

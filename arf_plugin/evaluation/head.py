@@ -28,17 +28,11 @@ NAMES = ("weight", "bias", "classnames")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
-    """A linear classifier of unit image features.
+    """A linear classifier of unit image features."""
 
-    Attributes:
-        weight: ``[classes, D]``.
-        bias: ``[classes]``.
-        digest: SHA-256 of the class names, in the order of the classes.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    digest: bytes
+    weight: torch.Tensor  # [classes, D]
+    bias: torch.Tensor  # [classes]
+    digest: bytes  # SHA-256 of the class names, in the order of the classes
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Class scores ``[n, classes]`` of unit image features ``[n, D]``, in their dtype and on their device."""
@@ -62,29 +56,20 @@ def names_digest(classnames: Sequence[str]) -> bytes:
 
 
 def split_head(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Head | None]:
-    """Parts a checkpoint's weights into CLIP's own and the head.
-
-    Args:
-        weights: tensors by name, as :func:`arf_plugin.evaluation.checkpoints.read_weights` returns them.
-
-    Returns:
-        The weights without ``arf_head.*``, and the head; None if there is none.
+    """Parts a checkpoint's weights by name into CLIP's own and the head; None if there is none.
 
     Raises:
         EvaluationError: for a head that is incomplete or whose parts do not fit together.
     """
-    own = {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
-    parts = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
+    own: dict[str, torch.Tensor] = {}
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        (parts if name.startswith(PREFIX) else own)[name.removeprefix(PREFIX)] = tensor
     if not parts:
         return own, None
     shapes = {name: list(parts[name].shape) for name in sorted(parts)}
-    whole = set(parts) == set(NAMES)
-    if not (
-        whole
-        and parts["weight"].ndim == 2
-        and shapes["bias"] == shapes["weight"][:1]
-        and shapes["classnames"] == [32]
-    ):
+    expected = {"bias": shapes.get("weight", [])[:1], "classnames": [32], "weight": shapes.get("weight")}
+    if shapes != expected or parts["weight"].ndim != 2:
         raise EvaluationError(
             f"The checkpoint's head is damaged: found {shapes} under '{PREFIX}*', expected weight [classes, D], "
             "bias [classes] and classnames [32].\nMake it again with: arf probe"

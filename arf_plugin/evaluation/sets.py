@@ -35,27 +35,16 @@ LAYOUT = f"Expected CLIP_benchmark's layout: {CLASSNAMES}, {TEMPLATES}, test/nsh
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One classification set.
+    """One classification set."""
 
-    Attributes:
-        name: what results are listed under.
-        classnames: one name per class number.
-        templates: prompts with ``{c}``.
-        samples: its images.
-        split: which part of the data it is.
-        metric: the metric that heads the table.
-        expected_images: images that a whole copy has; None if not known.
-        place: where it was found.
-    """
-
-    name: str
-    classnames: tuple[str, ...]
-    templates: tuple[str, ...]
+    name: str  # what results are listed under
+    classnames: tuple[str, ...]  # one per class number
+    templates: tuple[str, ...]  # prompts with ``{c}``
     samples: Samples
     split: str = "test"
-    metric: str = "top1"
-    expected_images: int | None = None
-    place: str = ""
+    metric: str = "top1"  # heads the table
+    expected_images: int | None = None  # what a whole copy has; None if not known
+    place: str = ""  # where it was found
 
     def __post_init__(self) -> None:
         for template in self.templates:

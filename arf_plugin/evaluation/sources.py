@@ -7,9 +7,9 @@ import fnmatch
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation.folders import read_classes, shortened
@@ -34,14 +34,8 @@ BUILDERS = {
 _V2_IMAGES = 10_000
 
 
-@dataclass(frozen=True)
-class Found:
-    """What there is of a suite.
-
-    Attributes:
-        sets: opened sets, in the suite's order.
-        missing: for each set that was not found, the places where it was looked for.
-    """
+class Found(NamedTuple):
+    """What there is of a suite: opened sets, in its order; and for each other set where it was looked for."""
 
     sets: list[EvaluationSet]
     missing: dict[str, list[str]]

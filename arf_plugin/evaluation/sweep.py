@@ -13,9 +13,8 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from arf_plugin.console import text_table
 from arf_plugin.errors import EvaluationError
@@ -34,10 +33,7 @@ TIES = {"wise": "nearer 0.5, then smaller", "lines": "smaller a, then smaller b"
 def check_ends(how: Merge, original: Path, tuned: Sequence[Path]) -> int:
     """Raises an EvaluationError unless a method can be used on checkpoints; returns the size of one in bytes.
 
-    Args:
-        how: the method.
-        original: checkpoint before fine-tuning.
-        tuned: checkpoints after it; of one architecture, and not all the same.
+    Those after fine-tuning, `tuned`, are to be of one architecture, and not all the same.
     """
     how.check_count(len(tuned), least_of_soup=2)
     if twice := next((path for path in tuned if tuned.count(path) > 1), None):
@@ -67,8 +63,7 @@ def soup(runs: Sequence[Path]) -> Candidate:
     return Candidate(first, merge=Merge("soup"), others=tuple(others)) if others else Candidate(first)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Headline scores of one model in percent, by set, and by average of the suite."""
 
     sets: dict[str, float]
@@ -90,7 +85,7 @@ def measure(
     suite: Suite | None = None,
     **settings: Any,
 ) -> dict[K, Scores]:
-    """Measures models on sets.
+    """Measures models on sets; scores by the models' keys.
 
     Args:
         candidates: the models by any keys.
@@ -98,12 +93,6 @@ def measure(
         sets: opened sets.
         suite: gives the averages.
         **settings: of :func:`arf_plugin.evaluation.run.evaluate`, such as ``out`` and ``models_at_once``.
-
-    Returns:
-        Scores by key.
-
-    Raises:
-        EvaluationError: for checkpoints or sets that cannot be evaluated.
     """
     asked = list(dict.fromkeys(candidates.values()))
     records = evaluate(asked, model, sets, suite=suite.name if suite else None, **settings)

@@ -87,7 +87,8 @@ def comparison_table(before: str, after: str, *found: Comparison) -> str:
         for name, each in one.verdicts.items()
     ]  # fmt: skip
     seeds = max(each.seeds for one in found for each in one.verdicts.values())
-    columns = (
+    columns = [
+        "",
         "images",
         "differ",
         "before",
@@ -97,12 +98,12 @@ def comparison_table(before: str, after: str, *found: Comparison) -> str:
         "p",
         "p (Holm)",
         "verdict",
-    )
+    ]
     return "\n".join(
         [
             f"before: {printable(before)}; after: {printable(after)}",
             f"top-1 in percent, paired by image, {seeds} {'run' if seeds == 1 else 'runs'} each",
-            text_table(["", *columns], lines),
+            text_table(columns, lines),
             *(
                 f"not compared: {printable(name)}: {why}"
                 for one in found

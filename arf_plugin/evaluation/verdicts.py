@@ -52,28 +52,17 @@ ByRun = Mapping[Any, Mapping[str, EvalRecord]]  # an arm: by seed and set; None 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One arm less another, on a set or an average.
-
-    Attributes:
-        one: mean score over seeds, in percent.
-        other: that of the arm it is compared with.
-        low, high: 95 % interval of the difference, in points.
-        p: two-sided.
-        corrected: p after Holm's correction over the table.
-        images: how many are behind it.
-        differ: those that the arms differ on, in any seed.
-        seeds: how many pairs of runs.
-    """
+    """One arm less another, on a set or an average; scores are means over seeds, in percent."""
 
     one: float
-    other: float
-    low: float
+    other: float  # of the arm it is compared with
+    low: float  # low and high: 95 % interval of the difference, in points
     high: float
-    p: float
-    corrected: float
-    images: int
-    differ: int
-    seeds: int
+    p: float  # two-sided
+    corrected: float  # p after Holm's correction over the table
+    images: int  # how many are behind it
+    differ: int  # those that the arms differ on, in any seed
+    seeds: int  # how many pairs of runs
 
     @property
     def difference(self) -> float:

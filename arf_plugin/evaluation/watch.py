@@ -33,20 +33,14 @@ _Part = tuple[Predictions, torch.Tensor]  # what a batch gave: answers and featu
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of one set.
-
-    Attributes:
-        dataset: the set.
-        metrics: in percent, see :func:`arf_plugin.evaluation.metrics.accuracies`.
-        features: ``image``, unit features [N, D] in the set's order, and ``text``, those of the classes [C, D]; on
-            the CPU, float32.
-        seconds: how long all sets of the round took.
-    """
+    """What was seen of one set."""
 
     dataset: EvaluationSet
-    metrics: dict[str, float]
-    features: Features
-    seconds: float
+    metrics: dict[str, float]  # in percent, see :func:`arf_plugin.evaluation.metrics.accuracies`
+    features: (
+        Features  # image [N, D] in the set's order, text [C, D] of the classes; unit, float32, on the CPU
+    )
+    seconds: float  # how long all sets of the round took
 
 
 def open_sets(folders: Sequence[str]) -> list[EvaluationSet]:
@@ -82,29 +76,18 @@ class Observer:
 
     Several processes share the images and the classes. All of them must call :meth:`observe`, and all get the result.
 
-    Attributes:
-        sets: what to measure on.
-        preprocess: the model's transform for evaluation.
-        tokenizer: texts to [n, L].
-        device: where the model is.
-        autocast: makes the context that the trainer runs forwards in.
-        amp: whether that is a context of mixed precision.
-        dtype: of images that go into the model; None for float32.
-        batch_size: images in a forward.
-        workers: processes that decode images.
-        processes: those that train together.
     """
 
     sets: Sequence[EvaluationSet]
-    preprocess: Callable[[Any], torch.Tensor]
-    tokenizer: Any
+    preprocess: Callable[[Any], torch.Tensor]  # the model's transform for evaluation
+    tokenizer: Any  # texts to [n, L]
     device: torch.device
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
-    amp: bool
-    dtype: torch.dtype | None
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]  # what the trainer runs forwards in
+    amp: bool  # whether that is mixed precision
+    dtype: torch.dtype | None  # of images that go into the model; None for float32
     batch_size: int
-    workers: int
-    processes: Processes
+    workers: int  # processes that decode images
+    processes: Processes  # those that train together
 
     def observe(self, model: torch.nn.Module) -> list[Observation]:
         """Measures the model, open_clip's without wrappers, on every set.
