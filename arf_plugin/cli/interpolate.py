@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         if test:
             asked = {chosen: models[chosen]} if chosen is not None and args.only_chosen else models
             found = measure(asked, test, args.results)
-            tell("test", test, _by_text(found), chosen and chosen.text, title)
+            tell("test", test, _by_text(found), chosen.text if chosen else None, title)
             if chosen is not None:
                 scores = found[chosen].averages or found[chosen].sets
                 told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())

@@ -64,11 +64,12 @@ def register(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    from arf_plugin.anchors.task import scan_task_ids
     from arf_plugin.console import progress
     from arf_plugin.data.prompts import load_classnames
     from arf_plugin.evaluation.candidates import Candidate, build, weights_file
     from arf_plugin.evaluation.checkpoints import write_weights
-    from arf_plugin.evaluation.probe import GRID, embed, probe
+    from arf_plugin.evaluation.probe import GRID, embed, labelled_images, probe
     from arf_plugin.evaluation.run_settings import Run, note
     from arf_plugin.pipeline.execution import pick_device
 
@@ -88,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
     )
 
     def embedded(what: str, data: str) -> Features:
-        total, samples = _labelled(args, data, len(names))
-        with progress(what, "images", total) as bar:
+        reading = (args.dataset_type, args.csv_img_key, args.csv_separator)
+        samples = labelled_images(data, len(names), *reading)
+        with progress(what, "images", len(scan_task_ids(data, *reading).ids)) as bar:
             return embed(model, preprocess, samples, device, args.batch_size, args.workers, bar.update)
 
     task = embedded("task data", args.task_data)
@@ -114,15 +116,6 @@ def run(args: argparse.Namespace) -> int:
             )
     options.show({"checkpoint": str(args.out), **summary}, args.json, "done")
     return 0
-
-
-def _labelled(args: argparse.Namespace, data: str, classes: int) -> tuple[int, Any]:
-    """Number of samples of task data, and their images."""
-    from arf_plugin.anchors.task import scan_task_ids
-    from arf_plugin.evaluation.probe import labelled_images
-
-    reading = (args.dataset_type, args.csv_img_key, args.csv_separator)
-    return len(scan_task_ids(data, *reading).ids), labelled_images(data, classes, *reading)
 
 
 def _warn(summary: dict[str, Any], task: Features) -> None:

@@ -93,7 +93,7 @@ def _plain_weights(content: Any, path: Path) -> dict[str, torch.Tensor]:
     """The tensors in what a file holds, under the names that the bare model has for them."""
     import torch
 
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    weights = content.get("state_dict", content) if isinstance(content, dict) else {}
     whole = isinstance(weights, dict) and weights
     if not whole or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__

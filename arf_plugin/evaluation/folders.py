@@ -332,7 +332,8 @@ def _folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     A link to a folder above itself adds nothing; one to another place is another name for what is there.
     """
     start = place_of(str(folder))
-    waiting = deque([(str(folder), (start,))])  # folders, and the places of each and those above it
+    # Folders, and the places of each and those above it.
+    waiting: deque[tuple[str, tuple[tuple[int, int], ...]]] = deque([(str(folder), (start,))])
     known, repeated = {start}, 0
     while waiting:
         path, above = waiting.popleft()

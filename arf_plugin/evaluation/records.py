@@ -289,11 +289,6 @@ def run_name(checkpoint: str) -> str:
     return parts[-1] if parts else path.stem
 
 
-def select(records: Iterable[EvalRecord], **wanted: Any) -> list[EvalRecord]:
-    """Records whose fields equal those named: ``select(records, set="id", alpha=None)``."""
-    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]
-
-
 def by_set(records: Iterable[EvalRecord], metric: str | None = None) -> dict[str, float]:
     """Scores of one checkpoint by set: the headline of each record, or a named metric. Later records win.
 

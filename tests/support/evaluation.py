@@ -77,3 +77,8 @@ def write_folders(root: Path, images: int = 12) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{n:03d}.png").write_bytes(building.drawing(n, "PNG"))
     return root
+
+
+def select(records: list[dict], **wanted: object) -> list[dict]:
+    """Records whose fields equal those named: ``select(records, set="id", alpha=None)``."""
+    return [record for record in records if all(record.get(name) == value for name, value in wanted.items())]

@@ -11,11 +11,11 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from support.evaluation import save_checkpoint, save_config, write_set
+from support.evaluation import save_checkpoint, save_config, select, write_set
 
 from arf_plugin.cli.main import main
 from arf_plugin.evaluation.merging import Merge
-from arf_plugin.evaluation.records import read_records, select
+from arf_plugin.evaluation.records import read_records
 from arf_plugin.evaluation.sweep import Scores, choose
 
 SUITE = """\

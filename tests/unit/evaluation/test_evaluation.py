@@ -16,6 +16,7 @@ from support.evaluation import (
     save_checkpoint,
     save_config,
     save_model,
+    select,
     write_folders,
     write_set,
 )
@@ -26,7 +27,7 @@ from arf_plugin.evaluation import run
 from arf_plugin.evaluation.candidates import Candidate
 from arf_plugin.evaluation.head import names_digest
 from arf_plugin.evaluation.merging import interpolate_files
-from arf_plugin.evaluation.records import read_records, right_images, select
+from arf_plugin.evaluation.records import read_records, right_images
 from arf_plugin.evaluation.run import evaluate
 from arf_plugin.evaluation.sets import find_sets
 

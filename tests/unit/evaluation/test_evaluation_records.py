@@ -18,7 +18,6 @@ from arf_plugin.evaluation.records import (
     packed,
     read_records,
     right_images,
-    select,
 )
 from arf_plugin.evaluation.tables import table
 
@@ -36,7 +35,6 @@ def test_records_that_were_appended_are_read(tmp_path):
     for each in records:
         append_record(path, each)
     assert read_records(path) == records
-    assert select(records, set="id", alpha=None) == records[:1]
 
 
 def test_an_unfinished_last_line_is_passed_over_and_cut_off(tmp_path):
