@@ -244,9 +244,9 @@ def _is_other_image(path: Path) -> bool:
     suffix = path.suffix.lower()
     if suffix in _CAMERAS:
         return True
-    if not path.is_file():  # a pipe
-        return False
     head = _head(path)
+    if not head:
+        return False
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     if head.startswith(_MAGIC) or webp or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS):
         return True
@@ -269,7 +269,8 @@ def _opens(path: Path, suffix: str) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    if not path.is_file():  # a pipe
+    """The first bytes; none of a pipe."""
+    if not path.is_file():
         return b""
     try:
         with path.open("rb") as file:

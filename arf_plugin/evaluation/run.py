@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,12 +125,10 @@ def evaluate(
                     amp=precision == "amp",
                     shown=processes.first,
                 )
-                shared = functools.partial(
-                    batches.shared, preprocess=preprocess, batch_size=batch_size, workers=workers, device=place,
-                    processes=processes, advance=bar.update,
-                )  # fmt: skip
+                share: dict[str, Any] = {"workers": workers, "device": place, "processes": processes}
+                share |= {"preprocess": preprocess, "batch_size": batch_size, "advance": bar.update}
                 for part in work:
-                    for record in _measured(part, net, as_classifier, shared):
+                    for record in _measured(part, net, as_classifier, share):
                         results.add(record)
         if expected and processes.first:
             rate = expected / (time.monotonic() - started)
@@ -154,9 +152,9 @@ def _measured(
     tasks: Sequence[_Task],
     model: torch.nn.Module,
     as_classifier: Callable[[torch.nn.Module, Head | None], Classifier],
-    shared: Callable[..., Iterator[tuple[EvaluationSet, list[list[Predictions]]]]],
+    share: Mapping[str, Any],
 ) -> Iterator[EvalRecord]:
-    """Yields the records of tasks whose models are in memory together, set by set."""
+    """Yields the records of tasks whose models are in memory together, set by set; `share` is how to read images."""
     candidates = list(dict.fromkeys(task.candidate for task in tasks))
     loaded = {candidate: as_classifier(*each) for candidate, each in _load_all(candidates, model)}
 
@@ -167,7 +165,7 @@ def _measured(
             c.predict(images, target, w) for c, w in zip(here, weights, strict=True)
         ]
 
-    for dataset, parts in shared(_sets_of(tasks), prepare):
+    for dataset, parts in batches.shared(_sets_of(tasks), prepare, **share):
         here = [task for task in tasks if task.dataset is dataset]
         for task, answers in zip(here, zip(*parts, strict=True), strict=True):
             found = joined(answers)
