@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from arf_plugin.anchors.features import FeatureHeader, read_header
 from arf_plugin.anchors.scan import ShardScan, scan_shard
@@ -25,6 +26,24 @@ Fact = TypeVar("Fact")
 
 class Unknown(Exception):
     """A fact that could not be found, which has been reported already."""
+
+
+def _fact(kind: str) -> Callable[[Callable[[Inputs], Fact]], cached_property[Fact]]:
+    """A fact that is found once; where that fails, the first to ask gets the error, all others `Unknown`."""
+
+    def once(find: Callable[[Inputs], Fact]) -> cached_property[Fact]:
+        def found(self: Inputs) -> Fact:
+            if kind in self._failed:
+                raise Unknown(kind)
+            try:
+                return find(self)
+            except ArfError:
+                self._failed.add(kind)
+                raise
+
+        return cached_property(functools.wraps(find)(found))
+
+    return once
 
 
 @dataclass(frozen=True)
@@ -81,33 +100,42 @@ class StartingModel:
 
 @dataclass
 class Inputs:
-    """The inputs of a run, or of ``arf check``; what is not known is None."""
+    """The inputs of a run, or of ``arf check``; what is not known is None.
 
-    anchors: str | None = None  # folder or fsspec URL
-    caption_weight: float = 1.0  # 0 switches the captions and their checks off
-    pair_weight: float = 1.0  # 0 switches the pairs and their checks off
-    caption_loss: str = "contrastive"  # as --arf-caption-loss
-    pair_loss: str = "contrastive"  # as --arf-pair-loss
-    starting: StartingModel | ArfError | None = None  # or the error that looking at it has met
-    missing_caption: str = "error"  # as --arf-missing-caption
-    train_data: str | None = None  # this and the following are open_clip's flags
+    Attributes:
+        anchors: folder or fsspec URL.
+        caption_weight, pair_weight: as the flags; 0 switches the kind and its checks off.
+        caption_loss, pair_loss, missing_caption: as the flags.
+        starting: the model that training starts from, or the error that looking at it has met.
+        train_data, dataset_type, csv_img_key, csv_caption_key, csv_separator: open_clip's flags.
+        classes: class names of ``--arf-classnames``.
+        head: whether a linear head is trained on the classes, in place of prompts.
+        texts_known: whether it is known which texts training needs: of `classes`, or the samples' own.
+        full: decode every image.
+        run: the shape of the run.
+        training: whether it is about to begin: nothing is fetched then that training would fetch again.
+        advance: called with the URL of each shard that has been looked at.
+    """
+
+    anchors: str | None = None
+    caption_weight: float = 1.0
+    pair_weight: float = 1.0
+    caption_loss: str = "contrastive"
+    pair_loss: str = "contrastive"
+    starting: StartingModel | ArfError | None = None
+    missing_caption: str = "error"
+    train_data: str | None = None
     dataset_type: str = "auto"
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     csv_separator: str = "\t"
-    classes: Sequence[str] | None = None  # class names of --arf-classnames
-    head: bool = False  # whether a linear head is trained on the classes, in place of prompts
-    texts_known: bool = (
-        False  # whether it is known which texts training needs: of `classes`, or the samples' own
-    )
-    full: bool = False  # decode every image
+    classes: Sequence[str] | None = None
+    head: bool = False
+    texts_known: bool = False
+    full: bool = False
     run: Run | None = None
-    training: bool = (
-        False  # whether it is about to begin: nothing is fetched then that training would fetch again
-    )
-    advance: Callable[[str], object] | None = (
-        None  # called with the URL of each shard that has been looked at
-    )
+    training: bool = False
+    advance: Callable[[str], object] | None = None
     _failed: set[str] = field(default_factory=set)
 
     def need_run(self) -> Run:
@@ -116,89 +144,89 @@ class Inputs:
         return self.run
 
     @property
+    def has_task(self) -> bool:
+        """Whether there is task data."""
+        return self.train_data is not None
+
+    @property
+    def sees_task(self) -> bool:
+        """Whether there is task data that can be looked at."""
+        return self.has_task and not self.remote_task
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are pairs that training uses."""
+        return bool(self.pair_shards) and self.pair_weight != 0
+
+    @property
     def csv(self) -> bool:
         """Whether the task data is a CSV."""
-        assert self.train_data is not None
-        return is_csv(self.train_data, self.dataset_type)
+        return is_csv(self.train_data or "", self.dataset_type)
 
     @property
     def remote_task(self) -> bool:
         """Whether the task data would have to be downloaded to look at it; ``arf check`` does, a run does not."""
-        if self.csv or not self.training:
-            return False
-        return any(map(is_remote, self.task_urls))
+        return self.training and not self.csv and any(map(is_remote, self.task_urls))
 
     @property
     def joins(self) -> bool:
         """Whether captions are joined with task samples by their ids."""
         return bool(self.caption_files) and self.caption_weight != 0
 
-    @cached_property
+    @_fact("task")
     def task_urls(self) -> list[str]:
         """Shards of the task data."""
-        assert self.train_data is not None
-        return self._once("task", lambda: expand_urls(self.train_data or "", unique=self.joins))
+        return expand_urls(self.train_data or "", unique=self.joins)
 
     @cached_property
     def caption_files(self) -> list[str]:
         """Parquet files of captions."""
-        return self._files("captions", ".parquet")[1]
+        return self._files("captions", ".parquet")
 
     @cached_property
     def pair_shards(self) -> list[str]:
         """URLs of the tars of pairs."""
-        fs, files = self._files("pairs", ".tar")
-        return [fs.unstrip_protocol(name) if is_remote(self.anchors or "") else name for name in files]
+        return self._files("pairs", ".tar")
 
-    def _files(self, folder: str, suffix: str) -> tuple[Any, list[str]]:
+    def _files(self, folder: str, suffix: str) -> list[str]:
         if self.anchors is None:
-            return None, []
+            return []
         try:
-            return list_files_of(self.anchors, folder, suffix)
-        except (
-            OSError,
-            ImportError,
-            ValueError,
-        ):  # the set cannot be opened at all: a rule of its own says so
-            return None, []
+            fs, files = list_files_of(self.anchors, folder, suffix)
+        except (OSError, ImportError, ValueError):  # a rule of its own says that the set cannot be opened
+            return []
+        return [fs.unstrip_protocol(name) if is_remote(self.anchors) else name for name in files]
 
     @property
     def by_feature(self) -> list[str]:
         """The kinds of anchors that are held by their features."""
-        pairs = bool(self.pair_shards) and self.pair_weight != 0 and self.pair_loss != "contrastive"
+        pairs = self.has_pairs and self.pair_loss != "contrastive"
         return ["captions"] * (self.joins and self.caption_loss != "contrastive") + ["pairs"] * pairs
 
-    @cached_property
+    @_fact("features")
     def features(self) -> FeatureHeader | None:
         """What the set says of its features; None if it has none."""
-        return self._once("features", lambda: read_header(self.anchors or ""))
+        return read_header(self.anchors or "")
 
-    @cached_property
+    @_fact("captions")
     def captions(self) -> CaptionStore:
         """The captions, validated and sorted as training has them: once per machine."""
-        store = self._once("captions", lambda: open_captions(self.anchors or ""))
+        store = open_captions(self.anchors or "")
         assert store is not None, "there are files of captions"
         return store
 
-    @cached_property
+    @_fact("task")
     def task(self) -> TaskScan:
         """The task data, looked at by headers or rows."""
-        return self._once("task", self._scan_task)
-
-    def _scan_task(self) -> TaskScan:
-        assert self.train_data is not None
+        data, decode, unique = self.train_data or "", self.full, self.joins
         if self.csv:
-            key, unique = self.csv_img_key, self.joins
-            return scan_csv(self.frame, self.train_data, key, images=True, decode=self.full, unique=unique)
-        return scan_task_ids(
-            self.train_data, self.dataset_type, decode=self.full, unique=self.joins, advance=self.advance
-        )
+            return scan_csv(self.frame, data, self.csv_img_key, images=True, decode=decode, unique=unique)
+        return scan_task_ids(data, self.dataset_type, decode=decode, unique=unique, advance=self.advance)
 
-    @cached_property
+    @_fact("task")
     def frame(self) -> pd.DataFrame:
         """The rows of a CSV."""
-        path = self.train_data or ""
-        return self._once("task", lambda: read_csv(path, self.csv_img_key, self.csv_separator))
+        return read_csv(self.train_data or "", self.csv_img_key, self.csv_separator)
 
     def usable(self) -> list[int]:
         """Samples of each shard of tars that training does not pass over."""
@@ -232,13 +260,3 @@ class Inputs:
                 if self.advance is not None:
                     self.advance(url)
         return found
-
-    def _once(self, name: str, find: Callable[[], Fact]) -> Fact:
-        """Finds a fact; where that fails, the first to ask gets the error, and all others hear that it is unknown."""
-        if name in self._failed:
-            raise Unknown(name)
-        try:
-            return find()
-        except ArfError:
-            self._failed.add(name)
-            raise

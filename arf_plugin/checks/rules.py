@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from arf_plugin.anchors.features import changes_since, require_sound
 from arf_plugin.anchors.manifest import problems_of
@@ -31,37 +32,22 @@ HIGH_RATE = 1e-4  # learning rate above which CLIP is trained from scratch
 STRAY_FRACTION = 0.01  # of images that belong to no sample, as of what stages reject by default
 DECODED_AT_MOST = 1000  # images without a caption that are decoded to see whether they could have one
 LEAST_COSINE, LEAST_COSINE_CAST = 0.999, 0.99  # of features of one model, in 32 and in 16 bits
-_AT_THE_START = "start of a run, `arf check`"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a rule has found.
-
-    Attributes:
-        level: ``error``, ``warning`` or ``note``.
-        text: a sentence or two.
-        error: family of an error.
-    """
+class Finding(NamedTuple):
+    """What a rule has found: an ``error``, a ``warning`` or a ``note``."""
 
     level: str
     text: str
-    error: type[ArfError] = AnchorSetError
-
-
-Check = Callable[[Inputs], Iterator[Finding] | None]
+    error: type[ArfError] = AnchorSetError  # family of an error
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of the matrix.
+    """A rule: what docs/checks.md says of it, and its check.
 
     Attributes:
-        id: its name.
-        of: which input it looks at.
-        checks: what is expected.
-        happens: what happens if it is not so.
-        where: where that is seen.
+        id, of, checks, happens, where: its name, its input, what is expected, what happens otherwise, and when.
         check: yields what it finds, and raises the error after which it cannot go on; None for what is checked where
             it is known.
         applies: whether there is something to check.
@@ -71,24 +57,9 @@ class Rule:
     of: str
     checks: str
     happens: str
-    where: str = _AT_THE_START
-    check: Check | None = None
-    applies: Callable[[Inputs], bool] = lambda inputs: True
-
-
-RULES: list[Rule] = []
-
-
-def _rule(
-    id: str, of: str, checks: str, happens: str, applies: Callable[[Inputs], bool], where: str = _AT_THE_START
-) -> Callable[[Check], Check]:
-    """Adds a function to `RULES`."""
-
-    def add(check: Check) -> Check:
-        RULES.append(Rule(id, of, checks, happens, where, check, applies))
-        return check
-
-    return add
+    where: str = "start of a run, `arf check`"
+    check: Callable[[Inputs], Iterator[Finding] | None] | None = None
+    applies: Callable[[Inputs], object] = lambda inputs: True
 
 
 def findings(inputs: Inputs) -> Iterator[Finding]:
@@ -103,66 +74,10 @@ def findings(inputs: Inputs) -> Iterator[Finding]:
             yield Finding("error", str(cause), type(cause))
 
 
-def _has_anchors(inputs: Inputs) -> bool:
-    return inputs.anchors is not None
-
-
-def _has_task(inputs: Inputs) -> bool:
-    return inputs.train_data is not None
-
-
-def _sees_task(inputs: Inputs) -> bool:
-    return inputs.train_data is not None and not inputs.remote_task
-
-
-def _has_pairs(inputs: Inputs) -> bool:
-    return bool(inputs.pair_shards) and inputs.pair_weight != 0
-
-
 def _warning(text: str) -> Finding:
     return Finding("warning", text)
 
 
-RULES += [
-    Rule(
-        "flags",
-        "command line",
-        "flags that make sense alone, together and with this release of open_clip",
-        "error of the parser, with the flags to change",
-        where="parser",
-    ),
-    Rule(
-        "class-names",
-        "`--arf-classnames`, `--arf-templates`",
-        "UTF-8 lines (a byte-order mark is no part of them), none empty; a place for the class name in every template",
-        "error with the line",
-        where="start of a run, `arf check --arf-classnames`",
-    ),
-    Rule(
-        "watched-sets",
-        "`--arf-watch`",
-        "every set can be read: its classes, counts and images",
-        "error; images that do not decode are found by the first look, before the first step",
-        where="start of a run",
-    ),
-    Rule(
-        "weights",
-        "`--model`, `--pretrained`",
-        "with anchors, every weight comes from a file (or `--arf-random-weights` says that it need not)",
-        "error naming the weights that would be random",
-        where="once the model is built",
-    ),
-]
-
-
-@_rule(
-    "anchor-set",
-    "anchor set",
-    "a folder with captions/*.parquet, pairs/*.tar or both, and a weight above 0 for one of them; names are no "
-    "patterns, hidden files no shards",
-    "error",
-    _has_anchors,
-)
 def _anchor_set(inputs: Inputs) -> None:
     import fsspec
 
@@ -195,26 +110,12 @@ def _anchor_set(inputs: Inputs) -> None:
         )
 
 
-@_rule(
-    "whole",
-    "anchors.json",
-    "a format that is known; each kind of anchor finished, with the files that its stage has written",
-    "error; the same `arf` command finishes the set",
-    _has_anchors,
-)
 def _whole(inputs: Inputs) -> Iterator[Finding]:
     weights = {"captions": inputs.caption_weight, "pairs": inputs.pair_weight}
     for problem in problems_of(inputs.anchors or "", [kind for kind, weight in weights.items() if weight]):
         yield Finding("error", problem)
 
 
-@_rule(
-    "pair-workers",
-    "pair tars",
-    "a shard for each loader worker of the pairs",
-    "error with the number for `--arf-workers`",
-    lambda inputs: inputs.run is not None and _has_pairs(inputs),
-)
 def _pair_workers(inputs: Inputs) -> None:
     run, shards = inputs.need_run(), len(inputs.pair_shards)
     consumers = run.world_size * max(1, run.pair_workers)
@@ -228,13 +129,6 @@ def _pair_workers(inputs: Inputs) -> None:
         )
 
 
-@_rule(
-    "task-workers",
-    "task tars",
-    "a shard for each loader worker of the task data (but for `--dataset-resampled`)",
-    "error",
-    lambda inputs: _has_task(inputs) and inputs.run is not None and not (inputs.csv or inputs.run.resampled),
-)
 def _task_workers(inputs: Inputs) -> None:
     run, shards = inputs.need_run(), len(inputs.task_urls)
     if shards < run.consumers:
@@ -245,13 +139,6 @@ def _task_workers(inputs: Inputs) -> None:
         )
 
 
-@_rule(
-    "captions",
-    "caption files",
-    "parquet with columns `id` and `caption` of non-empty UTF-8 text",
-    "error with file and row",
-    lambda inputs: inputs.joins,
-)
 def _captions(inputs: Inputs) -> Iterator[Finding]:
     captions = inputs.captions
     if not len(captions):
@@ -263,13 +150,6 @@ def _captions(inputs: Inputs) -> Iterator[Finding]:
         yield _warning(f"{captions.repeated} captions repeat another one of the same sample")
 
 
-@_rule(
-    "task-data",
-    "task data",
-    "tars or a CSV that can be read to their end, with images; where captions are joined, each id once",
-    "error with the place; samples without an image: warning, as open_clip skips them",
-    _has_task,
-)
 def _task_data(inputs: Inputs) -> Iterator[Finding]:
     if inputs.remote_task:
         yield _warning(
@@ -283,35 +163,30 @@ def _task_data(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-def _unreadable(inputs: Inputs) -> tuple[str, int]:
-    """Some unreadable images with reasons, and their number; a run's log gets the first alone."""
-    listed = list(inputs.task.unreadable.items())
-    shown = listed[: 1 if inputs.training and not inputs.csv else NAMED]
-    return "; ".join(f"{name} {reason}" for name, reason in shown), len(listed)
-
-
-@_rule(
-    "task-images",
-    "task images in tars",
-    "end as their format does (`--full`: decode)",
-    "warning, as open_clip skips them",
-    lambda inputs: _sees_task(inputs) and not inputs.csv and bool(inputs.task.unreadable),
-)
 def _task_images(inputs: Inputs) -> Iterator[Finding]:
-    named, count = _unreadable(inputs)
-    yield _warning(
-        f"{count} of {len(inputs.task.ids)} task images are unreadable and will be skipped, first: {named}"
-    )
+    unreadable = list(inputs.task.unreadable.items())
+    if unreadable:  # a run's log gets the first alone
+        yield _warning(
+            f"{len(unreadable)} of {len(inputs.task.ids)} task images are unreadable and will be skipped, first: "
+            f"{_named(unreadable[: 1 if inputs.training else NAMED])}"
+        )
 
 
-@_rule(
-    "texts",
-    "task texts",
-    "a `txt`, or with `--arf-classnames` a `cls`, for every sample; a CSV's column without empty cells",
-    "error; a warning where open_clip skips the samples (with class prompts: at most 1 % of them) or plain mixing "
-    "takes them",
-    _sees_task,
-)
+def _csv_images(inputs: Inputs) -> None:
+    unreadable = list(inputs.task.unreadable.items())
+    if unreadable:
+        raise TaskDataError(
+            f"{len(unreadable)} of {len(set(inputs.task.ids))} image files of {inputs.train_data} are missing or "
+            f"unreadable, first: {_named(unreadable[:NAMED])}.\n"
+            "open_clip's reader of CSVs would stop at the first one, hours later. Paths are read as they stand, from "
+            "the folder that training is started in; correct them, or remove the rows."
+        )
+
+
+def _named(unreadable: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name} {reason}" for name, reason in unreadable)
+
+
 def _texts(inputs: Inputs) -> Iterator[Finding]:
     if inputs.csv:
         if inputs.texts_known:
@@ -386,13 +261,6 @@ def _require_csv_texts(inputs: Inputs) -> None:
         )
 
 
-@_rule(
-    "labels",
-    "`cls`",
-    "a whole number from 0 to one below the number of class names",
-    "error with the sample and the count",
-    lambda inputs: _sees_task(inputs) and inputs.classes is not None,
-)
 def _labels(inputs: Inputs) -> Iterator[Finding]:
     classes, labels = len(inputs.classes or ()), inputs.task.labels
     wrong = {label: found for label, found in labels.items() if not is_class_index(label, classes)}
@@ -408,30 +276,6 @@ def _labels(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-@_rule(
-    "csv-images",
-    "image files of a CSV",
-    "are there, are files, end as their format does (`--full`: decode)",
-    "error, as open_clip would end with a traceback when it comes to the first",
-    lambda inputs: _has_task(inputs) and inputs.csv and bool(inputs.task.unreadable),
-)
-def _csv_images(inputs: Inputs) -> None:
-    named, count = _unreadable(inputs)
-    raise TaskDataError(
-        f"{count} of {len(dict.fromkeys(inputs.task.ids))} image files of {inputs.train_data} are missing or "
-        f"unreadable, first: {named}.\n"
-        "open_clip's reader of CSVs would stop at the first one, hours later. Paths are read as they stand, from the "
-        "folder that training is started in; correct them, or remove the rows."
-    )
-
-
-@_rule(
-    "coverage",
-    "captions and task data",
-    "a caption for every sample whose image decodes",
-    "error with samples' ids; with `--arf-missing-caption prompt` a warning",
-    lambda inputs: inputs.joins and _sees_task(inputs),
-)
 def _coverage(inputs: Inputs) -> Iterator[Finding]:
     task, captions = inputs.task, inputs.captions
     missing, total = inputs.without_caption, len(inputs.task.ids)
@@ -466,13 +310,6 @@ def _coverage(inputs: Inputs) -> Iterator[Finding]:
         yield _warning(f"{unused} samples with captions are not in the task data")
 
 
-@_rule(
-    "batches",
-    "task data, `--batch-size`, `--accum-freq`, `--workers`",
-    "each epoch has a step; in every epoch each loader worker's shards hold a batch",
-    "error; `--train-num-samples` is filled in from the tars if it was not given",
-    lambda inputs: inputs.run is not None and _sees_task(inputs),
-)
 def _batches(inputs: Inputs) -> Iterator[Finding]:
     run, available = inputs.need_run(), inputs.available
     if not available:
@@ -523,13 +360,6 @@ def _require_batches(inputs: Inputs) -> None:
                 )
 
 
-@_rule(
-    "pairs",
-    "pair tars",
-    "each pair has a whole image (`--full`: that decodes) and a UTF-8 text that is not empty",
-    "error with the pair; fewer pairs than a batch, repeated images: warning",
-    _has_pairs,
-)
 def _pairs(inputs: Inputs) -> Iterator[Finding]:
     if inputs.training and any(map(is_remote, inputs.pair_shards)):
         yield _warning(
@@ -573,13 +403,6 @@ def _pairs(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-@_rule(
-    "features",
-    "features in the anchor set",
-    "features of every pair tar or caption file as it is, if anchors are held by them (`--full`: every value)",
-    "error with the files, and `arf features`; a warning where they are not needed",
-    lambda inputs: _has_anchors(inputs) and bool(inputs.by_feature or not inputs.training),
-)
 def _features(inputs: Inputs) -> Iterator[Finding]:
     anchors = inputs.anchors or ""
     try:
@@ -604,15 +427,6 @@ def _features(inputs: Inputs) -> Iterator[Finding]:
         require_sound(anchors, header)
 
 
-@_rule(
-    "starting-model",
-    "anchor set, `--model`, `--pretrained`",
-    "features are those of the weights that training starts from: by a digest of these (unless they are cast to 16 "
-    "bits), by D, and by the features of some pairs and captions",
-    "error",
-    lambda inputs: inputs.starting is not None and bool(inputs.by_feature),
-    where="start of a run",
-)
 def _starting_model(inputs: Inputs) -> None:
     start, header = inputs.starting, inputs.features
     if isinstance(start, ArfError):
@@ -642,14 +456,6 @@ def _starting_model(inputs: Inputs) -> None:
         )
 
 
-@_rule(
-    "schedule",
-    "`--lr`, `--warmup`",
-    "a rate of at most 1e-4 for trained weights, a warm-up shorter than the run",
-    "warning with better values",
-    lambda inputs: _has_task(inputs) and inputs.run is not None and inputs.run.lr is not None,
-    where="start of a run",
-)
 def _schedule(inputs: Inputs) -> Iterator[Finding]:
     run = inputs.need_run()
     lr = run.lr or 0.0
@@ -669,20 +475,81 @@ def _schedule(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-RULES += [
-    Rule(
-        "resume",
-        "`--resume` with `--arf-deterministic`",
-        "a whole checkpoint without code in it; the same flags, class names, templates, task data, captions and pairs "
-        "by the contents of all their files",
-        "error that lists what has changed",
-        where="start of a run",
-    ),
-    Rule(
-        "first-loss",
-        "first step",
-        "the loss of the first step is not far above chance",
-        "warning: are class names and labels of one order?",
-        where="after the first step",
-    ),
+# fmt: off
+RULES = [
+    Rule("flags", "command line", "flags that make sense alone, together and with this release of open_clip",
+         "error of the parser, with the flags to change", "parser"),
+    Rule("class-names", "`--arf-classnames`, `--arf-templates`",
+         "UTF-8 lines (a byte-order mark is no part of them), none empty; a place for the class name in every "
+         "template", "error with the line", "start of a run, `arf check --arf-classnames`"),
+    Rule("watched-sets", "`--arf-watch`", "every set can be read: its classes, counts and images",
+         "error; images that do not decode are found by the first look, before the first step", "start of a run"),
+    Rule("weights", "`--model`, `--pretrained`",
+         "with anchors, every weight comes from a file (or `--arf-random-weights` says that it need not)",
+         "error naming the weights that would be random", "once the model is built"),
+    Rule("anchor-set", "anchor set",
+         "a folder with captions/*.parquet, pairs/*.tar or both, and a weight above 0 for one of them; names are "
+         "no patterns, hidden files no shards", "error",
+         check=_anchor_set, applies=lambda inputs: inputs.anchors is not None),
+    Rule("whole", "anchors.json",
+         "a format that is known; each kind of anchor finished, with the files that its stage has written",
+         "error; the same `arf` command finishes the set",
+         check=_whole, applies=lambda inputs: inputs.anchors is not None),
+    Rule("pair-workers", "pair tars", "a shard for each loader worker of the pairs",
+         "error with the number for `--arf-workers`",
+         check=_pair_workers, applies=lambda inputs: inputs.run is not None and inputs.has_pairs),
+    Rule("task-workers", "task tars",
+         "a shard for each loader worker of the task data (but for `--dataset-resampled`)", "error",
+         check=_task_workers,
+         applies=lambda inputs: inputs.has_task and inputs.run is not None
+         and not (inputs.csv or inputs.run.resampled)),
+    Rule("captions", "caption files", "parquet with columns `id` and `caption` of non-empty UTF-8 text",
+         "error with file and row", check=_captions, applies=lambda inputs: inputs.joins),
+    Rule("task-data", "task data",
+         "tars or a CSV that can be read to their end, with images; where captions are joined, each id once",
+         "error with the place; samples without an image: warning, as open_clip skips them",
+         check=_task_data, applies=lambda inputs: inputs.has_task),
+    Rule("task-images", "task images in tars", "end as their format does (`--full`: decode)",
+         "warning, as open_clip skips them",
+         check=_task_images, applies=lambda inputs: inputs.sees_task and not inputs.csv),
+    Rule("texts", "task texts",
+         "a `txt`, or with `--arf-classnames` a `cls`, for every sample; a CSV's column without empty cells",
+         "error; a warning where open_clip skips the samples (with class prompts: at most 1 % of them) or plain "
+         "mixing takes them", check=_texts, applies=lambda inputs: inputs.sees_task),
+    Rule("labels", "`cls`", "a whole number from 0 to one below the number of class names",
+         "error with the sample and the count",
+         check=_labels, applies=lambda inputs: inputs.sees_task and inputs.classes is not None),
+    Rule("csv-images", "image files of a CSV",
+         "are there, are files, end as their format does (`--full`: decode)",
+         "error, as open_clip would end with a traceback when it comes to the first",
+         check=_csv_images, applies=lambda inputs: inputs.has_task and inputs.csv),
+    Rule("coverage", "captions and task data", "a caption for every sample whose image decodes",
+         "error with samples' ids; with `--arf-missing-caption prompt` a warning",
+         check=_coverage, applies=lambda inputs: inputs.joins and inputs.sees_task),
+    Rule("batches", "task data, `--batch-size`, `--accum-freq`, `--workers`",
+         "each epoch has a step; in every epoch each loader worker's shards hold a batch",
+         "error; `--train-num-samples` is filled in from the tars if it was not given",
+         check=_batches, applies=lambda inputs: inputs.run is not None and inputs.sees_task),
+    Rule("pairs", "pair tars",
+         "each pair has a whole image (`--full`: that decodes) and a UTF-8 text that is not empty",
+         "error with the pair; fewer pairs than a batch, repeated images: warning",
+         check=_pairs, applies=lambda inputs: inputs.has_pairs),
+    Rule("features", "features in the anchor set",
+         "features of every pair tar or caption file as it is, if anchors are held by them (`--full`: every value)",
+         "error with the files, and `arf features`; a warning where they are not needed", check=_features,
+         applies=lambda inputs: inputs.anchors is not None and (inputs.by_feature or not inputs.training)),
+    Rule("starting-model", "anchor set, `--model`, `--pretrained`",
+         "features are those of the weights that training starts from: by a digest of these (unless they are "
+         "cast to 16 bits), by D, and by the features of some pairs and captions", "error", "start of a run",
+         check=_starting_model, applies=lambda inputs: inputs.starting is not None and inputs.by_feature),
+    Rule("schedule", "`--lr`, `--warmup`",
+         "a rate of at most 1e-4 for trained weights, a warm-up shorter than the run",
+         "warning with better values", "start of a run", check=_schedule,
+         applies=lambda inputs: inputs.has_task and inputs.run is not None and inputs.run.lr is not None),
+    Rule("resume", "`--resume` with `--arf-deterministic`",
+         "a whole checkpoint without code in it; the same flags, class names, templates, task data, captions and "
+         "pairs by the contents of all their files", "error that lists what has changed", "start of a run"),
+    Rule("first-loss", "first step", "the loss of the first step is not far above chance",
+         "warning: are class names and labels of one order?", "after the first step"),
 ]
+# fmt: on
