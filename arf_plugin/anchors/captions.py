@@ -8,18 +8,17 @@ of either. Ids are text: what is no UTF-8 in the name of a shard or file stands 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from arf_plugin.anchors.reading import opened_parquet, opened_set
 from arf_plugin.anchors.text_columns import text_bytes
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.files import list_files_of
-from arf_plugin.untrusted import printable, require_regular
+from arf_plugin.untrusted import printable
 
 REBUILD = "rebuild the captions with: arf caption ..."
 COLUMNS = ("id", "caption")
@@ -35,10 +34,8 @@ def list_caption_files(anchors: str) -> tuple[Any, list[str]]:
     Raises:
         AnchorSetError: the folder cannot be listed.
     """
-    try:
+    with opened_set(anchors, "captions"):
         return list_files_of(anchors, "captions", ".parquet")
-    except (OSError, ValueError, ImportError) as cause:
-        raise AnchorSetError(f"{anchors}: the folder captions cannot be listed: {cause}.") from cause
 
 
 def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
@@ -66,38 +63,20 @@ def caption_batches(fs: Any, name: str) -> Iterator[pa.Table]:
         AnchorSetError: See `open_captions`.
     """
     short = "/".join(name.split("/")[-2:])
-    if is_local(fs):
-        require_regular(Path(name), AnchorSetError)
     row = size = 0
-    try:
-        with fs.open(name, "rb") as stream:
-            largest = _ALWAYS_READ + _LARGEST_RATIO * stream.seek(0, 2)
-            stream.seek(0)
-            file = pq.ParquetFile(stream)
-            _check_columns(file.schema_arrow.names, short)
-            for batch in file.iter_batches(_BATCH, columns=list(COLUMNS)):
-                table = _validated(pa.Table.from_batches([batch]), short, row)
-                size += table.nbytes
-                if size > largest:
-                    raise AnchorSetError(
-                        f"{short} unpacks to more than {_LARGEST_RATIO} times its size: these are no captions. "
-                        f"Replace it or {REBUILD}"
-                    )
-                yield table
-                row += batch.num_rows
-    # pyarrow raises ValueError and KeyError of its own, and those of Python for names that are no UTF-8.
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        reason = " ".join(printable(str(error)).split())[:300] or type(error).__name__
-        raise AnchorSetError(
-            f"{short} is no readable parquet file: {reason}\nReplace it or {REBUILD}"
-        ) from error
-
-
-def is_local(fs: Any) -> bool:
-    """Whether an fsspec file system is that of this machine."""
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(fs, LocalFileSystem)
+    with opened_parquet(fs, name, short, f"Replace it or {REBUILD}") as file:
+        largest = _ALWAYS_READ + _LARGEST_RATIO * (fs.size(name) or 0)
+        _check_columns(file.schema_arrow.names, short)
+        for batch in file.iter_batches(_BATCH, columns=list(COLUMNS)):
+            table = _validated(pa.Table.from_batches([batch]), short, row)
+            size += table.nbytes
+            if size > largest:
+                raise AnchorSetError(
+                    f"{short} unpacks to more than {_LARGEST_RATIO} times its size: these are no captions. "
+                    f"Replace it or {REBUILD}"
+                )
+            yield table
+            row += batch.num_rows
 
 
 def _check_columns(found: list[str], short: str) -> None:

@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, JsonValue
 
-from arf_plugin.anchors.captions import is_local
 from arf_plugin.anchors.manifest import KINDS
-from arf_plugin.anchors.mapped import MappedTable, file_stamp, mapped_file
+from arf_plugin.anchors.mapped import MappedTable, mapped_file
+from arf_plugin.anchors.reading import file_stamp, is_local, opened_parquet, opened_set
 from arf_plugin.anchors.text_columns import digests
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.files import content_digest, digest, replacing, sizes_in, write_json
@@ -41,6 +41,8 @@ FOLDER, HEADER, CAPTIONS = "features", "features.json", "captions.parquet"
 UPDATE = "Write them with: arf features ANCHORS --model ... --pretrained ..."
 AGAIN = "Write them again, with: arf features ANCHORS --model ... --pretrained ... --restart"
 _BATCH = 1 << 14  # rows
+# Vectors hardly shrink, and are read again and again.
+_FOR_VECTORS: dict[str, Any] = {"compression": "none", "use_dictionary": False}
 _TOLERANCE = 0.01  # of a norm; float16 rounds it by 0.0005 at most
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _NO_PART = re.compile(r"(^|\.)logit_(scale|bias)$")  # of what features depend on
@@ -97,16 +99,6 @@ class CaptionFeatures(MappedTable):
 
     kind, column = "features", "text"
 
-    @functools.cached_property
-    def text(self) -> np.ndarray:
-        """float16 [n, D]; a copy of all."""
-        return _vectors(self._values, self._values.type.list_size)
-
-    @functools.cached_property
-    def index(self) -> np.ndarray:
-        """int64 [n]: the how-manieth caption of its id each is."""
-        return _places_within(self._digests, self._places)
-
     def get(self, sample_id: str) -> np.ndarray:
         """float16 [k, D] of a sample's captions, in the order of the set's files and their rows."""
         parts, starts = self._parts
@@ -127,14 +119,12 @@ def read_header(anchors: Path | str) -> FeatureHeader | None:
     Raises:
         AnchorSetError: it is broken or missing, or of a format that this version does not know.
     """
-    import fsspec
-
-    where = f"{anchors}/{FOLDER}/{HEADER}"
-    try:
-        fs, root = fsspec.core.url_to_fs(str(anchors))
-        path = f"{root.rstrip('/')}/{FOLDER}/{HEADER}"
+    short = f"{FOLDER}/{HEADER}"
+    where = f"{anchors}/{short}"
+    with opened_set(anchors, short) as (fs, root):
+        path = f"{root}/{short}"
         if not fs.exists(path):
-            beside = f"{root.rstrip('/')}/{FOLDER}"
+            beside = f"{root}/{FOLDER}"
             if fs.exists(f"{beside}/{CAPTIONS}") or sizes_in(fs, f"{beside}/pairs", ".parquet"):
                 raise AnchorSetError(
                     f"{where} does not exist, though there are features beside it: they are not finished. Run the same "
@@ -144,11 +134,8 @@ def read_header(anchors: Path | str) -> FeatureHeader | None:
         if is_local(fs):
             require_regular(Path(path), AnchorSetError)
         content = fs.cat_file(path)
-    except (OSError, ValueError, ImportError) as cause:
-        raise AnchorSetError(f"{where} cannot be read: {printable(str(cause))[:200]}.") from cause
-    return validated(
-        FeatureHeader, parse_json(content, where, AnchorSetError, dict, AGAIN), where, AnchorSetError, AGAIN
-    )
+    found = parse_json(content, where, AnchorSetError, dict, AGAIN)
+    return validated(FeatureHeader, found, where, AnchorSetError, AGAIN)
 
 
 def pair_features(
@@ -168,18 +155,20 @@ def pair_features(
     tar = _name(shard)
     if (embedded := header.pairs.get(utf8(tar))) is None:
         raise AnchorSetError(f"{anchors} has no features of pairs/{tar}. {UPDATE}")
-    name = f"{tar.removesuffix('.tar')}.parquet"
+    short = f"{FOLDER}/pairs/{tar.removesuffix('.tar')}.parquet"
     vector = pa.list_(pa.float16(), header.dim)
     schema = pa.schema([("key", pa.large_string()), ("image", vector), ("text", vector)])
-    table = _read(anchors, f"{FOLDER}/pairs/{name}", schema)
+    table = pa.Table.from_batches(_batches(anchors, short, schema), schema)
     keys = table["key"].to_pylist()
     if len(set(keys)) < len(keys):
         double = next(key for key in keys if keys.count(key) > 1)
         raise AnchorSetError(
-            f"{FOLDER}/pairs/{name} has the key {double!r} more than once; expected a row per pair. {AGAIN}"
+            f"{short} has the key {double!r} more than once; expected a row per pair. {AGAIN}"
         )
-    _require_rows(len(keys), embedded, f"{FOLDER}/pairs/{name}")
-    return PairFeatures(keys, _vectors(table["image"], header.dim), _vectors(table["text"], header.dim))
+    _require_rows(len(keys), embedded.rows, short)
+    return PairFeatures(
+        keys, *(_matrix(table[name].combine_chunks(), header.dim) for name in ("image", "text"))
+    )
 
 
 def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -> CaptionFeatures:
@@ -193,30 +182,23 @@ def caption_features(anchors: Path | str, header: FeatureHeader | None = None) -
         AnchorSetError: there are none, or they are not what the header says: D, unit norm, a row per caption.
         CacheError: there is no place for the file.
     """
-    import fsspec
-
     header = header or _header(anchors)
     vector = pa.field("text", pa.list_(pa.float16(), header.dim))
     schema = pa.schema([("id", pa.large_string()), ("caption_index", pa.int16()), vector])
     if not header.captions:
         raise AnchorSetError(f"{anchors} has no features of captions. {UPDATE}")
     short = f"{FOLDER}/{CAPTIONS}"
-    try:
-        fs, root = fsspec.core.url_to_fs(str(anchors))
-        path = f"{root.rstrip('/')}/{short}"
-        if not fs.exists(path):
-            raise AnchorSetError(f"{anchors}/{short} does not exist. {AGAIN}")
+    with opened_set(anchors, short) as (fs, root):
+        path = f"{root}/{short}"
+        _require_file(fs, path, f"{anchors}/{short}")
         stamp = file_stamp(fs, path)
-    except (OSError, ValueError, ImportError) as cause:
-        raise AnchorSetError(f"{anchors}/{short} cannot be read: {cause}. {AGAIN}") from cause
 
     def read() -> Iterator[pa.Table]:
         rows = 0
         for batch in _batches(anchors, short, schema):
             rows += len(batch)
             yield pa.Table.from_batches([batch]).select(["id", "text"])
-        if rows != header.rows("captions"):
-            raise AnchorSetError(f"{short} has {rows} rows; {HEADER} says {header.rows('captions')}. {AGAIN}")
+        _require_rows(rows, header.rows("captions"), short)
 
     key = digest([str(fs.protocol), path, stamp, header.model_dump()])
     return CaptionFeatures(mapped_file("features", key, vector, read))
@@ -236,15 +218,11 @@ def changes_since(
     Raises:
         AnchorSetError: a file cannot be read.
     """
-    import fsspec
-
     problems = []
-    try:
-        fs, root = fsspec.core.url_to_fs(str(anchors))
+    with opened_set(anchors) as (fs, root):
         for kind in kinds:
-            suffix = KINDS[kind]
             embedded = dict(getattr(header, kind))
-            sizes = sizes_in(fs, f"{root.rstrip('/')}/{kind}", suffix)
+            sizes = sizes_in(fs, f"{root}/{kind}", KINDS[kind])
             new, other = [], []
             for path, size in sorted(sizes.items()):
                 then = embedded.pop(utf8(_name(path)), None)
@@ -263,8 +241,6 @@ def changes_since(
             ]
             if found:
                 problems.append(f"of the {len(sizes)} files of {kind}, {', '.join(found)}")
-    except (OSError, ValueError, ImportError) as cause:
-        raise AnchorSetError(f"{anchors} cannot be read: {printable(str(cause))[:200]}.") from cause
     return problems
 
 
@@ -328,43 +304,31 @@ def write_caption_part(path: Path, ids: Sequence[str] | pa.ChunkedArray, text: n
 
 def join_caption_parts(anchors: Path, parts: Sequence[Path]) -> None:
     """Writes the features of all captions, of parts in the order of the set's caption files."""
+    import pandas as pd
+
     found = [np.zeros(0, np.uint64)]
     for part in parts:
         found += map(digests, pq.read_table(part, columns=["id"])["id"].cast(pa.large_string()).chunks)
-    unsorted = np.concatenate(found)
-    order = np.argsort(unsorted, kind="stable")
-    index = _places_within(unsorted[order], order).astype(np.int16)
+    ids = np.concatenate(found)
+    index = pd.Series(ids).groupby(ids).cumcount().to_numpy(np.int16)
     with replacing(anchors / FOLDER / CAPTIONS) as temporary, temporary.open("wb") as stream:
         writer, row = None, 0
         for part in parts:
             with pq.ParquetFile(part) as file:
                 for batch in file.iter_batches(_BATCH):
-                    column = pa.array(index[row : row + len(batch)])
+                    places = pa.array(index[row : row + len(batch)])
                     row += len(batch)
-                    names = ["id", "caption_index", "text"]
-                    batch = pa.RecordBatch.from_arrays([batch["id"], column, batch["text"]], names)
-                    # Vectors hardly shrink, and are read again and again.
-                    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
-                    writer = writer or pq.ParquetWriter(stream, batch.schema, **options)
-                    writer.write_batch(batch)
+                    columns = {"id": batch["id"], "caption_index": places, "text": batch["text"]}
+                    joined = pa.table(columns)
+                    writer = writer or pq.ParquetWriter(stream, joined.schema, **_FOR_VECTORS)
+                    writer.write_table(joined)
         if writer is not None:
             writer.close()
 
 
-def _places_within(sorted_digests: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """int64 [n]: the how-manieth of its digest each row is, from 0; ``places`` are the rows in the order of digests."""
-    count = np.arange(len(places))
-    first = np.ones(len(places), bool)
-    first[1:] = sorted_digests[1:] != sorted_digests[:-1]
-    found = np.empty_like(count)
-    found[places] = count - np.maximum.accumulate(np.where(first, count, 0))
-    return found
-
-
 def _write(path: Path, columns: Mapping[str, pa.Array]) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
-        # Vectors hardly shrink, and are read again and again.
-        pq.write_table(pa.table(dict(columns)), file, compression="none", use_dictionary=False)
+        pq.write_table(pa.table(dict(columns)), file, **_FOR_VECTORS)
 
 
 def _list_array(vectors: np.ndarray) -> pa.Array:
@@ -381,19 +345,19 @@ def _header(anchors: Path | str) -> FeatureHeader:
     return header
 
 
-def _require_rows(found: int, embedded: Embedded, short: str) -> None:
-    if found != embedded.rows:
-        raise AnchorSetError(f"{short} has {found} rows; {HEADER} says {embedded.rows}. {AGAIN}")
+def _require_rows(found: int, expected: int, short: str) -> None:
+    if found != expected:
+        raise AnchorSetError(f"{short} has {found} rows; {HEADER} says {expected}. {AGAIN}")
+
+
+def _require_file(fs: Any, path: str, where: str) -> None:
+    if not fs.exists(path):
+        raise AnchorSetError(f"{where} does not exist. {AGAIN}")
 
 
 def _name(path: Path | str) -> str:
     """The name of a file, given by its path or URL."""
     return str(path).rsplit("/", 1)[-1]
-
-
-def _read(anchors: Path | str, short: str, schema: pa.Schema) -> pa.Table:
-    """Reads a file of features whole; see `_batches`."""
-    return pa.Table.from_batches(list(_batches(anchors, short, schema)), schema)
 
 
 def _batches(anchors: Path | str, short: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -402,15 +366,9 @@ def _batches(anchors: Path | str, short: str, schema: pa.Schema) -> Iterator[pa.
     Raises:
         AnchorSetError: it is missing or damaged, or holds something else.
     """
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(str(anchors))
-        path = f"{root.rstrip('/')}/{short}"
-        if is_local(fs):
-            require_regular(Path(path), AnchorSetError)
-        with fs.open(path, "rb") as stream:
-            file = pq.ParquetFile(stream)
+    with opened_set(anchors, short) as (fs, root):
+        _require_file(fs, f"{root}/{short}", f"{anchors}/{short}")
+        with opened_parquet(fs, f"{root}/{short}", short, AGAIN) as file:
             found = file.schema_arrow
             if found.names != schema.names:
                 raise AnchorSetError(
@@ -419,11 +377,6 @@ def _batches(anchors: Path | str, short: str, schema: pa.Schema) -> Iterator[pa.
                 )
             for batch in file.iter_batches(_BATCH):
                 yield _checked(batch, schema, short)
-    except FileNotFoundError:
-        raise AnchorSetError(f"{anchors}/{short} does not exist. {AGAIN}") from None
-    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as cause:
-        reason = printable(" ".join(str(cause).split()))[:300] or type(cause).__name__
-        raise AnchorSetError(f"{short} is no readable parquet file: {reason}. {AGAIN}") from cause
 
 
 def _checked(batch: pa.RecordBatch, schema: pa.Schema, short: str) -> pa.RecordBatch:
@@ -453,12 +406,7 @@ def _checked(batch: pa.RecordBatch, schema: pa.Schema, short: str) -> pa.RecordB
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _vectors(column: pa.ChunkedArray, dim: int) -> np.ndarray:
-    """float16 [n, D] of a column."""
-    parts = [_matrix(chunk, dim) for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.zeros((0, dim), np.float16)
-
-
 def _matrix(column: pa.Array, dim: int) -> np.ndarray:
-    flat: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
+    """float16 [n, D] of a column; no copy is made."""
+    flat: np.ndarray = column.flatten().to_numpy()
     return flat.reshape(-1, dim)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin import __version__
+from arf_plugin.anchors.reading import opened_set
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.files import sizes_in, write_json
 from arf_plugin.untrusted import parse_json, printable, read_json
@@ -100,23 +101,18 @@ def problems_of(anchors: str, kinds: Sequence[str] = tuple(KINDS)) -> list[str]:
     Returns:
         One sentence per problem; empty for a set that is whole.
     """
-    import fsspec
-
     try:
-        fs, root = fsspec.core.url_to_fs(anchors)
-        root = root.rstrip("/")
-        path = f"{root}/{MANIFEST}"
-        manifest: dict[str, Any] = {}
-        if fs.exists(path):
-            if not fs.isfile(path):
-                return [f"{anchors}/{MANIFEST} is no file. {_ADVICE}"]
-            found = parse_json(fs.cat_file(path), f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE)
-            manifest = _checked(found, path)
-        return [problem for kind in kinds for problem in _problems(fs, root, kind, manifest.get(kind))]
+        with opened_set(anchors, MANIFEST) as (fs, root):
+            path = f"{root}/{MANIFEST}"
+            manifest: dict[str, Any] = {}
+            if fs.exists(path):
+                if not fs.isfile(path):
+                    return [f"{anchors}/{MANIFEST} is no file. {_ADVICE}"]
+                found = parse_json(fs.cat_file(path), f"{anchors}/{MANIFEST}", AnchorSetError, dict, _ADVICE)
+                manifest = _checked(found, path)
+            return [problem for kind in kinds for problem in _problems(fs, root, kind, manifest.get(kind))]
     except AnchorSetError as cause:
         return [str(cause)]
-    except (OSError, ValueError, ImportError) as cause:
-        return [f"{anchors}/{MANIFEST} cannot be read: {printable(str(cause))}."]
 
 
 def _problems(fs: Any, root: str, kind: str, entry: dict[str, Any] | None) -> list[str]:

@@ -25,16 +25,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import filelock
 import numpy as np
 import pyarrow as pa
 
-from arf_plugin.anchors.captions import is_local
 from arf_plugin.anchors.text_columns import digest, digests
 from arf_plugin.errors import CacheError
-from arf_plugin.files import cache_folder, remove_incomplete, replacing, stat_key
+from arf_plugin.files import cache_folder, remove_incomplete, replacing
 from arf_plugin.untrusted import utf8
 
 _INDEX = pa.schema([("digest", pa.uint64()), ("row", pa.int64())])
@@ -148,11 +147,6 @@ def mapped_file(kind: str, key: str, value: pa.Field, read: Callable[[], Iterabl
         f"There is no place for the sorted {kind}: {', '.join(problems)}. "
         "Set ARF_CACHE_DIR to a folder with room that this user can write to."
     )
-
-
-def file_stamp(fs: Any, name: str) -> str:
-    """What changes when a file is written again, with equal size and time, too."""
-    return repr(stat_key(Path(name))) if is_local(fs) else str(fs.ukey(name))
 
 
 def _folders(problems: list[str]) -> Iterator[Path]:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arf_plugin.anchors.captions import caption_batches, list_caption_files
-from arf_plugin.anchors.mapped import MappedTable, file_stamp, mapped_file
+from arf_plugin.anchors.mapped import MappedTable, mapped_file
+from arf_plugin.anchors.reading import file_stamp
 from arf_plugin.anchors.text_columns import digests
 from arf_plugin.errors import AnchorSetError
 

@@ -89,7 +89,6 @@ def test_one_command_gives_a_set_made_by_hand_what_a_bare_forward_gives(arf, inp
         with torch.inference_mode():
             expected = model.encode_text(tokenizer(store.get(identity)), normalize=True).numpy()
         np.testing.assert_allclose(captions.get(identity), expected, atol=1e-3)
-    assert [captions.index[i] for i in range(5) if captions.ids[i].as_py() == "t/1"] == [0, 1, 2]
     assert captions.get("t/9").shape == (0, 32)
 
 

