@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -48,44 +49,41 @@ FEW = 10  # images of a class below which little can be learned, let alone measu
 _LOOKED_AT_ONCE = 2000  # images whose look is cached together
 
 
-class Looked(NamedTuple):
-    """What a look at an image gave.
+class Sample(NamedTuple):
+    """An image that goes into a shard.
 
     Attributes:
-        sha256: Of its bytes; empty where they could not be read.
+        entry: Where it lies; the first place of several.
+        sha256: Of its bytes.
         format: Its suffix in a tar; empty where it is to become PNG.
-        problem: Why it is unreadable, as a clause; empty if it is not.
+        name: Of its class; None in a pool.
     """
 
+    entry: Entry
     sha256: str
     format: str
-    problem: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """An image that goes into a shard: its first entry, its name and its class index."""
-
-    entry: Entry
-    looked: Looked
-    label: int | None
+    name: str | None
 
     @property
     def key(self) -> str:
         """Its name in tars."""
-        return self.looked.sha256[:20]
+        return self.sha256[:20]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be written: samples of each part, class names, and what was set aside and why."""
+class Plan(NamedTuple):
+    """What is to be written: samples of each part, class names, what was set aside and why, what should be known."""
 
-    listing: Listing
+    form: str
     parts: dict[str, list[Sample]]
     classnames: list[str]
     rejected: list[tuple[str, str]]
     repeated: int
     notes: list[str]
+
+    @property
+    def class_index(self) -> dict[str | None, int]:
+        """Class index by name."""
+        return {name: index for index, name in enumerate(self.classnames)}
 
 
 @dataclasses.dataclass
@@ -111,8 +109,9 @@ class DataStage(Stage):
 
     def config(self) -> dict[str, Any]:
         """All that the bytes depend on."""
+        index = self.made.class_index
         content = {
-            part: [[s.looked.sha256, s.label, s.entry.text] for s in samples]
+            part: [[s.sha256, index.get(s.name), s.entry.text] for s in samples]
             for part, samples in self.made.parts.items()
         }
         return {
@@ -141,32 +140,26 @@ class DataStage(Stage):
     def _tar(self, part: str, number: int) -> Path:
         if self.pool:
             return self.out / f"{number:06d}.tar"
-        return (
-            self.out / "train" / f"{number:06d}.tar"
-            if part == "train"
-            else self.out / part / "test" / f"{number}.tar"
-        )
+        train = part == "train"
+        return self.out / (f"train/{number:06d}.tar" if train else f"{part}/test/{number}.tar")
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes one tar; what was set aside is told with the first."""
-        outcome = Outcome()
+        outcome, index = Outcome(), self.made.class_index
         if shard.index == 0:
             outcome.rejects += self.made.rejected
             outcome.samples += len(self.made.rejected)
         with replacing(self.artifacts([shard])[0]) as temporary, tarfile.open(temporary, "w") as tar:
             for sample in shard.source[2]:
                 image = sample.entry.read()
-                if hashlib.sha256(image).hexdigest() != sample.looked.sha256:
+                if hashlib.sha256(image).hexdigest() != sample.sha256:
                     raise TaskDataError(
                         f"{sample.entry.shown} has changed since it was looked at. Run the command again."
                     )
-                add_member(
-                    tar,
-                    f"{sample.key}.{sample.looked.format or 'png'}",
-                    image if sample.looked.format else _png(image),
-                )
-                if sample.label is not None:
-                    add_member(tar, f"{sample.key}.cls", str(sample.label).encode())
+                kept = (sample.format, image) if sample.format else ("png", _png(image))
+                add_member(tar, f"{sample.key}.{kept[0]}", kept[1])
+                if sample.name is not None:
+                    add_member(tar, f"{sample.key}.cls", str(index[sample.name]).encode())
                 if sample.entry.text:
                     add_member(tar, f"{sample.key}.txt", sample.entry.text.encode())
                 outcome.samples += 1
@@ -177,30 +170,33 @@ class DataStage(Stage):
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Writes the texts beside the tars, and says what there is."""
         made = self.made
-        texts = {"rejected.tsv": [f"{_cell(path)}\t{_cell(reason)}" for path, reason in made.rejected]}
-        texts["sources.tsv"] = [
-            f"{part}/{sample.key}\t{_cell(sample.entry.shown)}"
-            for part, some in made.parts.items()
-            for sample in some
-        ]
+        shards_of = Counter(shard.source[0] for shard in shards)
+        texts = {
+            "rejected.tsv": [f"{_cell(path)}\t{_cell(reason)}" for path, reason in made.rejected],
+            "sources.tsv": [
+                f"{part}/{sample.key}\t{_cell(sample.entry.shown)}"
+                for part, some in made.parts.items()
+                for sample in some
+            ],
+        }
         if not self.pool:
             texts |= {"classnames.txt": made.classnames, "templates.txt": _templates()}
             for part in set(made.parts) - {"train"}:
                 texts[f"{part}/classnames.txt"] = made.classnames
                 texts[f"{part}/zeroshot_classification_templates.txt"] = _templates()
-                texts[f"{part}/test/nshards.txt"] = [str(sum(shard.source[0] == part for shard in shards))]
+                texts[f"{part}/test/nshards.txt"] = [str(shards_of[part])]
         for name, lines in texts.items():
             with replacing(self.out / name) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        per_class = Counter(sample.label for sample in made.parts.get("train", []))
-        summary = {
-            "form": made.listing.form,
+        summary: dict[str, Any] = {
+            "form": made.form,
             "images": {part: len(samples) for part, samples in made.parts.items()},
             "repeated": made.repeated,
             "notes": made.notes,
         }
         if not self.pool:
-            counts = sorted(per_class.values())
+            counts = sorted(Counter(sample.name for sample in made.parts["train"]).values())
+            last = shards_of["train"] - 1
             summary |= {
                 "classes": len(made.classnames),
                 "images_per_class": {
@@ -208,14 +204,10 @@ class DataStage(Stage):
                     "median": counts[len(counts) // 2],
                     "most": counts[-1],
                 },
-                "train_data": str(self._range("train", shards)),
+                "train_data": f"{self.out}/train/{f'{{000000..{last:06d}}}' if last else '000000'}.tar",
             }
         write_json(self.out / "data.json", summary | {"source": self.source})
         return summary
-
-    def _range(self, part: str, shards: list[Shard]) -> str:
-        count = sum(shard.source[0] == part for shard in shards)
-        return f"{self.out}/{part}/" + (f"{{000000..{count - 1:06d}}}.tar" if count > 1 else "000000.tar")
 
     @cached_property
     def made(self) -> Plan:
@@ -229,28 +221,22 @@ class DataStage(Stage):
         if listing.empty:
             notes.append(f"folders without images are no classes: {shortened(listing.empty)}")
         rejected: list[tuple[str, str]] = []
-        if self.pool:
-            named: dict[Any, tuple[int, str]] = {}
-        else:
-            named = _class_names(listing, self.classnames, notes)
-        leaking = 0
+        named = {} if self.pool else _class_names(listing, self.classnames, notes)
         same: dict[str, list[Sample]] = defaultdict(list)  # by content
-        for entry, looked in self._look(listing.entries):
-            label = None if self.pool else named.get(entry.label, (None, ""))[0]
-            if looked.problem:
-                rejected.append((entry.shown, looked.problem))
-            elif not self.pool and label is None:
-                rejected.append((entry.shown, "has no class"))
-            elif self.pool and not entry.text:
-                rejected.append((entry.shown, "has no text"))
+        for entry, (sha256, suffix, problem) in self._look(listing.entries):
+            name = named.get(entry.label)
+            if not problem and not (entry.text if self.pool else name):
+                problem = "has no text" if self.pool else "has no class"
+            if problem:
+                rejected.append((entry.shown, problem))
             else:
-                same[looked.sha256].append(Sample(entry, looked, label))
-        for sha in [sha for sha, some in same.items() if len({sample.label for sample in some}) > 1]:
-            labels = {sample.label for sample in same[sha]}
-            names = sorted({name for index, name in named.values() if index in labels})
-            problem = f"is there as {' and as '.join(names)}, byte for byte"
-            rejected += [(sample.entry.shown, problem) for sample in same.pop(sha)]
-        repeated = sum(len(some) - 1 for some in same.values())
+                same[sha256].append(Sample(entry, sha256, suffix, name))
+        for sha256, some in list(same.items()):
+            claims = {sample.name or "" for sample in some}
+            if len(claims) > 1:
+                problem = f"is there as {' and as '.join(sorted(claims))}, byte for byte"
+                rejected += [(sample.entry.shown, problem) for sample in same.pop(sha256)]
+        leaking = 0
         for some in same.values():  # an image of two splits is no training image
             some.sort(key=lambda sample: _PARTS.index(sample.entry.split or "train"))
             leaking += len({sample.entry.split for sample in some}) > 1
@@ -258,64 +244,75 @@ class DataStage(Stage):
             notes.append(
                 f"{leaking} images are in several splits, and count for test or validation, not for training"
             )
-        samples = sorted((some[0] for some in same.values()), key=lambda sample: sample.looked.sha256)
+        samples = sorted((some[0] for some in same.values()), key=lambda sample: sample.sha256)
         if not samples:
             raise TaskDataError(
                 f"Not one of the {len(listing.entries)} images of {self.source} can be used; the first: "
                 f"{rejected[0][0]} {rejected[0][1]}."
             )
+        repeated = sum(len(some) - 1 for some in same.values())
         if repeated:
             notes.append(f"{repeated} images are there again, byte for byte, and count once")
         if self.pool:
-            return Plan(listing, {"train": samples}, [], rejected, repeated, notes)
-        samples, names = _numbered(samples, named, notes)
-        return Plan(listing, _split(samples, self.val, notes), names, rejected, repeated, notes)
+            return Plan(listing.form, {"train": samples}, [], rejected, repeated, notes)
+        names = sorted({sample.name or "" for sample in samples})
+        if gone := sorted(set(named.values()) - set(names)):
+            notes.append(f"classes without a usable image are left out: {', '.join(gone[:5])}")
+        if len(names) < 2:
+            raise TaskDataError(
+                f"There is only one class, {names[0]!r}. Expected two or more; name the folder whose folders are the "
+                "classes."
+            )
+        return Plan(listing.form, _split(samples, self.val, notes), names, rejected, repeated, notes)
 
-    def _look(self, found: Sequence[Entry]) -> Iterator[tuple[Entry, Looked]]:
-        """Reads and decodes every image, or finds in the cache what was seen of it before."""
+    def _look(self, found: Sequence[Entry]) -> Iterator[tuple[Entry, list[str]]]:
+        """Reads and decodes every image, or finds in the cache what was seen of it before; see `look`."""
         with progress("images", "images", len(found)) as bar:
             for start in range(0, len(found), _LOOKED_AT_ONCE):
                 some = found[start : start + _LOOKED_AT_ONCE]
                 stats = {entry.path: known_stat(entry.path) for entry in some}
                 key = digest(["look-1", [[str(e.path), e.offset, stats[e.path]] for e in some]])
                 known = read_cache("looks", key, list)
-                if not (isinstance(known, list) and len(known) == len(some)):
+                if known is None or len(known) != len(some):
                     known = []
                     for _, result in map_ordered(look, some, self.workers):
                         if isinstance(result, Exception):
                             raise result
-                        known.append(list(result))
+                        known.append(result)
                         bar.update()
                     write_cache("looks", key, known)
                 else:
                     bar.update(len(some))
-                yield from zip(some, (Looked(*each) for each in known), strict=True)
+                yield from zip(some, known, strict=True)
 
 
-def look(entry: Entry) -> Looked:
-    """Reads an image and decodes it in full."""
+def look(entry: Entry) -> list[str]:
+    """Reads an image and decodes it in full.
+
+    Returns:
+        The SHA-256 of its bytes, empty where they could not be read; its suffix in a tar, empty where it is to become
+        PNG; why it is unreadable, as a clause, empty if it is not.
+    """
     from PIL import Image
 
     try:
         data = entry.read()
-    except OSError as cause:
-        return Looked("", "", f"cannot be read ({cause.strerror or cause})")
     except Exception as cause:  # of Arrow, which raises many kinds; and where there is no file
-        return Looked("", "", f"cannot be read ({printable(str(cause))[:120]})")
-    problem = size_problem(len(data))
-    kind = ""
+        reason = (cause.strerror or cause) if isinstance(cause, OSError) else printable(str(cause))[:120]
+        return ["", "", f"cannot be read ({reason})"]
+    problem, suffix = size_problem(len(data)), ""
     if problem is None:
         try:
             decode_image(data)
             with Image.open(io.BytesIO(data)) as image:
-                kind = KEPT_FORMATS.get(image.format or "", "")
+                suffix = KEPT_FORMATS.get(image.format or "", "")
         except ValueError as cause:
             problem = str(cause)
-    return Looked(hashlib.sha256(data).hexdigest(), kind, problem or "")
+    return [hashlib.sha256(data).hexdigest(), suffix, problem or ""]
 
 
-def _class_names(listing: Listing, file: str | None, notes: list[str]) -> dict[Any, tuple[int, str]]:
-    """Class index and name of each label: indices count the names in their order.
+def _class_names(listing: Listing, file: str | None, notes: list[str]) -> dict[Any, str]:
+    """Class name of each label.
 
     Raises:
         TaskDataError: Labels are indices and nobody says what they are called, or one has no name.
@@ -359,35 +356,16 @@ def _class_names(listing: Listing, file: str | None, notes: list[str]) -> dict[A
         raise TaskDataError(
             f"Two classes are both called {repeated[0]!r}: prompts cannot tell them apart. Rename one, or merge them."
         )
-    order = {name: index for index, name in enumerate(sorted(set(plain.values())))}
-    wordnet = [name for name in order if len(name) == 9 and name[0] == "n" and name[1:].isdigit()]
-    if len(wordnet) == len(order):
+    if all(re.fullmatch(r"n\d{8}", name) for name in plain.values()):
         notes.append(
-            f"class names are WordNet's numbers ({wordnet[0]} ...), which say nothing to a text tower: --classnames"
+            f"class names are WordNet's numbers ({min(plain.values())} ...), which say nothing to a text tower: "
+            "--classnames"
         )
-    return {label: (order[name], name) for label, name in plain.items()}
+    return plain
 
 
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
-
-
-def _numbered(
-    samples: list[Sample], named: dict[Any, tuple[int, str]], notes: list[str]
-) -> tuple[list[Sample], list[str]]:
-    """Samples with the indices of the classes that have images, and their names."""
-    used = sorted({sample.label for sample in samples if sample.label is not None})
-    names = dict(named.values())
-    if gone := sorted(set(names.values()) - {names[index] for index in used}):
-        notes.append(f"classes without a usable image are left out: {', '.join(gone[:5])}")
-    renumbered = {old: new for new, old in enumerate(used)}
-    if len(used) < 2:
-        raise TaskDataError(
-            f"There is only one class, {names[used[0]]!r}. Expected two or more; name the folder whose folders are the "
-            "classes."
-        )
-    numbered = [dataclasses.replace(s, label=renumbered[s.label]) for s in samples if s.label is not None]
-    return numbered, [names[index] for index in used]
 
 
 def _split(samples: list[Sample], val: float, notes: list[str]) -> dict[str, list[Sample]]:
@@ -400,21 +378,20 @@ def _split(samples: list[Sample], val: float, notes: list[str]) -> dict[str, lis
             "The source has no images to train on, only validation or test images. Name the folder above."
         )
     if not parts["val"] and val > 0:
-        by_class: dict[int | None, list[Sample]] = defaultdict(list)
+        by_class: dict[str | None, list[Sample]] = defaultdict(list)
         for sample in parts["train"]:
-            by_class[sample.label].append(sample)
-        # Samples are in the order of their digests; another digest draws, so that shards tell nothing of the split.
-        drawn = {
-            sample.key
-            for some in by_class.values()
-            for sample in sorted(some, key=lambda s: digest(["val", s.looked.sha256]))[
-                : _val_count(len(some), val)
-            ]
-        }
+            by_class[sample.name].append(sample)
+        drawn: set[str] = set()
+        for some in by_class.values():
+            # At least one, and never all. Samples are in the order of their digests; another digest draws, so that
+            # shards tell nothing of the split.
+            count = min(len(some) - 1, max(1, round(len(some) * val)))
+            some.sort(key=lambda sample: digest(["val", sample.sha256]))
+            drawn.update(sample.key for sample in some[:count])
         parts["val"] = [sample for sample in parts["train"] if sample.key in drawn]
         parts["train"] = [sample for sample in parts["train"] if sample.key not in drawn]
-    counts = Counter(sample.label for sample in parts["train"])
-    if only := {sample.label for sample in samples} - set(counts):
+    counts = Counter(sample.name for sample in parts["train"])
+    if only := {sample.name for sample in samples} - set(counts):
         notes.append(f"{len(only)} classes have images to evaluate on, but none to train on")
     least, most = min(counts.values()), max(counts.values())
     if least < FEW:
@@ -425,11 +402,6 @@ def _split(samples: list[Sample], val: float, notes: list[str]) -> dict[str, lis
     if most > 10 * least:
         notes.append(f"classes are unbalanced: {least} to {most} images")
     return {part: some for part, some in parts.items() if some}
-
-
-def _val_count(images: int, val: float) -> int:
-    """Validation images of a class: the part asked for, at least one, and never all."""
-    return min(images - 1, max(1, round(images * val)))
 
 
 def _templates() -> list[str]:
