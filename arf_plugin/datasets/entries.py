@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -95,8 +97,8 @@ def parquet_image(path: Path, row: int) -> bytes:
     Raises:
         ValueError: The row has none.
     """
-    group, first = next((group, first) for group, first, end in _row_groups(str(path)) if row < end)
-    value: Any = _row_group(str(path), group)[row - first].as_py()
+    group = bisect.bisect(_row_groups(str(path)), row) - 1
+    value: Any = _row_group(str(path), group)[row - _row_groups(str(path))[group]].as_py()
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise ValueError("has no image bytes")
@@ -104,16 +106,13 @@ def parquet_image(path: Path, row: int) -> bytes:
 
 
 @lru_cache(maxsize=64)
-def _row_groups(path: str) -> list[tuple[int, int, int]]:
-    """Number, first row and end of each row group."""
+def _row_groups(path: str) -> list[int]:
+    """The first row of each row group."""
     import pyarrow.parquet as pq
 
-    meta, found, first = pq.read_metadata(path), [], 0
-    for group in range(meta.num_row_groups):
-        end = first + meta.row_group(group).num_rows
-        found.append((group, first, end))
-        first = end
-    return found
+    meta = pq.read_metadata(path)
+    rows = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+    return list(itertools.accumulate(rows, initial=0))[:-1]
 
 
 @lru_cache(maxsize=2)

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
 import difflib
 import glob
 import io
-import itertools
 import json
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +28,6 @@ from typing import Any
 from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.anchors.task import expand_urls
 from arf_plugin.data.prompts import load_classnames
-from arf_plugin.datasets import entries
 from arf_plugin.datasets.entries import (
     CLASS_COLUMNS,
     IMAGE_COLUMNS,
@@ -37,6 +35,8 @@ from arf_plugin.datasets.entries import (
     TEXT_COLUMNS,
     Entry,
     Listing,
+    column,
+    split_of,
 )
 from arf_plugin.errors import TaskDataError
 from arf_plugin.evaluation.folders import is_image, listing, place_of, shortened
@@ -86,9 +86,8 @@ def _read(source: str, pool: bool) -> Listing:
         return _read_files([local_path(url) for url in expand_urls(source)], pool)
     if matched := sorted(map(Path, glob.glob(source, recursive=True))):
         if all(one.is_dir() for one in matched):
-            return _class_folders(
-                [(one.name, one) for one in matched], f"class folders ({len(matched)} of a glob)"
-            )
+            form = f"class folders ({len(matched)} of a glob)"
+            return _class_folders([(one.name, one) for one in matched], form)
         return _read_files([one for one in matched if one.is_file()], pool)
     raise TaskDataError(_not_found(source))
 
@@ -99,18 +98,10 @@ def _not_found(source: str) -> str:
     parent = Path(source).absolute()
     while not parent.exists():
         missing, parent = parent.name, parent.parent
-    beside = (
-        sorted(one.name for one in parent.iterdir() if not one.name.startswith("."))
-        if parent.is_dir()
-        else []
-    )
-    close = difflib.get_close_matches(missing, beside, n=1)
-    meant = (
-        f" Did you mean {parent / close[0]}?"
-        if close
-        else f" {parent} holds: {shortened(beside, 5) or 'nothing'}."
-    )
-    return f"{source} does not exist.{meant}"
+    beside = sorted(one.name for one in (parent.iterdir() if parent.is_dir() else ()) if one.name[0] != ".")
+    if close := difflib.get_close_matches(missing, beside, n=1):
+        return f"{source} does not exist. Did you mean {parent / close[0]}?"
+    return f"{source} does not exist. {parent} holds: {shortened(beside, 5) or 'nothing'}."
 
 
 def _read_files(paths: list[Path], pool: bool) -> Listing:
@@ -124,7 +115,7 @@ def _read_files(paths: list[Path], pool: bool) -> Listing:
     if suffixes == {".parquet"}:
         return _parquet(paths)
     if len(paths) == 1 and suffixes <= {*TABLES, ".jsonl"}:
-        return _table(paths[0], paths[0].parent, confined=False)
+        return _table(paths[0])
     if all(is_image(path.name) for path in paths):
         raise TaskDataError(
             f"{paths[0]} is an image, not a set of images. Name the folder whose folders are the classes; where a "
@@ -140,82 +131,73 @@ def _read_folder(root: Path, pool: bool) -> Listing:
     for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
         tables = [root / one / name for one in ("", *folders) if (root / one / name).is_file()]
         if tables:
-            return _joined(
-                [_table(one, one.parent, confined=True, split=_split(one, root)) for one in tables], name
-            )
-    parquet = _below(root, ".parquet")
-    if parquet:
+            splits = {one: None if one.parent == root else split_of(one.parent.name) for one in tables}
+            return _joined([_table(one, confined=True, split=split) for one, split in splits.items()], name)
+    if parquet := _below(root, ".parquet"):
         return _parquet(parquet)
-    tars = _below(root, ".tar")
-    if tars:
+    if tars := _below(root, ".tar"):
         return _tars(tars, pool, root)
     if pool:
         return _texts_beside(root)
     tables = [root / name for name in files if name.lower().endswith(TABLES)]
     if len(tables) == 1 and not any(_has_images(root / name) for name in folders if not is_image(name)):
-        return _table(tables[0], root, confined=False)
+        return _table(tables[0])
     while len(folders) == 1 and not _images_in(root) and not _images_in(root / folders[0]):
         root = root / folders[0]  # images/, data/: a folder that holds all others
         folders, files = _visible(root)
-    if any(entries.split_of(name) for name in folders) and all(
-        entries.split_of(name) or not _has_images(root / name) for name in folders
-    ):
-        parts = [(entries.split_of(name), root / name) for name in folders if entries.split_of(name)]
-        return _joined(
-            [_by_class(part, split) for split, part in parts], "class folders below " + ", ".join(folders)
-        )
-    if not folders and _images_in(root):
+    parts = {name: split for name in folders if (split := split_of(name))}
+    if parts and not any(_has_images(root / name) for name in folders if name not in parts):
+        found = [_by_class(root / name, split) for name, split in parts.items()]
+        return _joined(found, "class folders below " + ", ".join(folders))
+    loose = _images_in(root)
+    if loose and not folders:
         raise TaskDataError(
             f"{root} holds images, but no folders of classes. Expected {root}/<class>/<image>, or a table of classes: "
             f"{FORMS}."
         )
-    loose = _images_in(root)
-    found = _by_class(root, None)
-    if loose:
-        note = (
-            f"{len(loose)} images beside the class folders have no class and are left out: {shortened(loose)}"
-        )
-        found = Listing(found.form, found.entries, empty=found.empty, notes=(*found.notes, note))
-    return found
+    note = f"{len(loose)} images beside the class folders have no class and are left out: {shortened(loose)}"
+    return _by_class(root, None, (note,) if loose else ())
 
 
 # --- class folders -------------------------------------------------------------------------------------------------
 
 
-def _by_class(root: Path, split: str | None) -> Listing:
+def _by_class(root: Path, split: str | None, notes: tuple[str, ...] = ()) -> Listing:
     """Folders of classes: those at the top, or those that hold images, where the ones at the top only group them."""
-    tops = {name: list(_walk(root / name)) for name in _visible(root)[0]}
-    filled = {name: found for name, found in tops.items() if any(files for _, files in found)}
-    leaves = {name: [folder for folder, files in found if files] for name, found in filled.items()}
-    names = [leaf.name for found in leaves.values() for leaf in found]
-    empty = tuple(name for name in tops if name not in filled)
-    grouped = all(root / name not in found for name, found in leaves.items())
-    if grouped and len(set(names)) == len(names) > len(leaves):
-        note = f"{', '.join(list(leaves)[:3])} hold nothing but folders of images, so those are the classes"
-        classes = [(leaf.name, leaf) for found in leaves.values() for leaf in found]
-        return _class_folders(classes, "class folders in groups", split, empty, (note,))
-    return _class_folders([(name, root / name) for name in filled], "class folders", split, empty)
+    holding = {
+        name: [folder for folder, files in _walk(root / name) if any(map(is_image, files))]
+        for name in _visible(root)[0]
+    }
+    filled = {name: folders for name, folders in holding.items() if folders}
+    leaves = [(leaf.name, leaf) for folders in filled.values() for leaf in folders]
+    grouped = all(root / name not in folders for name, folders in filled.items())
+    if grouped and len(dict(leaves)) == len(leaves) > len(filled):
+        note = f"{', '.join(list(filled)[:3])} hold nothing but folders of images, so those are the classes"
+        found = _class_folders(leaves, "class folders in groups", split)
+        notes = (note, *found.notes, *notes)
+    else:
+        found = _class_folders([(name, root / name) for name in filled], "class folders", split)
+        notes = (*found.notes, *notes)
+    empty = tuple(utf8(name) for name in holding if name not in filled)
+    return dataclasses.replace(found, empty=empty, notes=notes)
 
 
-def _class_folders(
-    classes: list[tuple[str, Path]], form: str, split: str | None = None, empty: tuple[str, ...] = (),
-    notes: tuple[str, ...] = (),
-) -> Listing:  # fmt: skip
+def _class_folders(classes: list[tuple[str, Path]], form: str, split: str | None = None) -> Listing:
     found, others = [], collections.Counter[str]()
     for label, top in classes:
         for folder, files in _walk(top):
-            found += [Entry(str(folder / name), folder / name, utf8(label), split) for name in files]
-            others.update(
-                Path(name).suffix.lower() or name for name in _visible(folder)[1] if not is_image(name)
-            )
-    if others:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        notes = (*notes, f"files that are no images, by their names, are left out: {kinds}")
-    return Listing(form, found, empty=tuple(map(utf8, empty)), notes=notes)
+            for name in files:
+                if is_image(name):
+                    found.append(Entry(str(folder / name), folder / name, utf8(label), split))
+                else:
+                    others[Path(name).suffix.lower() or name] += 1
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    note = f"files that are no images, by their names, are left out: {kinds}"
+    return Listing(form, found, notes=(note,) if others else ())
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders from one on, links followed once, and the names of the images in each."""
+    """Folders from one on, links followed once, and the names of their visible files."""
     seen, waiting = set(), [top]
     while waiting:
         folder = waiting.pop(0)
@@ -223,16 +205,17 @@ def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
             continue
         seen.add(place)
         folders, files = _visible(folder)
-        yield folder, [name for name in files if is_image(name)]
+        yield folder, files
         waiting += [folder / name for name in folders]
 
 
 def _visible(folder: Path) -> tuple[list[str], list[str]]:
     """Names of folders and files; hidden ones and those of archivers (``__MACOSX``) are left out."""
     folders, files = listing(str(folder))
-    return [name for name in folders if not name.startswith((".", "__"))], [
-        n for n in files if not n.startswith(".")
-    ]
+    return (
+        [name for name in folders if not name.startswith((".", "__"))],
+        [name for name in files if not name.startswith(".")],
+    )
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -240,27 +223,21 @@ def _images_in(folder: Path) -> list[str]:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(files for _, files in _walk(folder))
+    return any(is_image(name) for _, files in _walk(folder) for name in files)
 
 
 def _below(root: Path, suffix: str) -> list[Path]:
-    found = [
-        folder / n for folder, _ in _walk(root) for n in _visible(folder)[1] if n.lower().endswith(suffix)
-    ]
-    return sorted(found)
-
-
-def _split(table: Path, root: Path) -> str | None:
-    return None if table.parent == root else entries.split_of(table.parent.name)
+    return sorted(
+        folder / name for folder, files in _walk(root) for name in files if name.lower().endswith(suffix)
+    )
 
 
 def _joined(parts: list[Listing], form: str) -> Listing:
     """Several parts of one source, such as its splits."""
-    names = next((part.classnames for part in parts if part.classnames), None)
     return Listing(
         form,
-        list(itertools.chain.from_iterable(part.entries for part in parts)),
-        names,
+        [entry for part in parts for entry in part.entries],
+        next((part.classnames for part in parts if part.classnames), None),
         tuple(dict.fromkeys(name for part in parts for name in part.empty)),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
@@ -269,17 +246,17 @@ def _joined(parts: list[Listing], form: str) -> Listing:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def _table(path: Path, folder: Path, *, confined: bool, split: str | None = None) -> Listing:
+def _table(path: Path, *, confined: bool = False, split: str | None = None) -> Listing:
     """A table of image paths, relative to its folder; ``confined`` refuses those that lead out of it."""
-    rows = list(_rows(path))
+    folder, rows = path.parent, list(_rows(path))
     names = list(dict.fromkeys(name for row in rows[:1000] for name in row))
-    image = entries.column(names, IMAGE_COLUMNS)
+    image = column(names, IMAGE_COLUMNS)
     if image is None:
         raise TaskDataError(
             f"{path} has no column of image paths (found: {', '.join(names)[:300]}). Expected one called filepath, "
             "image, file_name or path."
         )
-    label, part, text = (entries.column(names, some) for some in (CLASS_COLUMNS, SPLIT_COLUMNS, TEXT_COLUMNS))
+    label, part, text = (column(names, some) for some in (CLASS_COLUMNS, SPLIT_COLUMNS, TEXT_COLUMNS))
     found = []
     for number, row in enumerate(rows, 1):
         value = row.get(image)
@@ -294,13 +271,11 @@ def _table(path: Path, folder: Path, *, confined: bool, split: str | None = None
             raise TaskDataError(
                 f"{path}, row {number}: {value!r} leads out of the folder {folder}. It was not opened."
             )
-        said = row.get(part) if part else None
-        own = entries.split_of(str(said)) if said is not None else split
+        said = row.get(part)
+        own = split_of(str(said)) if said is not None else split
         if said is not None and own is None:
             raise TaskDataError(f"{path}, row {number}: {said!r} is no split. Expected train, val or test.")
-        found.append(
-            Entry(value, folder / value, _label(row.get(label) if label else None), own, _text(row, text))
-        )
+        found.append(Entry(value, folder / value, _label(row.get(label)), own, _text(row.get(text))))
     return Listing(f"table {path.name}: images in {image!r}, classes in {label!r}", found)
 
 
@@ -317,12 +292,11 @@ def _label(value: Any) -> str | int | None:
     return int(text) if re.fullmatch(r"\d{1,9}", text) else text
 
 
-def _text(row: dict[str, Any], name: str | None) -> str | None:
-    value = row.get(name) if name else None
-    return utf8(value.strip()) if isinstance(value, str) and value.strip() else None
+def _text(value: Any) -> str | None:
+    return utf8(value.strip()) or None if isinstance(value, str) else None
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[Any, Any]]:
     """Rows of a CSV, TSV, JSON lines or parquet file."""
     if path.suffix == ".parquet":
         with open_parquet(path, TaskDataError) as file:
@@ -357,24 +331,21 @@ def _parquet(paths: list[Path]) -> Listing:
     for path in paths:
         with open_parquet(path, TaskDataError) as file:
             schema = file.schema_arrow
-            image = entries.column(schema.names, IMAGE_COLUMNS)
+            image = column(schema.names, IMAGE_COLUMNS)
             if image is None:
                 raise TaskDataError(
                     f"{path} has no column of images (found: {', '.join(schema.names)[:300]}). Expected 'image', with "
                     "the bytes of an encoded image, as Hugging Face's datasets write it."
                 )
-            label, text = (entries.column(schema.names, some) for some in (CLASS_COLUMNS, TEXT_COLUMNS))
+            label, text = (column(schema.names, some) for some in (CLASS_COLUMNS, TEXT_COLUMNS))
             names = names or _feature_names(schema.metadata or {}, label)
             word = _SHARD_SPLIT.match(path.name)
-            split = entries.split_of(word[1]) if word else entries.split_of(path.parent.name)
+            split = split_of(word[1]) if word else split_of(path.parent.name)
             columns = [name for name in (label, text) if name]
-            row = 0
-            for batch in file.iter_batches(columns=columns) if columns else ():
-                for values in batch.to_pylist():
-                    shown = f"{path}, row {row + 1}"
-                    said = _label(values.get(label) if label else None)
-                    found.append(Entry(shown, path, said, split, _text(values, text), row))
-                    row += 1
+            batches = file.iter_batches(columns=columns) if columns else ()
+            for row, values in enumerate(values for batch in batches for values in batch.to_pylist()):
+                said = _label(values.get(label)), split, _text(values.get(text))
+                found.append(Entry(f"{path}, row {row + 1}", path, *said, row))
     return Listing(f"{len(paths)} parquet files", found, names)
 
 
@@ -395,7 +366,7 @@ def _tars(paths: list[Path], pool: bool, root: Path | None = None) -> Listing:
     """WebDataset tars: KEY.jpg with KEY.cls, an index or a name, and KEY.txt; classnames.txt beside or above them."""
     found: list[Entry] = []
     for path in paths:
-        split = entries.split_of(path.parent.name)
+        split = split_of(path.parent.name)
         for sample in scan_samples(str(path), TaskDataError, read=("cls", "txt")):
             if sample.image is None or sample.is_stray:
                 continue
@@ -404,9 +375,9 @@ def _tars(paths: list[Path], pool: bool, root: Path | None = None) -> Listing:
                 raise TaskDataError(
                     f"{path} is compressed, so its images cannot be read by place. Unpack it: gunzip {path}"
                 )
-            texts = {name: _member(sample.members.get(name)) for name in ("cls", "txt")}
-            label = None if pool else _label(texts["cls"])
-            found.append(Entry(shown, path, label, split, texts["txt"], image.offset, image.size))
+            label, text = (_member(sample.members.get(name)) for name in ("cls", "txt"))
+            said = None if pool else _label(label)
+            found.append(Entry(shown, path, said, split, text, image.offset, image.size))
     names = None
     for place in dict.fromkeys((root or paths[0].parent, paths[0].parent, paths[0].parent.parent)):
         if (place / "classnames.txt").is_file():
@@ -425,13 +396,9 @@ def _texts_beside(root: Path) -> Listing:
     """Images with a text of the same name beside them: 1.jpg and 1.txt."""
     found = []
     for folder, files in _walk(root):
-        texts: dict[str, str] = defaultdict(str)
-        beside = {name for name in _visible(folder)[1] if name.endswith(".txt")}
-        for name in files:
-            stem = f"{name.rpartition('.')[0]}.txt"
-            if stem in beside:
-                texts[name] = decode_text(
-                    (folder / stem).read_bytes(), str(folder / stem), TaskDataError
-                ).strip()
-            found.append(Entry(str(folder / name), folder / name, None, None, texts[name] or None))
+        for name in filter(is_image, files):
+            beside, text = folder / f"{name.rpartition('.')[0]}.txt", None
+            if beside.name in files:
+                text = decode_text(beside.read_bytes(), str(beside), TaskDataError).strip() or None
+            found.append(Entry(str(folder / name), folder / name, None, None, text))
     return Listing("images with texts beside them", found)
