@@ -6,6 +6,7 @@ Training stops at the first error of the same rules (:mod:`arf_plugin.data.start
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,22 +45,12 @@ class Report:
     def lines(self) -> list[str]:
         """The report for people."""
         lines = [f"anchor set   {self.anchors}"]
-        for name, found, text in (
-            ("captions", self.captions, "{rows:,} for {samples:,} samples, {mean_length:.0f} characters"),
-            ("pairs", self.pairs, "{count:,} in {shards:,} shards, {image_megabytes:.1f} MB of images"),
-            (
-                "features",
-                self.features,
-                "of {pairs:,} pairs and {captions:,} captions by {model} ({weights_sha256:.12}), D {dim}",
-            ),
-            ("task data", self.task, "{samples:,} samples"),
-            ("coverage", self.coverage, "{covered:,} of {samples:,} samples have a caption ({percent:.1f}%)"),
-        ):
-            if found:
+        for name, (_, label, text) in _COUNTS.items():
+            if found := getattr(self, name):
                 megabytes = found.get("image_bytes", 0) / 1e6
-                lines.append(f"{name:<13}" + text.format(**found, image_megabytes=megabytes))
+                lines.append(f"{label:<13}" + text.format(**found, image_megabytes=megabytes))
             elif name in ("captions", "pairs"):
-                lines.append(f"{name:<13}none: the {name.removesuffix('s')} term is off")
+                lines.append(f"{label:<13}none: the {name.removesuffix('s')} term is off")
         if self.task and self.pairs and self.pairs["count"]:
             times = self.task["samples"] / self.pairs["count"]
             lines.append(
@@ -86,26 +77,21 @@ def check_anchor_set(inputs: Inputs) -> Report:
     if not is_remote(inputs.anchors):
         with contextlib.suppress(ArfError):  # it is among the findings
             report.manifest = read_manifest(Path(inputs.anchors))
-    for name, count in _COUNTS.items():
+    for name, (count, _, _) in _COUNTS.items():
         with contextlib.suppress(ArfError, Unknown):
             setattr(report, name, count(inputs))
     return report
 
 
-def _count_captions(inputs: Inputs) -> dict[str, Any] | None:
+def _captions(inputs: Inputs) -> dict[str, Any] | None:
     if not inputs.caption_files:
         return None
-    captions = inputs.captions
-    return {
-        "rows": len(captions),
-        "samples": captions.samples,
-        "mean_length": captions.mean_length,
-        "repeated": captions.repeated,
-    }
+    found = inputs.captions
+    shown = {name: getattr(found, name) for name in ("samples", "mean_length", "repeated")}
+    return {"rows": len(found), **shown}
 
 
-def _count_pairs(inputs: Inputs) -> dict[str, Any] | None:
-    """Repeated images are known if they were read."""
+def _pairs(inputs: Inputs) -> dict[str, Any] | None:
     if not inputs.pair_shards:
         return None
     scans = [scan for _, scan in inputs.pairs if isinstance(scan, ShardScan)]
@@ -114,19 +100,19 @@ def _count_pairs(inputs: Inputs) -> dict[str, Any] | None:
         "count": sum(len(scan.keys) for scan in scans),
         "shards": len(inputs.pair_shards),
         "image_bytes": sum(scan.image_bytes for scan in scans),
-        "repeated": len(digests) - len(set(digests)) if inputs.full else None,
+        "repeated": len(digests) - len(set(digests)) if inputs.full else None,  # known if images were read
     }
 
 
-def _count_features(inputs: Inputs) -> dict[str, Any] | None:
+def _features(inputs: Inputs) -> dict[str, Any] | None:
     if (header := inputs.features) is None:
         return None
     counts = {kind: header.rows(kind) for kind in ("pairs", "captions")}
     return {"model": header.model, "weights_sha256": header.weights_sha256, "dim": header.dim, **counts}
 
 
-def _count_task(inputs: Inputs) -> dict[str, Any] | None:
-    if inputs.train_data is None:
+def _task(inputs: Inputs) -> dict[str, Any] | None:
+    if not inputs.has_task:
         return None
     task = inputs.task
     return {
@@ -139,8 +125,8 @@ def _count_task(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
-def _count_coverage(inputs: Inputs) -> dict[str, Any] | None:
-    if inputs.train_data is None or not inputs.caption_files:
+def _coverage(inputs: Inputs) -> dict[str, Any] | None:
+    if not (inputs.has_task and inputs.caption_files):
         return None
     samples, missing = len(inputs.task.ids), inputs.without_caption
     covered = samples - len(missing)
@@ -154,10 +140,15 @@ def _count_coverage(inputs: Inputs) -> dict[str, Any] | None:
     }
 
 
-_COUNTS = {
-    "captions": _count_captions,
-    "pairs": _count_pairs,
-    "features": _count_features,
-    "task": _count_task,
-    "coverage": _count_coverage,
+# By attribute of the report: what counts it, and its line for people.
+_COUNTS: dict[str, tuple[Callable[[Inputs], dict[str, Any] | None], str, str]] = {
+    "captions": (_captions, "captions", "{rows:,} for {samples:,} samples, {mean_length:.0f} characters"),
+    "pairs": (_pairs, "pairs", "{count:,} in {shards:,} shards, {image_megabytes:.1f} MB of images"),
+    "features": (
+        _features,
+        "features",
+        "of {pairs:,} pairs and {captions:,} captions by {model} ({weights_sha256:.12}), D {dim}",
+    ),
+    "task": (_task, "task data", "{samples:,} samples"),
+    "coverage": (_coverage, "coverage", "{covered:,} of {samples:,} samples have a caption ({percent:.1f}%)"),
 }
