@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from arf_plugin.console import progress
+from arf_plugin.files import digest, read_cache, write_cache
+from arf_plugin.images import map_ordered
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -15,6 +20,8 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 LARGEST_IMAGE = 1 << 29  # bytes of an encoded image that are read; photos have millions
 
 _PEEK = 16
+_AT_ONCE = 5000  # images whose look is cached together
+_Item = TypeVar("_Item")
 
 
 def image_problem(file: IO[bytes], start: int, size: int, decode: bool = False) -> str | None:
@@ -76,3 +83,42 @@ def decode_image(data: bytes) -> PIL.Image.Image:
         raise ValueError("is not an image that PIL can read") from None
     except Exception as cause:  # PIL's decoders raise many kinds, struct.error and SyntaxError among them
         raise ValueError(f"cannot be decoded ({cause})") from cause
+
+
+def look_once(
+    items: Sequence[_Item],
+    stamp: Callable[[_Item], Any],
+    look: Callable[[_Item], Any],
+    kind: str,
+    workers: int,
+    trust_cache: bool = True,
+) -> Iterator[tuple[_Item, Any]]:
+    """Looks at images in threads, or finds in the cache what was seen of them before.
+
+    Args:
+        items: the images.
+        stamp: JSON that changes when an image does.
+        look: gives JSON.
+        kind: of looks, which is their folder in the cache.
+        workers: threads.
+        trust_cache: False looks whatever the cache says.
+
+    Yields:
+        Each item and what was seen, in order.
+    """
+    with progress("images", "images", len(items)) as bar:
+        for start in range(0, len(items), _AT_ONCE):
+            some = items[start : start + _AT_ONCE]
+            key = digest([f"{kind}-2", [stamp(item) for item in some]])
+            known = read_cache(kind, key, list) if trust_cache else None
+            if known is None or len(known) != len(some):
+                known = []
+                for _, seen in map_ordered(look, some, workers):
+                    if isinstance(seen, Exception):
+                        raise seen
+                    known.append(seen)
+                    bar.update()
+                write_cache(kind, key, known)
+            else:
+                bar.update(len(some))
+            yield from zip(some, known, strict=True)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arf_plugin.anchors.images import image_problem
-from arf_plugin.console import progress
+from arf_plugin.anchors.images import image_problem, look_once
 from arf_plugin.errors import TaskDataError
-from arf_plugin.files import digest, known_stat, read_cache, write_cache
+from arf_plugin.files import known_stat
 from arf_plugin.untrusted import require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CLASS_COLUMN = "cls"
-_FILES_AT_ONCE = 10_000  # image files whose look is cached together
 _THREADS = 8
 
 
@@ -75,22 +72,15 @@ def unreadable_files(paths: Sequence[str], decode: bool) -> dict[str, str]:
 
     What was seen of files that have not changed since is found in the cache, unless they are to be decoded.
     """
-    problems: dict[str, str] = {}
-    with (
-        progress("image files", "files", len(paths)) as bar,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        for start in range(0, len(paths), _FILES_AT_ONCE):
-            some = paths[start : start + _FILES_AT_ONCE]
-            key = digest(["files-1", [[path, known_stat(Path(path))] for path in some]])
-            found = None if decode else read_cache("files", key)
-            if found is None:
-                looked = pool.map(lambda path: file_problem(path, decode), some)
-                found = {path: problem for path, problem in zip(some, looked, strict=True) if problem}
-                write_cache("files", key, found)
-            problems |= {path: str(problem) for path, problem in found.items()}
-            bar.update(len(some))
-    return problems
+    looks = look_once(
+        paths,
+        lambda path: [path, known_stat(Path(path))],
+        lambda path: file_problem(path, decode),
+        "files",
+        _THREADS,
+        trust_cache=not decode,
+    )
+    return {path: str(problem) for path, problem in looks if problem}
 
 
 def file_problem(path: str, decode: bool) -> str | None:

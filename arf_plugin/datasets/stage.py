@@ -23,20 +23,18 @@ import math
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arf_plugin.anchors.images import decode_image, size_problem
+from arf_plugin.anchors.images import decode_image, look_once, size_problem
 from arf_plugin.anchors.tars import add_member
-from arf_plugin.console import progress
 from arf_plugin.datasets.entries import Entry, Listing
 from arf_plugin.datasets.forms import read_source
 from arf_plugin.errors import TaskDataError
 from arf_plugin.evaluation.folders import shortened
-from arf_plugin.files import digest, known_stat, read_cache, replacing, write_cache, write_json
-from arf_plugin.images import map_ordered
+from arf_plugin.files import digest, known_stat, replacing, write_json
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable
@@ -46,7 +44,6 @@ SHARDS = 8  # at least so many, so that loader workers have one each
 LARGEST_SHARD = 1000
 _PARTS = ("test", "val", "train")
 FEW = 10  # images of a class below which little can be learned, let alone measured
-_LOOKED_AT_ONCE = 2000  # images whose look is cached together
 
 
 class Sample(NamedTuple):
@@ -223,7 +220,9 @@ class DataStage(Stage):
         rejected: list[tuple[str, str]] = []
         named = {} if self.pool else _class_names(listing, self.classnames, notes)
         same: dict[str, list[Sample]] = defaultdict(list)  # by content
-        for entry, (sha256, suffix, problem) in self._look(listing.entries):
+        for entry, (sha256, suffix, problem) in look_once(
+            listing.entries, _stamp, look, "looks", self.workers
+        ):
             name = named.get(entry.label)
             if not problem and not (entry.text if self.pool else name):
                 problem = "has no text" if self.pool else "has no class"
@@ -265,25 +264,9 @@ class DataStage(Stage):
             )
         return Plan(listing.form, _split(samples, self.val, notes), names, rejected, repeated, notes)
 
-    def _look(self, found: Sequence[Entry]) -> Iterator[tuple[Entry, list[str]]]:
-        """Reads and decodes every image, or finds in the cache what was seen of it before; see `look`."""
-        with progress("images", "images", len(found)) as bar:
-            for start in range(0, len(found), _LOOKED_AT_ONCE):
-                some = found[start : start + _LOOKED_AT_ONCE]
-                stats = {entry.path: known_stat(entry.path) for entry in some}
-                key = digest(["look-1", [[str(e.path), e.offset, stats[e.path]] for e in some]])
-                known = read_cache("looks", key, list)
-                if known is None or len(known) != len(some):
-                    known = []
-                    for _, result in map_ordered(look, some, self.workers):
-                        if isinstance(result, Exception):
-                            raise result
-                        known.append(result)
-                        bar.update()
-                    write_cache("looks", key, known)
-                else:
-                    bar.update(len(some))
-                yield from zip(some, known, strict=True)
+
+def _stamp(entry: Entry) -> list[Any]:
+    return [str(entry.path), entry.offset, known_stat(entry.path)]
 
 
 def look(entry: Entry) -> list[str]:
