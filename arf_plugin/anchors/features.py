@@ -15,13 +15,11 @@ are known as such.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +47,7 @@ _NO_PART = re.compile(r"(^|\.)logit_(scale|bias)$")  # of what features depend o
 
 
 class Embedded(Strict):
-    """A file of the anchor set, as it was when it was embedded, and the number of rows that it has got."""
+    """A file of the anchor set as it was when it was embedded, and its number of rows of features."""
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -57,27 +55,16 @@ class Embedded(Strict):
 
 
 class FeatureHeader(Strict):
-    """``features/features.json``.
-
-    Attributes:
-        format_version: of these files.
-        model: name of the open_clip model, as it was given.
-        weights_sha256: digest of its weights; see `weights_digest`.
-        precision: what it computed in.
-        preprocessing: open_clip's settings of the evaluation transform.
-        dtype: of the vectors.
-        dim: D.
-        pairs, captions: what was embedded, by file name.
-    """
+    """``features/features.json``."""
 
     format_version: Literal[1] = 1
-    model: str
-    weights_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    precision: str
-    preprocessing: dict[str, JsonValue]
-    dtype: Literal["float16"] = "float16"
-    dim: int = Field(ge=1, le=1 << 16)
-    pairs: dict[str, Embedded]
+    model: str  # name of the open_clip model, as it was given
+    weights_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # see `weights_digest`
+    precision: str  # what it computed in
+    preprocessing: dict[str, JsonValue]  # open_clip's settings of the evaluation transform
+    dtype: Literal["float16"] = "float16"  # of the vectors
+    dim: int = Field(ge=1, le=1 << 16)  # D
+    pairs: dict[str, Embedded]  # what was embedded, by file name
     captions: dict[str, Embedded]
 
     def rows(self, kind: str) -> int:
@@ -85,8 +72,7 @@ class FeatureHeader(Strict):
         return sum(one.rows for one in getattr(self, kind).values())
 
 
-@dataclass(frozen=True)
-class PairFeatures:
+class PairFeatures(NamedTuple):
     """Features of a pair tar: keys as `arf_plugin.untrusted.utf8` writes them; image and text float16 [n, D]."""
 
     keys: list[str]
@@ -101,16 +87,8 @@ class CaptionFeatures(MappedTable):
 
     def get(self, sample_id: str) -> np.ndarray:
         """float16 [k, D] of a sample's captions, in the order of the set's files and their rows."""
-        parts, starts = self._parts
-        of = [(np.searchsorted(starts, row, side="right") - 1, row) for row in self._rows(sample_id)]
-        found = [parts[part][row - starts[part]] for part, row in of]
+        found = [self._values[row].values.to_numpy() for row in self._rows(sample_id)]
         return np.stack(found) if found else np.zeros((0, self._values.type.list_size), np.float16)
-
-    @functools.cached_property
-    def _parts(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """The features part by part, mapped, and the row that each part begins with."""
-        parts = [_matrix(chunk, self._values.type.list_size) for chunk in self._values.chunks]
-        return parts, np.cumsum([0, *map(len, parts)])[:-1]
 
 
 def read_header(anchors: Path | str) -> FeatureHeader | None:
@@ -209,8 +187,8 @@ def changes_since(
 ) -> list[str]:
     """Says which pairs and captions have no features, or those of what they were before they changed.
 
-    Files are compared by size and, where they are on this machine, by their contents, which are read once and then
-    known for as long as a file is not written again.
+    Files are compared by size and, on this machine, by their contents, which are read once and then known for as long
+    as a file is not written again.
 
     Returns:
         A sentence per kind; empty if the features are those of the set.
@@ -230,13 +208,10 @@ def changes_since(
                     new.append(path)
                 elif size != then.bytes or (is_local(fs) and content_digest([Path(path)]) != then.sha256):
                     other.append(path)
+            groups = {"have no features": new, "have changed since": other, "are gone": sorted(embedded)}
             found = [
                 f"{len(names)} {what} (first: {printable(_name(names[0]))})"
-                for names, what in (
-                    (new, "have no features"),
-                    (other, "have changed since"),
-                    (sorted(embedded), "are gone"),
-                )
+                for what, names in groups.items()
                 if names
             ]
             if found:
