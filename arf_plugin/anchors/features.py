@@ -266,15 +266,14 @@ def pair_file(anchors: Path, shard: Path | str) -> Path:
 
 def write_pair_features(anchors: Path, shard: Path | str, features: PairFeatures) -> None:
     """Writes the features of a pair tar."""
-    columns = {"key": pa.array(features.keys, pa.large_string())}
-    columns |= {"image": _list_array(features.image), "text": _list_array(features.text)}
-    _write(pair_file(anchors, shard), columns)
+    keys = pa.array(features.keys, pa.large_string())
+    _write(pair_file(anchors, shard), "key", keys, image=features.image, text=features.text)
 
 
 def write_caption_part(path: Path, ids: Sequence[str] | pa.ChunkedArray, text: np.ndarray) -> None:
     """Writes the features [n, D] of one caption file, with the ids of its rows, for `join_caption_parts`."""
     column = ids if isinstance(ids, pa.ChunkedArray) else pa.array(ids, pa.large_string())
-    _write(path, {"id": column, "text": _list_array(text)})
+    _write(path, "id", column, text=text)
 
 
 def join_caption_parts(anchors: Path, parts: Sequence[Path]) -> None:
@@ -293,22 +292,20 @@ def join_caption_parts(anchors: Path, parts: Sequence[Path]) -> None:
                 for batch in file.iter_batches(_BATCH):
                     places = pa.array(index[row : row + len(batch)])
                     row += len(batch)
-                    columns = {"id": batch["id"], "caption_index": places, "text": batch["text"]}
-                    joined = pa.table(columns)
+                    joined = pa.table({"id": batch["id"], "caption_index": places, "text": batch["text"]})
                     writer = writer or pq.ParquetWriter(stream, joined.schema, **_FOR_VECTORS)
                     writer.write_table(joined)
         if writer is not None:
             writer.close()
 
 
-def _write(path: Path, columns: Mapping[str, pa.Array]) -> None:
+def _write(path: Path, name: str, ids: pa.Array | pa.ChunkedArray, **vectors: np.ndarray) -> None:
+    columns = {name: ids}
+    for column, values in vectors.items():
+        flat = pa.array(np.ascontiguousarray(values, np.float16).reshape(-1))
+        columns[column] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     with replacing(path) as temporary, temporary.open("wb") as file:
-        pq.write_table(pa.table(dict(columns)), file, **_FOR_VECTORS)
-
-
-def _list_array(vectors: np.ndarray) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(vectors, np.float16).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+        pq.write_table(pa.table(columns), file, **_FOR_VECTORS)
 
 
 def _header(anchors: Path | str) -> FeatureHeader:

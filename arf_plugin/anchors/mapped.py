@@ -46,15 +46,10 @@ class MappedTable:
     """Read-only rows by sample id, memory-mapped from the cache file at ``path``.
 
     Pickles as its path, so that loader workers started by any method map the same file.
-
-    Attributes:
-        path: the file.
-        kind: what it holds, which is its folder in the cache.
-        column: the column beside ``id``.
     """
 
-    kind: ClassVar[str]
-    column: ClassVar[str]
+    kind: ClassVar[str]  # what it holds, which is its folder in the cache
+    column: ClassVar[str]  # the column beside ``id``
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,12 +103,12 @@ class MappedTable:
     def _rows(self, sample_id: str) -> Iterator[int]:
         sample_id = utf8(sample_id)
         wanted = np.uint64(digest(sample_id))
-        place = int(self._digests.searchsorted(wanted))
-        while place < len(self._digests) and self._digests[place] == wanted:
+        for place in range(int(self._digests.searchsorted(wanted)), len(self)):
+            if self._digests[place] != wanted:
+                return
             row = int(self._places[place])
             if self._ids[row].as_py() == sample_id:  # two ids may share a digest
                 yield row
-            place += 1
 
 
 def mapped_file(kind: str, key: str, value: pa.Field, read: Callable[[], Iterable[pa.Table]]) -> Path:
@@ -129,16 +124,11 @@ def mapped_file(kind: str, key: str, value: pa.Field, read: Callable[[], Iterabl
         CacheError: there is no place for it.
     """
     schema = pa.schema([("id", pa.large_string()), value])
-
-    def build(path: Path) -> None:
-        logging.info(f"ARF: sorting the {kind} into {path} (once per machine)")
-        _write(read(), path, schema)
-
     problems: list[str] = []
     for folder in _folders(problems):
         path = folder / kind / f"{key[:32]}.arrow"
         try:
-            _make(path, build, schema)
+            _make(path, read, schema)
             return path
         except OSError as cause:
             problems.append(f"{path.parent} ({cause.strerror or cause})")
@@ -173,7 +163,7 @@ def _folders(problems: list[str]) -> Iterator[Path]:
     yield private
 
 
-def _make(path: Path, build: Callable[[Path], None], schema: pa.Schema) -> None:
+def _make(path: Path, read: Callable[[], Iterable[pa.Table]], schema: pa.Schema) -> None:
     """Makes the cache file unless it is there and sound; one process of all does the work.
 
     Raises:
@@ -188,7 +178,8 @@ def _make(path: Path, build: Callable[[Path], None], schema: pa.Schema) -> None:
     with _locked(lock):
         if not _is_intact(path, schema):
             remove_incomplete(path.parent, all_hosts=False)
-            build(path)
+            logging.info(f"ARF: sorting the {path.parent.name} into {path} (once per machine)")
+            _write(read(), path, schema)
 
 
 @contextlib.contextmanager
