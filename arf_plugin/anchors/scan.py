@@ -7,7 +7,7 @@ Only local shards are cached (see :mod:`arf_plugin.files`).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
@@ -17,7 +17,7 @@ from arf_plugin.files import digest, read_cache, stat_key, write_cache
 
 MOST_LABELS = 100_000  # distinct values of cls that are noted
 
-_FORMAT = 5
+_FORMAT = 6
 _LABEL_LENGTH = 40
 
 
@@ -27,26 +27,18 @@ class ShardScan:
 
     url: str
     keys: list[str] = field(default_factory=list)  # of the samples that have an image, in order
-    without_image: list[str] = field(
-        default_factory=list
-    )  # keys of samples that have a txt or a cls and no image
+    without_image: list[str] = field(default_factory=list)  # keys of samples with txt or cls alone
     without_text: int = 0  # samples that have an image but no txt
     without_class: int = 0  # samples that have an image but no cls
-    without_both: list[str] = field(default_factory=list)  # keys of samples that have an image but neither
+    without_both: list[str] = field(default_factory=list)  # keys of samples with an image but neither
     unreadable: dict[str, str] = field(default_factory=dict)  # reason per key of a damaged image
-    bad_texts: dict[str, str] = field(
-        default_factory=dict
-    )  # reason per key of an unusable txt, if texts were read
+    bad_texts: dict[str, str] = field(default_factory=dict)  # reason per key of a bad txt, if texts were read
     image_bytes: int = 0  # size of all images
-    digests: list[str] = field(
-        default_factory=list
-    )  # of each image's bytes, as in keys, if images were decoded
+    digests: list[str] = field(default_factory=list)  # of images, as in keys, if they were decoded
     # For each cls beside an image, stripped and cut to 40 characters: how many samples have it, and the key of the
     # first; of more than MOST_LABELS different ones, those that came first.
     labels: dict[str, list[Any]] = field(default_factory=dict)
-    repeated: dict[str, int] = field(
-        default_factory=dict
-    )  # how often each key occurs that occurs in samples apart
+    repeated: dict[str, int] = field(default_factory=dict)  # how often each key occurs in samples apart
 
 
 def scan_shard(
@@ -63,15 +55,13 @@ def scan_shard(
     Raises:
         error: see :func:`arf_plugin.anchors.tars.scan_samples`.
     """
-    if decode:
-        return _scan(url, error, texts, decode)
-    key = _cache_key(url, texts)
+    key = None if decode else _cache_key(url, texts)
     known = _cached(url, key)
     if known is not None:
         return known
     scan = _scan(url, error, texts, decode)
     if key is not None:
-        write_cache("scans", key, {"scan": asdict(scan)})
+        write_cache("scans", key, asdict(scan))
     return scan
 
 
@@ -159,10 +149,9 @@ def _cache_key(url: str, texts: bool) -> str | None:
 
 def _cached(url: str, key: str | None) -> ShardScan | None:
     found = None if key is None else read_cache("scans", key)
-    values = found.get("scan") if isinstance(found, dict) else None
-    blank = ShardScan("")
-    if not isinstance(values, dict) or any(
-        type(values.get(name)) is not type(getattr(blank, name)) for name in (f.name for f in fields(blank))
-    ):
+    blank = vars(ShardScan(url))
+    if found is None or {name: type(value) for name, value in found.items()} != {
+        name: type(value) for name, value in blank.items()
+    }:
         return None  # there is none, or it is damaged
-    return ShardScan(**{f.name: values[f.name] for f in fields(blank)} | {"url": url})
+    return ShardScan(**found | {"url": url})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,23 +33,17 @@ class ShardCount(NamedTuple):
 
 @dataclass
 class TaskScan:
-    """What the task data holds."""
+    """What the task data holds; what has no image, or an unreadable one, is passed over by training."""
 
     ids: list[str] = field(default_factory=list)  # of the samples that have an image, in order
     shards: int = 0  # 0 for a CSV
-    without_image: list[str] = field(default_factory=list)  # ids of samples that training passes over
+    without_image: list[str] = field(default_factory=list)  # ids
     without_text: int = 0  # samples with an image but without txt
     without_class: int = 0  # samples with an image but without cls
     without_both: list[str] = field(default_factory=list)  # ids of samples with an image but neither
-    mixed_shards: list[str] = field(
-        default_factory=list
-    )  # in which some samples have a cls and some have none
-    unreadable: dict[str, str] = field(
-        default_factory=dict
-    )  # reason per id of a damaged image, also passed over
-    labels: dict[str, tuple[int, str]] = field(
-        default_factory=dict
-    )  # per cls: how often, and the id of the first
+    mixed_shards: list[str] = field(default_factory=list)  # with a cls in some samples, and none in others
+    unreadable: dict[str, str] = field(default_factory=dict)  # reason per id of a damaged image
+    labels: dict[str, tuple[int, str]] = field(default_factory=dict)  # per cls: how often, id of the first
     counts: list[ShardCount] = field(default_factory=list)  # of each shard; empty for a CSV
 
     def add(self, shard: ShardScan) -> None:
@@ -131,8 +126,7 @@ def scan_task_ids(
 ) -> TaskScan:
     """Lists the ids of the task data by the headers of its tars, or by the rows of its CSV.
 
-    Arguments are named after open_clip's flags. Damaged images of tars are always noted; their end markers lie on
-    the way.
+    Damaged images of tars are always noted; their end markers lie on the way.
 
     Args:
         train_data: WebDataset URLs with braces and ``::``, or a CSV/TSV file.
@@ -190,8 +184,13 @@ def scan_csv(
 ) -> TaskScan:
     """What a CSV of `read_csv` holds; see `scan_task_ids` for arguments and errors."""
     ids = [utf8(str(value)) for value in frame[image_column]]
-    if unique:
-        _refuse_repeated(ids, path)
+    first: dict[str, int] = {}
+    for row, value in enumerate(ids if unique else (), start=1):
+        if first.setdefault(value, row) != row:
+            raise TaskDataError(
+                f"The id {value!r} occurs twice in the task data: in rows {first[value]} and {row} of {path}.\n"
+                "An id is an image path; keep one row for each."
+            )
     scan = TaskScan(ids)
     if CLASS_COLUMN in frame.columns:
         for identity, value in zip(ids, frame[CLASS_COLUMN], strict=True):
@@ -210,16 +209,6 @@ def read_csv_ids(path: str, image_column: str, separator: str, *, unique: bool =
     return scan_csv(read_csv(path, image_column, separator), path, image_column, unique=unique).ids
 
 
-def _refuse_repeated(ids: list[str], path: str) -> None:
-    first: dict[str, int] = {}
-    for row, value in enumerate(ids, start=1):
-        if first.setdefault(value, row) != row:
-            raise TaskDataError(
-                f"The id {value!r} occurs twice in the task data: in rows {first[value]} and {row} of {path}.\n"
-                "An id is an image path; keep one row for each."
-            )
-
-
 def decodable(train_data: str, csv: bool, ids: Sequence[str]) -> list[str]:
     """Those of some samples whose images really decode: end markers cannot tell, and a captioner had to know.
 
@@ -228,9 +217,9 @@ def decodable(train_data: str, csv: bool, ids: Sequence[str]) -> list[str]:
         csv: whether it is a CSV.
         ids: the samples; few, since each is decoded.
     """
-    wanted, good = set(ids), []
     if csv:
         return [identity for identity in ids if file_problem(identity, decode=True) is None]
+    wanted, good = set(ids), []
     shards = {identity.rsplit("/", 1)[0] for identity in wanted}
     for url in expand_urls(train_data, unique=False):
         if is_remote(url) or not any(shard.startswith(shard_name(url)) for shard in shards):
@@ -238,9 +227,7 @@ def decodable(train_data: str, csv: bool, ids: Sequence[str]) -> list[str]:
         for sample in scan_samples(url, read=IMAGE_EXTENSIONS):
             identity = sample_id(url, sample.key)
             if identity in wanted and sample.image is not None:
-                try:
+                with contextlib.suppress(ValueError):
                     decode_image(sample.image.data or b"")
-                except ValueError:
-                    continue
-                good.append(identity)
+                    good.append(identity)
     return good
