@@ -22,7 +22,8 @@ from arf_plugin.untrusted import printable
 
 REBUILD = "rebuild the captions with: arf caption ..."
 COLUMNS = ("id", "caption")
-SCHEMA = pa.schema([(name, pa.large_string()) for name in COLUMNS])
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view())
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _BATCH = 1 << 16  # rows
 # A file that says one thing a billion times is no set of captions. Real ones shrink to a tenth at most.
 _LARGEST_RATIO, _ALWAYS_READ = 1000, 1 << 30
@@ -38,29 +39,18 @@ def list_caption_files(anchors: str) -> tuple[Any, list[str]]:
         return list_files_of(anchors, "captions", ".parquet")
 
 
-def read_caption_files(fs: Any, files: list[str]) -> pa.Table:
-    """Reads and validates caption files.
+def caption_batches(fs: Any, name: str) -> Iterator[pa.Table]:
+    """Reads and validates a caption file, some ten thousand rows at a time.
 
     Args:
-        fs: The fsspec file system of the files.
-        files: Paths of parquet files, in order.
+        fs: the fsspec file system of the file.
+        name: its path in it.
 
-    Returns:
-        A table with the columns ``id`` and ``caption``, both ``large_string``.
-
-    Raises:
-        AnchorSetError: See `open_captions`.
-    """
-    return pa.concat_tables(
-        [SCHEMA.empty_table(), *(table for name in files for table in caption_batches(fs, name))]
-    )
-
-
-def caption_batches(fs: Any, name: str) -> Iterator[pa.Table]:
-    """Yields a caption file's rows, some ten thousand at a time, as `read_caption_files` returns them.
+    Yields:
+        Tables with the columns ``id`` and ``caption``, both ``large_string``.
 
     Raises:
-        AnchorSetError: See `open_captions`.
+        AnchorSetError: see `arf_plugin.data.captions.open_captions`.
     """
     short = "/".join(name.split("/")[-2:])
     row = size = 0
@@ -131,14 +121,14 @@ def _first_unusable(column: pa.Array) -> int:
 def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.ChunkedArray:
     """The column as ``large_string``, whatever form of text it has."""
     kind = column.type
-    if isinstance(kind, pa.BaseExtensionType) and _is_text(kind.storage_type):
+    if isinstance(kind, pa.BaseExtensionType) and kind.storage_type in _TEXTS:
         kind = kind.storage_type
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], kind)
     if pa.types.is_dictionary(kind):
         column.validate(full=True)
         kind = kind.value_type
         column = column.cast(kind)
-    if not (_is_text(kind) or _is_bytes(kind)):
+    if kind not in (*_TEXTS, *_BYTES) and not pa.types.is_fixed_size_binary(kind):
         raise AnchorSetError(
             f"{short}: column '{name}' holds {printable(str(kind))[:120]}, expected string. Convert it or {REBUILD}"
         )
@@ -156,12 +146,3 @@ def _as_text(column: pa.ChunkedArray, short: str, name: str, first: int) -> pa.C
                     f"{value[:40]!r}). Re-encode the text as UTF-8 or {REBUILD}"
                 ) from error
         raise
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return kind in (pa.string(), pa.large_string(), pa.string_view())
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    fixed: bool = pa.types.is_fixed_size_binary(kind)
-    return fixed or kind in (pa.binary(), pa.large_binary(), pa.binary_view())

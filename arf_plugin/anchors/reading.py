@@ -17,11 +17,7 @@ from arf_plugin.untrusted import printable, require_regular
 
 @contextmanager
 def opened_set(anchors: Path | str, what: str = "") -> Iterator[tuple[Any, str]]:
-    """The file system of a set, and its folder in it.
-
-    Args:
-        anchors: folder or fsspec URL of the set.
-        what: what of it is read in the block, for messages.
+    """The file system of a set, and its folder in it; ``what`` of it is read in the block, for messages.
 
     Raises:
         AnchorSetError: it cannot be opened, or a file system's error ends the block.

@@ -30,9 +30,7 @@ _REMOTE = re.compile(r"^(?!file:)[A-Za-z][A-Za-z0-9+.-]+:(//|:)")
 _PLAIN_TYPES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
 _LINKS_AND_DEVICES = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _PARTS = frozenset((*IMAGE_EXTENSIONS, "txt", "cls"))  # extensions by which a member is part of a sample
-_RESERVED = frozenset(
-    ("__key__", "__url__", "__bad__")
-)  # extensions that would overwrite webdataset's own notes
+_RESERVED = ("__key__", "__url__", "__bad__")  # extensions that would overwrite webdataset's own notes
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error)
 
 LARGEST_TEXT = 1 << 26  # bytes of a txt, cls or json; longer ones are no captions
@@ -140,10 +138,10 @@ def scan_samples(
 
     Args:
         url: local path, fsspec URL or ``pipe:`` command.
-        error: what to raise, so that the message has the right family.
+        error: family of the errors.
         read: extensions whose data is read as well.
-        images: also tests images for truncation and sets ``problem``: by their first and last bytes, and by
-            decoding those that leave a doubt.
+        images: also tests images for truncation and sets ``problem``, by their first and last bytes where these leave
+            no doubt.
         decode: decodes every image, with ``images``.
 
     Raises:

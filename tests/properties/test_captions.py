@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from arf_plugin.anchors.captions import read_caption_files
+from arf_plugin.anchors.captions import caption_batches
 from arf_plugin.data.captions import open_captions
 from arf_plugin.errors import AnchorSetError
 from arf_plugin.untrusted import utf8
@@ -66,19 +66,20 @@ def damaged(data, content: bytes) -> bytes:
 )
 def test_every_form_is_read_as_it_was_written(tmp_path, rows, ids, texts, version, dictionary):
     name = write(tmp_path, parquet(rows, ids, texts, version=version, use_dictionary=dictionary))
-    table = read_caption_files(LOCAL, [name])
-    assert list(zip(table["id"].to_pylist(), table["caption"].to_pylist(), strict=True)) == rows
+    found = [row for batch in caption_batches(LOCAL, name) for row in batch.to_pylist()]
+    assert [(row["id"], row["caption"]) for row in found] == rows
 
 
 @given(data=st.data())
 def test_damaged_parquet_is_read_or_refused(tmp_path, data):
     name = write(tmp_path, damaged(data, parquet(data.draw(ROWS))))
     try:
-        table = read_caption_files(LOCAL, [name])
+        batches = list(caption_batches(LOCAL, name))
     except AnchorSetError as error:
         assert "part.parquet" in str(error) and len(str(error)) < 1000
     else:
-        table.validate(full=True)
+        for batch in batches:
+            batch.validate(full=True)
 
 
 @given(name=NAMES, text=TEXTS)

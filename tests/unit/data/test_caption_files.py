@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from arf_plugin.anchors.captions import list_caption_files, read_caption_files
+from arf_plugin.anchors.captions import caption_batches, list_caption_files
 from arf_plugin.errors import AnchorSetError
 
 IDS, TEXTS = ["a/1", "ü/2", "stra\\xdfe/3"], ["a cat", "naïve \x1b[31m", "日本"]
@@ -24,7 +24,8 @@ def write(folder: Path, ids=IDS, texts=TEXTS, name: str = "part-0.parquet", **co
 
 
 def read(folder: Path) -> list[tuple[str, str]]:
-    table = read_caption_files(*list_caption_files(str(folder)))
+    fs, files = list_caption_files(str(folder))
+    table = pa.concat_tables(batch for name in files for batch in caption_batches(fs, name))
     assert table.schema == pa.schema([("id", pa.large_string()), ("caption", pa.large_string())])
     return list(zip(table["id"].to_pylist(), table["caption"].to_pylist(), strict=True))
 
@@ -170,4 +171,3 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
 
 def test_no_files_are_no_captions(tmp_path):
     assert list_caption_files(str(tmp_path))[1] == []
-    assert read_caption_files(list_caption_files(str(tmp_path))[0], []).num_rows == 0
