@@ -19,10 +19,8 @@ from arf_plugin.untrusted import parse_json, printable, read_json
 
 MANIFEST = "anchors.json"
 FORMAT_VERSION = 1
-KINDS = {
-    "captions": ".parquet",
-    "pairs": ".tar",
-}  # folder, which is the entry's name, and suffix of its files
+# Folder, which is the name of the kind and of its entry, and suffix of its files.
+KINDS = {"captions": ".parquet", "pairs": ".tar"}
 _STAGES = {"captions": "caption", "pairs": "pack"}
 _COUNTS = {"captions": "files", "pairs": "shards"}  # all that earlier versions noted of the files
 _NAMED = 5

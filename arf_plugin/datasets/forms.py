@@ -309,16 +309,19 @@ def _rows(path: Path) -> Iterator[dict[Any, Any]]:
             if line.strip():
                 yield parse_json(line.encode(), f"{path}, line {number}", TaskDataError)
         return
-    head = data[: 1 << 16]
-    counts = {sign: head.split("\n", 1)[0].count(sign) for sign in ",\t;|"}
-    sign = max(counts, key=counts.__getitem__)
-    reader = csv.DictReader(io.StringIO(data, newline=""), delimiter=sign)
-    for number, row in enumerate(reader, 1):
-        if None in row:
-            raise TaskDataError(
-                f"{path}, row {number} has more cells than the header. Is it separated by {sign!r}?"
-            )
-        yield row
+    sign = max(",\t;|", key=data[: 1 << 16].partition("\n")[0].count)
+    number = 0
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(data, newline=""), delimiter=sign), 1):
+            if None in row:
+                raise TaskDataError(
+                    f"{path}, row {number} has more cells than the header. Is it separated by {sign!r}?"
+                )
+            yield row
+    except csv.Error as cause:  # a quote that is never closed, and then a cell without end
+        raise TaskDataError(
+            f"{path} cannot be read after row {number}: {cause}. Is a quote missing?"
+        ) from None
 
 
 # --- parquet with images -------------------------------------------------------------------------------------------
@@ -396,9 +399,10 @@ def _texts_beside(root: Path) -> Listing:
     """Images with a text of the same name beside them: 1.jpg and 1.txt."""
     found = []
     for folder, files in _walk(root):
+        there = set(files)
         for name in filter(is_image, files):
             beside, text = folder / f"{name.rpartition('.')[0]}.txt", None
-            if beside.name in files:
+            if beside.name in there:
                 text = decode_text(beside.read_bytes(), str(beside), TaskDataError).strip() or None
             found.append(Entry(str(folder / name), folder / name, None, None, text))
     return Listing("images with texts beside them", found)

@@ -310,6 +310,12 @@ def no_column(root):
     return table(root, ["what", "label"])
 
 
+def a_quote_without_end(root):
+    root.mkdir()
+    (root / "a.csv").write_text('image,label\n1.jpg,a\n2.jpg,"a\n' + "3.jpg,a\n" * 20_000)
+    return root / "a.csv"
+
+
 def one_class(root):
     return class_folders(root, [one for one in IMAGES if one[0] == "zebra"])
 
@@ -336,6 +342,7 @@ def twins(root):
         (link, "arf download"),
         (escape, "leads out of the folder"),
         (no_column, "no column of image paths"),
+        (a_quote_without_end, r"a\.csv cannot be read after row 1: .*Is a quote missing"),
         (one_class, "only one class, 'zebra'"),
         (misspelt, "Did you mean"),
         (nothing_matches, "No file matches"),
