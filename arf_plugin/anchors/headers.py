@@ -160,16 +160,14 @@ class SeekableTar:
             if following <= offset:
                 raise tarfile.ReadError(f"the header at byte {offset} leads back to byte {following}")
             self._plain_suffices = _OF_ALL_MEMBERS.isdisjoint(self._tar.pax_headers)
-            if not info.issparse():
-                stored = info.size if following > info.offset_data else 0  # links have a size and no data
-                return (
-                    Header(info.name, info.type, info.offset_data, info.size),
-                    info.offset_data + stored,
-                    following,
-                )
-            self._info = info
-            data_end = info.offset_data + _stored_size(info)
-            return Header(info.name, info.type, -1, info.size), data_end, following
+            self._info, sparse = info, info.issparse()
+            stored = info.size if following > info.offset_data else 0  # links have a size and no data
+            data_end = info.offset_data + (_stored_size(info) if sparse else stored)
+            return (
+                Header(info.name, info.type, -1 if sparse else info.offset_data, info.size),
+                data_end,
+                following,
+            )
 
 
 class StreamedTar:
