@@ -8,6 +8,7 @@ import json
 
 from arf_plugin.cli import options
 from arf_plugin.console import progress
+from arf_plugin.flags import ArfConfig, spelling
 from arf_plugin.untrusted import printable
 
 EXAMPLES = """\
@@ -16,6 +17,15 @@ EXAMPLES = """\
   arf check ANCHORS --train-data 'task/{000..099}.tar' --arf-classnames names.txt --batch-size 512 --workers 4
   arf check ANCHORS --train-data train.csv --csv-img-key path --csv-separator , --full --json
 """
+
+# Flags of training, as which the set is judged.
+_FEATURES = "does the set have the features that training needs with the same flag?"
+_AS_IN_TRAINING = {
+    "missing_caption": "judge samples without a caption as training would with the same flag",
+    "pair_loss": _FEATURES,
+    "caption_loss": _FEATURES,
+    "classnames": "class names, or imagenet: judge each sample's `cls` as training would with the same flag",
+}
 
 
 def register(subparsers: options.Subparsers) -> None:
@@ -30,24 +40,10 @@ def register(subparsers: options.Subparsers) -> None:
     )
     parser.add_argument("anchors", metavar="ANCHORS", help="folder or fsspec URL")
     options.add_task_options(parser, required=False)
-    parser.add_argument(
-        "--arf-missing-caption",
-        choices=("error", "prompt"),
-        default="error",
-        help="judge samples without a caption as training would with the same flag",
-    )
-    for kind in ("pair", "caption"):
-        parser.add_argument(
-            f"--arf-{kind}-loss",
-            choices=("contrastive", "feature", *(("difference",) if kind == "pair" else ())),
-            default="contrastive",
-            help="does the set have the features that training needs with the same flag?",
-        )
-    parser.add_argument(
-        "--arf-classnames",
-        metavar="FILE",
-        help="class names, or imagenet: judge each sample's `cls` as training would with the same flag",
-    )
+    flags = {field.name: field for field in dataclasses.fields(ArfConfig)}
+    for name, text in _AS_IN_TRAINING.items():
+        takes = flags[name].metadata["options"] | {"help": text}
+        parser.add_argument(spelling(name), default=flags[name].default, **takes)
     parser.add_argument(
         "--csv-caption-key", default="title", metavar="COLUMN", help="column of a CSV's texts"
     )
@@ -76,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
         inputs = inputs_of(
             args,
             anchors=args.anchors,
-            missing_caption=args.arf_missing_caption,
-            pair_loss=args.arf_pair_loss,
-            caption_loss=args.arf_caption_loss,
+            **{name: getattr(args, f"arf_{name}") for name in _AS_IN_TRAINING if name != "classnames"},
             classes=load_classnames(args.arf_classnames) if args.arf_classnames else None,
             texts_known=args.arf_classnames is not None,
             full=args.full,
