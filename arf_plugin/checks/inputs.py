@@ -81,61 +81,42 @@ class Run:
 
 @dataclass(frozen=True)
 class StartingModel:
-    """The model that training starts from, compared with the features in the anchor set.
+    """The model that training starts from, compared with the features in the anchor set."""
 
-    Attributes:
-        name: of its configuration.
-        digest: of its weights, as `arf_plugin.anchors.features.weights_digest` computes it.
-        dim: D of its features.
-        exact: whether its weights are as they were read, not cast to 16 bits.
-        cosines: of a few anchors' features with those in the set, by their places.
-    """
-
-    name: str
-    digest: str
-    dim: int
-    exact: bool
-    cosines: tuple[tuple[str, float], ...]
+    name: str  # of its configuration
+    digest: str  # of its weights; see `arf_plugin.anchors.features.weights_digest`
+    dim: int  # D of its features
+    exact: bool  # whether its weights are as they were read, not cast to 16 bits
+    cosines: tuple[tuple[str, float], ...]  # of a few anchors' features with those in the set, by place
 
 
 @dataclass
 class Inputs:
-    """The inputs of a run, or of ``arf check``; what is not known is None.
+    """The inputs of a run, or of ``arf check``; what is not known is None."""
 
-    Attributes:
-        anchors: folder or fsspec URL.
-        caption_weight, pair_weight: as the flags; 0 switches the kind and its checks off.
-        caption_loss, pair_loss, missing_caption: as the flags.
-        starting: the model that training starts from, or the error that looking at it has met.
-        train_data, dataset_type, csv_img_key, csv_caption_key, csv_separator: open_clip's flags.
-        classes: class names of ``--arf-classnames``.
-        head: whether a linear head is trained on the classes, in place of prompts.
-        texts_known: whether it is known which texts training needs: of `classes`, or the samples' own.
-        full: decode every image.
-        run: the shape of the run.
-        training: whether it is about to begin: nothing is fetched then that training would fetch again.
-        advance: called with the URL of each shard that has been looked at.
-    """
-
-    anchors: str | None = None
-    caption_weight: float = 1.0
+    anchors: str | None = None  # folder or fsspec URL
+    caption_weight: float = 1.0  # 0 switches captions and their checks off
     pair_weight: float = 1.0
     caption_loss: str = "contrastive"
     pair_loss: str = "contrastive"
-    starting: StartingModel | ArfError | None = None
+    starting: StartingModel | ArfError | None = None  # or the error that looking at it has met
     missing_caption: str = "error"
-    train_data: str | None = None
+    train_data: str | None = None  # this and the next are open_clip's flags
     dataset_type: str = "auto"
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     csv_separator: str = "\t"
-    classes: Sequence[str] | None = None
-    head: bool = False
-    texts_known: bool = False
-    full: bool = False
+    classes: Sequence[str] | None = None  # names of --arf-classnames
+    head: bool = False  # whether a linear head is trained on the classes, in place of prompts
+    texts_known: bool = False  # whether it is known if training needs `classes` or the samples' own texts
+    full: bool = False  # decode every image
     run: Run | None = None
-    training: bool = False
-    advance: Callable[[str], object] | None = None
+    training: bool = (
+        False  # whether it is about to begin: it fetches remote data itself, so nothing else does
+    )
+    advance: Callable[[str], object] | None = (
+        None  # called with the URL of each shard that has been looked at
+    )
     _failed: set[str] = field(default_factory=set)
 
     def need_run(self) -> Run:

@@ -23,14 +23,7 @@ SHOWN = 20  # errors in the report for people; the JSON report has them all
 
 @dataclass
 class Report:
-    """What :func:`check_anchor_set` found.
-
-    Attributes:
-        anchors: the set.
-        captions, pairs, features, task, coverage: counts, as JSON; None for what is not there.
-        errors: what would stop training, or spoil it.
-        warnings: what training would work around.
-    """
+    """What :func:`check_anchor_set` found; its counts are None for what is not there."""
 
     anchors: str
     manifest: dict[str, Any] | None = None
@@ -39,8 +32,8 @@ class Report:
     features: dict[str, Any] | None = None
     task: dict[str, Any] | None = None
     coverage: dict[str, Any] | None = None
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # what would stop training, or spoil it
+    warnings: list[str] = field(default_factory=list)  # what training would work around
 
     def lines(self) -> list[str]:
         """The report for people."""

@@ -23,25 +23,15 @@ TEXT_COLUMNS = ("text", "caption", "title", "txt", "description", "prompt")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """An image of a source.
+    """An image of a source."""
 
-    Attributes:
-        shown: What the user knows it by: a path, or a place in a file of many images.
-        path: The file that holds it.
-        label: Name of its class, or its class index; None in a pool.
-        split: ``train``, ``val`` or ``test`` where the source says so.
-        text: What is said of it, if anything is.
-        offset: Where its bytes begin in a tar, or its row in a parquet file; -1 for an image file.
-        size: Number of its bytes in a tar; 0 elsewhere.
-    """
-
-    shown: str
-    path: Path
-    label: str | int | None
-    split: str | None = None
+    shown: str  # what the user knows it by: a path, or a place in a file of many images
+    path: Path  # the file that holds it
+    label: str | int | None  # name of its class, or its class index; None in a pool
+    split: str | None = None  # train, val or test where the source says so
     text: str | None = None
-    offset: int = -1
-    size: int = 0
+    offset: int = -1  # of its bytes in a tar, or its row in a parquet file; -1 for an image file
+    size: int = 0  # of its bytes in a tar
 
     def read(self) -> bytes:
         """The encoded image.
@@ -63,21 +53,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a source holds.
+    """What a source holds."""
 
-    Attributes:
-        form: What it was taken for, in a few words.
-        entries: Its images.
-        classnames: Names by class index, where labels are indices.
-        empty: Classes without images.
-        notes: What was decided, or left out, and should be known.
-    """
-
-    form: str
+    form: str  # what it was taken for, in a few words
     entries: list[Entry]
-    classnames: list[str] | None = None
-    empty: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    classnames: list[str] | None = None  # by class index, where labels are indices
+    empty: tuple[str, ...] = ()  # classes without images
+    notes: tuple[str, ...] = ()  # what was decided, or left out, and should be known
 
 
 def split_of(name: str) -> str | None:

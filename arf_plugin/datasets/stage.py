@@ -47,19 +47,12 @@ FEW = 10  # images of a class below which little can be learned, let alone measu
 
 
 class Sample(NamedTuple):
-    """An image that goes into a shard.
+    """An image that goes into a shard."""
 
-    Attributes:
-        entry: Where it lies; the first place of several.
-        sha256: Of its bytes.
-        format: Its suffix in a tar; empty where it is to become PNG.
-        name: Of its class; None in a pool.
-    """
-
-    entry: Entry
-    sha256: str
-    format: str
-    name: str | None
+    entry: Entry  # the first place of several
+    sha256: str  # of its bytes
+    format: str  # its suffix in a tar; empty where it is to become PNG
+    name: str | None  # of its class; None in a pool
 
     @property
     def key(self) -> str:
