@@ -169,7 +169,7 @@ setup(
     ],
     extras_require={
         "captions": ["transformers[sentencepiece]"],
-        "retrieval": ["faiss-cpu", "tenacity", "requests"],
+        "retrieval": ["faiss-cpu", "requests>=2.32"],
         "evaluation": [
             *("clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests"),
             *("scikit-learn", "scipy", "torchmetrics"),

@@ -11,7 +11,7 @@ from arf_plugin.cli import options, processes
 from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, scoring
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
-from arf_plugin.cli.retrieve import add_search_options, add_selection_options, exclusion, search, selection
+from arf_plugin.cli.retrieve import add_search_options, add_selection_options, settings
 
 EXAMPLES = """\
   arf anchors --train-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base \\
@@ -86,10 +86,8 @@ def run(args: argparse.Namespace) -> int:
         scoring=scoring(args),
         pool=expand_urls(args.pool, PoolError) if args.pool else None,
         model=ClipModel(args.model, args.pretrained, args.precision) if args.model else None,
-        selection=selection(args),
         prompts=PromptTexts(args.classnames, args.templates) if args.classnames else None,
-        exclusion=exclusion(args),
-        search=search(args),
+        **settings(args),
     )
     if args.dry_run:
         with progress("pool", "tars") as bar:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from arf_plugin.cli import options
-
-if TYPE_CHECKING:
-    from arf_plugin.pipeline.knn_backends import Search
-    from arf_plugin.pipeline.selection import Exclusion, Selection
 
 EXAMPLES = """\
   arf retrieve --queries EMB/task --pool EMB/pool --k 10 --out HITS
@@ -97,34 +93,18 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     add("--service-patience", type=float, default=300, metavar="S", help=patience)
 
 
-def search(args: argparse.Namespace) -> Search:
-    """Search settings from the command line."""
-    from arf_plugin.errors import FlagError
-    from arf_plugin.pipeline.knn_address import Service
-    from arf_plugin.pipeline.knn_backends import Search
-
-    service = None
-    if args.service_url:
-        limits = (args.service_threads, args.service_timeout, args.service_patience)
-        service = Service(args.service_url, args.service_index, *limits)
-    elif args.service_index:
-        raise FlagError("--service-index needs --backend service and --service-url.")
-    return options.from_args(Search, args, parameters=args.search_parameters, service=service)
-
-
-def selection(args: argparse.Namespace) -> Selection:
-    """Selection settings from the command line."""
-    from arf_plugin.pipeline.selection import Selection
-
-    return options.from_args(Selection, args)
-
-
-def exclusion(args: argparse.Namespace) -> Exclusion | None:
-    """Excluded images from the command line."""
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Search, selection and exclusion from the command line, as RetrieveStage and Build call them."""
     from arf_plugin.pipeline.embeddings import Embeddings
-    from arf_plugin.pipeline.selection import Exclusion
+    from arf_plugin.pipeline.knn_backends import Search
+    from arf_plugin.pipeline.selection import Exclusion, Selection
 
-    return Exclusion(tuple(map(Embeddings, args.exclude)), args.exclude_similarity) if args.exclude else None
+    excluded = tuple(map(Embeddings, args.exclude))
+    return {
+        "search": options.from_args(Search, args),
+        "selection": options.from_args(Selection, args),
+        "exclusion": Exclusion(excluded, args.exclude_similarity) if excluded else None,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.pipeline.embeddings import Embeddings
     from arf_plugin.pipeline.retrieve import RetrieveStage
 
-    how = search(args)
-    queries, pool = Embeddings(args.queries, args.query_modality), how.pool(args.pool)
-    stage = RetrieveStage(args.out, queries, pool, selection(args), exclusion(args), how)
-    return options.execute(stage, args)
+    how = settings(args)
+    queries, pool = Embeddings(args.queries, args.query_modality), how["search"].pool(args.pool)
+    return options.execute(RetrieveStage(args.out, queries, pool, **how), args)

@@ -47,30 +47,25 @@ class EmbeddingFile:
             raise PoolError(f"{self.vectors} has {len(vectors)} rows, and had {self.rows} a moment ago.")
         return vectors
 
-    def blocks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(
+        self, size: int, start: int = 0, stop: int | None = None, *, unit: bool = False
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields the file's vectors from start to stop as (the folder's row number of the first, vectors [m, d]).
 
-        They are read, not mapped: what a process has mapped counts as its memory until the system wants it back.
+        They are copied, and each block is mapped anew: what a process has mapped counts as its memory. With ``unit``
+        they are checked; see :func:`check_unit`.
         """
-        mapped = self.load()
         stop = self.rows if stop is None else stop
-        readable = isinstance(mapped, np.memmap) and mapped.flags.c_contiguous
-        with self.vectors.open("rb") as file:
-            file.seek(mapped.offset + start * mapped.strides[0] if isinstance(mapped, np.memmap) else 0)
-            for first in range(start, stop, size):
-                shape = (min(size, stop - first), mapped.shape[1])
-                if readable:
-                    yield (
-                        self.first + first,
-                        np.fromfile(file, mapped.dtype, shape[0] * shape[1]).reshape(shape),
-                    )
-                else:
-                    yield self.first + first, mapped[first : first + shape[0]]
+        for first in range(start, stop, size):
+            vectors = np.array(self.load()[first : min(first + size, stop)])
+            if unit:
+                check_unit(vectors, self.vectors, self.first, first)
+            yield self.first + first, vectors
 
     def check_unit(self) -> None:
         """Checks all vectors; see :func:`check_unit`."""
-        for first, vectors in self.blocks(_CHECKED_AT_ONCE):
-            check_unit(vectors, self.vectors, self.first, first - self.first)
+        for _ in self.blocks(_CHECKED_AT_ONCE, unit=True):
+            pass
 
 
 @dataclass(frozen=True)
@@ -229,35 +224,29 @@ def read_vectors(path: Path) -> np.ndarray:
     return vectors
 
 
-def numbered(paths: list[Path]) -> dict[int, Path]:
-    """Files by the number at the end of their names, in order of their names.
-
-    Raises:
-        PoolError: for a file without a number, and for two of one number.
-    """
-    found: dict[int, Path] = {}
-    for path in paths:
-        match = _NUMBER.search(path.name)
-        if match is None:
-            raise PoolError(
-                f"{path} has no number at the end of its name, so the file that belongs to it cannot be told. Expected "
-                "names such as img_emb_0.npy and metadata_0.parquet."
-            )
-        other = found.setdefault(int(match[1]), path)
-        if other is not path:
-            raise PoolError(f"{path} and {other.name} have the same number; keep one of them.")
-    return found
-
-
 def _by_number(folder: Path, vectors: list[Path], metadata: list[Path]) -> list[tuple[Path, Path]]:
-    """The pairs of files of one number, in order of the vectors' names: that of the rows.
+    """The pairs of files with one number at the end of their names, in order of the vectors' names: that of the rows.
 
     Raises:
-        PoolError: for files that are missing on one side or on both, and if the metadata come in another order.
+        PoolError: for files without a number or with that of another; for files that are missing on one side or on
+            both; if the metadata come in another order.
     """
     if len(vectors) == len(metadata) == 1 and not any(_NUMBER.search(p.name) for p in (*vectors, *metadata)):
         return [(vectors[0], metadata[0])]
-    one, other = numbered(vectors), numbered(metadata)
+    one: dict[int, Path] = {}
+    other: dict[int, Path] = {}
+    for paths, found in ((vectors, one), (metadata, other)):
+        for path in paths:
+            match = _NUMBER.search(path.name)
+            if match is None:
+                raise PoolError(
+                    f"{path} has no number at the end of its name, so the file that belongs to it cannot be told. "
+                    "Expected names such as img_emb_0.npy and metadata_0.parquet."
+                )
+            if found.setdefault(int(match[1]), path) is not path:
+                raise PoolError(
+                    f"{path} and {found[int(match[1])].name} have the same number; keep one of them."
+                )
     name = vectors[0].parent.name
     alone = [one[n].name for n in one if n not in other] + [other[n].name for n in other if n not in one]
     if alone:
@@ -299,22 +288,16 @@ def same_model(one: Embeddings, other: Embeddings) -> None:
 
 
 def check_unit(vectors: np.ndarray, path: Path, first: int, skipped: int = 0) -> None:
-    """Checks that vectors [n, d] are finite and of unit norm, to the precision of fp16.
+    """Checks that vectors [n, d] of a file are finite and of unit norm, to the precision of fp16.
 
-    Args:
-        vectors: some or all vectors of a file.
-        path: the file.
-        first: the folder's row number of the file's first vector.
-        skipped: vectors of the file before these.
+    ``first`` is the folder's row number of the file's first vector; so many of the file's vectors are skipped.
 
     Raises:
         PoolError: naming the first bad row.
     """
-    starts = range(0, len(vectors), _CHECKED_AT_ONCE)
-    blocks = (vectors[start : start + _CHECKED_AT_ONCE].astype(np.float32) for start in starts)
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite or no number is found below
-        squares = np.concatenate([np.einsum("nd,nd->n", block, block) for block in blocks] or [np.ones(0)])
-        norms = np.sqrt(squares)
+        exact = vectors.astype(np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", exact, exact))
     bad = np.flatnonzero(~(np.abs(norms - 1) < 0.01))  # a comparison with NaN is false
     if len(bad):
         row = skipped + bad[0]

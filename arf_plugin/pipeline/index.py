@@ -25,7 +25,7 @@ from arf_plugin.pipeline.tables import count_rows
 from arf_plugin.untrusted import printable, require_regular
 
 BLOCK = 65536
-TRAINING_ROWS = 1_000_000
+TRAINING_ROWS = 1_000_000  # every n-th vector, so that there are no more
 
 
 @dataclass
@@ -68,7 +68,9 @@ class IndexStage(Stage):
         except RuntimeError as cause:
             raise FlagError(f"--factory {self.factory}: faiss does not know it ({cause}).") from cause
         if not index.is_trained:
-            sample = self._sample()
+            step = -(-embeddings.rows // TRAINING_ROWS)
+            parts = [file.load()[-file.first % step :: step].astype(np.float32) for file in embeddings.files]
+            sample = np.concatenate(parts)
             try:
                 index.train(sample)
             except RuntimeError as cause:
@@ -77,13 +79,10 @@ class IndexStage(Stage):
                     "Take a smaller index, or Flat."
                 ) from cause
         for file in embeddings.files:
-            file.check_unit()
-            for _, vectors in file.blocks(BLOCK):
+            for _, vectors in file.blocks(BLOCK, unit=True):
                 try:
                     index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-                except (
-                    RuntimeError
-                ) as cause:  # of an IDMap: it wants ids, but the ids are to be the row numbers
+                except RuntimeError as cause:  # of an IDMap, which wants ids; these are to be the row numbers
                     raise FlagError(
                         f"--factory {self.factory}: faiss cannot add vectors to it ({cause})."
                     ) from cause
@@ -107,14 +106,6 @@ class IndexStage(Stage):
         if self.embeddings.model:
             write_json(self.out / ORIGIN, {"model": self.embeddings.model})
         return {"factory": self.factory, "dimension": self.embeddings.dimension}
-
-    def _sample(self) -> np.ndarray:
-        """Every n-th vector [m, d] in fp32, at most a million."""
-        step = -(-self.embeddings.rows // TRAINING_ROWS)
-        parts = [
-            np.asarray(file.load()[-file.first % step :: step], np.float32) for file in self.embeddings.files
-        ]
-        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,12 @@ def _compressed(index: Any, stored: np.ndarray) -> np.ndarray | None:
 
 def _unlike(given: np.ndarray, stored: np.ndarray, expected: np.ndarray | None) -> np.ndarray:
     """Which of the vectors [n, d] that an index gives cannot be the stored ones of the same rows."""
+    import faiss
+
     wrong: np.ndarray = ~np.isfinite(given).all(axis=1)
-    given = np.where(wrong[:, None], 0, given)
-    distances = _distances(given, stored if expected is None else expected)
+    given = np.where(wrong[:, None], np.float32(0), given)
+    squares = faiss.pairwise_distances(given, stored if expected is None else expected)
+    distances = np.sqrt(np.maximum(squares, 0))
     closer = (distances < np.diagonal(distances)[:, None] - _ROUNDING).mean(axis=1)
     if expected is None:  # coarse compression may bring a few vectors nearer to others
         doubtful = closer > 0.5
@@ -204,13 +207,6 @@ def _unlike(given: np.ndarray, stored: np.ndarray, expected: np.ndarray | None) 
         error, usual = (np.linalg.norm(vectors - stored, axis=1) for vectors in (given, expected))
         wrong |= (error > 1.25 * usual + _ROUNDING) | (closer > 0.05)
     return wrong
-
-
-def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Distances [n, m] of vectors [n, d] and [m, d]."""
-    squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
-    distances: np.ndarray = np.sqrt(np.maximum(squares, 0))
-    return distances
 
 
 def _not_found(index: Any, stored: np.ndarray, rows: np.ndarray) -> np.ndarray:

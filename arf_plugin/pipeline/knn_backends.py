@@ -6,11 +6,13 @@ computed from them and not taken from an approximate index.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -21,54 +23,58 @@ from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool
 from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
 from arf_plugin.pipeline.knn import block_sizes, exact_search
-from arf_plugin.pipeline.knn_address import Service
 
 if TYPE_CHECKING:
     from arf_plugin.pipeline.knn_service import KnnClient
 
-MEMORY = 2**30  # bytes, unless told
 CANDIDATES_PER_NEIGHBOUR = 4
 _RANKED_AT_ONCE = 256  # queries
 
 
-def _client(service: Service) -> KnnClient:
-    """A client of a service.
-
-    Raises:
-        MissingDependencyError: without requests or tenacity.
-    """
-    try:
-        from arf_plugin.pipeline.knn_service import KnnClient
-    except ImportError as cause:
-        name = cause.name or "requests"
-        raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
-    return KnnClient(service)
-
-
 @dataclass(frozen=True)
 class Search:
-    """How to search.
+    """How to search: the flags of ``arf retrieve``, by name.
 
     Attributes:
         backend: ``exact``, ``faiss`` or ``service``.
         memory: bytes that exact search may allocate; see :func:`arf_plugin.pipeline.knn.block_sizes`.
-        index, parameters, candidates: see :class:`FaissBackend`.
-        service: see :class:`ServiceBackend`.
+        index, search_parameters, candidates: of ``faiss``; see :class:`FaissBackend`.
+        service_url, service_index, service_threads, service_timeout, service_patience: of ``service``; see
+            :class:`arf_plugin.pipeline.knn_service.KnnClient`.
     """
 
     backend: str = "exact"
-    memory: int = MEMORY
+    memory: int = 2**30
     index: Path | None = None
-    parameters: str | None = None
+    search_parameters: str | None = None
     candidates: int | None = None
-    service: Service | None = None
+    service_url: str | None = None
+    service_index: str | None = None
+    service_threads: int = 4
+    service_timeout: float = 60.0
+    service_patience: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.backend not in ("exact", "faiss", "service"):
+        if self.service_url:
+            parts = urlsplit(self.service_url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise FlagError(
+                    f"--service-url {self.service_url}: expected an address such as http://127.0.0.1:1234, where "
+                    "clip-retrieval back listens."
+                )
+        elif self.service_index:
+            raise FlagError("--service-index needs --backend service and --service-url.")
+        if self.service_threads < 1:
+            raise FlagError(f"--service-threads {self.service_threads}: expected at least 1.")
+        if not 0 < self.service_timeout < threading.TIMEOUT_MAX:
+            raise FlagError(f"--service-timeout {self.service_timeout:g}: expected seconds, more than 0.")
+        if not self.service_patience >= 0:
+            raise FlagError(f"--service-patience {self.service_patience:g}: expected seconds, 0 or more.")
+        if self.backend not in _BACKENDS:
             raise FlagError(f"--backend {self.backend}: expected exact, faiss or service.")
-        if (self.backend == "service") != (self.service is not None):
+        if (self.backend == "service") != bool(self.service_url):
             raise FlagError("--backend service and --service-url belong together: give both, or neither.")
-        if self.backend != "faiss" and (self.index or self.parameters or self.candidates):
+        if self.backend != "faiss" and (self.index or self.search_parameters or self.candidates):
             raise FlagError("--index, --search-parameters and --candidates are for --backend faiss.")
 
     def pool(self, folder: Path) -> Embeddings:
@@ -83,25 +89,32 @@ class Search:
             PoolError: if the index that was named is not one.
             ServiceError: if no service answers, or not with the index that was named.
         """
-        if self.service is not None:
-            _client(self.service).check_index()
+        if self.service_url:
+            self.client().check_index()
         elif self.index is not None:
             open_index(_index_file(self.index))
 
+    def client(self) -> KnnClient:
+        """A client of the service.
+
+        Raises:
+            MissingDependencyError: without requests.
+        """
+        try:
+            from arf_plugin.pipeline.knn_service import KnnClient
+        except ImportError as cause:
+            name = cause.name or "requests"
+            raise MissingDependencyError(name, "arf retrieve --backend service", "retrieval") from None
+        limits = (self.service_threads, self.service_timeout, self.service_patience)
+        return KnnClient(self.service_url or "", self.service_index, *limits)
+
     def open(self, pool: Embeddings, k: int) -> Backend:
-        """Returns the back end for a pool and k neighbours per query."""
-        if self.service is not None:
-            return ServiceBackend(pool, self.service)
-        if self.backend == "faiss":
-            return FaissBackend(pool, self.index, parameters=self.parameters, candidates=self.candidates)
-        return ExactBackend(pool, k, self.memory)
+        """Returns the back end for a pool and k neighbours per query, at most the pool's rows."""
+        return _BACKENDS[self.backend](self, pool, k)
 
 
 class Backend(ABC):
-    """A way to search a pool.
-
-    Args:
-        pool: the pool's rows.
+    """A way to search a pool, as :meth:`Search.open` makes it.
 
     Attributes:
         queries_at_once: queries per call of :meth:`search`.
@@ -111,8 +124,8 @@ class Backend(ABC):
     queries_at_once: int = 1024
     queries_per_shard: int | None = None
 
-    def __init__(self, pool: Embeddings) -> None:
-        self.pool = pool
+    def __init__(self, how: Search, pool: Embeddings, k: int) -> None:
+        self.how, self.pool, self.k = how, pool, k
         self.has_vectors = not isinstance(pool, IndexFolder)
 
     @abstractmethod
@@ -120,16 +133,12 @@ class Backend(ABC):
         """Returns, as JSON, what determines the hits beside queries and pool."""
 
     @abstractmethod
-    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
+    def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Opens what is searched and checks it with one query [d]."""
 
     @abstractmethod
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the k nearest rows of the pool.
-
-        Args:
-            queries: [n, d], unit norm.
-            k: neighbours per query, at most the pool's rows.
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Finds the k nearest rows of the pool for unit vectors [n, d].
 
         Returns:
             Rows [n, k] int64 and cosines [n, k] fp32, best first.
@@ -139,47 +148,37 @@ class Backend(ABC):
 class ExactBackend(Backend):
     """Compares every query with every vector of the pool; see :func:`arf_plugin.pipeline.knn.exact_search`."""
 
-    def __init__(self, pool: Embeddings, k: int, memory: int = MEMORY) -> None:
-        super().__init__(pool)
-        self.queries_at_once, self._pool_block = block_sizes(memory, pool.dimension, k)
+    def __init__(self, how: Search, pool: Embeddings, k: int) -> None:
+        super().__init__(how, pool, k)
+        self.queries_at_once, self._pool_block = block_sizes(how.memory, pool.dimension, k)
 
     def config(self) -> dict[str, Any]:
         """The name alone."""
         return {"backend": "exact"}
 
-    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
+    def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Picks the device and checks all vectors of the pool."""
         self._device = execution.torch_device()
         for file in self.pool.files:
             file.check_unit()
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
         blocks = (block for file in self.pool.files for block in file.blocks(self._pool_block))
-        return exact_search(queries, blocks, k, self._device)
+        return exact_search(queries, blocks, self.k, self._device)
 
 
 class FaissBackend(Backend):
     """Searches a memory-mapped faiss index whose row i is row i of the pool.
 
-    Args:
-        pool: the pool; with vectors, the hits of an approximate index are ranked again on them.
-        index: the index, or its folder; ``image.index`` of the pool if that is an index folder.
-        parameters: search parameters as faiss writes them, such as ``nprobe=64`` or ``efSearch=200``.
-        candidates: hits per query that an approximate index is asked for; four times k by default.
+    ``index`` is the index, or its folder; ``image.index`` of the pool if that is an index folder.
+    ``search_parameters`` are written as faiss does, such as ``nprobe=64``. An approximate index is asked for
+    ``candidates`` hits per query, four times k by default, which are ranked again on the pool's vectors if it has them.
     """
 
-    def __init__(
-        self,
-        pool: Embeddings,
-        index: Path | None = None,
-        *,
-        parameters: str | None = None,
-        candidates: int | None = None,
-    ) -> None:
-        super().__init__(pool)
-        self._path = _index_file(index or pool.folder, pool.modality)
-        self._parameters, self._candidates = parameters, candidates
+    def __init__(self, how: Search, pool: Embeddings, k: int) -> None:
+        super().__init__(how, pool, k)
+        self._path = _index_file(how.index or pool.folder, pool.modality)
         if not self._path.is_file():
             raise PoolError(
                 f"{self._path} does not exist. Expected a faiss index; build one with: arf index --embeddings "
@@ -191,12 +190,12 @@ class FaissBackend(Backend):
         return {
             "backend": "faiss",
             "index": content_digest([self._path]),
-            "parameters": self._parameters,
-            "candidates": self._candidates,
+            "parameters": self.how.search_parameters,
+            "candidates": self.how.candidates,
             "ranked_on_vectors": self.has_vectors,
         }
 
-    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
+    def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Opens the index and compares it with pool and query."""
         index = open_index(self._path)
         import faiss
@@ -214,24 +213,23 @@ class FaissBackend(Backend):
         check_row_ids(index, self._path)
         if self.has_vectors:
             check_vectors(index, self._path, self.pool)
-        if self._parameters:
+        if parameters := self.how.search_parameters:
             space: Any = faiss.ParameterSpace()
             try:
-                space.set_index_parameters(index, self._parameters)
+                space.set_index_parameters(index, parameters)
             except RuntimeError as cause:
                 raise FlagError(
-                    f"--search-parameters {self._parameters}: faiss cannot set that for this kind of index "
+                    f"--search-parameters {parameters}: faiss cannot set that for this kind of index "
                     f"({type(index).__name__}); expected names such as nprobe=64 (IVF) or efSearch=200 (HNSW)."
                 ) from cause
         self._index = index
         self._rerank = self.has_vectors and not isinstance(index, faiss.IndexFlat)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
-        queries = np.ascontiguousarray(queries, np.float32)
-        wanted = k
+        queries, k, wanted = np.ascontiguousarray(queries, np.float32), self.k, self.k
         if self._rerank:
-            wanted = min(max(k, self._candidates or CANDIDATES_PER_NEIGHBOUR * k), self.pool.rows)
+            wanted = min(max(k, self.how.candidates or CANDIDATES_PER_NEIGHBOUR * k), self.pool.rows)
         similarities, rows = self._index.search(queries, wanted)
         check_found(rows, similarities, self.pool.rows, self._path)
         found = (rows >= 0).sum(axis=1)
@@ -247,29 +245,24 @@ class FaissBackend(Backend):
 
 
 class ServiceBackend(Backend):
-    """Asks a clip-retrieval service and finds its hits in the pool by their keys.
-
-    Args:
-        pool: the pool that the service's index was built from; with vectors, cosines are computed from them.
-        service: where it is.
-    """
+    """Asks a clip-retrieval service, whose index was built from the pool, and finds its hits there by their keys."""
 
     queries_per_shard = 1024  # some tens of seconds
 
-    def __init__(self, pool: Embeddings, service: Service) -> None:
-        super().__init__(pool)
-        self._service, self._client = service, _client(service)
+    def __init__(self, how: Search, pool: Embeddings, k: int) -> None:
+        super().__init__(how, pool, k)
+        self._client = how.client()
         self.queries_at_once = self.queries_per_shard
 
     def config(self) -> dict[str, Any]:
         """The index's name; the service may move, but its index must not change."""
-        return {"backend": "service", "index": self._service.index, "ranked_on_vectors": self.has_vectors}
+        return {"backend": "service", "index": self.how.service_index, "ranked_on_vectors": self.has_vectors}
 
-    def prepare(self, probe: np.ndarray, k: int, execution: Execution) -> None:
+    def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Checks the service, and that it holds this pool's vectors."""
-        self._keys = KeyRows(self.pool)
-        hits = self._client.check(probe, k)
-        rows = self._keys.rows([hit.key for hit in hits])
+        self._read_keys()
+        hits = self._client.check(probe, self.k)
+        rows = self._rows([hit.key for hit in hits])
         if not self.has_vectors:
             return
         stored = self.pool.vectors(rows).astype(np.float32) @ probe.astype(np.float32)
@@ -281,74 +274,66 @@ class ServiceBackend(Backend):
                 "model, or from texts? Serve an index of this folder: arf index"
             )
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See the base class."""
-        answers = list(self._client.search(queries, k))
-        rows = self._keys.rows([hit.key for hits in answers for hit in hits]).reshape(len(queries), k)
+        answers = self._client.search(queries, self.k)
+        rows = self._rows([hit.key for hits in answers for hit in hits]).reshape(len(queries), self.k)
         if self.has_vectors:
             similarities = _cosines(self.pool, queries, rows)
         else:
             similarities = np.array([[hit.similarity for hit in hits] for hits in answers], np.float32)
-        return _in_order(rows, similarities, k)
+        return _in_order(rows, similarities, self.k)
 
-
-class KeyRows:
-    """Finds the pool row of a key.
-
-    Args:
-        pool: its metadata need the column ``image_path``.
-
-    Raises:
-        PoolError: for a key that occurs twice: which of the two rows is meant could not be told.
-    """
-
-    def __init__(self, pool: Embeddings) -> None:
+    def _read_keys(self) -> None:
+        """Reads the pool's keys, which must differ: which of two rows is meant could not be told."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        self._pool = pool
-        columns = [pool.columns(file, ["image_path"])["image_path"] for file in pool.files]
+        columns = [self.pool.columns(file, ["image_path"])["image_path"] for file in self.pool.files]
         # One Arrow array takes a few bytes per key beyond its characters; a dict takes a hundred.
-        self._keys = pa.chunked_array([c.cast(pa.large_string()) for c in columns]).combine_chunks()
-        if self._keys.null_count:
-            row = int(pc.index(self._keys.is_null(), True).as_py())
+        keys = pa.chunked_array([c.cast(pa.large_string()) for c in columns]).combine_chunks()
+        if keys.null_count:
             raise PoolError(
-                f"{self._where(row)} has no 'image_path' (the sample's key), so a hit cannot be found in the pool. "
-                "Embed the pool again, with: arf embed, or clip-retrieval inference"
+                f"{self._where(pc.index(keys.is_null(), True).as_py())} has no 'image_path' (the sample's key), so a "
+                "hit cannot be found in the pool. Embed the pool again, with: arf embed, or clip-retrieval inference"
             )
-        if pc.count_distinct(self._keys).as_py() < len(self._keys):
-            counts = pc.value_counts(self._keys)
+        if pc.count_distinct(keys).as_py() < len(keys):
+            counts = pc.value_counts(keys)
             key = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
-            one, two = pc.indices_nonzero(pc.equal(self._keys, key)).to_pylist()[:2]
+            one, two = pc.indices_nonzero(pc.equal(keys, key)).to_pylist()[:2]
             raise PoolError(
                 f"The key {key.as_py()!r} occurs twice in the pool ({self._where(one)} and {self._where(two)}), and "
                 "the service names pairs by their key alone. Search without the service (--backend exact or faiss), "
                 "which goes by row, or give the pool's samples unique keys."
             )
+        self._keys = keys
 
-    def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns the rows of keys.
+    def _where(self, row: int) -> str:
+        file = next(file for file in self.pool.files if row < file.first + file.rows)
+        return f"{file.metadata}, row {row - file.first}"
 
-        Raises:
-            ServiceError: for a key that the pool does not have.
-        """
+    def _rows(self, keys: Sequence[str]) -> np.ndarray:
+        """The pool's rows [n] of keys."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
         found = pc.index_in(pa.array(keys, pa.large_string()), value_set=self._keys)
         if found.null_count:
-            key = keys[int(pc.index(found.is_null(), True).as_py())]
+            key = keys[pc.index(found.is_null(), True).as_py()]
             raise ServiceError(
                 f"The service names the pair {key!r}, which is not among the {len(self._keys)} keys of "
-                f"{self._pool.folder} (the first being {self._keys[0].as_py()!r}). Give the folder that its index was "
+                f"{self.pool.folder} (the first being {self._keys[0].as_py()!r}). Give the folder that its index was "
                 "built from with --pool, or choose another index with --service-index."
             )
         rows: np.ndarray = found.to_numpy().astype(np.int64)
         return rows
 
-    def _where(self, row: int) -> str:
-        file = next(file for file in self._pool.files if row < file.first + file.rows)
-        return f"{file.metadata}, row {row - file.first}"
+
+_BACKENDS: dict[str, type[Backend]] = {
+    "exact": ExactBackend,
+    "faiss": FaissBackend,
+    "service": ServiceBackend,
+}
 
 
 def _index_file(path: Path, modality: str = "image") -> Path:

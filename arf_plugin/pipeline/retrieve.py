@@ -21,7 +21,7 @@ import numpy as np
 
 from arf_plugin.errors import PoolError
 from arf_plugin.files import digest, write_json
-from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, check_unit, same_model
+from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.selection import (
@@ -96,10 +96,8 @@ class RetrieveStage(Stage):
 
     def prepare(self, execution: Execution) -> None:
         """Makes ready for the search, and tries it with the first query."""
-        file = self.queries.files[0]
-        probe = np.array(file.load()[:1])
-        check_unit(probe, file.vectors, file.first)
-        self._backend.prepare(probe[0], self._k, execution)
+        _, probe = next(self.queries.files[0].blocks(1, unit=True))
+        self._backend.prepare(probe[0], execution)
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Searches for the queries of a file, or of a part of it."""
@@ -107,20 +105,18 @@ class RetrieveStage(Stage):
 
         file: EmbeddingFile
         file, start, stop = shard.source
-        rows, similarities = [], []
-        for first, block in file.blocks(self._backend.queries_at_once, start, stop):
-            check_unit(block, file.vectors, file.first, first - file.first)
-            found = self._backend.search(block, self._k)
-            rows.append(found[0])
-            similarities.append(found[1])
+        found = []
+        for _, block in file.blocks(self._backend.queries_at_once, start, stop, unit=True):
+            found.append(self._backend.search(block))
             advance(len(block))
+        rows, similarities = (np.concatenate(parts).ravel() for parts in zip(*found, strict=True))
         query = np.repeat(np.arange(file.first + start, file.first + stop), self._k)
         table = pa.table(
             {
                 "query": query_ids(self.queries, file).take(query - file.first),
                 "query_row": query,
-                "row": np.concatenate(rows).ravel(),
-                "similarity": np.concatenate(similarities).ravel(),
+                "row": rows,
+                "similarity": similarities,
             }
         )
         write_table(self.artifacts([shard])[0], table)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +28,7 @@ CAPS = ("queries", "similarity")
 BLOCK = 4096
 # All pairs of so many images are compared; among more, an index finds those that may be near.
 EXACT = {"cpu": 40_000, "cuda": 1_000_000}
+Parts = Sequence[tuple[Embeddings, np.ndarray]]  # rows [n] of some folders, numbered on from 0
 
 
 @dataclass(frozen=True)
@@ -187,68 +188,57 @@ class Exclusion:
 
     def near(self, pool: Embeddings, rows: np.ndarray, device: torch.device) -> list[Dropped]:
         """Returns those of the pool's rows [n] that are near an excluded image, with the nearest one."""
-        excluded = sum(folder.rows for folder in self.folders)
-        find = self._by_index if _many(len(rows), excluded, device) else self._by_comparison
-        near = [item for item in find(pool, rows, device) if item[3] >= self.similarity]
-        names = self._names({item[1:3] for item in near})
-        return [
-            Dropped(int(rows[i]), "excluded", names[folder, row], cosine) for i, folder, row, cosine in near
-        ]
+        find = self._by_comparison
+        if _many(len(rows), sum(folder.rows for folder in self.folders), device):
+            find = self._by_index
+        near = [found for found in find(pool, rows, device) if found[2] >= self.similarity]
+        names = self._names(np.unique([number for _, number, _ in near]))
+        return [Dropped(int(rows[i]), "excluded", names[number], cosine) for i, number, cosine in near]
 
     def _by_comparison(
         self, pool: Embeddings, rows: np.ndarray, device: torch.device
-    ) -> Iterator[tuple[int, int, int, float]]:
-        """Yields for each of the rows its number, the nearest image's folder and row in it, and the cosine."""
+    ) -> Iterator[tuple[int, int, float]]:
+        """Yields for each of the rows its place, the number of the nearest image in all folders, and the cosine."""
         import torch
 
         first = 0
         for block, vectors in _blocks(pool, rows, device):
             best = torch.full((len(block),), -2.0, device=device)
-            place = torch.zeros((len(block), 2), dtype=torch.int64, device=device)  # folder, and row in it
-            for number, folder in enumerate(self.folders):
-                for others, theirs in _blocks(folder, np.arange(folder.rows), device):
+            nearest = torch.zeros(len(block), dtype=torch.int64, device=device)
+            start = 0
+            for folder in self.folders:
+                for _, theirs in _blocks(folder, np.arange(folder.rows), device):
                     found, column = (vectors @ theirs.T).max(dim=1)
-                    better = found > best
-                    best = torch.where(better, found, best)
-                    here = torch.stack([torch.full_like(column, number), column + int(others[0])], dim=1)
-                    place = torch.where(better[:, None], here, place)
-            for i, (at, cosine) in enumerate(zip(place.tolist(), best.tolist(), strict=True)):
-                yield first + i, at[0], at[1], cosine
+                    nearest = torch.where(found > best, column + start, nearest)
+                    best = torch.maximum(found, best)
+                    start += len(theirs)
+            yield from zip(range(first, first + len(block)), nearest.tolist(), best.tolist(), strict=True)
             first += len(block)
 
     def _by_index(
         self, pool: Embeddings, rows: np.ndarray, device: torch.device
-    ) -> Iterator[tuple[int, int, int, float]]:
+    ) -> Iterator[tuple[int, int, float]]:
         """The same for those of the rows that may be near an image."""
-        ends = np.cumsum([folder.rows for folder in self.folders])
-        index = _index(self.folders, [np.arange(folder.rows) for folder in self.folders], self.similarity)
-        for folder in self.folders:
-            for _, theirs in _blocks(folder, np.arange(folder.rows)):
+        images = [(folder, np.arange(folder.rows)) for folder in self.folders]
+        index = _index(images, self.similarity)
+        for folder, numbers in images:
+            for _, theirs in _blocks(folder, numbers):
                 index.add(theirs.numpy(), index.cells(theirs.numpy()))
-
-        def vectors(numbers: np.ndarray) -> np.ndarray:
-            found = np.empty((len(numbers), pool.dimension), np.float32)
-            of = np.searchsorted(ends, numbers, side="right")
-            for i, folder in enumerate(self.folders):
-                found[of == i] = folder.vectors(numbers[of == i] - (ends[i] - folder.rows))
-            return found
-
         first = 0
         for block, ours in _blocks(pool, rows):
-            for i, number, cosine in _nearest(index, ours.numpy(), index.cells(ours.numpy()), vectors):
-                at = int(np.searchsorted(ends, number, side="right"))
-                yield first + i, at, int(number - (ends[at] - self.folders[at].rows)), cosine
+            for i, number, cosine in _nearest(index, ours.numpy(), index.cells(ours.numpy()), images):
+                yield first + i, number, cosine
             first += len(block)
 
-    def _names(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], str]:
-        """``FOLDER:ID`` of images by folder and row in it."""
-        names = {}
-        for number, folder in enumerate(self.folders):
-            rows = np.array(sorted(row for of, row in places if of == number), np.int64)
-            for row, columns in zip(
-                rows.tolist(), folder.take(rows, ["id", "image_path"]).to_pylist(), strict=True
-            ):
-                names[number, row] = f"{folder.folder.name}:{columns['id'] or columns['image_path']}"
+    def _names(self, numbers: np.ndarray) -> dict[int, str]:
+        """``FOLDER:ID`` of images by their numbers in all folders, which ascend."""
+        names, first = {}, 0
+        for folder in self.folders:
+            inside = numbers[(numbers >= first) & (numbers < first + folder.rows)].astype(np.int64)
+            found = folder.take(inside - first, ["id", "image_path"]).to_pylist()
+            for number, columns in zip(inside.tolist(), found, strict=True):
+                names[number] = f"{folder.folder.name}:{columns['id'] or columns['image_path']}"
+            first += folder.rows
         return names
 
 
@@ -275,46 +265,35 @@ def near_duplicates(
 ) -> list[Dropped]:
     """Returns those of the rows [n] that are near an earlier one which is itself kept (cosine >= similarity).
 
-    Each block is compared with what was kept before, so memory is bounded however many duplicates there are. Up to
-    `EXACT` rows all that were kept are looked at, in blocks; for more an index of them gives those that may be near.
+    Each block is compared with what was kept before, so memory is bounded however many duplicates there are.
     """
     import torch
 
-    kept: list[np.ndarray] = []
+    kept = np.zeros(0, np.int64)
     dropped = []
-    index = _index([pool], [rows], similarity) if _many(len(rows), len(rows), device) else None
+    index = _index([(pool, rows)], similarity) if _many(len(rows), len(rows), device) else None
     for block, vectors in _blocks(pool, rows, device):
-        free = np.ones(len(block), bool)
-
-        def drop(
-            i: int, other: int, cosine: float, block: np.ndarray = block, free: np.ndarray = free
-        ) -> None:
-            free[i] = False
-            dropped.append(Dropped(int(block[i]), "near duplicate", other, cosine))
-
-        earlier = np.concatenate([np.zeros(0, np.int64), *kept])
+        near: dict[int, tuple[int, float]] = {}  # place in the block: a kept row, and the cosine to it
         if index is not None:
-
-            def read(numbers: np.ndarray, earlier: np.ndarray = earlier) -> np.ndarray:
-                return pool.vectors(earlier[numbers])
-
             ours = vectors.cpu().numpy()
             cells = index.cells(ours)
-            for i, number, cosine in _nearest(index, ours, cells, read):
+            for i, number, cosine in _nearest(index, ours, cells, [(pool, kept)]):
                 if cosine >= similarity:
-                    drop(i, int(earlier[number]), cosine)
+                    near[i] = int(kept[number]), cosine
         else:
-            for others, theirs in _blocks(pool, earlier, device):
+            for others, theirs in _blocks(pool, kept, device):
                 best, column = (vectors @ theirs.T).max(dim=1)
                 for i in torch.nonzero(best >= similarity).flatten().tolist():
-                    if free[i]:
-                        drop(i, int(others[column[i]]), float(best[i]))
+                    near.setdefault(i, (int(others[column[i]]), float(best[i])))
+        free = ~np.isin(np.arange(len(block)), list(near))
         among = torch.tril(vectors @ vectors.T, diagonal=-1).cpu().numpy()
         for i in np.flatnonzero(free & (among >= similarity).any(axis=1)).tolist():
             before = np.flatnonzero(free[:i] & (among[i, :i] >= similarity))
             if len(before):
-                drop(i, int(block[before[0]]), float(among[i, before[0]]))
-        kept.append(block[free])
+                free[i] = False
+                near[i] = int(block[before[0]]), float(among[i, before[0]])
+        dropped += [Dropped(int(block[i]), "near duplicate", *found) for i, found in near.items()]
+        kept = np.concatenate([kept, block[free]])
         if index is not None and free.any():
             index.add(ours[free], Cells(*(part[free] for part in cells)))
     return dropped
@@ -334,47 +313,43 @@ def _many(one: int, other: int, device: torch.device) -> bool:
     return True
 
 
-def _index(folders: Sequence[Embeddings], rows: Sequence[np.ndarray], similarity: float) -> NearIndex:
-    """An index for those rows of some folders, empty as yet."""
-    total = sum(map(len, rows))
-    chosen = np.sort(np.random.default_rng(0).choice(total, sample_for(total), replace=False))
-    parts, first = [], 0
-    for folder, of_folder in zip(folders, rows, strict=True):
-        inside = chosen[(chosen >= first) & (chosen < first + len(of_folder))] - first
-        parts.append(folder.vectors(of_folder[inside]).astype(np.float32))
-        first += len(of_folder)
-    sample = np.concatenate(parts)
-    blocks = (
-        block.numpy()
-        for folder, of_folder in zip(folders, rows, strict=True)
-        for _, block in _blocks(folder, of_folder)
+def _index(parts: Parts, similarity: float) -> NearIndex:
+    """An index for rows of folders, empty as yet."""
+    total = sum(len(rows) for _, rows in parts)
+    sample = _vectors(
+        parts, np.sort(np.random.default_rng(0).choice(total, sample_for(total), replace=False))
     )
+    blocks = (block.numpy() for folder, rows in parts for _, block in _blocks(folder, rows))
     return NearIndex(sample[np.random.default_rng(1).permutation(len(sample))], blocks, total, similarity)
 
 
 def _nearest(
-    index: NearIndex, vectors: np.ndarray, cells: Cells, read: Callable[[np.ndarray], np.ndarray]
+    index: NearIndex, vectors: np.ndarray, cells: Cells, parts: Parts
 ) -> Iterator[tuple[int, int, float]]:
     """Yields (row, number in the index, cosine) of the nearest candidate of those vectors [n, d] that have some.
 
-    Args:
-        index: where they are looked for.
-        vectors: fp32.
-        cells: theirs.
-        read: gives the vectors of numbers, from which the cosines are computed.
+    Cosines are computed from the vectors of the parts, which are those in the index.
     """
     rows, numbers = index.candidates(vectors, cells)
-    cosines = np.concatenate(
-        [np.zeros(0, np.float32)]
-        + [
-            np.einsum("nd,nd->n", vectors[rows[at]], read(numbers[at]), dtype=np.float32)
-            for at in (slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK))
-        ]
-    )
+    cosines = np.zeros(len(rows), np.float32)
+    for start in range(0, len(rows), BLOCK):
+        at = slice(start, start + BLOCK)
+        cosines[at] = np.einsum("nd,nd->n", vectors[rows[at]], _vectors(parts, numbers[at]))
     order = np.lexsort((numbers, -cosines, rows))
     _, first = np.unique(rows[order], return_index=True)
     for place in order[first].tolist():
         yield int(rows[place]), int(numbers[place]), float(cosines[place])
+
+
+def _vectors(parts: Parts, numbers: np.ndarray) -> np.ndarray:
+    """Vectors [n, d] fp32 of rows by their numbers [n] in all parts."""
+    found = np.empty((len(numbers), parts[0][0].dimension), np.float32)
+    first = 0
+    for folder, rows in parts:
+        inside = (numbers >= first) & (numbers < first + len(rows))
+        found[inside] = folder.vectors(rows[numbers[inside] - first])
+        first += len(rows)
+    return found
 
 
 def _blocks(

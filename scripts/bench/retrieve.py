@@ -180,12 +180,11 @@ def service(args) -> dict[str, Callable[[], object]]:
     """The client with one thread, a loop of posts on one connection, and the client as it is by default."""
     import requests
 
-    from arf_plugin.pipeline.knn_address import Service
     from arf_plugin.pipeline.knn_service import KnnClient
 
     queries = Embeddings(args.service_queries).vectors(np.arange(args.queries)).astype(np.float32)
-    client = KnnClient(Service(args.service_url, args.service_index, threads=1))
-    usual = KnnClient(Service(args.service_url, args.service_index))
+    client = KnnClient(args.service_url, args.service_index, threads=1)
+    usual = KnnClient(args.service_url, args.service_index)
     session = requests.Session()
     for each in (client, usual):
         each.check_index()
@@ -201,9 +200,9 @@ def service(args) -> dict[str, Callable[[], object]]:
             session.post(f"{args.service_url.rstrip('/')}/knn-service", json=body, timeout=60).json()
 
     return {
-        "arf client": lambda: list(client.search(queries, args.k)),
+        "arf client": lambda: client.search(queries, args.k),
         "bare requests": bare,
-        f"arf client, {usual.service.threads} threads": lambda: list(usual.search(queries, args.k)),
+        f"arf client, {usual.threads} threads": lambda: usual.search(queries, args.k),
     }
 
 

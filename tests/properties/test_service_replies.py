@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from support.knn_servers import JSON, LoopbackServer, send
 
 from arf_plugin.errors import ServiceError
-from arf_plugin.pipeline.knn_address import Service
 
 pytest.importorskip("requests")
-pytest.importorskip("tenacity")
 
-from arf_plugin.pipeline.knn_http import PassingFault
-from arf_plugin.pipeline.knn_service import Hit, KnnClient
+from arf_plugin.pipeline.knn_service import Hit, KnnClient, PassingFault
 
 K = 2
 LEAVES = (
@@ -56,7 +53,7 @@ def service():
 
 
 def ask(service: Answering) -> list[Hit] | None:
-    client = KnnClient(Service(service.url, "pool", timeout=5.0))
+    client = KnnClient(service.url, "pool", timeout=5.0)
     try:
         return client.query(np.eye(1, 4)[0], K, tries=1)
     except PassingFault:

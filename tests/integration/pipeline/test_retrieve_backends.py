@@ -165,7 +165,6 @@ def test_the_backend_is_part_of_the_configuration(retrieve, index):
 
 def test_a_service_gives_what_exact_search_gives(retrieve, tmp_path: Path):
     pytest.importorskip("requests")
-    pytest.importorskip("tenacity")
     keys = [f"{i:05d}" for i in np.random.default_rng(0).permutation(400)]
     order = [int(key) for key in keys]  # the service has the same pool in another order
     common = ("--backend", "service", "--service-timeout", 0.5)
@@ -180,7 +179,6 @@ def test_a_service_gives_what_exact_search_gives(retrieve, tmp_path: Path):
 
 def test_refusals_of_the_service(retrieve, tmp_path: Path):
     pytest.importorskip("requests")
-    pytest.importorskip("tenacity")
     keys = [f"{i:05d}" for i in range(400)]
 
     def refused(service: SmallService, **settings) -> str:

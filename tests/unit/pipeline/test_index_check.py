@@ -14,7 +14,7 @@ from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import open_index
 from arf_plugin.pipeline.index_check import SAMPLED, check_found, check_row_ids, check_vectors, reconstruct
-from arf_plugin.pipeline.knn_backends import FaissBackend
+from arf_plugin.pipeline.knn_backends import Search
 
 faiss = pytest.importorskip("faiss")
 ROWS, DIMENSION = 3000, 16
@@ -51,7 +51,7 @@ def built(kind: str, vectors: np.ndarray, ids: np.ndarray | None = None):
 def checked(index, path: Path, pool: Embeddings) -> None:
     """What the search does before its first query, with the index as it comes from the disk."""
     faiss.write_index(index, str(path))
-    FaissBackend(pool, path).prepare(pool.vectors(np.array([0]))[0], 1, Execution())
+    Search("faiss", index=path).open(pool, 1).prepare(pool.vectors(np.array([0]))[0], Execution())
 
 
 def stored(pool: Embeddings) -> np.ndarray:

@@ -19,12 +19,11 @@ import pytest
 from support.building import unit_vectors
 from support.knn_servers import JSON, FlakyProxy, LoopbackServer, SmallService, send
 
-from arf_plugin.errors import FlagError, PoolError, ServiceError
-from arf_plugin.pipeline.knn_address import Service
+from arf_plugin.errors import FlagError, ServiceError
+from arf_plugin.pipeline.knn_backends import Search
 
 pytest.importorskip("requests")
-pytest.importorskip("tenacity")
-
+from arf_plugin.pipeline import knn_service
 from arf_plugin.pipeline.knn_service import KnnClient
 
 POOL, QUERIES = unit_vectors(200, 16, seed=2), unit_vectors(40, 16, seed=1).astype(np.float32)
@@ -39,9 +38,14 @@ def serving(change=None, **settings):
         yield service, client_of(service.url, **settings)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 0.02)
+
+
 def client_of(url: str, **settings) -> KnnClient:
-    defaults = {"timeout": 0.5, "patience": 20.0, "longest_pause": 0.02, "index": "pool"}
-    return KnnClient(Service(url, **(defaults | settings)))
+    defaults = {"timeout": 0.5, "patience": 20.0, "index": "pool"}
+    return KnnClient(url, **(defaults | settings))
 
 
 def rows_of(client: KnnClient, queries=QUERIES, k=5) -> list[list[int]]:
@@ -78,10 +82,12 @@ def test_the_services_defaults_are_switched_off():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": float("nan")}, {"patience": -1.0}])
-def test_waits_must_be_possible(settings):
-    with pytest.raises(FlagError, match="--service-"):
-        client_of("http://127.0.0.1:1", **settings)
+@pytest.mark.parametrize(
+    ("flag", "value"), [("timeout", 0), ("timeout", float("nan")), ("patience", -1.0), ("threads", 0)]
+)
+def test_waits_must_be_possible(flag: str, value: float):
+    with pytest.raises(FlagError, match=f"--service-{flag}"):
+        Search("service", service_url="http://127.0.0.1:1", **{f"service_{flag}": value})
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,7 +147,7 @@ def test_one_query_that_always_fails_ends_the_search_with_its_own_error():
     assert threading.active_count() < 10
 
 
-def test_the_failure_that_ended_the_search_is_the_one_that_is_reported():
+def test_the_failure_that_ended_the_search_is_the_one_that_is_reported(monkeypatch: pytest.MonkeyPatch):
     """Query 0 is still being tried again when query 3 fails for good; the others stop at once."""
     busy, wrong = QUERIES[0].tolist(), QUERIES[3].tolist()
 
@@ -149,7 +155,8 @@ def test_the_failure_that_ended_the_search_is_the_one_that_is_reported():
         status = {str(busy): 503, str(wrong): 404}.get(str(request["embedding_input"]))
         return (status, JSON, b"{}") if status else reply
 
-    with serving(failing, longest_pause=2, threads=4) as (_, client):
+    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 2)
+    with serving(failing, threads=4) as (_, client):
         started = time.monotonic()
         with pytest.raises(ServiceError, match="answered 404"):
             rows_of(client)
@@ -159,7 +166,7 @@ def test_the_failure_that_ended_the_search_is_the_one_that_is_reported():
 def test_a_service_that_is_gone_is_given_up_after_the_patience():
     with serving() as (_, client):
         pass
-    client = client_of(client.service.url, patience=0.5, longest_pause=0.2)
+    client = client_of(client.url, patience=0.5)
     started = time.monotonic()
     with pytest.raises(
         ServiceError, match=r"gave no answer for \d+ s; at last.*Connection refused(.|\n)*run the same"
@@ -367,27 +374,21 @@ def test_no_address_that_the_service_names_is_fetched():
         assert trap.visits == 0
 
 
-def test_bad_queries_are_refused_before_anything_is_sent():
-    bad = QUERIES.copy()
-    bad[3, 0] = np.nan
-    with serving() as (service, client):
-        with pytest.raises(PoolError, match="Query 3 has norm nan"):
-            rows_of(client, bad)
-        with pytest.raises(PoolError, match=r"Query 0 has norm 1\.999"):
-            rows_of(client, 2 * QUERIES)
-    assert service.requests == []
-
-
 def checked(service: SmallService, probe=QUERIES[0], k=5, **settings) -> str:
     with pytest.raises(ServiceError) as error:
         client_of(service.url, **settings).check(probe, k)
     return str(error.value)
 
 
-def test_the_check_at_the_start_names_the_mistake():
+def test_the_check_at_the_start_names_the_mistake(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        knn_service, "DIMENSIONS", (32, 16)
+    )  # the small service's 16 is the width of no model
     with SmallService(POOL, KEYS) as service:
         assert "has no index 'pol'. Choose one with --service-index: pool" in checked(service, index="pol")
-        assert "vectors of dimension 16" in checked_dimension(service)
+        assert "vectors of dimension 16" in checked(
+            service, unit_vectors(1, 32, seed=0)[0].astype(np.float32)
+        )
         service.names = ["pool", "other"]
         assert "serves 2 indices. Choose one with --service-index: pool, other" in checked(
             service, index=None
@@ -406,17 +407,6 @@ def test_the_check_at_the_start_names_the_mistake():
         assert "fails (500) for a sound query of dimension 16" in checked(service)
 
 
-def checked_dimension(service: SmallService) -> str:
-    """The small service's 16 is the width of no model, so the check is told of it."""
-    import arf_plugin.pipeline.knn_service as check
-
-    widths, check.DIMENSIONS = check.DIMENSIONS, (32, 16)
-    try:
-        return checked(service, unit_vectors(1, 32, seed=0)[0].astype(np.float32))
-    finally:
-        check.DIMENSIONS = widths
-
-
 def test_the_only_index_is_taken_and_the_address_may_name_the_endpoint():
     with serving() as (service, _):
         client = client_of(f"{service.url}/knn-service/", index=None)
@@ -424,4 +414,4 @@ def test_the_only_index_is_taken_and_the_address_may_name_the_endpoint():
         assert client.index == "pool"
     for url in ("127.0.0.1:1234", "ftp://host", "http://"):
         with pytest.raises(FlagError, match="expected an address such as"):
-            Service(url)
+            Search("service", service_url=url)
