@@ -41,14 +41,12 @@ MODALITIES = ("image", "text", "both")
 _VECTORS = {"image": "img_emb", "text": "text_emb"}
 
 
+_COLUMNS = ("image_path", "caption", "id", "tar", "ext", "offset", "size", "sha256")
+
+
 @dataclass
 class _EmbeddingStage(Stage):
-    """What the stages that write an embedding folder have in common.
-
-    Attributes:
-        source: what to embed.
-        model: the model that does it.
-    """
+    """What the stages that write an embedding folder have in common."""
 
     source: Any
     model: ClipModel
@@ -61,15 +59,12 @@ class _EmbeddingStage(Stage):
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """Vectors and metadata of each shard."""
-        folders = [_VECTORS[modality] for modality in self.modalities()]
-        return [
-            path
-            for shard in shards
-            for path in (
-                *(self.out / name / f"{name}_{shard.name}.npy" for name in folders),
-                self.out / "metadata" / f"metadata_{shard.name}.parquet",
-            )
-        ]
+        paths = []
+        for shard in shards:
+            folders = [_VECTORS[modality] for modality in self.modalities()]
+            paths += [self.out / name / f"{name}_{shard.name}.npy" for name in folders]
+            paths.append(self.out / "metadata" / f"metadata_{shard.name}.parquet")
+        return paths
 
     def modalities(self) -> list[str]:
         """What there are vectors of."""
@@ -79,7 +74,7 @@ class _EmbeddingStage(Stage):
         """Loads the model."""
         self.clip = self.model.load(execution)
 
-    def write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
+    def _write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
         """Writes a shard's vectors [n, d], one array per modality, and its metadata."""
         *paths, metadata_path = self.artifacts([shard])
         for path, found in zip(paths, vectors, strict=True):
@@ -99,7 +94,6 @@ class EmbedStage(_EmbeddingStage):
     """Embeds a pool or task data.
 
     Attributes:
-        source: what to embed.
         modality: ``image``, ``text`` or ``both``; samples that lack one are rejected.
         require_text: rejects images without a text even if texts are not embedded, as a pool needs them.
     """
@@ -130,6 +124,8 @@ class EmbedStage(_EmbeddingStage):
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Embeds a shard."""
+        import pyarrow as pa
+
         outcome = Outcome()
         rows: list[dict[str, Any]] = []
         found: dict[str, list[np.ndarray]] = {modality: [] for modality in self.modalities()}
@@ -152,7 +148,10 @@ class EmbedStage(_EmbeddingStage):
         for row in compress(rows, ~keep):
             outcome.reject(row["id"], "its embedding is not finite")
         outcome.kept = int(keep.sum())
-        self.write(shard, [array[keep] for array in vectors], _metadata(list(compress(rows, keep))))
+        kinds = [pa.int64() if name in ("offset", "size") else pa.string() for name in _COLUMNS]
+        schema = pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
+        metadata = pa.Table.from_pylist(list(compress(rows, keep)), schema)
+        self._write(shard, [array[keep] for array in vectors], metadata)
         return outcome
 
     def _decode(self, sample: RawSample) -> tuple[str, torch.Tensor]:
@@ -169,24 +168,10 @@ class EmbedStage(_EmbeddingStage):
 
 
 def _described(sample: RawSample, sha256: str) -> dict[str, Any]:
-    return {
-        "image_path": utf8(sample.key),
-        "caption": sample.text,
-        "id": utf8(sample.id),
-        "tar": utf8(sample.tar),
-        "ext": utf8(sample.ext),
-        "offset": sample.offset,
-        "size": sample.size,
-        "sha256": sha256,
-    }
-
-
-def _metadata(rows: list[dict[str, Any]]) -> pa.Table:
-    import pyarrow as pa
-
-    names = ("image_path", "caption", "id", "tar", "ext", "offset", "size", "sha256")
-    kinds = [pa.int64() if name in ("offset", "size") else pa.string() for name in names]
-    return pa.Table.from_pylist(rows, pa.schema(list(zip(names, kinds, strict=True))))
+    """A sample as a row of the metadata."""
+    key, name, tar, ext = map(utf8, (sample.key, sample.id, sample.tar, sample.ext))
+    values = (key, sample.text, name, tar, ext, sample.offset, sample.size, sha256)
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 @dataclass
@@ -218,6 +203,6 @@ class EmbedTextsStage(_EmbeddingStage):
         unit = np.array([mean / np.linalg.norm(mean) for mean in means], np.float16).reshape(len(queries), -1)
         ids = pa.array([query.id for query in queries], pa.string())
         captions = pa.array([query.texts[0] for query in queries], pa.string())
-        self.write(shard, [unit], pa.table({"image_path": ids, "caption": captions, "id": ids}))
+        self._write(shard, [unit], pa.table({"image_path": ids, "caption": captions, "id": ids}))
         advance(len(queries))
         return Outcome(samples=len(queries), kept=len(queries))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,17 +62,18 @@ class LoadedClip:
         """Unit vectors [n, d], fp32, of images [3, H, W]."""
         import torch
 
-        with torch.inference_mode():
-            found = self.model.encode_image(torch.stack(list(pixels)).to(self.device, self.dtype))
-            return torch.nn.functional.normalize(found.float(), dim=-1)
+        return self._unit(self.model.encode_image, torch.stack(list(pixels)).to(self.device, self.dtype))
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Unit vectors [n, d], fp32, of texts."""
+        return self._unit(self.model.encode_text, self.tokenizer(texts).to(self.device))
+
+    @staticmethod
+    def _unit(encode: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            found = self.model.encode_text(self.tokenizer(texts).to(self.device))
-            return torch.nn.functional.normalize(found.float(), dim=-1)
+            return torch.nn.functional.normalize(encode(inputs).float(), dim=-1)
 
 
 def as_fp16(vectors: torch.Tensor) -> np.ndarray:
@@ -107,10 +108,8 @@ def load_model(
     arguments: dict[str, Any] = {"pretrained": pretrained, "precision": precision, "device": device}
     if file is not None:
         known = inspect.signature(open_clip.create_model_and_transforms).parameters
-        arguments |= {"pretrained": None, "load_weights": False}
-        arguments |= {"pretrained_text" if "pretrained_text" in known else "pretrained_hf": False}
-        if "load_weights" not in known:
-            del arguments["load_weights"]
+        without = ("load_weights", "pretrained_text", "pretrained_hf")  # as far as this release has them
+        arguments |= {"pretrained": None} | {name: False for name in without if name in known}
     try:
         with watching() as loaded, safe_loading():
             built = open_clip.create_model_and_transforms(model, **arguments)
@@ -121,10 +120,9 @@ def load_model(
         reason = printable(str(cause))
         raise StageError(
             f"open_clip cannot load the model {model!r} with pretrained {pretrained!r}: "
-            f"{reason if len(reason) <= 600 else reason[:600] + ' ...'}"
+            f"{reason[:600]}{' ...' if len(reason) > 600 else ''}"
         ) from cause
-    random = loaded.random_parts(built[0])
-    if random:
+    if random := loaded.random_parts(built[0]):
         total = sum(1 for _ in built[0].parameters())
         raise StageError(
             f"{len(random)} of about {total} weights of the model {model!r} are in no file of its own or of pretrained "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from arf_plugin.anchors.manifest import problems_of
 from arf_plugin.errors import AnchorSetError
@@ -20,26 +21,9 @@ class TextQuery(NamedTuple):
     texts: list[str]
 
 
-class TextSource(Protocol):
-    """Texts in shards."""
-
-    def shards(self) -> list[Shard]:
-        """Returns the shards in order."""
-
-    def read(self, shard: Shard) -> list[TextQuery]:
-        """Returns a shard's queries in order."""
-
-    def fingerprint(self) -> list[Any]:
-        """Returns what changes when the texts change, as JSON."""
-
-
 @dataclass(frozen=True)
 class CaptionTexts:
-    """The captions of an anchor set; each is a query of its own.
-
-    Attributes:
-        anchors: the anchor set, or its folder of captions.
-    """
+    """The captions of an anchor set, or of its folder of captions; each is a query of its own."""
 
     anchors: Path
 
@@ -63,18 +47,17 @@ class CaptionTexts:
 
     def shards(self) -> list[Shard]:
         """One shard per parquet file."""
-        return [
-            Shard.counted(i, path, count_rows(path, AnchorSetError)) for i, path in enumerate(self.files())
-        ]
+        counts = [(path, count_rows(path, AnchorSetError)) for path in self.files()]
+        return [Shard.counted(i, path, count) for i, (path, count) in enumerate(counts)]
 
     def read(self, shard: Shard) -> list[TextQuery]:
-        """The captions of a file."""
+        """The captions of a file, in order."""
         table = read_columns(shard.source, {"id": TEXT, "caption": TEXT}, AnchorSetError, ("id", "caption"))
         rows = table.to_pylist()
         return [TextQuery(row["id"], [row["caption"]]) for row in rows if row["id"] and row["caption"]]
 
     def fingerprint(self) -> list[Any]:
-        """Names and contents of the files."""
+        """Names and contents of the files, as JSON."""
         return [[path.name, file_digest(path)] for path in self.files()]
 
 
@@ -82,9 +65,7 @@ class CaptionTexts:
 class PromptTexts:
     """One query per class: the class name in all templates, as in zero-shot classification.
 
-    Attributes:
-        classnames: a file with one name per line, or ``imagenet``.
-        templates: a file with one template per line, or ``imagenet``.
+    Both are files with one name or template per line, or ``imagenet``.
     """
 
     classnames: str
@@ -92,22 +73,22 @@ class PromptTexts:
 
     def shards(self) -> list[Shard]:
         """A single shard: there are few classes."""
-        return [Shard.counted(0, None, len(self._prompts().classnames))]
+        return [Shard.counted(0, None, len(self._prompts.classnames))]
 
     def read(self, shard: Shard) -> list[TextQuery]:
         """The classes in order."""
-        prompts = self._prompts()
-        return [
-            TextQuery(name, [template.replace("{c}", name) for template in prompts.templates])
-            for name in prompts.classnames
-        ]
+        names, templates = self._prompts.classnames, self._prompts.templates
+        return [TextQuery(name, [template.replace("{c}", name) for template in templates]) for name in names]
 
     def fingerprint(self) -> list[Any]:
-        """The names and templates themselves."""
-        prompts = self._prompts()
-        return [prompts.classnames, prompts.templates]
+        """The names and templates themselves, as JSON."""
+        return [self._prompts.classnames, self._prompts.templates]
 
+    @cached_property
     def _prompts(self) -> Any:
         from arf_plugin.data.prompts import load_prompts
 
         return load_prompts(self.classnames, self.templates)
+
+
+TextSource = CaptionTexts | PromptTexts
