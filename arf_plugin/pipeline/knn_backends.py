@@ -64,14 +64,10 @@ class Search:
                 )
         elif self.service_index:
             raise FlagError("--service-index needs --backend service and --service-url.")
-        if self.service_threads < 1:
-            raise FlagError(f"--service-threads {self.service_threads}: expected at least 1.")
         if not 0 < self.service_timeout < threading.TIMEOUT_MAX:
             raise FlagError(f"--service-timeout {self.service_timeout:g}: expected seconds, more than 0.")
         if not self.service_patience >= 0:
             raise FlagError(f"--service-patience {self.service_patience:g}: expected seconds, 0 or more.")
-        if self.backend not in _BACKENDS:
-            raise FlagError(f"--backend {self.backend}: expected exact, faiss or service.")
         if (self.backend == "service") != bool(self.service_url):
             raise FlagError("--backend service and --service-url belong together: give both, or neither.")
         if self.backend != "faiss" and (self.index or self.search_parameters or self.candidates):

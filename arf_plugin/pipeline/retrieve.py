@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,18 +25,20 @@ from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.selection import (
-    Chosen,
     Dropped,
     Exclusion,
-    Hits,
     Selection,
-    draw,
+    candidates,
     exact_duplicates,
     near_duplicates,
+    ordered,
     select,
 )
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
 POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
@@ -113,7 +115,7 @@ class RetrieveStage(Stage):
         query = np.repeat(np.arange(file.first + start, file.first + stop), self._k)
         table = pa.table(
             {
-                "query": query_ids(self.queries, file).take(query - file.first),
+                "query": self._ids(file).take(query - file.first),
                 "query_row": query,
                 "row": rows,
                 "similarity": similarities,
@@ -127,53 +129,57 @@ class RetrieveStage(Stage):
         hits = self._hits(shards)
         kept, dropped = self._drop(hits, execution)
         chosen = select(kept, self.selection)
+        rows = chosen["row"].unique()
         info: dict[str, Any] = {
-            "pairs": len(chosen.rows),
+            "pairs": len(rows),
             "queries": self.queries.rows,
-            "queries_with_pairs": len(np.unique(chosen.queries)),
+            "queries_with_pairs": chosen["query"].nunique(),
             "pool_rows": self.pool.rows,
-            "hits": len(hits.row),
+            "hits": len(hits),
             "dropped": dict(sorted(Counter(item.reason for item in dropped).items())),
             "search": self._backend.config(),
             "selection": asdict(self.selection),
             "model": self.pool.model,
         }
         if self.selection.random:
-            chosen = draw(self._random_rows(len(chosen.rows), execution))
+            rows, chosen = np.sort(self._random_rows(len(rows), execution)), chosen[:0]
         else:
-            found = chosen.similarity
-            info["similarity"] = {
-                name: round(float(value), 4)
-                for name, value in (("min", found.min()), ("mean", found.mean()), ("max", found.max()))
-            }
-        self._write_pairs(chosen)
+            found = chosen.groupby("row")["similarity"].first().to_numpy()
+            summary = {"min": found.min(), "mean": found.mean(), "max": found.max()}
+            info["similarity"] = {name: round(float(value), 4) for name, value in summary.items()}
+        self._write_pairs(rows, chosen)
         self._write_dropped(dropped)
         write_json(self.out / "retrieve.json", info)
         return info
 
-    def _hits(self, shards: list[Shard]) -> Hits:
+    def _hits(self, shards: list[Shard]) -> pd.DataFrame:
+        import pandas as pd
+
         kinds = {"query_row": WHOLE, "row": WHOLE, "similarity": NUMBER}
-        tables = []
+        frames = []
         for path in self.artifacts(shards):
-            table = read_columns(path, kinds, PoolError, required=kinds)
-            query, row, similarity = columns = [table[name].to_numpy() for name in kinds]
-            inside = ((query >= 0) & (query < self.queries.rows) & (row >= 0) & (row < self.pool.rows)).all()
-            if not (inside and np.isfinite(similarity).all()):  # a null has become NaN
+            hits = read_columns(path, kinds, PoolError, required=kinds).to_pandas()
+            inside = hits["query_row"].between(0, self.queries.rows - 1) & hits["row"].between(
+                0, self.pool.rows - 1
+            )
+            if not (inside & np.isfinite(hits["similarity"])).all():  # a null has become NaN
                 raise PoolError(
                     f"{path} holds hits that are no rows of the queries and the pool; it has been changed. Search "
                     "again, with --restart."
                 )
-            tables.append(columns)
-        return Hits.of(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+            frames.append(hits.rename(columns={"query_row": "query"}))
+        return ordered(pd.concat(frames, ignore_index=True))
 
-    def _drop(self, hits: Hits, execution: Execution) -> tuple[Hits, list[Dropped]]:
+    def _drop(self, hits: pd.DataFrame, execution: Execution) -> tuple[pd.DataFrame, list[Dropped]]:
         """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""
         floor = self.selection.min_similarity
-        kept = hits if floor is None else hits.where(hits.similarity >= floor)
-        if len(kept.row) == 0:
-            raise PoolError(f"No hit reaches --min-similarity {floor} (best: {hits.similarity.max():.3f}).")
+        kept = hits if floor is None else hits[hits["similarity"] >= floor]
+        if len(kept) == 0:
+            raise PoolError(
+                f"No hit reaches --min-similarity {floor} (best: {hits['similarity'].max():.3f})."
+            )
         device = execution.torch_device()
-        rows = kept.candidates(self.selection.cap_by)
+        rows = candidates(kept, self.selection.cap_by)
         dropped: list[Dropped] = []
 
         def drop(found: list[Dropped]) -> None:
@@ -191,7 +197,7 @@ class RetrieveStage(Stage):
                 f"All {len(dropped)} pairs that the queries found are near excluded images. Raise --k, or "
                 "--exclude-similarity if these are not the same images."
             )
-        return kept.where(np.isin(kept.row, rows)), dropped
+        return kept[kept["row"].isin(rows)], dropped
 
     def _random_rows(self, count: int, execution: Execution) -> np.ndarray:
         """Draws rows of the pool, as many as were chosen; excluded images stay out of the control, too."""
@@ -206,25 +212,24 @@ class RetrieveStage(Stage):
             drawn = np.concatenate([drawn, some[~np.isin(some, near)]])
         return drawn
 
-    def _write_pairs(self, chosen: Chosen) -> None:
+    def _write_pairs(self, rows: np.ndarray, chosen: pd.DataFrame) -> None:
+        """Writes pool rows, ascending, with the hits that have chosen them, if any."""
         import pyarrow as pa
 
-        ids = pa.chunked_array([query_ids(self.queries, file) for file in self.queries.files], pa.string())
-        table = self.pool.take(chosen.rows, POOL_COLUMNS)
-        counts = np.diff(chosen.starts)
-        shown = [
-            slice(start, start + min(count, QUERIES_NAMED))
-            for start, count in zip(chosen.starts[:-1], counts, strict=True)
-        ]
-        named = [ids.take(chosen.queries[part]).to_pylist() for part in shown]
-        cosines = [chosen.similarities[part] for part in shown]
-        similarity = pa.array(chosen.similarity, pa.float32(), mask=np.isnan(chosen.similarity))
+        ids = pa.chunked_array([self._ids(file) for file in self.queries.files], pa.string())
+        table = self.pool.take(rows, POOL_COLUMNS)
+        by_row = chosen.groupby("row")
+        counts = by_row.size().reindex(rows, fill_value=0)
+        named = chosen[by_row.cumcount() < QUERIES_NAMED]
+        ends = pa.array(np.r_[0, counts.clip(upper=QUERIES_NAMED).cumsum()], pa.int32())
+        queries = ids.take(pa.array(named["query"], pa.int64())).combine_chunks()
+        cosines = pa.array(named["similarity"], pa.float32())
         for name, column in {
-            "row": pa.array(chosen.rows, pa.int64()),
-            "similarity": similarity,
+            "row": pa.array(rows, pa.int64()),
+            "similarity": pa.array(by_row["similarity"].first().reindex(rows), pa.float32()),
             "query_count": pa.array(counts, pa.int64()),
-            "queries": pa.array(named, pa.list_(pa.string())),
-            "query_similarities": pa.array(cosines, pa.list_(pa.float32())),
+            "queries": pa.ListArray.from_arrays(ends, queries),
+            "query_similarities": pa.ListArray.from_arrays(ends, cosines),
         }.items():
             table = table.append_column(name, column)
         write_table(self.out / "pairs.parquet", table)
@@ -243,9 +248,7 @@ class RetrieveStage(Stage):
         }
         write_table(self.out / "dropped.parquet", pa.table(columns))
 
-
-def query_ids(queries: Embeddings, file: EmbeddingFile) -> Any:
-    """Sample ids of a file of queries (an Arrow array); clip-retrieval's folders have only keys."""
-    table = queries.columns(file, ["id", "image_path"])
-    column = table["id"] if table["id"].null_count < file.rows else table["image_path"]
-    return column.combine_chunks()
+    def _ids(self, file: EmbeddingFile) -> Any:
+        """Sample ids of a file of queries (an Arrow array); clip-retrieval's folders have only keys."""
+        table = self.queries.columns(file, ["id", "image_path"])
+        return table["id" if table["id"].null_count < file.rows else "image_path"].combine_chunks()

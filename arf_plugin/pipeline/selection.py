@@ -22,9 +22,9 @@ from arf_plugin.pipeline.embeddings import Embeddings, same_model
 from arf_plugin.pipeline.near import Cells, NearIndex, sample_for
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
-CAPS = ("queries", "similarity")
 BLOCK = 4096
 # All pairs of so many images are compared; among more, an index finds those that may be near.
 EXACT = {"cpu": 40_000, "cuda": 1_000_000}
@@ -58,90 +58,37 @@ class Selection:
     near_duplicates: float | None = None
 
     def __post_init__(self) -> None:
-        counts = {"k": self.k, "max-pairs": self.max_pairs, "max-per-query": self.max_per_query}
-        for flag, count in counts.items():
-            if count is not None and count < 1:
-                raise FlagError(f"--{flag} {count}: expected at least 1.")
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise FlagError(f"--min-similarity {self.min_similarity}: a cosine lies between -1 and 1.")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise FlagError(f"--near-duplicates {self.near_duplicates}: expected a cosine above 0, up to 1.")
-        if self.cap_by not in CAPS:
-            raise FlagError(f"--cap-by {self.cap_by}: expected one of {', '.join(CAPS)}.")
 
 
-@dataclass(frozen=True)
-class Hits:
-    """Hits of a search, in order of queries, nearest first; ties go to the lower row.
+def ordered(hits: pd.DataFrame) -> pd.DataFrame:
+    """Hits of a search, of columns query, row and similarity: by query, nearest first; ties go to the lower row."""
+    return hits.sort_values(["query", "similarity", "row"], ascending=[True, False, True])
 
-    Attributes:
-        query: [hits] query rows.
-        row: [hits] pool rows.
-        similarity: [hits] their cosines.
+
+def candidates(hits: pd.DataFrame, cap_by: str = "queries") -> np.ndarray:
+    """The pool rows of hits in order, each once, those to be taken first in front."""
+    ranked = hits.assign(rank=hits.groupby("query").cumcount() if cap_by == "queries" else 0)
+    rows: np.ndarray = ranked.sort_values(["rank", "similarity", "row"], ascending=[True, False, True])[
+        "row"
+    ].unique()
+    return rows
+
+
+def select(hits: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The hits that choose a pair, of hits in order: by pool row, nearest query first.
+
+    The floor, exclusion and duplicates come before.
     """
-
-    query: np.ndarray
-    row: np.ndarray
-    similarity: np.ndarray
-
-    @classmethod
-    def of(cls, query: np.ndarray, row: np.ndarray, similarity: np.ndarray) -> Hits:
-        """Hits in any order."""
-        order = np.lexsort((row, -similarity, query))
-        return cls(query[order], row[order], similarity[order])
-
-    def where(self, keep: np.ndarray) -> Hits:
-        """The hits that a mask [hits] marks."""
-        return Hits(self.query[keep], self.row[keep], self.similarity[keep])
-
-    def ranks(self) -> np.ndarray:
-        """Rank [hits] of each hit among those of its query, from 0."""
-        _, starts, counts = np.unique(self.query, return_index=True, return_counts=True)
-        return np.arange(len(self.query)) - np.repeat(starts, counts)
-
-    def candidates(self, cap_by: str = "queries") -> np.ndarray:
-        """The pool rows that were hit, each once, those to be taken first in front."""
-        best = self.similarity if cap_by == "similarity" else -self.ranks()
-        rows = self.row[np.lexsort((self.row, -self.similarity, -best))]
-        _, first = np.unique(rows, return_index=True)
-        return rows[np.sort(first)]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Selected pool rows, ascending, with the queries that chose them.
-
-    Attributes:
-        rows: [n] pool rows.
-        similarity: [n] similarity to the nearest query.
-        starts: [n + 1]; the queries of row i are ``queries[starts[i]:starts[i + 1]]``, nearest first.
-        queries: query rows.
-        similarities: those of ``queries``.
-    """
-
-    rows: np.ndarray
-    similarity: np.ndarray
-    starts: np.ndarray
-    queries: np.ndarray
-    similarities: np.ndarray
-
-
-def select(hits: Hits, selection: Selection) -> Chosen:
-    """Selects unique pool rows from hits; the floor, exclusion and duplicates come before."""
     if selection.max_per_query is not None:
-        hits = hits.where(hits.ranks() < selection.max_per_query)
-    taken = hits.candidates(selection.cap_by)[: selection.max_pairs]
-    hits = hits.where(np.isin(hits.row, taken))
-    order = np.lexsort((hits.query, -hits.similarity, hits.row))
-    rows, starts = np.unique(hits.row[order], return_index=True)
-    similarities = hits.similarity[order]
-    return Chosen(rows, similarities[starts], np.r_[starts, len(order)], hits.query[order], similarities)
-
-
-def draw(rows: np.ndarray) -> Chosen:
-    """Rows [n] that no query has chosen, as a control."""
-    starts, unknown = np.zeros(len(rows) + 1, np.int64), np.full(len(rows), np.nan, np.float32)
-    return Chosen(np.sort(rows), unknown, starts, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        hits = hits[hits.groupby("query").cumcount() < selection.max_per_query]
+    taken = candidates(hits, selection.cap_by)[: selection.max_pairs]
+    return hits[hits["row"].isin(taken)].sort_values(
+        ["row", "similarity", "query"], ascending=[True, False, True]
+    )
 
 
 class Dropped(NamedTuple):

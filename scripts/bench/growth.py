@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -37,7 +38,14 @@ from arf_plugin.console import markdown_table
 from arf_plugin.data.startup import check_inputs
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.embeddings import Embeddings
-from arf_plugin.pipeline.selection import Hits, Selection, exact_duplicates, near_duplicates, select
+from arf_plugin.pipeline.selection import (
+    Selection,
+    candidates,
+    exact_duplicates,
+    near_duplicates,
+    ordered,
+    select,
+)
 
 PER_SHARD = 1000
 MOST = 1.1  # exponent that needs no explanation
@@ -99,9 +107,10 @@ def stages(root: Path, size: int, model: str, queries: str) -> dict[str, Callabl
 
     def choose() -> None:
         rng = np.random.default_rng(0)
-        hits = Hits.of(np.arange(10 * size) // 10, rng.integers(size, size=10 * size), rng.random(10 * size))
+        columns = (np.arange(10 * size) // 10, rng.integers(size, size=10 * size), rng.random(10 * size))
+        hits = ordered(pd.DataFrame(dict(zip(("query", "row", "similarity"), columns, strict=True))))
         select(hits, Selection(max_pairs=size))
-        exact_duplicates(Embeddings(root / "emb"), hits.candidates())
+        exact_duplicates(Embeddings(root / "emb"), candidates(hits))
 
     def without_near() -> None:
         near_duplicates(Embeddings(root / "vectors"), np.arange(size), 0.95, torch.device("cpu"))

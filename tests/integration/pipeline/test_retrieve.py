@@ -127,6 +127,9 @@ def test_refusals(arf, folders: tuple[Path, Path], inputs: Inputs, tmp_path: Pat
     write_embeddings(tmp_path / "nan", bad, parts=4)
     refused("img_emb_3.npy, row 0 (row 150 of the folder) has norm nan", queries, tmp_path / "nan")
     refused("img_emb_3.npy, row 0 (row 150 of the folder) has norm nan", tmp_path / "nan")
+    for flag in ("--k", "--max-pairs", "--max-per-query", "--service-threads"):
+        with pytest.raises(SystemExit):  # of argparse
+            refused("", queries, pool, flag, 0)
     refused("a cosine lies between", queries, pool, "--min-similarity", 1.5)
     other = save_tiny_clip(tmp_path / "other", seed=5)
     arf("embed", "--task-data", inputs.task, "--model", inputs.clip, "--out", tmp_path / "E1")

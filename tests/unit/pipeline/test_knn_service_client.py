@@ -82,9 +82,7 @@ def test_the_services_defaults_are_switched_off():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("timeout", 0), ("timeout", float("nan")), ("patience", -1.0), ("threads", 0)]
-)
+@pytest.mark.parametrize(("flag", "value"), [("timeout", 0), ("timeout", float("nan")), ("patience", -1.0)])
 def test_waits_must_be_possible(flag: str, value: float):
     with pytest.raises(FlagError, match=f"--service-{flag}"):
         Search("service", service_url="http://127.0.0.1:1", **{f"service_{flag}": value})
