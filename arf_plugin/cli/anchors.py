@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.console import progress
     from arf_plugin.errors import FlagError, PoolError
     from arf_plugin.pipeline.anchors import Build, build_anchors, plan_anchors
+    from arf_plugin.pipeline.embed import PromptTexts
     from arf_plugin.pipeline.embedder import ClipModel
-    from arf_plugin.pipeline.text_queries import PromptTexts
 
     build = options.from_args(
         Build,

@@ -59,10 +59,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
     from arf_plugin.anchors.task import expand_urls
     from arf_plugin.errors import FlagError, PoolError
-    from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
+    from arf_plugin.pipeline.embed import CaptionTexts, EmbedStage, EmbedTextsStage, PromptTexts
     from arf_plugin.pipeline.embedder import ClipModel
     from arf_plugin.pipeline.source import TarSource
-    from arf_plugin.pipeline.text_queries import CaptionTexts, PromptTexts
 
     if sum(given is not None for given in (args.pool, args.task_data, args.captions, args.prompts)) != 1:
         raise FlagError(

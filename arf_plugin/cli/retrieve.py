@@ -97,7 +97,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Search, selection and exclusion from the command line, as RetrieveStage and Build call them."""
     from arf_plugin.pipeline.embeddings import Embeddings
     from arf_plugin.pipeline.knn_backends import Search
-    from arf_plugin.pipeline.selection import Exclusion, Selection
+    from arf_plugin.pipeline.near import Exclusion
+    from arf_plugin.pipeline.retrieve import Selection
 
     excluded = tuple(map(Embeddings, args.exclude))
     return {

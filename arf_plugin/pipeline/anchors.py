@@ -25,19 +25,18 @@ from arf_plugin.errors import PoolError, StageError
 from arf_plugin.pipeline.caption import CaptionStage, Scoring
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.captioner import Generation
-from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
+from arf_plugin.pipeline.embed import CaptionTexts, EmbedStage, EmbedTextsStage, PromptTexts
 from arf_plugin.pipeline.embedder import ClipModel
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.features import FeaturesStage
 from arf_plugin.pipeline.knn_backends import Search
+from arf_plugin.pipeline.near import Exclusion
 from arf_plugin.pipeline.pack import PackStage
-from arf_plugin.pipeline.retrieve import RetrieveStage
+from arf_plugin.pipeline.retrieve import RetrieveStage, Selection
 from arf_plugin.pipeline.runner import describe, run_stage
-from arf_plugin.pipeline.selection import Exclusion, Selection
 from arf_plugin.pipeline.source import Source, TarSource
 from arf_plugin.pipeline.stage import Stage
-from arf_plugin.pipeline.text_queries import CaptionTexts, PromptTexts
 
 _WAIT = 3600  # seconds without any progress of the other ranks
 
@@ -59,7 +58,7 @@ class Build:
         model: open_clip model of the search and of the features.
         selection: which hits become pairs.
         query_by: what the pool is searched by: ``image``, ``caption`` or ``prompt``.
-        prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.text_queries.PromptTexts`.
+        prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.embed.PromptTexts`.
         exclusion: images that no pair may show.
         search: how to search.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.

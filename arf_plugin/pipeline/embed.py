@@ -6,8 +6,8 @@
 pack read a chosen image without looking for it, and ``sha256``, the digest of the image's bytes, which lets it know
 that what it reads is what was embedded.
 
-Text queries (:mod:`arf_plugin.pipeline.text_queries`) are embedded into ``text_emb/`` alone. The paper searches by
-image (section 3.3); searching by text is ours.
+Text queries, captions of the task data or one prompt per class, are embedded into ``text_emb/`` alone. The paper
+searches by image (section 3.3); searching by text is ours.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from arf_plugin.anchors.images import decode_image
-from arf_plugin.files import digest, replacing, write_json
+from arf_plugin.anchors.manifest import problems_of
+from arf_plugin.errors import AnchorSetError
+from arf_plugin.files import digest, file_digest, list_files, replacing, write_json
 from arf_plugin.images import load_batches
 from arf_plugin.pipeline.embedder import ClipModel, as_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.source import RawSample, Source
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
-from arf_plugin.pipeline.tables import write_table
-from arf_plugin.pipeline.text_queries import TextSource
+from arf_plugin.pipeline.tables import TEXT, count_rows, read_columns, write_table
 from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
@@ -174,11 +176,88 @@ def _described(sample: RawSample, sha256: str) -> dict[str, Any]:
     return dict(zip(_COLUMNS, values, strict=True))
 
 
+class TextQuery(NamedTuple):
+    """One query: the sample id of a caption and that caption, or the name of a class and it in all templates."""
+
+    id: str
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class CaptionTexts:
+    """The captions of an anchor set, or of its folder of captions; each is a query of its own."""
+
+    anchors: Path
+
+    def files(self) -> list[Path]:
+        """The parquet files.
+
+        Raises:
+            AnchorSetError: if there is none, or if they are not all there.
+        """
+        folder = self.anchors
+        if (self.anchors / "captions").is_dir():
+            folder = self.anchors / "captions"
+            if problems := problems_of(str(self.anchors), ["captions"]):
+                raise AnchorSetError(f"{self.anchors}: {problems[0]}")
+        files = list_files(folder, ".parquet")
+        if not files:
+            raise AnchorSetError(
+                f"{folder} has no *.parquet. Expected an anchor set with captions, as written by: arf caption"
+            )
+        return files
+
+    def shards(self) -> list[Shard]:
+        """One shard per parquet file."""
+        counts = [(path, count_rows(path, AnchorSetError)) for path in self.files()]
+        return [Shard.counted(i, path, count) for i, (path, count) in enumerate(counts)]
+
+    def read(self, shard: Shard) -> list[TextQuery]:
+        """The captions of a file, in order."""
+        table = read_columns(shard.source, {"id": TEXT, "caption": TEXT}, AnchorSetError, ("id", "caption"))
+        rows = table.to_pylist()
+        return [TextQuery(row["id"], [row["caption"]]) for row in rows if row["id"] and row["caption"]]
+
+    def fingerprint(self) -> list[Any]:
+        """Names and contents of the files, as JSON."""
+        return [[path.name, file_digest(path)] for path in self.files()]
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """One query per class: the class name in all templates, as in zero-shot classification.
+
+    Both are files with one name or template per line, or ``imagenet``.
+    """
+
+    classnames: str
+    templates: str
+
+    def shards(self) -> list[Shard]:
+        """A single shard: there are few classes."""
+        return [Shard.counted(0, None, len(self._prompts.classnames))]
+
+    def read(self, shard: Shard) -> list[TextQuery]:
+        """The classes in order."""
+        names, templates = self._prompts.classnames, self._prompts.templates
+        return [TextQuery(name, [template.replace("{c}", name) for template in templates]) for name in names]
+
+    def fingerprint(self) -> list[Any]:
+        """The names and templates themselves, as JSON."""
+        return [self._prompts.classnames, self._prompts.templates]
+
+    @cached_property
+    def _prompts(self) -> Any:
+        from arf_plugin.data.prompts import load_prompts
+
+        return load_prompts(self.classnames, self.templates)
+
+
 @dataclass
 class EmbedTextsStage(_EmbeddingStage):
     """Embeds text queries; the vector of a query is the mean of its texts' unit vectors, made a unit vector again."""
 
-    source: TextSource
+    source: CaptionTexts | PromptTexts
     unit = "queries"
 
     def config(self) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
-from arf_plugin.files import content_digest
+from arf_plugin.files import content_digest, list_files
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.index import IndexFolder, open_index, open_pool
-from arf_plugin.pipeline.index_check import check_found, check_row_ids, check_vectors
+from arf_plugin.pipeline.index import IndexFolder, check_found, check_row_ids, check_vectors, open_index
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 
 if TYPE_CHECKING:
@@ -75,7 +74,11 @@ class Search:
 
     def pool(self, folder: Path) -> Embeddings:
         """Opens a pool for this search: an embedding folder, or an index folder if that will do."""
-        return open_pool(folder, index_suffices=self.backend != "exact")
+        pool = IndexFolder(folder)
+        has_vectors = bool(list_files(folder / "img_emb", ".npy"))
+        return (
+            pool if self.backend != "exact" and pool.path.exists() and not has_vectors else Embeddings(folder)
+        )
 
     def check(self) -> None:
         """Finds out what would stop the search, long before there is anything to search.

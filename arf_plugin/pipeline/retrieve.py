@@ -1,8 +1,10 @@
 """Stage retrieve (ITAR): the pool pairs that are nearest to the images of the task data.
 
-Paper: section 3.3, image-text anchor retrieval. The paper leaves open how many neighbours are taken and whether a pair
-may be chosen twice; here each image chooses its ``k`` nearest pairs, and the anchor set holds each chosen pair once
-(ours, not the paper's). Queries may also be texts, such as captions or class prompts (``arf embed --captions``).
+Paper: section 3.3, image-text anchor retrieval. It leaves open which of the neighbours become anchors. Ours: hits below
+a floor are left out, and so are pairs that say the same twice and pairs that show evaluation images, which are looked
+for among the hits only (:mod:`arf_plugin.pipeline.near`). Each query chooses its nearest pairs, up to a cap; the anchor
+set holds each chosen pair once. A cap on the total is filled in rounds, so that every query has its nearest pair before
+any has its second. Queries may also be texts, such as captions or class prompts (``arf embed --captions``).
 
 Writes ``hits/hits_NNNNN.parquet`` (query, row, similarity; best first), ``pairs.parquet`` (the chosen pool rows with
 all that the stage pack needs), ``dropped.parquet`` (what was kept out of the anchors, and why) and ``retrieve.json``
@@ -19,21 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arf_plugin.errors import PoolError
+from arf_plugin.errors import FlagError, PoolError
 from arf_plugin.files import digest, write_json
 from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
-from arf_plugin.pipeline.selection import (
-    Dropped,
-    Exclusion,
-    Selection,
-    candidates,
-    exact_duplicates,
-    near_duplicates,
-    ordered,
-    select,
-)
+from arf_plugin.pipeline.near import Dropped, Exclusion, exact_duplicates, near_duplicates
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns, write_table
 
@@ -44,17 +37,69 @@ QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
 POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
 
 
-@dataclass
-class RetrieveStage(Stage):
-    """Searches the pool for every query and selects pairs.
+@dataclass(frozen=True)
+class Selection:
+    """Which hits become pair anchors.
 
     Attributes:
-        queries: embeddings of the task data.
-        pool: embeddings of the pool.
-        selection: see :class:`arf_plugin.pipeline.selection.Selection`.
-        exclusion: images that no pair may show.
-        search: how to search.
+        k: neighbours per query that are searched for.
+        min_similarity: hits below are dropped; None keeps all.
+        max_pairs: pairs in all; None keeps all.
+        random: draws as many pairs at random from the pool instead, as a control.
+        seed: of that draw.
+        max_per_query: pairs that a query may choose, of those left by the floor, exclusion and duplicates.
+        cap_by: how ``max_pairs`` is filled: ``queries`` in rounds, every query's nearest pair first; ``similarity``
+            with the most similar pairs, whichever queries they belong to.
+        near_duplicates: pairs whose image is at least this similar (cosine) to that of a better placed pair are
+            dropped; None drops exact duplicates only.
     """
+
+    k: int = 10
+    min_similarity: float | None = None
+    max_pairs: int | None = None
+    random: bool = False
+    seed: int = 0
+    max_per_query: int | None = None
+    cap_by: str = "queries"
+    near_duplicates: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
+            raise FlagError(f"--min-similarity {self.min_similarity}: a cosine lies between -1 and 1.")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise FlagError(f"--near-duplicates {self.near_duplicates}: expected a cosine above 0, up to 1.")
+
+
+def ordered(hits: pd.DataFrame) -> pd.DataFrame:
+    """Hits of a search, of columns query, row and similarity: by query, nearest first; ties go to the lower row."""
+    return hits.sort_values(["query", "similarity", "row"], ascending=[True, False, True])
+
+
+def candidates(hits: pd.DataFrame, cap_by: str = "queries") -> np.ndarray:
+    """The pool rows of hits in order, each once, those to be taken first in front."""
+    ranked = hits.assign(rank=hits.groupby("query").cumcount() if cap_by == "queries" else 0)
+    rows: np.ndarray = ranked.sort_values(["rank", "similarity", "row"], ascending=[True, False, True])[
+        "row"
+    ].unique()
+    return rows
+
+
+def select(hits: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The hits that choose a pair, of hits in order: by pool row, nearest query first.
+
+    The floor, exclusion and duplicates come before.
+    """
+    if selection.max_per_query is not None:
+        hits = hits[hits.groupby("query").cumcount() < selection.max_per_query]
+    taken = candidates(hits, selection.cap_by)[: selection.max_pairs]
+    return hits[hits["row"].isin(taken)].sort_values(
+        ["row", "similarity", "query"], ascending=[True, False, True]
+    )
+
+
+@dataclass
+class RetrieveStage(Stage):
+    """Searches the pool for every query, of the task data, and selects pairs; none may show an excluded image."""
 
     queries: Embeddings
     pool: Embeddings

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from common import Bar, parser, report
 
 from arf_plugin.console import text_table
-from arf_plugin.pipeline import selection
+from arf_plugin.pipeline import near
 from arf_plugin.pipeline.embeddings import Embeddings
 
 ROWS_PER_FILE = 100_000
@@ -181,12 +181,12 @@ def one(folder: Path, kind: str, similarity: float) -> int:
 
     pool, device = Embeddings(folder / "pool"), torch.device("cpu")
     rows = np.arange(pool.rows)
-    selection.EXACT = {"cpu": pool.rows if kind == "all pairs" else 0}
+    near.EXACT = {"cpu": pool.rows if kind == "all pairs" else 0}
     start = time.perf_counter()
     if kind == "exclusion":
-        found = selection.Exclusion((Embeddings(folder / "excluded"),), similarity).near(pool, rows, device)
+        found = near.Exclusion((Embeddings(folder / "excluded"),), similarity).near(pool, rows, device)
     else:
-        found = selection.near_duplicates(pool, rows, similarity, device)
+        found = near.near_duplicates(pool, rows, similarity, device)
     seconds = time.perf_counter() - start
     peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     dropped = [(item.row, int(str(item.near).split(":")[-1])) for item in found]

@@ -38,14 +38,8 @@ from arf_plugin.console import markdown_table
 from arf_plugin.data.startup import check_inputs
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.embeddings import Embeddings
-from arf_plugin.pipeline.selection import (
-    Selection,
-    candidates,
-    exact_duplicates,
-    near_duplicates,
-    ordered,
-    select,
-)
+from arf_plugin.pipeline.near import exact_duplicates, near_duplicates
+from arf_plugin.pipeline.retrieve import Selection, candidates, ordered, select
 
 PER_SHARD = 1000
 MOST = 1.1  # exponent that needs no explanation

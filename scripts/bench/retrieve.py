@@ -31,9 +31,8 @@ from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn import block_sizes
 from arf_plugin.pipeline.knn_backends import Search
-from arf_plugin.pipeline.retrieve import RetrieveStage
+from arf_plugin.pipeline.retrieve import RetrieveStage, Selection
 from arf_plugin.pipeline.runner import describe
-from arf_plugin.pipeline.selection import Selection
 
 ROWS_PER_FILE = 100_000
 

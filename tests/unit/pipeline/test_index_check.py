@@ -12,8 +12,14 @@ from support.building import unit_vectors, write_embeddings
 from arf_plugin.errors import PoolError
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.index import open_index
-from arf_plugin.pipeline.index_check import SAMPLED, check_found, check_row_ids, check_vectors, reconstruct
+from arf_plugin.pipeline.index import (
+    SAMPLED,
+    check_found,
+    check_row_ids,
+    check_vectors,
+    open_index,
+    reconstruct,
+)
 from arf_plugin.pipeline.knn_backends import Search
 
 faiss = pytest.importorskip("faiss")

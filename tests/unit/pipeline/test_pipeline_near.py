@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from arf_plugin.pipeline import selection
+from arf_plugin.pipeline import near
 from arf_plugin.pipeline.embeddings import Embeddings
 
 CPU = torch.device("cpu")
@@ -48,19 +48,19 @@ def pool(tmp_path_factory) -> Embeddings:
 
 
 def by_index(monkeypatch) -> None:
-    monkeypatch.setattr(selection, "EXACT", {"cpu": 0})
+    monkeypatch.setattr(near, "EXACT", {"cpu": 0})
 
 
 @pytest.mark.parametrize("similarity", [0.9, 0.97, 0.999])
 def test_the_index_drops_what_comparing_all_drops(pool, monkeypatch, similarity):
     order = np.random.default_rng(1).permutation(ROWS)
-    exact = selection.near_duplicates(pool, order, similarity, CPU)
+    exact = near.near_duplicates(pool, order, similarity, CPU)
     by_index(monkeypatch)
-    found = selection.near_duplicates(pool, order, similarity, CPU)
+    found = near.near_duplicates(pool, order, similarity, CPU)
     assert len(exact) >= 299
     both = {item.row for item in exact} ^ {item.row for item in found}
     assert len(both) <= 0.001 * len(exact)
-    assert found == selection.near_duplicates(pool, order, similarity, CPU)
+    assert found == near.near_duplicates(pool, order, similarity, CPU)
     place, dropped = np.argsort(order), {item.row for item in found}
     for item in found:
         assert item.near not in dropped and place[item.near] < place[item.row]
@@ -71,9 +71,9 @@ def test_the_index_drops_what_comparing_all_drops(pool, monkeypatch, similarity)
 def test_the_index_excludes_what_comparing_all_excludes(pool, monkeypatch, tmp_path):
     rng = np.random.default_rng(2)
     shown = pool.vectors(rng.permutation(ROWS)[:500]).astype(np.float32)
-    near = unit(shown + 0.02 * rng.standard_normal(shown.shape))
-    others = (folder(tmp_path / "one", near[:200]), folder(tmp_path / "two", near[200:]))
-    exclusion, rows = selection.Exclusion(others, 0.95), rng.permutation(ROWS)
+    copies = unit(shown + 0.02 * rng.standard_normal(shown.shape))
+    others = (folder(tmp_path / "one", copies[:200]), folder(tmp_path / "two", copies[200:]))
+    exclusion, rows = near.Exclusion(others, 0.95), rng.permutation(ROWS)
     exact = exclusion.near(pool, rows, CPU)
     by_index(monkeypatch)
     found = exclusion.near(pool, rows, CPU)
@@ -84,6 +84,6 @@ def test_the_index_excludes_what_comparing_all_excludes(pool, monkeypatch, tmp_p
 
 def test_without_faiss_all_are_compared(pool, monkeypatch, caplog):
     by_index(monkeypatch)
-    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda name: None)
-    assert selection.near_duplicates(pool, np.arange(500), 0.97, CPU)
+    monkeypatch.setattr(near.importlib.util, "find_spec", lambda name: None)
+    assert near.near_duplicates(pool, np.arange(500), 0.97, CPU)
     assert "with faiss an index would find" in caplog.text

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from arf_plugin.errors import FlagError
-from arf_plugin.pipeline.selection import Selection, ordered, select
+from arf_plugin.pipeline.retrieve import Selection, ordered, select
 
 
 def frame(query: np.ndarray, row: np.ndarray, similarity: np.ndarray) -> pd.DataFrame:
