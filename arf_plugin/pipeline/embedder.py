@@ -25,13 +25,7 @@ _LOCAL_DIR = "local-dir:"
 
 @dataclass(frozen=True)
 class ClipModel:
-    """Which open_clip model, in which precision.
-
-    Attributes:
-        name: open_clip model name, ``local-dir:`` folder or ``hf-hub:`` name.
-        pretrained: open_clip tag or checkpoint path; None for models that bring their weights along.
-        precision: ``fp32``, ``fp16``, ``bf16``, or ``auto``: fp16 on a GPU, fp32 elsewhere.
-    """
+    """Which open_clip model: the flags ``--model``, ``--pretrained`` and ``--precision``."""
 
     name: str
     pretrained: str | None = None
@@ -87,17 +81,13 @@ def as_fp16(vectors: torch.Tensor) -> np.ndarray:
 def load_model(
     model: str, pretrained: str | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Any, Any]:
-    """Loads an open_clip model for inference.
-
-    A file of ``pretrained`` counts for every kind of model, also where open_clip would take a folder's own weights, or
-    none, and pass over the file.
+    """Loads an open_clip model for inference; a file of ``pretrained`` also where open_clip would pass over it.
 
     Returns:
         The model, its preprocessing (PIL image to [3, H, W]) and its tokenizer (texts to [n, L]).
 
     Raises:
-        FlagError: for a bare model name without weights, which open_clip would fill with random numbers; for weights
-            that it would pass over.
+        FlagError: if there are no weights, or some that open_clip would pass over.
         StageError: if open_clip cannot load it, or leaves some of its weights random.
     """
     import open_clip

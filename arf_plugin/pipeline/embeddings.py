@@ -70,12 +70,7 @@ class EmbeddingFile:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """An embedding folder, checked when it is opened.
-
-    Attributes:
-        folder: the folder.
-        modality: ``image`` or ``text``.
-    """
+    """An embedding folder, checked when it is first read; the modality is ``image`` or ``text``."""
 
     folder: Path
     modality: str = "image"

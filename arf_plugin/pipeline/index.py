@@ -37,12 +37,7 @@ _AGAIN = "Build the index of this folder again with: arf index"
 
 @dataclass
 class IndexStage(Stage):
-    """Builds one index.
-
-    Attributes:
-        embeddings: what to index.
-        factory: faiss's description of the index, such as ``Flat``, ``HNSW32`` or ``OPQ64_128,IVF4096,PQ64x8``.
-    """
+    """Builds one index, of a kind in faiss's description, such as ``HNSW32`` or ``OPQ64_128,IVF4096,PQ64x8``."""
 
     embeddings: Embeddings
     factory: str = "Flat"
@@ -130,15 +125,8 @@ class IndexFolder(Embeddings):
 
     @cached_property
     def index(self) -> Any:
-        """The faiss index, memory-mapped, checked to be as long as the metadata."""
-        index = open_index(self.path)
-        if index.ntotal != self.rows:
-            raise PoolError(
-                f"{self.path} has {index.ntotal} vectors, {self.folder}/metadata has {self.rows} rows; expected one "
-                "for one. Build the index folder again with: arf index"
-            )
-        check_row_ids(index, self.path)
-        return index
+        """The faiss index; see :func:`open_index`."""
+        return open_index(self.path, self.rows, self.folder / "metadata")
 
     @property
     def dimension(self) -> int:
@@ -183,12 +171,17 @@ class IndexFolder(Embeddings):
         return [[path.name, content_digest([path])] for path in paths]
 
 
-def open_index(path: Path) -> Any:
+def open_index(path: Path, rows: int | None = None, pool: Path | None = None) -> Any:
     """Maps a faiss index into memory.
+
+    Args:
+        path: the index.
+        rows: how many its pool has; None does not ask whether its ids are theirs.
+        pool: for messages.
 
     Raises:
         MissingDependencyError: without faiss.
-        PoolError: if there is none, or one that measures something else than inner products.
+        PoolError: if there is none, or one that measures something else than inner products, or of another pool.
     """
     faiss = _faiss("Searching an index")
     require_regular(path, PoolError)
@@ -205,6 +198,12 @@ def open_index(path: Path) -> Any:
             f"{path} measures distances (faiss metric {index.metric_type}); expected inner product. Build it again "
             "with: arf index, or clip-retrieval index"
         )
+    if rows is not None:
+        if index.ntotal != rows:
+            raise PoolError(
+                f"{path} has {index.ntotal} vectors, {pool} has {rows} rows; expected one for one. {_AGAIN}"
+            )
+        check_row_ids(index, path)
     return index
 
 
@@ -239,15 +238,10 @@ def check_row_ids(index: Any, path: Path) -> None:
 
 
 def check_vectors(index: Any, path: Path, pool: Embeddings) -> None:
-    """Compares vectors of an index with those of its pool, row by row: all of a small pool, else some of each file.
+    """Compares vectors of an index, whose ids have been checked, with those of its pool: all, or some of each file.
 
     A compressed index gives back what its compression made of a vector. That must be as near to the stored vector as
     the same compression of the stored vector is.
-
-    Args:
-        index: its ids have been checked.
-        path: of the index.
-        pool: with vectors, as many as the index has.
 
     Raises:
         PoolError: for an index of other vectors, or of these in another order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,9 +19,7 @@ _SORTED_AT_ONCE = 64  # rows of scores that are sorted in full because of a tie
 
 
 def block_sizes(memory: int, dimension: int, k: int) -> tuple[int, int]:
-    """Returns (queries, pool rows) per block, so that a search stays within ``memory`` bytes.
-
-    That is what :func:`exact_search` allocates, without the interpreter and torch themselves (some 400 MB).
+    """Returns (queries, pool rows) per block, so that :func:`exact_search` allocates at most ``memory`` bytes.
 
     Raises:
         FlagError: if the memory does not suffice for the smallest blocks.
@@ -45,7 +43,6 @@ def exact_search(
     pool: Iterable[tuple[int, np.ndarray]],
     k: int,
     device: torch.device,
-    advance: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k pool rows with the largest inner product for each query.
 
@@ -56,7 +53,6 @@ def exact_search(
         pool: blocks as (row number of the first vector, vectors [m, d]), rows ascending.
         k: neighbours per query.
         device: where to compute, in fp32. The CUDA path has not been run by the authors.
-        advance: called with the number of pool rows after each block.
 
     Returns:
         Rows [n, k] int64 and similarities [n, k] fp32, best first; k is cut to the number of pool rows.
@@ -66,9 +62,7 @@ def exact_search(
     query = _on_device(queries, device)
     best_scores = torch.empty((len(query), 0), device=device)
     best_rows = torch.empty((len(query), 0), dtype=torch.int64, device=device)
-    scratch = torch.empty(
-        0, device=device
-    )  # reused: fresh pages for every block would cost a tenth of the time
+    scratch = torch.empty(0, device=device)  # reused: fresh pages for every block cost a tenth of the time
     for first, vectors in pool:
         block = _on_device(vectors, device)
         if scratch.numel() < len(query) * len(block):
@@ -80,8 +74,6 @@ def exact_search(
         best_rows = torch.cat([best_rows, rows + first], dim=1)
         best_scores, order = best_scores.sort(dim=1, descending=True, stable=True)
         best_scores, best_rows = best_scores[:, :k], best_rows.gather(1, order[:, :k])
-        if advance is not None:
-            advance(len(block))
     return best_rows.cpu().numpy(), best_scores.cpu().numpy()
 
 

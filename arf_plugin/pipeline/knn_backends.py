@@ -20,7 +20,7 @@ from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, Serv
 from arf_plugin.files import content_digest, list_files
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.index import IndexFolder, check_found, check_row_ids, check_vectors, open_index
+from arf_plugin.pipeline.index import IndexFolder, check_found, check_vectors, open_index
 from arf_plugin.pipeline.knn import block_sizes, exact_search
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class ExactBackend(Backend):
             file.check_unit()
 
     def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See the base class."""
+        """In blocks of the pool."""
         blocks = (block for file in self.pool.files for block in file.blocks(self._pool_block))
         return exact_search(queries, blocks, self.k, self._device)
 
@@ -196,20 +196,14 @@ class FaissBackend(Backend):
 
     def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Opens the index and compares it with pool and query."""
-        index = open_index(self._path)
+        index = open_index(self._path, self.pool.rows, self.pool.folder)
         import faiss
 
-        if index.ntotal != self.pool.rows:
-            raise PoolError(
-                f"{self._path} has {index.ntotal} vectors, {self.pool.folder} has {self.pool.rows} rows; expected one "
-                "for one. Build the index of this folder again with: arf index"
-            )
         if index.d != len(probe):
             raise PoolError(
                 f"{self._path} holds vectors of dimension {index.d}, the queries have {len(probe)}. Embed both with "
                 "the same model."
             )
-        check_row_ids(index, self._path)
         if self.has_vectors:
             check_vectors(index, self._path, self.pool)
         if parameters := self.how.search_parameters:

@@ -127,14 +127,9 @@ class KnnClient:
         what: str = "a query",
         tries: int | None = None,
     ) -> list[Hit]:
-        """Asks for the k neighbours of one vector [d].
+        """Asks for the k neighbours of one vector [d], which messages call ``what``, in the index of a modality.
 
-        Args:
-            vector: the query.
-            k: number of neighbours.
-            modality: which of the service's indices.
-            what: how messages call the query.
-            tries: number of tries; by default as the module's docstring says.
+        The module's docstring says how often it tries, unless ``tries`` does.
 
         Raises:
             PassingFault: for a fault that ``tries`` tries did not outlast, or a 500 before the first success.
@@ -337,9 +332,7 @@ class _Session(requests.Session):
             while not done.wait(pause):
                 late.set()
                 self._adapter.cut()
-                pause = (
-                    0.05  # between two tries to connect there is nothing to cut, and then there may be again
-                )
+                pause = 0.05  # between two tries to connect there is nothing to cut, and then there is again
 
         threading.Thread(target=cut, daemon=True).start()
         try:
@@ -357,13 +350,23 @@ class _Adapter(HTTPAdapter):
         super().__init__()
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        adapter = self
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        if not issubclass(pool.ConnectionCls, _Watched):  # that of a proxy is another
-            pool.ConnectionCls = type("Watched", (_Watched, pool.ConnectionCls), {"adapter": self})
+        if not hasattr(pool.ConnectionCls, "watched"):  # it depends on the address, and on the proxy
+
+            class Connection(pool.ConnectionCls):
+                watched = True
+
+                def _new_conn(self) -> socket.socket:
+                    connected: socket.socket = super()._new_conn()
+                    # A second handle: the first is taken over by TLS, and forgotten by http.client.
+                    adapter._remember(connected.dup())
+                    return connected
+
+            pool.ConnectionCls = Connection
         return pool
 
-    def remember(self, handle: socket.socket | None) -> None:
-        """Takes a handle of the latest connection in place of the one before."""
+    def _remember(self, handle: socket.socket | None) -> None:
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -377,19 +380,7 @@ class _Adapter(HTTPAdapter):
 
     def close(self) -> None:
         super().close()
-        self.remember(None)
-
-
-class _Watched:
-    """What is put before urllib3's class of a connection."""
-
-    adapter: _Adapter
-
-    def _new_conn(self) -> socket.socket:
-        connected: socket.socket = super()._new_conn()  # type: ignore[misc]
-        # A second handle: the first is taken over by TLS, and forgotten by http.client.
-        self.adapter.remember(connected.dup())
-        return connected
+        self._remember(None)
 
 
 def _read(reply: requests.Response, largest: int) -> bytes:
@@ -438,13 +429,12 @@ def _answer(url: str, reply: requests.Response, content: bytes) -> Any:
         raise PassingFault(
             f"{url} answered broken JSON ({len(content)} bytes: {_shown(str(cause))})"
         ) from cause
-    except RecursionError:
-        problem = "is nested too deeply"
-    except ValueError:
-        problem = "has a number of thousands of digits"
-    raise ServiceError(
-        f"{url} answered JSON that {problem}: {said}. Is this the address of clip-retrieval back?"
-    )
+    except (RecursionError, ValueError) as cause:
+        nested = isinstance(cause, RecursionError)
+        problem = "is nested too deeply" if nested else "has a number of thousands of digits"
+        raise ServiceError(
+            f"{url} answered JSON that {problem}: {said}. Is this the address of clip-retrieval back?"
+        ) from cause
 
 
 def _hits(reply: Any, k: int) -> list[Hit]:
@@ -487,10 +477,8 @@ def _hit(hit: Any) -> Hit:
     fields: dict[str, Any] = hit if isinstance(hit, dict) else {}
     row, key = fields.get("id"), fields.get("image_path")
     similarity: Any = fields.get("similarity")
-    if type(row) is not int or type(similarity) not in (
-        int,
-        float,
-    ):  # nor bool, which isinstance takes for one
+    # To isinstance a bool would be a number, too.
+    if type(row) is not int or type(similarity) not in (int, float):
         raise ServiceError(
             f"The service answered the hit {_shown(hit)}; expected numbers 'id' and 'similarity'. A similarity that is "
             "not a number (NaN) comes from NaN vectors in its index: build it again with arf index, which refuses them."

@@ -33,11 +33,10 @@ class Pair:
     """A chosen pair and what is known of it; ``number`` becomes its key in the anchor set.
 
     Attributes:
-        number: position among the chosen pairs.
         recorded: the tar that it was embedded from.
         tars: where to look for it: URLs, the likeliest first, each with how much of its path is that of the recorded
             tar.
-        key: key of the sample, as UTF-8.
+        key: as UTF-8.
         offset, size: of the image in the tar; -1 and 0 if they are not known.
         caption: None if it is to be read from the tar.
         sha256: of the image's bytes; None if it is not known.
@@ -82,7 +81,7 @@ class PoolTars:
     """
 
     def __init__(self, named: Sequence[str], listing: Path) -> None:
-        self._named, self._listing = list(named), listing
+        self._listing = listing
         self._exact: dict[str, str] = {}
         self._by_name: dict[str, list[str]] = defaultdict(list)
         for url in named:
@@ -98,9 +97,8 @@ class PoolTars:
         if recorded in self._exact:
             return ((self._exact[recorded], 0),)
         named = self._by_name.get(name_of(recorded), [])
-        alike = sorted(
-            ((url, _common_end(recorded, utf8(url))) for url in named), key=lambda found: -found[1]
-        )
+        alike = [(url, _common_end(recorded, utf8(url))) for url in named]
+        alike.sort(key=lambda found: -found[1])
         if not is_remote(recorded) and (found := _local_file(recorded)) is not None:
             alike.append((found, 0))
         if alike:

@@ -39,14 +39,13 @@ POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "
 
 @dataclass(frozen=True)
 class Selection:
-    """Which hits become pair anchors.
+    """Which hits become pair anchors: the flags of ``arf retrieve``, by name.
 
     Attributes:
         k: neighbours per query that are searched for.
         min_similarity: hits below are dropped; None keeps all.
         max_pairs: pairs in all; None keeps all.
-        random: draws as many pairs at random from the pool instead, as a control.
-        seed: of that draw.
+        random, seed: draws as many pairs at random from the pool instead, as a control.
         max_per_query: pairs that a query may choose, of those left by the floor, exclusion and duplicates.
         cap_by: how ``max_pairs`` is filled: ``queries`` in rounds, every query's nearest pair first; ``similarity``
             with the most similar pairs, whichever queries they belong to.
