@@ -52,7 +52,7 @@ def exact_search(
         queries: [n, d], unit norm, any float dtype.
         pool: blocks as (row number of the first vector, vectors [m, d]), rows ascending.
         k: neighbours per query.
-        device: where to compute, in fp32. The CUDA path has not been run by the authors.
+        device: where to compute, in fp32.
 
     Returns:
         Rows [n, k] int64 and similarities [n, k] fp32, best first; k is cut to the number of pool rows.
