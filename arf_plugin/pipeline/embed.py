@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,10 +39,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-MODALITIES = ("image", "text", "both")
 _VECTORS = {"image": "img_emb", "text": "text_emb"}
-
-
 _COLUMNS = ("image_path", "caption", "id", "tar", "ext", "offset", "size", "sha256")
 
 
@@ -176,16 +173,9 @@ def _described(sample: RawSample, sha256: str) -> dict[str, Any]:
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-class TextQuery(NamedTuple):
-    """One query: the sample id of a caption and that caption, or the name of a class and it in all templates."""
-
-    id: str
-    texts: list[str]
-
-
 @dataclass(frozen=True)
 class CaptionTexts:
-    """The captions of an anchor set, or of its folder of captions; each is a query of its own."""
+    """The captions of an anchor set, or of its folder of captions; each is a query of its sample's id."""
 
     anchors: Path
 
@@ -212,11 +202,11 @@ class CaptionTexts:
         counts = [(path, count_rows(path, AnchorSetError)) for path in self.files()]
         return [Shard.counted(i, path, count) for i, (path, count) in enumerate(counts)]
 
-    def read(self, shard: Shard) -> list[TextQuery]:
-        """The captions of a file, in order."""
+    def read(self, shard: Shard) -> list[tuple[str, list[str]]]:
+        """The captions of a file, in order: the id of each query, and its only text."""
         table = read_columns(shard.source, {"id": TEXT, "caption": TEXT}, AnchorSetError, ("id", "caption"))
         rows = table.to_pylist()
-        return [TextQuery(row["id"], [row["caption"]]) for row in rows if row["id"] and row["caption"]]
+        return [(row["id"], [row["caption"]]) for row in rows if row["id"] and row["caption"]]
 
     def fingerprint(self) -> list[Any]:
         """Names and contents of the files, as JSON."""
@@ -237,10 +227,10 @@ class PromptTexts:
         """A single shard: there are few classes."""
         return [Shard.counted(0, None, len(self._prompts.classnames))]
 
-    def read(self, shard: Shard) -> list[TextQuery]:
-        """The classes in order."""
+    def read(self, shard: Shard) -> list[tuple[str, list[str]]]:
+        """The classes in order: name, and its texts."""
         names, templates = self._prompts.classnames, self._prompts.templates
-        return [TextQuery(name, [template.replace("{c}", name) for template in templates]) for name in names]
+        return [(name, [template.replace("{c}", name) for template in templates]) for name in names]
 
     def fingerprint(self) -> list[Any]:
         """The names and templates themselves, as JSON."""
@@ -273,15 +263,15 @@ class EmbedTextsStage(_EmbeddingStage):
         import pyarrow as pa
 
         queries = self.source.read(shard)
-        texts = [text for query in queries for text in query.texts]
+        texts = [text for _, of_query in queries for text in of_query]
         starts = range(0, len(texts), execution.batch_size)
         parts = [as_fp16(self.clip.texts(texts[start : start + execution.batch_size])) for start in starts]
         vectors = np.concatenate(parts or [np.zeros((0, 0), np.float16)])
-        ends = np.cumsum([len(query.texts) for query in queries], dtype=np.int64)
+        ends = np.cumsum([len(of_query) for _, of_query in queries], dtype=np.int64)
         means = [part.astype(np.float32).mean(axis=0) for part in np.split(vectors, ends)[:-1]]
         unit = np.array([mean / np.linalg.norm(mean) for mean in means], np.float16).reshape(len(queries), -1)
-        ids = pa.array([query.id for query in queries], pa.string())
-        captions = pa.array([query.texts[0] for query in queries], pa.string())
+        ids = pa.array([query for query, _ in queries], pa.string())
+        captions = pa.array([of_query[0] for _, of_query in queries], pa.string())
         self._write(shard, [unit], pa.table({"image_path": ids, "caption": captions, "id": ids}))
         advance(len(queries))
         return Outcome(samples=len(queries), kept=len(queries))

@@ -144,9 +144,7 @@ class Embeddings:
             return None
         advice = "Embed this folder again, or copy it again."
         model = read_json(path, PoolError, advice=advice).get("model")
-        if model is not None and not (
-            isinstance(model, dict) and all(isinstance(value, str) for value in model.values())
-        ):
+        if not isinstance(model, dict | None) or not all(isinstance(v, str) for v in (model or {}).values()):
             raise PoolError(f"{path}: 'model' is {printable(repr(model))[:80]}, expected names. {advice}")
         return model
 
@@ -197,12 +195,10 @@ def read_vectors(path: Path) -> np.ndarray:
     """
     require_regular(path, PoolError)
     try:
-        with path.open("rb") as file:
-            if file.read(6) != b"\x93NUMPY":  # np.load would take archives and pickles, too
-                raise ValueError("it does not begin as a .npy file does")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that an old Python has written
-            vectors: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            # np.load would take archives and pickles, too.
+            vectors: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except Exception as cause:  # numpy's parser of headers raises many kinds
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise PoolError(f"{path} cannot be read as vectors: {reason}. Embed or copy it again.") from cause

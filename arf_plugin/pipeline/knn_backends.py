@@ -74,11 +74,9 @@ class Search:
 
     def pool(self, folder: Path) -> Embeddings:
         """Opens a pool for this search: an embedding folder, or an index folder if that will do."""
-        pool = IndexFolder(folder)
-        has_vectors = bool(list_files(folder / "img_emb", ".npy"))
-        return (
-            pool if self.backend != "exact" and pool.path.exists() and not has_vectors else Embeddings(folder)
-        )
+        index = IndexFolder(folder)
+        alone = index.path.exists() and not list_files(folder / "img_emb", ".npy")
+        return index if alone and self.backend != "exact" else Embeddings(folder)
 
     def check(self) -> None:
         """Finds out what would stop the search, long before there is anything to search.
