@@ -73,7 +73,7 @@ class _EmbeddingStage(Stage):
         """Loads the model."""
         self.clip = self.model.load(execution)
 
-    def _write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
+    def write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
         """Writes a shard's vectors [n, d], one array per modality, and its metadata."""
         *paths, metadata_path = self.artifacts([shard])
         for path, found in zip(paths, vectors, strict=True):
@@ -150,7 +150,7 @@ class EmbedStage(_EmbeddingStage):
         kinds = [pa.int64() if name in ("offset", "size") else pa.string() for name in _COLUMNS]
         schema = pa.schema(list(zip(_COLUMNS, kinds, strict=True)))
         metadata = pa.Table.from_pylist(list(compress(rows, keep)), schema)
-        self._write(shard, [array[keep] for array in vectors], metadata)
+        self.write(shard, [array[keep] for array in vectors], metadata)
         return outcome
 
     def _decode(self, sample: RawSample) -> tuple[str, torch.Tensor]:
@@ -272,6 +272,6 @@ class EmbedTextsStage(_EmbeddingStage):
         unit = np.array([mean / np.linalg.norm(mean) for mean in means], np.float16).reshape(len(queries), -1)
         ids = pa.array([query for query, _ in queries], pa.string())
         captions = pa.array([of_query[0] for _, of_query in queries], pa.string())
-        self._write(shard, [unit], pa.table({"image_path": ids, "caption": captions, "id": ids}))
+        self.write(shard, [unit], pa.table({"image_path": ids, "caption": captions, "id": ids}))
         advance(len(queries))
         return Outcome(samples=len(queries), kept=len(queries))

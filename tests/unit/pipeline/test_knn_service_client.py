@@ -161,7 +161,8 @@ def test_the_failure_that_ended_the_search_is_the_one_that_is_reported(monkeypat
         assert time.monotonic() - started < 15  # less than the patience
 
 
-def test_a_service_that_is_gone_is_given_up_after_the_patience():
+def test_a_service_that_is_gone_is_given_up_after_the_patience(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 0.2)  # so that the patience ends before the tries
     with serving() as (_, client):
         pass
     client = client_of(client.url, patience=0.5)
