@@ -1,6 +1,6 @@
-"""What a stage of anchor building is: shards of work, what becomes of them, and the methods that one writes.
+"""What a stage of anchor building is, and what it works on.
 
-A stage plans its work as shards, turns each shard into artifacts, and finalizes once all are there::
+::
 
     plan() -> [Shard]      process(Shard, ...) -> Outcome      finalize([Shard], ...) -> summary
 
@@ -63,19 +63,17 @@ class Stage(ABC):
     Attributes:
         out: folder of the artifacts.
         work_folder: folder of the bookkeeping, if it is not ``<out>/work/<name>``.
+        name, unit: what it is called, and what its samples are.
+        shard_inputs: entry of the configuration that may list the shards' inputs, one by one.
+        redo_changed: does shards again whose inputs have changed, rather than refuse them.
     """
 
     out: Path
     work_folder: Path | None = field(default=None, kw_only=True)
     name: ClassVar[str]
     unit: ClassVar[str] = "images"
-    shard_inputs: ClassVar[str] = (
-        ""  # entry of the configuration that may list the shards' inputs, one by one
-    )
-
-    redo_changed: ClassVar[bool] = (
-        False  # does shards again whose inputs have changed, rather than refuse them
-    )
+    shard_inputs: ClassVar[str] = ""
+    redo_changed: ClassVar[bool] = False
 
     @property
     def work(self) -> Path:
