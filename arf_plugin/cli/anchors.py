@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.cli import options, processes
-from arf_plugin.cli.caption import add_captioner_options, cleaning, generation, scoring
+from arf_plugin.cli.caption import add_captioner_options, caption_stage
 from arf_plugin.cli.embed import add_model_options
 from arf_plugin.cli.pack import add_pack_options
 from arf_plugin.cli.retrieve import add_search_options, add_selection_options, exclusion, search, selection
@@ -33,7 +33,7 @@ RESTART = {
 }
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf anchors``."""
     parser = options.add_parser(
         subparsers,
@@ -76,14 +76,14 @@ def run(args: argparse.Namespace) -> int:
     from arf_plugin.pipeline.embedder import ClipModel
     from arf_plugin.pipeline.text_queries import PromptTexts
 
+    work, task = args.work or args.out / "work", options.task_source(args)
+    caption = caption_stage(args, task, work / "caption")
     build = options.from_args(
         Build,
         args,
-        work=args.work or args.out / "work",
-        task=options.task_source(args),
-        generation=generation(args),
-        cleaning=cleaning(args),
-        scoring=scoring(args),
+        work=work,
+        task=task,
+        caption=caption if args.captioner else None,
         pool=expand_urls(args.pool, PoolError) if args.pool else None,
         model=ClipModel(args.model, args.pretrained, args.precision) if args.model else None,
         selection=selection(args),
@@ -94,12 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         with progress("pool", "tars") as bar:
             plan = plan_anchors(build, advance=bar.update)
-        if args.json:
-            options.show(plan, True, "plan")
-            return 0
-        stages = plan.pop("stages")
-        options.show(plan, False, "plan")
-        _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
+        stages = plan["stages"] if args.json else plan.pop("stages")
+        options.show(plan, args.json, "plan")
+        if not args.json:
+            _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
         return 0
     if processes.wanted(args):
         if args.restart:

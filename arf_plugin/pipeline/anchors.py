@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import PoolError, StageError
-from arf_plugin.pipeline.caption import CaptionStage, Scoring
-from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.captioner import Generation
+from arf_plugin.pipeline.caption import CaptionStage
 from arf_plugin.pipeline.embed import EmbedStage, EmbedTextsStage
 from arf_plugin.pipeline.embedder import ClipModel
 from arf_plugin.pipeline.embeddings import Embeddings
@@ -50,32 +48,24 @@ class Build:
         out: the anchor set.
         work: folder of embeddings, hits and bookkeeping.
         task: task data.
-        captioner: captioner of the caption anchors; None leaves them out.
-        generation: settings of the captioner.
-        cleaning, scoring: how captions are cleaned and scored.
-        precision: of the captioner; that of the search is its model's.
+        caption: the stage caption; None leaves caption anchors out.
         caption_batch_size: images per batch of the captioner; that of embedding is the execution's.
         pool: URLs of the pool's tars; None leaves pair anchors out.
         model: open_clip model of the search and of the features.
         selection: which hits become pairs.
         query_by: what the pool is searched by: ``image``, ``caption`` or ``prompt``.
-        prompts: class names and templates of ``prompt``; see :class:`arf_plugin.pipeline.text_queries.PromptTexts`.
+        prompts: class names and templates of ``prompt``.
         exclusion: images that no pair may show.
         search: how to search.
         salvage: go on past damaged pool tars; see :class:`arf_plugin.pipeline.source.TarSource`.
         shard_size: pairs per output shard.
-        features: also write the features of `model`, if there is one; see
-            :class:`arf_plugin.pipeline.features.FeaturesStage`.
+        features: also write the features of `model`, if there is one.
     """
 
     out: Path
     work: Path
     task: Source
-    captioner: str | None = None
-    generation: Generation = field(default_factory=Generation)
-    cleaning: Cleaning = field(default_factory=Cleaning)
-    scoring: Scoring | None = None
-    precision: str = "auto"
+    caption: CaptionStage | None = None
     caption_batch_size: int = 32
     pool: list[str] | None = None
     model: ClipModel | None = None
@@ -89,7 +79,7 @@ class Build:
     features: bool = True
 
     def __post_init__(self) -> None:
-        if self.captioner is None and self.pool is None:
+        if self.caption is None and self.pool is None:
             raise StageError("Nothing to build: give --captioner for captions, --pool for pairs, or both.")
         if self.pool is not None and self.model is None:
             raise StageError(
@@ -98,59 +88,30 @@ class Build:
         if (self.query_by == "prompt") != (self.prompts is not None):
             raise StageError("--query-by prompt and --classnames belong together: give both, or neither.")
 
-    def stages(self) -> Iterator[Callable[[], Stage]]:
-        """Yields the stages in order; a later one can be made only when the earlier ones are finished."""
-        if self.captioner is not None:
+    def stages(self) -> Iterator[Stage]:
+        """Yields the stages in order; each is made when it is asked for, which is after the one before has run."""
+        if self.caption is not None:
             yield self.caption
-        if self.pool is not None:
-            yield from (self.embed_queries, self.embed_pool, self.retrieve, self.pack)
+        if self.pool is not None and self.model is not None:
+            yield self.embed_queries(self.model)
+            yield self.embed_pool(self.pool, self.model)
+            queries = Embeddings(self._queries, "image" if self.query_by == "image" else "text")
+            found, pool = self.work / "retrieve", Embeddings(self.work / "pool")
+            yield RetrieveStage(found, queries, pool, self.selection, self.exclusion, self.search)
+            yield PackStage(self.out, found, self.pool, self.shard_size, work_folder=self.work / "pack")
         if self.features and self.model is not None:
-            yield self.write_features
+            yield FeaturesStage(self.out, self.model, work_folder=self.work / "features")
 
-    def caption(self) -> Stage:
-        """The stage caption."""
-        return CaptionStage(
-            self.out,
-            self.task,
-            self.captioner or "",
-            self.generation,
-            self.cleaning,
-            self.scoring,
-            self.precision,
-            work_folder=self.work / "caption",
-        )
-
-    def embed_queries(self) -> Stage:
+    def embed_queries(self, model: ClipModel) -> Stage:
         """The stage embed for the queries: the task's images, or texts in their place."""
-        assert self.model is not None
         if self.query_by == "image":
-            return EmbedStage(self._queries, self.task, self.model)
-        return EmbedTextsStage(self._queries, self.prompts or CaptionTexts(self.out), self.model)
+            return EmbedStage(self._queries, self.task, model)
+        return EmbedTextsStage(self._queries, self.prompts or CaptionTexts(self.out), model)
 
-    def embed_pool(self) -> Stage:
+    def embed_pool(self, pool: list[str], model: ClipModel) -> Stage:
         """The stage embed for the pool."""
-        assert self.model is not None
-        source = TarSource(self.pool or [], PoolError, self.salvage)
-        return EmbedStage(self.work / "pool", source, self.model, require_text=True)
-
-    def retrieve(self) -> Stage:
-        """The stage retrieve."""
-        queries = Embeddings(self._queries, "image" if self.query_by == "image" else "text")
-        pool = Embeddings(self.work / "pool")
-        return RetrieveStage(
-            self.work / "retrieve", queries, pool, self.selection, self.exclusion, self.search
-        )
-
-    def pack(self) -> Stage:
-        """The stage pack."""
-        return PackStage(
-            self.out, self.work / "retrieve", self.pool, self.shard_size, work_folder=self.work / "pack"
-        )
-
-    def write_features(self) -> Stage:
-        """The stage features."""
-        assert self.model is not None
-        return FeaturesStage(self.out, self.model, work_folder=self.work / "features")
+        source = TarSource(pool, PoolError, self.salvage)
+        return EmbedStage(self.work / "pool", source, model, require_text=True)
 
     @property
     def _queries(self) -> Path:
@@ -171,8 +132,7 @@ def build_anchors(build: Build, execution: Execution, restart: Collection[str] =
     if build.pool is not None and not (build.work / "retrieve/work/retrieve/finished.json").exists():
         build.search.check()
     summaries = []
-    for make in build.stages():
-        stage = make()
+    for stage in build.stages():
         batch_size = build.caption_batch_size if stage.name == "caption" else execution.batch_size
         mine = replace(execution, restart=stage.name in restart, batch_size=batch_size)
         summary = run_stage(stage, mine)
@@ -193,34 +153,36 @@ def plan_anchors(build: Build, advance: Callable[[], object] | None = None) -> d
     from arf_plugin.anchors.scan import scan_shard
 
     result: dict[str, Any] = {"out": str(build.out), "work": str(build.work)}
-    plans = [] if build.captioner is None else [describe(build.caption())]
-    if build.pool is not None:
-        pairs = 0
+    caption, each = build.caption, build.caption.generation.captions_per_image if build.caption else 0
+    plans = [describe(caption)] if caption else []
+    captions: int | None = 0  # at most, as that of pairs; None if that is not known
+    if caption:
+        captions = None if plans[0]["samples"] is None else plans[0]["samples"] * each
+    pairs: int | None = 0
+    if build.pool is not None and build.model is not None:
+        in_pool = 0
         for url in build.pool:
             scan = scan_shard(url, PoolError)
-            pairs += len(scan.keys) - scan.without_text
+            in_pool += len(scan.keys) - scan.without_text
             if advance is not None:
                 advance()
         if build.query_by == "caption":  # they may not have been generated yet
             counts = [shard.samples for shard in build.task.shards()]
-            known = sum(count for count in counts if count is not None) if None not in counts else None
-            at_most = None if known is None else known * build.generation.captions_per_image
+            known = [count for count in counts if count is not None]
+            at_most = sum(known) * each if len(known) == len(counts) else None
             out = str(build.work / "captions")
             plans.append({"stage": "embed", "out": out, "shards": len(counts), "samples": at_most})
         else:
-            plans.append(describe(build.embed_queries()))
-        plans.append(describe(build.embed_pool()))
-        result["pool"] = {"tars": len(build.pool), "pairs": pairs}
-        queries = plans[-2]["samples"]
+            plans.append(describe(build.embed_queries(build.model)))
+        queries = plans[-1]["samples"]
+        plans.append(describe(build.embed_pool(build.pool, build.model)))
+        result["pool"] = {"tars": len(build.pool), "pairs": in_pool}
+        pairs = None
         if queries is not None:
-            result["pairs_at_most"] = min(
-                build.selection.k * queries, build.selection.max_pairs or pairs, pairs
-            )
+            pairs = min(build.selection.k * queries, build.selection.max_pairs or in_pool, in_pool)
+            result["pairs_at_most"] = pairs
     if build.features and build.model is not None:  # of what is still to be made
-        most: int | None = result.get("pairs_at_most") if build.pool is not None else 0
-        images: int | None = plans[0]["samples"] if build.captioner is not None else 0
-        each = build.generation.captions_per_image
-        samples = None if most is None or images is None else most + images * each
+        samples = None if pairs is None or captions is None else pairs + captions
         plans.append({"stage": "features", "out": str(build.out), "samples": samples})
     for plan in plans:
         plan.pop("config", None)
