@@ -1,8 +1,4 @@
-"""Stage caption (TCAG): a pretrained captioner describes every image of the task data.
-
-Paper: section 3.2, text-compensated anchor generation. Captions speak of what a class prompt leaves out, and keep
-the image features near where pretraining put them.
-"""
+"""Stage caption: a pretrained captioner describes every image of the task data (section 3.2 of the paper, TCAG)."""
 
 from __future__ import annotations
 
@@ -10,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 _Scored = tuple[str, "float | None"]  # a caption and its score
-_Batch = list[tuple[RawSample, "PIL.Image.Image"]]
 
 
 @dataclass(frozen=True)
@@ -110,12 +108,13 @@ class CaptionStage(Stage):
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Captions a shard."""
-        import pyarrow as pa
         import torch
 
         clip = self._clip
 
-        def inputs(batch: _Batch) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        def inputs(
+            batch: list[tuple[RawSample, PIL.Image.Image]],
+        ) -> tuple[dict[str, Any], list[torch.Tensor]]:
             images = [image for _, image in batch]
             return self._speaker.inputs(images), [clip.preprocess(image) for image in images] if clip else []
 
@@ -154,8 +153,6 @@ class CaptionStage(Stage):
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Notes the captions in the anchor set's manifest."""
-        import pyarrow.parquet as pq
-
         count = sum(pq.read_metadata(path).num_rows for path in self.artifacts(shards))
         settings = self._settings()
         entry = settings | {

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from arf_plugin.anchors.captions import caption_batches, list_caption_files
 from arf_plugin.anchors.features import (
@@ -145,9 +148,6 @@ class FeaturesStage(Stage):
         return outcome
 
     def _captions(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
-        import fsspec
-        import pyarrow as pa
-
         path, clip = shard.source, self._loaded(execution)
         ids, vectors = [], [_no_vectors(clip)]
         for table in caption_batches(fsspec.filesystem("file"), str(path)):
@@ -170,7 +170,6 @@ class FeaturesStage(Stage):
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Removes features of files that are gone, and writes the header."""
         import open_clip
-        import pyarrow.parquet as pq
         import torch
 
         clip, folder, artifacts = self._loaded(execution), self.out / FOLDER, self.artifacts(shards)
@@ -215,14 +214,11 @@ class FeaturesStage(Stage):
 
 def _shard(index: int, path: Path) -> Shard:
     require_regular(path, AnchorSetError)
-    samples: int | None
-    if _kind(path) == "captions":
-        samples = count_rows(path, AnchorSetError)
-    else:
-        scan = cached_scan(str(path))
-        samples = len(scan.keys) if scan else None
     name = f"{_kind(path)}-{digest(utf8(path.name))[:20]}"  # stays where other files come and go
-    return Shard(index, name, path, float(path.stat().st_size), samples)
+    if _kind(path) == "captions":
+        return Shard(index, name, path, count_rows(path, AnchorSetError))
+    scan = cached_scan(str(path))
+    return Shard(index, name, path, len(scan.keys) if scan else None)
 
 
 def _kind(path: Path) -> str:

@@ -105,8 +105,8 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
     (stage.work / "finished.json").unlink(missing_ok=True)
     stage.prepare(execution)
     stage.begin()
-    total, weight = _count(mine), sum(shard.weight for shard in mine)
-    seen, seen_weight, bad = 0, 0.0, 0
+    total = _count(mine)
+    seen, done, bad = 0, 0, 0
     failed: list[str] = []
     started = said = time.monotonic()
     with progress(stage.name, unit, total, quiet=execution.quiet) as bar:
@@ -118,10 +118,9 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
                 failed.append(str(cause))
                 continue
             book.write_marker(shard, outcome, inputs)
-            seen, seen_weight = seen + outcome.samples, seen_weight + shard.weight
-            bad += len(outcome.rejects)
-            if total is None and seen_weight > 0:
-                bar.total = round(seen * weight / seen_weight)
+            seen, done, bad = seen + outcome.samples, done + 1, bad + len(outcome.rejects)
+            if total is None:
+                bar.total = round(seen * len(mine) / done)
             now, is_last = time.monotonic(), shard is mine[-1]
             if bar.disable and not execution.quiet and (is_last or now - said >= _LOG_EVERY):
                 said, expected, rate = now, bar.total or seen, seen / max(now - started, 1e-9)

@@ -70,13 +70,12 @@ class TarSource:
     salvage: bool = False
 
     def shards(self) -> list[Shard]:
-        """One shard per tar, named ``00000`` and so on, weighted by its bytes; counted if it was scanned before."""
+        """One shard per tar, named ``00000`` and so on; counted if it was scanned before."""
         shards = []
         for i, url in enumerate(self.urls):
             scan = cached_scan(url)
-            stat = None if is_remote(url) else known_stat(local_path(url))
             samples = len(scan.keys) + len(scan.without_image) if scan else None
-            shards.append(Shard(i, f"{i:05d}", url, float(stat[0]) if stat else 1.0, samples))
+            shards.append(Shard(i, f"{i:05d}", url, samples))
         return shards
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
@@ -210,6 +209,8 @@ def _remote_state(url: str) -> dict[str, str] | None:
     try:
         fs, path = fsspec.core.url_to_fs(url)
         found = fs.info(path)
-    except Exception:  # fsspec's file systems raise kinds of their own; reading the tar will say what is wrong
+    except (
+        Exception
+    ):  # fsspec's file systems raise kinds of their own; reading the tar will say what is wrong
         return None
     return {name: str(found[name]) for name in found if name in _STATE and found[name] is not None} or None

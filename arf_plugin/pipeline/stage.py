@@ -27,20 +27,18 @@ class Shard:
         index: position in the plan.
         name: name of its completion marker.
         source: what to read; its meaning is the stage's own.
-        weight: relative size, for the estimate of the remaining time.
         samples: number of samples, if known.
     """
 
     index: int
     name: str
     source: Any
-    weight: float = 1.0
     samples: int | None = None
 
     @classmethod
     def counted(cls, index: int, source: Any, samples: int, digits: int = 5) -> Shard:
         """A shard whose samples are counted, named by its position in the plan."""
-        return cls(index, f"{index:0{digits}d}", source, samples, samples)
+        return cls(index, f"{index:0{digits}d}", source, samples)
 
 
 @dataclass
