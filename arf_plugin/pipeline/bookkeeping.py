@@ -73,10 +73,10 @@ class Bookkeeping:
         self.made_by = ""
         self._config_path, self._plan_path = self.work / "config.json", self.work / "plan.json"
         self._locks: list[int] = []
-        self._claimed: tuple[int, ...] | None = None
+        self._seen: tuple[int, ...] = ()
 
-    def recorded(self) -> dict[str, Any] | None:
-        """The configuration of config.json, and ``made_by`` from there; None if there is none.
+    def recorded(self) -> tuple[str, dict[str, Any]] | None:
+        """``made_by`` and the configuration, as config.json has them; None if there is none.
 
         Raises:
             StageError: it cannot be read, or is of another format.
@@ -90,8 +90,7 @@ class Bookkeeping:
         if value["format"] != FORMAT:
             found = printable(repr(value["format"]))[:40]
             raise StageError(f"{path} has format {found}, this arf-plugin reads {FORMAT}. {advice}")
-        self.made_by, config = value["made_by"], value["config"]
-        return dict(config)
+        return value["made_by"], value["config"]
 
     @contextmanager
     def locks(self) -> Iterator[None]:
@@ -114,7 +113,8 @@ class Bookkeeping:
             StageError: the folder holds other work, or others are at work there.
         """
         stage = self.stage
-        before = None if restart else self.recorded()
+        recorded = None if restart else self.recorded()
+        self.made_by, before = recorded or ("", None)
         if before == self.config:
             if not _lock_all(self._locks, fcntl.LOCK_SH) or self._last_owners() - {self.made_by}:
                 self.require_alone()
@@ -141,7 +141,6 @@ class Bookkeeping:
                 os.pwrite(file, self.made_by.encode(), 0)
             write_json(self._config_path, {"format": FORMAT, "made_by": self.made_by, "config": self.config})
             _lock_all(self._locks, fcntl.LOCK_SH)
-        self._claimed = self._stamp()
 
     def require_alone(self, different: list[str] | None = None) -> None:
         """Refuses a change of what the folder holds while others are at work there."""
@@ -159,11 +158,20 @@ class Bookkeeping:
 
         Locks keep others away; this is for file systems without them, and for people who delete folders.
         """
-        if self._claimed is None or self._stamp() != self._claimed:
+        try:
+            found = self._config_path.stat()
+            key = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if key == self._seen:
+                return
+            recorded = self.recorded()
+        except (OSError, StageError):
+            recorded = None
+        if recorded is None or recorded[0] != self.made_by:
             raise StageError(
                 f"{self.stage.out} is no longer this command's: another one has begun to write there, or "
                 f"{self._config_path} was removed. Nothing is written any more; give one of the two another --out."
             )
+        self._seen = key
 
     def write_marker(self, shard: Shard, outcome: Outcome, inputs: str | None) -> None:
         """Notes that a shard is done, after its artifacts."""
@@ -227,14 +235,6 @@ class Bookkeeping:
 
     def _marker_path(self, shard: Shard) -> Path:
         return self.work / "done" / f"{shard.name}.json"
-
-    def _stamp(self) -> tuple[int, ...] | None:
-        """What changes when config.json is written again; None if it is gone."""
-        try:
-            found = self._config_path.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _last_owners(self) -> set[str]:
         """The ``made_by`` that is written into the lock files."""

@@ -64,8 +64,8 @@ def restart(stage: Stage) -> None:
 def describe(stage: Stage) -> dict[str, Any]:
     """Returns what :func:`run_stage` would do, without doing it."""
     book = Bookkeeping(stage)
-    if book.recorded() is None:
-        book.made_by = digest(book.config)
+    recorded = book.recorded()
+    book.made_by = recorded[0] if recorded else digest(book.config)
     return {
         "stage": stage.name,
         "out": str(stage.out),
