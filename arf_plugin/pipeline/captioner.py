@@ -207,10 +207,10 @@ class CocaCaptioner:
             )
         if generation.prompt:
             raise StageError("CoCa models take no prompt. Leave out --prompt.")
-        self._start = getattr(self._tokenizer, "sot_token_id", None)
-        self._end = getattr(self._tokenizer, "eot_token_id", None)
-        if self._start is None or self._end is None:
+        start, end = (getattr(self._tokenizer, one, None) for one in ("sot_token_id", "eot_token_id"))
+        if start is None or end is None:
             raise StageError(f"{name!r} has a tokenizer without start and end tokens; expected CLIP's own.")
+        self._start, self._end = int(start), int(end)
         longest = int(self._tokenizer.context_length) - 1  # the start token takes a place
         self._length = min(generation.max_new_tokens, longest)
 
@@ -233,7 +233,10 @@ class CocaCaptioner:
                 "image_latent": found["image_features"].repeat_interleave(copies, 0),
                 "image_embs": found["image_embs"].repeat_interleave(copies, 0),
             }
-            tokens = (self._sample if how.top_p else self._search)(encoded, len(pixels))
+            if how.top_p:
+                tokens = self._sample(encoded, len(pixels), how.top_p)
+            else:
+                tokens = self._search(encoded, len(pixels))
         return how.grouped([self._text(words) for words in tokens.flatten(0, 1).tolist()])
 
     def _log_probabilities(self, encoded: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
@@ -272,7 +275,7 @@ class CocaCaptioner:
         order = order[:, : self._generation.captions_per_image, None].expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, order)
 
-    def _sample(self, encoded: dict[str, Any], images: int) -> torch.Tensor:
+    def _sample(self, encoded: dict[str, Any], images: int, top_p: float) -> torch.Tensor:
         """Nucleus sampling (Holtzman et al., 2020); returns tokens [images, captions, length]."""
         import torch
 
@@ -283,13 +286,13 @@ class CocaCaptioner:
             if over.all():
                 break
             likely, order = self._log_probabilities(encoded, tokens).exp().sort(dim=1, descending=True)
-            after_nucleus = likely.cumsum(dim=1) - likely >= self._generation.top_p
-            likely[after_nucleus] = 0
+            likely[likely.cumsum(dim=1) - likely >= top_p] = 0  # what comes after the nucleus
             drawn = order.gather(1, likely.multinomial(1)).squeeze(1)
             tokens = torch.cat([tokens, drawn.masked_fill(over, self._end).unsqueeze(1)], dim=1)
         return tokens.view(images, count, -1)
 
     def _text(self, tokens: list[int]) -> str:
         """The words between start and end."""
-        end = tokens.index(self._end) if self._end in tokens else None
-        return str(self._tokenizer.decode(tokens[1:end]))
+        words = tokens[1:]
+        end = words.index(self._end) if self._end in words else None
+        return str(self._tokenizer.decode(words[:end]))
