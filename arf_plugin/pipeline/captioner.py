@@ -233,10 +233,8 @@ class CocaCaptioner:
                 "image_latent": found["image_features"].repeat_interleave(copies, 0),
                 "image_embs": found["image_embs"].repeat_interleave(copies, 0),
             }
-            if how.top_p:
-                tokens = self._sample(encoded, len(pixels), how.top_p)
-            else:
-                tokens = self._search(encoded, len(pixels))
+            given = (encoded, len(pixels))
+            tokens = self._sample(*given, how.top_p) if how.top_p else self._search(*given)
         return how.grouped([self._text(words) for words in tokens.flatten(0, 1).tolist()])
 
     def _log_probabilities(self, encoded: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
