@@ -25,7 +25,6 @@ class Execution:
         batch_size: images or texts per batch.
         restart: throw earlier work away.
         max_bad_fraction: stop when more than this fraction of the samples is rejected.
-        quiet: show no progress.
     """
 
     rank: int = 0
@@ -36,7 +35,6 @@ class Execution:
     batch_size: int = 32
     restart: bool = False
     max_bad_fraction: float = 0.01
-    quiet: bool = False
 
     def torch_device(self) -> torch.device:
         """The device; see :func:`pick_device`."""

@@ -18,21 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arf_plugin.anchors import features as stored
 from arf_plugin.anchors.captions import caption_batches, list_caption_files
-from arf_plugin.anchors.features import (
-    CAPTIONS,
-    FOLDER,
-    HEADER,
-    Embedded,
-    FeatureHeader,
-    PairFeatures,
-    join_caption_parts,
-    pair_file,
-    weights_digest,
-    write_caption_part,
-    write_header,
-    write_pair_features,
-)
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import problems_of, update_manifest
 from arf_plugin.anchors.pairs import RawPair, list_pair_shards, read_pairs
@@ -89,9 +76,12 @@ class FeaturesStage(Stage):
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One parquet file per shard; those of captions are joined at the end."""
-        parts = self.out / FOLDER / "parts"
+        parts = self.out / stored.FOLDER / "parts"
         paths = [shard.source for shard in shards]
-        return [pair_file(self.out, path) if _kind(path) == "pairs" else parts / path.name for path in paths]
+        return [
+            stored.pair_file(self.out, path) if _kind(path) == "pairs" else parts / path.name
+            for path in paths
+        ]
 
     def input_digest(self, shard: Shard) -> str:
         """Content of the file."""
@@ -103,7 +93,7 @@ class FeaturesStage(Stage):
 
     def begin(self) -> None:
         """Removes the header: the features are not whole."""
-        (self.out / FOLDER / HEADER).unlink(missing_ok=True)
+        (self.out / stored.FOLDER / stored.HEADER).unlink(missing_ok=True)
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes the features of a file."""
@@ -143,8 +133,8 @@ class FeaturesStage(Stage):
                 f"{path} has the key {key!r} more than once. Expected each key once; pack the pairs again."
             )
         outcome.kept, outcome.samples = len(keys), len(keys) + len(outcome.rejects)
-        features = PairFeatures(keys, np.concatenate(images), np.concatenate(texts))
-        write_pair_features(self.out, path, features)
+        features = stored.PairFeatures(keys, np.concatenate(images), np.concatenate(texts))
+        stored.write_pair_features(self.out, path, features)
         return outcome
 
     def _captions(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
@@ -164,7 +154,7 @@ class FeaturesStage(Stage):
                     )
                 advance(len(texts))
         column = pa.chunked_array(ids, pa.large_string())
-        write_caption_part(self.artifacts([shard])[0], column, np.concatenate(vectors))
+        stored.write_caption_part(self.artifacts([shard])[0], column, np.concatenate(vectors))
         return Outcome(samples=len(column), kept=len(column))
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
@@ -172,13 +162,13 @@ class FeaturesStage(Stage):
         import open_clip
         import torch
 
-        clip, folder, artifacts = self._loaded(execution), self.out / FOLDER, self.artifacts(shards)
+        clip, folder, artifacts = self._loaded(execution), self.out / stored.FOLDER, self.artifacts(shards)
         model = clip.model
         if clip.dtype != torch.float32:  # weights are known by their digest in the precision of training
             model = load_model(self.model.name, self.model.pretrained, torch.device("cpu"), torch.float32)[0]
-        embedded: dict[str, dict[str, Embedded]] = {"pairs": {}, "captions": {}}
+        embedded: dict[str, dict[str, stored.Embedded]] = {"pairs": {}, "captions": {}}
         for shard, path in zip(shards, artifacts, strict=True):
-            embedded[_kind(shard.source)][utf8(shard.source.name)] = Embedded(
+            embedded[_kind(shard.source)][utf8(shard.source.name)] = stored.Embedded(
                 bytes=shard.source.stat().st_size,
                 sha256=self.input_digest(shard),
                 rows=int(pq.read_metadata(path).num_rows),
@@ -188,22 +178,22 @@ class FeaturesStage(Stage):
             for path in set(list_files(folder / name, ".parquet")) - set(artifacts):
                 path.unlink()
         if embedded["captions"]:
-            join_caption_parts(self.out, [path for path in artifacts if path.parent.name == "parts"])
+            stored.join_caption_parts(self.out, [path for path in artifacts if path.parent.name == "parts"])
         else:
-            (folder / CAPTIONS).unlink(missing_ok=True)
-        header = FeatureHeader(
+            (folder / stored.CAPTIONS).unlink(missing_ok=True)
+        header = stored.FeatureHeader(
             model=self.model.identity()["name"],
-            weights_sha256=weights_digest(model.state_dict()),
+            weights_sha256=stored.weights_digest(model.state_dict()),
             precision=str(clip.dtype).removeprefix("torch."),
             preprocessing=json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model))),
             dim=_no_vectors(clip).shape[1],
             pairs=embedded["pairs"],
             captions=embedded["captions"],
         )
-        write_header(self.out, header)
+        stored.write_header(self.out, header)
         summary: dict[str, Any] = {"model": header.model, "weights_sha256": header.weights_sha256}
         summary |= {kind: header.rows(kind) for kind in embedded}
-        update_manifest(self.out, FOLDER, summary | {"dim": header.dim})
+        update_manifest(self.out, stored.FOLDER, summary | {"dim": header.dim})
         return summary
 
     def _loaded(self, execution: Execution) -> LoadedClip:

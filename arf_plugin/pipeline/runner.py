@@ -109,7 +109,7 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
     seen, done, bad = 0, 0, 0
     failed: list[str] = []
     started = said = time.monotonic()
-    with progress(stage.name, unit, total, quiet=execution.quiet) as bar:
+    with progress(stage.name, unit, total) as bar:
         for shard in mine:
             inputs = book.input_digest(shard)  # before it is read, so that what changes meanwhile is noticed
             try:
@@ -122,7 +122,7 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
             if total is None:
                 bar.total = round(seen * len(mine) / done)
             now, is_last = time.monotonic(), shard is mine[-1]
-            if bar.disable and not execution.quiet and (is_last or now - said >= _LOG_EVERY):
+            if bar.disable and (is_last or now - said >= _LOG_EVERY):
                 said, expected, rate = now, bar.total or seen, seen / max(now - started, 1e-9)
                 line = f"{stage.name}: {seen} of {expected} {unit}, {rate:.1f} {unit}/s"
                 if rate and not is_last:
