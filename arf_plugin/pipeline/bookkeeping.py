@@ -69,7 +69,7 @@ class Bookkeeping:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.work = stage, stage.work
         self.shards: list[Shard] = stage.plan()
-        self.config: dict[str, Any] = json.loads(json.dumps(_plain(stage.config())))
+        self.config: dict[str, Any] = _plain(stage.config())
         self.made_by = ""
         self._config_path, self._plan_path = self.work / "config.json", self.work / "plan.json"
         self._locks: list[int] = []

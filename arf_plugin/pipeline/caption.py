@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _Scored = tuple[str, "float | None"]  # a caption and its score
+_Batch = list[tuple[RawSample, "PIL.Image.Image"]]
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ class CaptionStage(Stage):
 
         clip = self._clip
 
-        def inputs(
-            batch: list[tuple[RawSample, PIL.Image.Image]],
-        ) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        def inputs(batch: _Batch) -> tuple[dict[str, Any], list[torch.Tensor]]:
             images = [image for _, image in batch]
             return self._speaker.inputs(images), [clip.preprocess(image) for image in images] if clip else []
 
@@ -145,10 +144,8 @@ class CaptionStage(Stage):
             advance(len(batch))
         outcome.samples = outcome.kept + len(outcome.rejects)
         rows.sort(key=lambda row: (row["id"], row["caption"]))
-        schema = pa.schema(
-            {"id": pa.string(), "caption": pa.string()} | ({"score": pa.float32()} if clip else {})
-        )
-        write_table(self.artifacts([shard])[0], pa.Table.from_pylist(rows, schema))
+        columns = {"id": pa.string(), "caption": pa.string()} | ({"score": pa.float32()} if clip else {})
+        write_table(self.artifacts([shard])[0], pa.Table.from_pylist(rows, pa.schema(columns)))
         return outcome
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
