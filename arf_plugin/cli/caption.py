@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from arf_plugin.cli import options
 
 if TYPE_CHECKING:
-    from arf_plugin.pipeline.caption import Scoring
-    from arf_plugin.pipeline.caption_cleaning import Cleaning
-    from arf_plugin.pipeline.captioner import Generation
+    from arf_plugin.pipeline.caption import CaptionStage
+    from arf_plugin.pipeline.source import Source
 
 EXAMPLES = """\
   arf caption --train-data 'task/{000..099}.tar' --captioner Salesforce/blip-image-captioning-base --out ANCHORS
@@ -22,7 +21,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf caption``."""
     parser = options.add_parser(
         subparsers,
@@ -72,38 +71,33 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
     add("--min-score", type=float, metavar="COS", help="drop captions that score less")
 
 
-def generation(args: argparse.Namespace) -> Generation:
-    """Generation settings from the command line."""
-    from arf_plugin.pipeline.captioner import Generation
+def caption_stage(args: argparse.Namespace, task: Source, work: Path | None = None) -> CaptionStage:
+    """The stage, from the flags of the captioner.
 
-    return options.from_args(Generation, args, seed=args.caption_seed)
-
-
-def cleaning(args: argparse.Namespace) -> Cleaning:
-    """Clean-up settings from the command line."""
-    from arf_plugin.pipeline.caption_cleaning import Cleaning
-
-    clean = not args.raw_captions
-    return Cleaning(clean, tuple(args.strip_prefix), clean, args.min_words)
-
-
-def scoring(args: argparse.Namespace) -> Scoring | None:
-    """Score settings from the command line."""
+    Args:
+        args: the command line.
+        task: task data.
+        work: folder of the bookkeeping, if it is not in the anchor set.
+    """
     from arf_plugin.errors import FlagError
-    from arf_plugin.pipeline.caption import Scoring
+    from arf_plugin.pipeline.caption import CaptionStage, Scoring
+    from arf_plugin.pipeline.caption_cleaning import Cleaning
+    from arf_plugin.pipeline.captioner import Generation
     from arf_plugin.pipeline.embedder import ClipModel
 
+    generation = options.from_args(Generation, args, seed=args.caption_seed)
+    clean = not args.raw_captions
+    cleaning = Cleaning(clean, tuple(args.strip_prefix), clean, args.min_words)
+    scoring = None
     if args.score_model:
-        return Scoring(ClipModel(args.score_model, args.score_pretrained, args.precision), args.min_score)
-    if args.min_score is not None or args.score_pretrained:
+        model = ClipModel(args.score_model, args.score_pretrained, args.precision)
+        scoring = Scoring(model, args.min_score)
+    elif args.min_score is not None or args.score_pretrained:
         raise FlagError("--min-score and --score-pretrained need --score-model, the model that scores.")
-    return None
+    made = (args.captioner, generation, cleaning, scoring, args.precision)
+    return CaptionStage(args.out, task, *made, work_folder=work)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
-    from arf_plugin.pipeline.caption import CaptionStage
-
-    task = options.task_source(args)
-    made = (generation(args), cleaning(args), scoring(args), args.precision)
-    return options.execute(CaptionStage(args.out, task, args.captioner, *made), args)
+    return options.execute(caption_stage(args, options.task_source(args)), args)

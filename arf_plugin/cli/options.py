@@ -24,11 +24,7 @@ positive = number_type(int, lambda value: value >= 1, "a whole number >= 1")
 
 
 def add_parser(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    summary: str,
-    description: str,
-    examples: str,
+    subparsers: Subparsers, name: str, summary: str, description: str, examples: str
 ) -> argparse.ArgumentParser:
     """Adds a sub-command with a description and examples."""
     return subparsers.add_parser(
@@ -42,67 +38,40 @@ def add_parser(
 
 def add_task_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the flags that name task data, called as open_clip calls them; ``--task-data`` is an older spelling."""
-    group = parser.add_argument_group("task data")
-    group.add_argument(
-        "--train-data",
-        "--task-data",
-        dest="task_data",
-        required=required,
-        metavar="DATA",
-        help="WebDataset tars with braces and ::, or a CSV/TSV file; as for open_clip",
-    )
-    group.add_argument("--dataset-type", choices=("auto", "webdataset", "csv"), default="auto")
-    group.add_argument("--csv-img-key", default="filepath", metavar="COLUMN", help="column of image paths")
-    group.add_argument("--csv-separator", default="\t", metavar="CHAR", help="default: tab, as open_clip's")
+    add = parser.add_argument_group("task data").add_argument
+    data = "WebDataset tars with braces and ::, or a CSV/TSV file; as for open_clip"
+    add("--train-data", "--task-data", dest="task_data", required=required, metavar="DATA", help=data)
+    add("--dataset-type", choices=("auto", "webdataset", "csv"), default="auto")
+    add("--csv-img-key", default="filepath", metavar="COLUMN", help="column of image paths")
+    add("--csv-separator", default="\t", metavar="CHAR", help="default: tab, as open_clip's")
 
 
 def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Adds the flags of stages that run a model."""
-    group = parser.add_argument_group("device")
-    group.add_argument(
-        "--batch-size", type=positive, default=batch_size, metavar="N", help="default: %(default)s"
-    )
-    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "fp16", "bf16"),
-        default="auto",
-        help="auto: fp16 on a GPU, fp32 on the CPU",
-    )
-    group.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="threads that decode images (%(default)s)"
-    )
+    add = parser.add_argument_group("device").add_argument
+    add("--batch-size", type=positive, default=batch_size, metavar="N", help="default: %(default)s")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
+    precision = "auto: fp16 on a GPU, fp32 on the CPU"
+    add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help=precision)
+    add("--workers", type=int, default=2, metavar="N", help="threads that decode images (%(default)s)")
 
 
 def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[str] = ()) -> None:
     """Adds the flags of every stage; ``--restart`` takes the name of a stage where there are several."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    add = parser.add_argument_group("run").add_argument
+    add("--dry-run", action="store_true", help="print the plan and stop")
     if restart_stages:
-        group.add_argument(
-            "--restart",
-            nargs="?",
-            const="all",
-            choices=restart_stages,
-            help="throw earlier work away: all of it, or that of a stage and those after it",
-        )
+        stages = "throw earlier work away: all of it, or that of a stage and those after it"
+        add("--restart", nargs="?", const="all", choices=restart_stages, help=stages)
     else:
-        group.add_argument("--restart", action="store_true", help="throw earlier work in --out away")
-    group.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        default=0.01,
-        metavar="F",
-        help="stop if more than this fraction of the samples is rejected (default: %(default)s)",
+        add("--restart", action="store_true", help="throw earlier work in --out away")
+    bad = "stop if more than this fraction of the samples is rejected (default: %(default)s)"
+    add("--max-bad-fraction", type=float, default=0.01, metavar="F", help=bad)
+    add("--json", action="store_true", help="print the summary as JSON")
+    processes = (
+        "share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)"
     )
-    group.add_argument("--json", action="store_true", help="print the summary as JSON")
-    group.add_argument(
-        "--processes",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)",
-    )
+    add("--processes", type=positive, default=1, metavar="N", help=processes)
 
 
 def byte_size(text: str) -> int:
@@ -120,16 +89,10 @@ def execution(args: argparse.Namespace) -> Execution:
     from arf_plugin.pipeline.execution import Execution, ranks
 
     rank, world = ranks()
-    given = {name: getattr(args, name) for name in ("device", "workers", "batch_size") if hasattr(args, name)}
-    return Execution(
-        rank,
-        world,
-        # of this process on its node
-        local_rank=int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0),
-        restart=bool(args.restart) and not is_child(),
-        max_bad_fraction=args.max_bad_fraction,
-        **given,
-    )
+    on_this_node = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    names = ("device", "workers", "batch_size", "max_bad_fraction")
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Execution(rank, world, on_this_node, restart=bool(args.restart) and not is_child(), **given)
 
 
 def from_args(kind: type[_T], args: argparse.Namespace, **others: Any) -> _T:

@@ -13,7 +13,7 @@ EXAMPLES = """\
 """
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: options.Subparsers) -> None:
     """Adds the parser of ``arf pack``."""
     parser = options.add_parser(
         subparsers,

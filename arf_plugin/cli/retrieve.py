@@ -94,7 +94,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Search, selection and exclusion from the command line, as RetrieveStage and Build call them."""
+    """Search, selection and exclusion from the command line, as RetrieveStage calls them."""
     from arf_plugin.pipeline.embeddings import Embeddings
     from arf_plugin.pipeline.knn_backends import Search
     from arf_plugin.pipeline.near import Exclusion

@@ -1,4 +1,4 @@
-"""What a stage remembers of its work, all below ``<out>/work/<stage>/``.
+"""What a stage remembers of its work, all below ``<out>/work/<stage>/``, and whose folder it is.
 
 ::
 
@@ -7,86 +7,76 @@
     done/<shard>.json      completion marker: counts, rejected samples, configuration, content of the inputs
     rejects.jsonl          every rejected sample with its reason
     finished.json          summary, once finalized
-    owner.lock             held by every process at work; see :mod:`arf_plugin.pipeline.ownership`
+    owner.lock             held by every process at work
 
 A marker counts only with the configuration that the folder has: what a process that has lost the folder leaves behind
 is nobody's. A shard whose marker is damaged, or whose artifact has another size than was written, is done again.
+
+All processes at work in a folder have one configuration, and share a lock of the operating system; who wants to change
+the configuration, or to throw work away, must have it alone. The system frees the locks of a process that is killed, in
+whatever way; Linux passes them on between the clients of an NFS server. A file system without locks still has the check
+before each file takes its name.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from arf_plugin.anchors.manifest import MANIFEST
 from arf_plugin.errors import PoolError, StageError, TaskDataError
 from arf_plugin.files import digest, list_files, write_json
-from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable, read_json, require_fields, utf8
 
 FORMAT = 2  # of the bookkeeping
 DATA_ERRORS = (PoolError, TaskDataError)  # a shard that raises one is left out, and the others are done first
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_SHOWN = 10  # differences between configurations
 _Count = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Marker(BaseModel, frozen=True):
     """A completion marker: what became of a shard, the content of its inputs, and the sizes of its artifacts."""
 
-    config: str | None = None
-    inputs: str | None = None
+    config: str
+    inputs: str | None
     samples: _Count
     kept: _Count
     rejects: list[tuple[str, str]]
-    sizes: list[_Count] | None = None
-
-
-class _Recorded(NamedTuple):
-    """What config.json holds.
-
-    ``made_by`` is what markers name the configuration by: a digest of the one that the work was begun with; inputs
-    that were repaired or moved since are in ``config`` alone. None: an earlier version's.
-    """
-
-    config: dict[str, Any]
-    made_by: str | None
+    sizes: list[_Count]
 
 
 class Bookkeeping:
-    """The bookkeeping of a stage; :meth:`claim` comes before all that writes markers."""
+    """The bookkeeping of a stage.
+
+    What writes goes within :meth:`locks`, and after :meth:`claim` or :meth:`require_alone`.
+
+    Attributes:
+        made_by: what markers name the configuration by: a digest of the one that the work was begun with; inputs that
+            were repaired or moved since are in config.json alone.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.work = stage, stage.work
-        self.made_by: str | None = None
+        self.shards: list[Shard] = stage.plan()
+        self.config: dict[str, Any] = _plain(stage.config())
+        self.made_by = ""
         self._config_path, self._plan_path = self.work / "config.json", self.work / "plan.json"
+        self._locks: list[int] = []
         self._seen: tuple[int, ...] = ()
 
-    @cached_property
-    def shards(self) -> list[Shard]:
-        """The stage's plan."""
-        return self.stage.plan()
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The stage's configuration, as it is read back from JSON; names that are no UTF-8 with escapes."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {utf8(str(key)): plain(item) for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return [plain(item) for item in value]
-            return utf8(value) if isinstance(value, str) else value
-
-        found: dict[str, Any] = json.loads(json.dumps(plain(self.stage.config())))
-        return found
-
-    def recorded(self) -> _Recorded | None:
-        """Reads config.json; None if there is none.
+    def recorded(self) -> tuple[str, dict[str, Any]] | None:
+        """``made_by`` and the configuration, as config.json has them; None if there is none.
 
         Raises:
             StageError: it cannot be read, or is of another format.
@@ -96,13 +86,72 @@ class Bookkeeping:
             return None
         advice = "It says what the work in the folder was made with: drop that work with --restart."
         value = read_json(path, StageError, advice=advice)
-        if "format" not in value:
-            return _Recorded(value, None)
         require_fields(value, {"format": int, "made_by": str, "config": dict}, str(path), StageError, advice)
         if value["format"] != FORMAT:
             found = printable(repr(value["format"]))[:40]
             raise StageError(f"{path} has format {found}, this arf-plugin reads {FORMAT}. {advice}")
-        return _Recorded(value["config"], value["made_by"])
+        return value["made_by"], value["config"]
+
+    @contextmanager
+    def locks(self) -> Iterator[None]:
+        """This process's hold on the folders, as long as the block lasts.
+
+        One lock lies here, one beside the artifacts, whose folder two bookkeepings may share (``--work``).
+        """
+        with ExitStack() as held:
+            for path in sorted({self.work / "owner.lock", self.stage.out / f".{self.stage.name}.lock"}):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                self._locks.append(os.open(path, flags, 0o666))
+                held.callback(os.close, self._locks[-1])
+            yield
+
+    def claim(self, restart: bool) -> None:
+        """Records configuration and artifacts, or compares the configuration with the recorded one.
+
+        Raises:
+            StageError: the folder holds other work, or others are at work there.
+        """
+        stage = self.stage
+        recorded = None if restart else self.recorded()
+        self.made_by, before = recorded or ("", None)
+        if before == self.config:
+            if not _lock_all(self._locks, fcntl.LOCK_SH) or self._last_owners() - {self.made_by}:
+                self.require_alone()
+                raise StageError(
+                    f"{stage.out} was written by another command since, whose bookkeeping is not in {self.work}. Give "
+                    "another --out, or drop that work with --restart."
+                )
+        else:
+            self.require_alone(differences(before, self.config) if before else [])
+            if before is None or not self._any_done():  # nothing done that could be mixed
+                self.clear()
+                self.made_by = digest(self.config)
+                artifacts = stage.artifacts(self.shards)
+                write_json(self._plan_path, [str(path.relative_to(stage.out)) for path in artifacts])
+            elif lines := [f"  {line}" for line in self._conflicts(before)]:
+                more = [f"  ... {len(lines)} differences in all"] if len(lines) > _SHOWN else []
+                raise StageError(
+                    f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
+                    + "\n".join(lines[:_SHOWN] + more)
+                    + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
+                )
+            for file in self._locks:
+                os.ftruncate(file, 0)
+                os.pwrite(file, self.made_by.encode(), 0)
+            write_json(self._config_path, {"format": FORMAT, "made_by": self.made_by, "config": self.config})
+            _lock_all(self._locks, fcntl.LOCK_SH)
+
+    def require_alone(self, different: list[str] | None = None) -> None:
+        """Refuses a change of what the folder holds while others are at work there."""
+        if _lock_all(self._locks, fcntl.LOCK_EX):
+            return
+        shown = "".join(f"\n  {line}" for line in (different or [])[:_SHOWN])
+        raise StageError(
+            f"Another arf command is at work in {self.stage.out} (stage {self.stage.name})"
+            + (f", with another configuration or other inputs:{shown}\n" if different else ". ")
+            + "Wait for it or stop it, or give another --out."
+        )
 
     def check_owner(self) -> None:
         """Called before a file takes its name: raises if the folder is no longer this process's.
@@ -117,7 +166,7 @@ class Bookkeeping:
             recorded = self.recorded()
         except (OSError, StageError):
             recorded = None
-        if recorded is None or recorded.made_by != self.made_by:
+        if recorded is None or recorded[0] != self.made_by:
             raise StageError(
                 f"{self.stage.out} is no longer this command's: another one has begun to write there, or "
                 f"{self._config_path} was removed. Nothing is written any more; give one of the two another --out."
@@ -136,22 +185,18 @@ class Bookkeeping:
         )
         write_json(self._marker_path(shard), marker.model_dump())
 
-    def marker(self, shard: Shard, made_by: str | None) -> Marker | None:
+    def marker(self, shard: Shard) -> Marker | None:
         """The marker of a shard; None if it is to be done: it is missing, damaged, or of another configuration."""
         try:
             marker = Marker.model_validate(read_json(self._marker_path(shard), StageError))
         except (StageError, ValidationError):
             return None
         paths = self.stage.artifacts([shard])
-        if marker.config != made_by or not all(path.is_file() for path in paths):
+        if marker.config != self.made_by or not all(path.is_file() for path in paths):
             return None
         if self.stage.redo_changed and marker.inputs != self.input_digest(shard):
             return None
-        return marker if marker.sizes in (None, [path.stat().st_size for path in paths]) else None
-
-    def is_done(self, shard: Shard) -> bool:
-        """Whether a shard has a sound marker of this configuration, and its artifacts."""
-        return self.marker(shard, self.made_by) is not None
+        return marker if marker.sizes == [path.stat().st_size for path in paths] else None
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of finished.json; None if it is not there, damaged, or of another configuration or plan."""
@@ -160,11 +205,9 @@ class Bookkeeping:
         except StageError:
             return None
         counts = [summary.get(name) for name in ("shards", "samples", "kept", "rejected")]
-        if summary.pop("config", None) != self.made_by or summary.get("finished") is not True:
-            return None
-        if not all(type(count) is int and count >= 0 for count in counts) or counts[0] != len(self.shards):
-            return None
-        return summary
+        is_sound = all(type(count) is int and count >= 0 for count in counts)
+        is_mine = summary.pop("config", None) == self.made_by and counts[0] == len(self.shards)
+        return summary if is_sound and is_mine and summary.get("finished") is True else None
 
     def write_finished(self, summary: dict[str, Any]) -> None:
         """Notes that the stage is finalized."""
@@ -183,61 +226,6 @@ class Bookkeeping:
         for path in (*artifacts, self._plan_path, self.work / "rejects.jsonl", self._config_path):
             path.unlink(missing_ok=True)
 
-    def claim(self, owner: Ownership, restart: bool) -> None:
-        """Records configuration and artifacts, or compares the configuration with the recorded one.
-
-        Raises:
-            StageError: the folder holds other work, or others are at work there.
-        """
-        stage, config = self.stage, self.config
-        recorded = None if restart else self.recorded()
-        if recorded is not None and recorded.made_by is not None and recorded.config == config:
-            if not owner.share() or owner.names() - {recorded.made_by}:
-                self.require_alone(owner)
-                raise StageError(
-                    f"{stage.out} was written by another command since, whose bookkeeping is not in {self.work}. Give "
-                    "another --out, or drop that work with --restart."
-                )
-            self.made_by = recorded.made_by
-            return
-        self.require_alone(owner, differences(recorded.config, config) if recorded else [])
-        changed = self._changed(recorded) if recorded else None
-        if recorded is None or not self._any_done(recorded.made_by):  # nothing done that could be mixed
-            self.clear()
-            self.made_by = digest(config)
-            owner.sign(self.made_by)
-            write_json(
-                self._plan_path, [str(path.relative_to(stage.out)) for path in stage.artifacts(self.shards)]
-            )
-        elif changed == []:
-            self.made_by = recorded.made_by or digest(config)
-            owner.sign(self.made_by)
-            for shard in self.shards if recorded.made_by is None else ():
-                if (marker := self.marker(shard, None)) is not None:
-                    self.write_marker(shard, Outcome(marker.samples, marker.kept, marker.rejects), None)
-        else:
-            lines = [f"  {line}" for line in changed or differences(recorded.config, config)]
-            if len(lines) > 10:
-                lines = [*lines[:10], f"  ... {len(lines)} differences in all"]
-            raise StageError(
-                f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
-                + "\n".join(lines)
-                + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
-            )
-        write_json(self._config_path, {"format": FORMAT, "made_by": self.made_by, "config": config})
-        owner.share()
-
-    def require_alone(self, owner: Ownership, different: list[str] | None = None) -> None:
-        """Refuses a change of what the folder holds while others are at work there."""
-        if owner.alone():
-            return
-        shown = "".join(f"\n  {line}" for line in (different or [])[:10])
-        raise StageError(
-            f"Another arf command is at work in {self.stage.out} (stage {self.stage.name})"
-            + (f", with another configuration or other inputs:{shown}\n" if different else ". ")
-            + "Wait for it or stop it, or give another --out."
-        )
-
     def input_digest(self, shard: Shard) -> str | None:
         """Digest of the contents of a shard's inputs; None where they cannot be read."""
         try:
@@ -248,14 +236,17 @@ class Bookkeeping:
     def _marker_path(self, shard: Shard) -> Path:
         return self.work / "done" / f"{shard.name}.json"
 
-    def _any_done(self, made_by: str | None) -> bool:
-        """Whether there is any marker of a configuration, be it of a shard that no longer is in the plan."""
+    def _last_owners(self) -> set[str]:
+        """The ``made_by`` that is written into the lock files."""
+        found = (os.pread(file, 100, 0) for file in self._locks)
+        return {name.decode("utf-8", "replace") for name in found if name}
+
+    def _any_done(self) -> bool:
+        """Whether there is any marker of ``made_by``, be it of a shard that no longer is in the plan."""
         for path in list_files(self.work / "done", ".json"):
-            try:
-                if read_json(path, StageError).get("config") == made_by:
+            with suppress(StageError):
+                if read_json(path, StageError).get("config") == self.made_by:
                     return True
-            except StageError:
-                continue
         return False
 
     def _planned(self) -> list[Path]:
@@ -278,38 +269,27 @@ class Bookkeeping:
             found.append(path)
         return found
 
-    def _changed(self, recorded: _Recorded) -> list[str] | None:
-        """Says which finished shards' inputs are no longer what was processed; None if anything else differs, too.
+    def _conflicts(self, before: dict[str, Any]) -> list[str]:
+        """Says what keeps the work done from being gone on with; empty if nothing does.
 
         Inputs of shards that are still to do may change, as when a damaged tar is replaced; those of finished shards
-        may be touched, moved or copied, but their content must stay. What an earlier version did is taken over where
-        size and time of the inputs have stayed, for it noted no contents.
+        may be touched, moved or copied, but their content must stay.
         """
         name = self.stage.shard_inputs
-        before, now = recorded.config.get(name), self.config.get(name)
-        per_shard = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
-        if not (per_shard and len(now or ()) == len(self.shards)):
-            return [] if recorded.config == self.config else None
-        if recorded.config | {name: None} != self.config | {name: None}:
-            return None
+        old, new = before.get(name), self.config.get(name)
+        per_shard = (
+            isinstance(old, list) and isinstance(new, list) and len(old) == len(new) == len(self.shards)
+        )
+        if not per_shard or before | {name: None} != self.config | {name: None}:
+            return differences(before, self.config)
         lines = []
-        for shard, a, b in zip(self.shards, before or (), now or (), strict=True):
-            earlier = recorded.made_by is None and isinstance(a, list) and _flat(b)[: len(a)] == a
-            if a == b or earlier:
-                continue
-            marker = self.marker(shard, recorded.made_by)
-            if marker is None or (marker.inputs is not None and marker.inputs == self.input_digest(shard)):
-                continue
-            where = shard.source if isinstance(shard.source, (str, Path)) else f"shard {shard.name}"
-            lines.append(
-                f"{name}[{shard.index}]: {_short(a)} -> {_short(b)} (the content of {printable(str(where))})"
-            )
+        for shard, a, b in zip(self.shards, old or (), new or (), strict=True):
+            marker = self.marker(shard) if a != b else None
+            if marker and (marker.inputs is None or marker.inputs != self.input_digest(shard)):
+                place = shard.source if isinstance(shard.source, (str, Path)) else f"shard {shard.name}"
+                change = f"{_short(a)} -> {_short(b)} (the content of {printable(str(place))})"
+                lines.append(f"{name}[{shard.index}]: {change}")
         return lines
-
-
-def _flat(value: Any) -> list[Any]:
-    """The entries of a list and of the lists in it, so that what is looked at today begins with what once was."""
-    return [item for entry in value for item in _flat(entry)] if isinstance(value, list) else [value]
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -332,3 +312,25 @@ def _short(value: Any) -> str:
     except RecursionError:
         return "a value that is nested too deeply"
     return text if len(text) <= 120 else f"{text[:90]} ... ({len(text)} characters)"
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value whose texts, names of files among them, are UTF-8."""
+    if isinstance(value, dict):
+        return {utf8(str(key)): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return utf8(value) if isinstance(value, str) else value
+
+
+def _lock_all(files: list[int], kind: int) -> bool:
+    """Takes locks, without waiting; False if another process has one of them."""
+    for file in files:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as cause:
+            if cause.errno not in _NO_LOCKS:
+                raise
+    return True

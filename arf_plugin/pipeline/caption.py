@@ -1,15 +1,14 @@
-"""Stage caption (TCAG): a pretrained captioner describes every image of the task data.
-
-Paper: section 3.2, text-compensated anchor generation. Captions speak of what a class prompt leaves out, and keep
-the image features near where pretraining put them.
-"""
+"""Stage caption: a pretrained captioner describes every image of the task data (section 3.2 of the paper, TCAG)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
-_Row = tuple[str, str, "float | None"]  # id, caption, score
+_Scored = tuple[str, "float | None"]  # a caption and its score
 _Batch = list[tuple[RawSample, "PIL.Image.Image"]]
 
 
@@ -48,10 +47,6 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.min_score is not None and not -1 <= self.min_score <= 1:
             raise FlagError(f"--min-score {self.min_score}: a cosine lies between -1 and 1.")
-
-    def config(self) -> dict[str, Any]:
-        """The settings as JSON."""
-        return {"model": self.model.identity(), "min_score": self.min_score}
 
 
 @dataclass
@@ -78,13 +73,15 @@ class CaptionStage(Stage):
 
     def config(self) -> dict[str, Any]:
         """Captioner, generation settings and task data; batch size and device are free to change."""
+        return self._settings() | {"precision": self.precision, "task": self.task.fingerprint()}
+
+    def _settings(self) -> dict[str, Any]:
+        score = self.scoring
         return {
             "captioner": captioner_identity(self.captioner),
-            "precision": self.precision,
-            "generation": self.generation.config(),
+            "generation": asdict(self.generation),
             "cleaning": self.cleaning.config(),
-            "score": self.scoring.config() if self.scoring else None,
-            "task": self.task.fingerprint(),
+            "score": {"model": score.model.identity(), "min_score": score.min_score} if score else None,
         }
 
     def plan(self) -> list[Shard]:
@@ -98,9 +95,8 @@ class CaptionStage(Stage):
     def prepare(self, execution: Execution) -> None:
         """Loads the captioner, and the model that scores."""
         device = execution.torch_device()
-        self._speaker = load_captioner(
-            self.captioner, device, pick_dtype(self.precision, device), self.generation
-        )
+        dtype = pick_dtype(self.precision, device)
+        self._speaker = load_captioner(self.captioner, device, dtype, self.generation)
         self._clip = self.scoring.model.load(execution) if self.scoring else None
 
     def input_digest(self, shard: Shard) -> str | None:
@@ -113,7 +109,6 @@ class CaptionStage(Stage):
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Captions a shard."""
-        import pyarrow as pa
         import torch
 
         clip = self._clip
@@ -124,7 +119,7 @@ class CaptionStage(Stage):
 
         torch.manual_seed(self.generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
         outcome = Outcome()
-        rows: list[_Row] = []
+        rows: list[dict[str, Any]] = []
         batches = load_batches(
             self.task.read(shard),
             _decode,
@@ -138,39 +133,30 @@ class CaptionStage(Stage):
                 raise prepared
             said = self._speaker.captions(prepared[0])
             cleaned = [list(dict.fromkeys(filter(None, map(self.cleaning, group)))) for group in said]
-            scored = (
-                _scores(clip, prepared[1], cleaned) if clip else [[None] * len(group) for group in cleaned]
-            )
-            for i, (sample, _) in enumerate(batch):
-                pairs: list[tuple[str, float | None]] = list(zip(cleaned[i], scored[i], strict=True))
-                good = [pair for pair in pairs if self._passes(pair[1])]
-                rows += [(sample.id, *pair) for pair in good]
+            scored = _scored(clip, prepared[1], cleaned)
+            for (sample, _), texts, pairs in zip(batch, said, scored, strict=True):
+                good = [(caption, score) for caption, score in pairs if self._passes(score)]
+                rows += [{"id": sample.id, "caption": caption, "score": score} for caption, score in good]
                 if good:
                     outcome.kept += 1
                 else:
-                    outcome.reject(sample.id, self._reason(said[i], pairs))
+                    outcome.reject(sample.id, self._reason(texts, pairs))
             advance(len(batch))
         outcome.samples = outcome.kept + len(outcome.rejects)
-        rows.sort(key=lambda row: row[:2])
-        columns = {"id": pa.array([row[0] for row in rows], pa.string())}
-        columns["caption"] = pa.array([row[1] for row in rows], pa.string())
-        if clip is not None:
-            columns["score"] = pa.array([row[2] for row in rows], pa.float32())
-        write_table(self.artifacts([shard])[0], pa.table(columns))
+        rows.sort(key=lambda row: (row["id"], row["caption"]))
+        columns = {"id": pa.string(), "caption": pa.string()} | ({"score": pa.float32()} if clip else {})
+        write_table(self.artifacts([shard])[0], pa.Table.from_pylist(rows, pa.schema(columns)))
         return outcome
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Notes the captions in the anchor set's manifest."""
-        import pyarrow.parquet as pq
-
         count = sum(pq.read_metadata(path).num_rows for path in self.artifacts(shards))
-        config = self.config()
-        entry = {
+        settings = self._settings()
+        entry = settings | {
             "count": count,
             "files": len(shards),
             "captioner": Path(self.captioner).name if Path(self.captioner).is_dir() else self.captioner,
-            "captioner_identity": config["captioner"],
-            **{name: config[name] for name in ("generation", "cleaning", "score")},
+            "captioner_identity": settings["captioner"],
             "task_digest": self.task.digest(),
         }
         update_manifest(self.out, "captions", entry, self.artifacts(shards))
@@ -180,7 +166,7 @@ class CaptionStage(Stage):
         least = self.scoring.min_score if self.scoring else None
         return least is None or (score is not None and score >= least)
 
-    def _reason(self, said: list[str], pairs: list[tuple[str, float | None]]) -> str:
+    def _reason(self, said: list[str], pairs: list[_Scored]) -> str:
         """Why none of the captions of an image is kept."""
         if pairs and self.scoring:
             caption, score = max(pairs, key=lambda pair: pair[1] or -1.0)
@@ -196,11 +182,13 @@ def _decode(sample: RawSample) -> PIL.Image.Image:
     return decode_image(sample.image)
 
 
-def _scores(clip: LoadedClip, pixels: Sequence[torch.Tensor], captions: list[list[str]]) -> list[list[float]]:
-    """Scores the captions of each of the images [3, H, W]."""
+def _scored(
+    clip: LoadedClip | None, pixels: Sequence[torch.Tensor], captions: list[list[str]]
+) -> list[list[_Scored]]:
+    """The captions of each of the images [3, H, W] with their scores; None without a model."""
     texts = [caption for group in captions for caption in group]
-    if not texts:
-        return [[] for _ in captions]
+    if clip is None or not texts:
+        return [[(caption, None) for caption in group] for group in captions]
     image = [i for i, group in enumerate(captions) for _ in group]
     cosines = iter((clip.images(pixels)[image] * clip.texts(texts)).sum(dim=1).tolist())
-    return [[next(cosines) for _ in group] for group in captions]
+    return [[(caption, next(cosines)) for caption in group] for group in captions]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import MissingDependencyError, StageError
 from arf_plugin.files import folder_digest
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     import torch
 
 COCA = "open_clip:"  # begins the names of open_clip's captioners
-
-
-class ImageCaptioner(Protocol):
-    """A captioner on its device."""
-
-    def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
-        """Turns RGB images into the model's inputs, on the CPU."""
-
-    def captions(self, inputs: dict[str, Any]) -> list[list[str]]:
-        """Generates captions for a batch; per image, as many as asked for."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +64,6 @@ class Generation:
             values |= {"top_p": self.top_p, "temperature": self.temperature, "top_k": 0}
         return values
 
-    def config(self) -> dict[str, Any]:
-        """The settings as JSON."""
-        return asdict(self)
-
     def grouped(self, texts: list[str]) -> list[list[str]]:
         """The texts of a batch by image."""
         count = self.captions_per_image
@@ -94,7 +80,7 @@ def captioner_identity(name: str) -> str:
 
 def load_captioner(
     name: str, device: torch.device, dtype: torch.dtype, generation: Generation
-) -> ImageCaptioner:
+) -> Captioner | CocaCaptioner:
     """Loads a captioner of transformers, or of open_clip if the name says so; see the classes for errors."""
     kind = CocaCaptioner if name.startswith(COCA) else Captioner
     return kind(name, device, dtype, generation)
@@ -111,7 +97,7 @@ class Captioner:
 
     Raises:
         MissingDependencyError: without transformers.
-        StageError: if the folder holds no captioner that transformers can load.
+        StageError: if the folder holds no captioner that transformers can load, or one that takes no prompt.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, generation: Generation) -> None:
@@ -122,14 +108,13 @@ class Captioner:
         transformers.utils.logging.disable_progress_bar()  # our own bar counts images
         self._device, self._dtype, self._generation = device, dtype, generation
         # Renamed in transformers 4.46; both map VisionEncoderDecoder, BLIP and GIT.
-        auto = (
-            getattr(transformers, "AutoModelForImageTextToText", None) or transformers.AutoModelForVision2Seq
-        )
+        kind = getattr(transformers, "AutoModelForImageTextToText", None)
+        kind = kind or transformers.AutoModelForVision2Seq
         try:
             with safe_loading():
-                model, info = auto.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+                model, info = kind.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
                 self._model = model.to(device, dtype).eval()
-                self._processor = _load_processor(transformers, name)
+                self._processor, self._tokenizer = _load_processors(transformers, name)
         except Exception as cause:  # of the libraries that read configurations, weights and tokenizers
             raise StageError(
                 f"{name!r} cannot be loaded as an image captioner: {printable(str(cause))[:600]}\n"
@@ -142,20 +127,21 @@ class Captioner:
                 f"{', '.join(random[:3])}{', ...' if len(random) > 3 else ''}. Expected a folder or a hub model with "
                 "all weights of a captioner, not those of its vision or text model alone."
             )
+        if generation.prompt and self._processor is not self._tokenizer:
+            raise StageError(
+                "This captioner takes no prompt (it has no joint processor). Leave out --prompt."
+            )
 
     def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
         """Turns RGB images into the model's inputs, on the CPU."""
-        prompt = self._generation.prompt
-        if not prompt:
-            return dict(self._processor(images=images, return_tensors="pt"))
-        if getattr(self._processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            prompt = self._processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        return dict(
-            self._processor(images=images, text=[prompt] * len(images), return_tensors="pt", padding=True)
-        )
+        more: dict[str, Any] = {}
+        if prompt := self._generation.prompt:
+            if getattr(self._processor, "chat_template", None):
+                content = [{"type": "image"}, {"type": "text", "text": prompt}]
+                talk = [{"role": "user", "content": content}]
+                prompt = self._processor.apply_chat_template(talk, add_generation_prompt=True)
+            more = {"text": [prompt] * len(images), "padding": True}
+        return dict(self._processor(images=images, return_tensors="pt", **more))
 
     def captions(self, inputs: dict[str, Any]) -> list[list[str]]:
         """Generates captions for a batch; per image, as many as asked for."""
@@ -167,41 +153,28 @@ class Captioner:
         }
         with torch.inference_mode():
             tokens = self._model.generate(**moved, **self._generation.arguments())
-        prompt = moved.get("input_ids")
-        if prompt is not None and tokens.shape[1] >= prompt.shape[1]:
-            repeated = prompt.repeat_interleave(self._generation.captions_per_image, dim=0)
-            if torch.equal(
-                tokens[:, : prompt.shape[1]], repeated
-            ):  # models without an encoder echo the prompt
-                tokens = tokens[:, prompt.shape[1] :]
-        return self._generation.grouped(self._processor.batch_decode(tokens, skip_special_tokens=True))
+        if (prompt := moved.get("input_ids")) is not None:
+            prompt = prompt.repeat_interleave(self._generation.captions_per_image, dim=0)
+            length = prompt.shape[1]
+            if torch.equal(tokens[:, :length], prompt):  # models without an encoder echo it
+                tokens = tokens[:, length:]
+        return self._generation.grouped(self._tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
-class _Pair:
-    """An image processor and a tokenizer as one processor, for models that are saved without one."""
+def _load_processors(transformers: Any, name: str) -> tuple[Any, Any]:
+    """The model's joint processor, twice; or an image processor and a tokenizer, for models saved without one.
 
-    def __init__(self, image_processor: Any, tokenizer: Any) -> None:
-        self._image_processor, self.batch_decode = image_processor, tokenizer.batch_decode
-
-    def __call__(self, images: list[Any], text: list[str] | None = None, **options: Any) -> dict[str, Any]:
-        if text is not None:
-            raise StageError(
-                "This captioner takes no prompt (it has no joint processor). Leave out --prompt."
-            )
-        found: dict[str, Any] = self._image_processor(images=images, **options)
-        return found
-
-
-def _load_processor(transformers: Any, name: str) -> Any:
-    """The model's joint processor; AutoProcessor returns only a part of it for VisionEncoderDecoder folders."""
+    AutoProcessor returns only a part of it for VisionEncoderDecoder folders.
+    """
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
-            return processor
+        joint = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        if hasattr(joint, "image_processor") and hasattr(joint, "tokenizer"):
+            return joint, joint
     except (OSError, ValueError):
         pass
-    image_processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    return _Pair(image_processor, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+    parts = (transformers.AutoImageProcessor, transformers.AutoTokenizer)
+    image_processor, tokenizer = (kind.from_pretrained(name, trust_remote_code=False) for kind in parts)
+    return image_processor, tokenizer
 
 
 def _coca_model(name: str) -> tuple[str, str | None]:
@@ -213,17 +186,12 @@ def _coca_model(name: str) -> tuple[str, str | None]:
 class CocaCaptioner:
     """A CoCa model of open_clip on a device.
 
-    Decoding is ours and not ``CoCa.generate``: that needs names that transformers has had no more since release 5
-    (``_has_transformers`` is false there, and it refuses), knows one caption per image, its beam search is the diverse
-    one of several groups, and its sampling ends every text that is cut with an end token. Greedy search, beam search
-    and nucleus sampling follow the definitions of transformers' ``generate``; beams are ranked by their mean
-    log-probability per token.
+    Decoding is ours and not ``CoCa.generate``: that refuses transformers from release 5 on, knows one caption per
+    image, its beam search is the diverse one of several groups, and its sampling ends every text that is cut with an
+    end token. Greedy search, beam search and nucleus sampling follow the definitions of transformers' ``generate``;
+    beams are ranked by their mean log-probability per token.
 
-    Args:
-        name: ``open_clip:MODEL`` or ``open_clip:MODEL@PRETRAINED``.
-        device: torch device.
-        dtype: of the weights and pixels.
-        generation: see :class:`Generation`.
+    Arguments are those of :class:`Captioner`; the name is ``open_clip:MODEL`` or ``open_clip:MODEL@PRETRAINED``.
 
     Raises:
         StageError: if the model is no CoCa, or the settings do not suit one.
@@ -239,10 +207,10 @@ class CocaCaptioner:
             )
         if generation.prompt:
             raise StageError("CoCa models take no prompt. Leave out --prompt.")
-        self._start = getattr(self._tokenizer, "sot_token_id", None)
-        self._end = getattr(self._tokenizer, "eot_token_id", None)
-        if self._start is None or self._end is None:
+        start, end = (getattr(self._tokenizer, one, None) for one in ("sot_token_id", "eot_token_id"))
+        if start is None or end is None:
             raise StageError(f"{name!r} has a tokenizer without start and end tokens; expected CLIP's own.")
+        self._start, self._end = int(start), int(end)
         longest = int(self._tokenizer.context_length) - 1  # the start token takes a place
         self._length = min(generation.max_new_tokens, longest)
 
@@ -256,18 +224,18 @@ class CocaCaptioner:
         """Generates captions for a batch; per image, as many as asked for."""
         import torch
 
+        how = self._generation
         pixels = inputs["pixel_values"].to(self._device, self._dtype)
         with torch.inference_mode():
             found = self._model(pixels)
-            copies = (
-                self._generation.captions_per_image if self._generation.top_p else self._generation.num_beams
-            )
+            copies = how.captions_per_image if how.top_p else how.num_beams
             encoded = {
                 "image_latent": found["image_features"].repeat_interleave(copies, 0),
                 "image_embs": found["image_embs"].repeat_interleave(copies, 0),
             }
-            tokens = (self._sample if self._generation.top_p else self._search)(encoded, len(pixels))
-        return self._generation.grouped([self._text(words) for words in tokens.flatten(0, 1).tolist()])
+            given = (encoded, len(pixels))
+            tokens = self._sample(*given, how.top_p) if how.top_p else self._search(*given)
+        return how.grouped([self._text(words) for words in tokens.flatten(0, 1).tolist()])
 
     def _log_probabilities(self, encoded: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [n, vocabulary] of the next token after tokens [n, length], in fp32."""
@@ -298,15 +266,14 @@ class CocaCaptioner:
             width = step.shape[2]
             scores, best = (scores.unsqueeze(2) + step).flatten(1).topk(beams, dim=1)
             parent, token = best // width, best % width
-            tokens = torch.cat(
-                [tokens.gather(1, parent.unsqueeze(2).expand_as(tokens)), token.unsqueeze(2)], dim=2
-            )
+            before = tokens.gather(1, parent.unsqueeze(2).expand_as(tokens))
+            tokens = torch.cat([before, token.unsqueeze(2)], dim=2)
             lengths = lengths.gather(1, parent) + ~over.gather(1, parent)
         order = (scores / lengths.clamp(min=1)).sort(dim=1, descending=True, stable=True).indices
         order = order[:, : self._generation.captions_per_image, None].expand(-1, -1, tokens.shape[2])
         return tokens.gather(1, order)
 
-    def _sample(self, encoded: dict[str, Any], images: int) -> torch.Tensor:
+    def _sample(self, encoded: dict[str, Any], images: int, top_p: float) -> torch.Tensor:
         """Nucleus sampling (Holtzman et al., 2020); returns tokens [images, captions, length]."""
         import torch
 
@@ -317,9 +284,7 @@ class CocaCaptioner:
             if over.all():
                 break
             likely, order = self._log_probabilities(encoded, tokens).exp().sort(dim=1, descending=True)
-            likely[likely.cumsum(dim=1) - likely >= self._generation.top_p] = (
-                0  # what comes after the nucleus
-            )
+            likely[likely.cumsum(dim=1) - likely >= top_p] = 0  # what comes after the nucleus
             drawn = order.gather(1, likely.multinomial(1)).squeeze(1)
             tokens = torch.cat([tokens, drawn.masked_fill(over, self._end).unsqueeze(1)], dim=1)
         return tokens.view(images, count, -1)
@@ -327,5 +292,5 @@ class CocaCaptioner:
     def _text(self, tokens: list[int]) -> str:
         """The words between start and end."""
         words = tokens[1:]
-        text: str = self._tokenizer.decode(words[: words.index(self._end)] if self._end in words else words)
-        return text
+        end = words.index(self._end) if self._end in words else None
+        return str(self._tokenizer.decode(words[:end]))

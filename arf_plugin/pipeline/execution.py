@@ -25,7 +25,6 @@ class Execution:
         batch_size: images or texts per batch.
         restart: throw earlier work away.
         max_bad_fraction: stop when more than this fraction of the samples is rejected.
-        quiet: show no progress.
     """
 
     rank: int = 0
@@ -36,7 +35,6 @@ class Execution:
     batch_size: int = 32
     restart: bool = False
     max_bad_fraction: float = 0.01
-    quiet: bool = False
 
     def torch_device(self) -> torch.device:
         """The device; see :func:`pick_device`."""
@@ -75,13 +73,13 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+def ranks(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Returns (rank, world size) as torchrun, srun or a SLURM array tells them; (0, 1) otherwise.
 
     Raises:
         StageError: for an array with gaps, and for values that make no sense.
     """
-    env = os.environ if environment is None else environment
+    env = environment
     try:
         if "RANK" in env and "WORLD_SIZE" in env:
             return int(env["RANK"]), int(env["WORLD_SIZE"])

@@ -7,28 +7,19 @@ those files again, and keeps the rest.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from arf_plugin.anchors import features as stored
 from arf_plugin.anchors.captions import caption_batches, list_caption_files
-from arf_plugin.anchors.features import (
-    CAPTIONS,
-    FOLDER,
-    HEADER,
-    Embedded,
-    FeatureHeader,
-    PairFeatures,
-    join_caption_parts,
-    pair_file,
-    weights_digest,
-    write_caption_part,
-    write_header,
-    write_pair_features,
-)
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import problems_of, update_manifest
 from arf_plugin.anchors.pairs import RawPair, list_pair_shards, read_pairs
@@ -47,17 +38,9 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file of the anchor set, of ``pairs`` or ``captions``."""
-
-    kind: str
-    path: Path
-
-
 @dataclass
 class FeaturesStage(Stage):
-    """Writes ``ANCHORS/features/``; see :mod:`arf_plugin.anchors.features`.
+    """Writes ``ANCHORS/features/``; see :mod:`arf_plugin.anchors.features`. A shard's source is a file of the set.
 
     Attributes:
         model: the model to be fine-tuned, with the weights that fine-tuning starts from.
@@ -82,28 +65,27 @@ class FeaturesStage(Stage):
         anchors = str(self.out)
         if problems := problems_of(anchors):
             raise AnchorSetError(f"{anchors}: {problems[0]}")
-        paths = [("pairs", local_path(url)) for url in list_pair_shards(anchors)]
-        paths += [("captions", Path(name)) for name in list_caption_files(anchors)[1]]
+        paths = [local_path(url) for url in list_pair_shards(anchors)]
+        paths += map(Path, list_caption_files(anchors)[1])
         if not paths:
             raise AnchorSetError(
                 f"{anchors} holds no pairs/*.tar and no captions/*.parquet. Expected an anchor set, as made by: "
                 "arf anchors"
             )
-        return [_shard(index, kind, path) for index, (kind, path) in enumerate(paths)]
+        return [_shard(index, path) for index, path in enumerate(paths)]
 
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One parquet file per shard; those of captions are joined at the end."""
+        parts = self.out / stored.FOLDER / "parts"
+        paths = [shard.source for shard in shards]
         return [
-            self._part(one.path) if one.kind == "captions" else pair_file(self.out, one.path)
-            for one in (shard.source for shard in shards)
+            stored.pair_file(self.out, path) if _kind(path) == "pairs" else parts / path.name
+            for path in paths
         ]
-
-    def _part(self, path: Path) -> Path:
-        return self.out / FOLDER / "parts" / path.name
 
     def input_digest(self, shard: Shard) -> str:
         """Content of the file."""
-        return content_digest([shard.source.path])
+        return content_digest([shard.source])
 
     def prepare(self, execution: Execution) -> None:
         """Loads the model."""
@@ -111,22 +93,22 @@ class FeaturesStage(Stage):
 
     def begin(self) -> None:
         """Removes the header: the features are not whole."""
-        (self.out / FOLDER / HEADER).unlink(missing_ok=True)
+        (self.out / stored.FOLDER / stored.HEADER).unlink(missing_ok=True)
 
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes the features of a file."""
-        process = self._pairs if shard.source.kind == "pairs" else self._captions
-        return process(shard.source.path, self._loaded(execution), execution, advance)
+        process = self._pairs if _kind(shard.source) == "pairs" else self._captions
+        return process(shard, execution, advance)
 
-    def _pairs(
-        self, path: Path, clip: LoadedClip, execution: Execution, advance: Callable[[int], object]
-    ) -> Outcome:
+    def _pairs(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
+        path, clip = shard.source, self._loaded(execution)
+
         def decode(pair: RawPair) -> tuple[torch.Tensor, str]:
             return clip.preprocess(decode_image(pair.image)), pair.text.decode("utf-8")
 
         outcome = Outcome()
         keys: list[str] = []
-        images, texts = _Vectors(clip), _Vectors(clip)
+        images, texts = [_no_vectors(clip)], [_no_vectors(clip)]
         for batch in load_batches(
             read_pairs(str(path)),
             decode,
@@ -142,121 +124,98 @@ class FeaturesStage(Stage):
                     keys.append(utf8(pair.key))
                 else:
                     outcome.reject(f"{path.stem}/{pair.key}", "its features are not finite")
-            images.add(image[good])
-            texts.add(text[good])
+            images.append(image[good])
+            texts.append(text[good])
             advance(len(batch))
-        if len(set(keys)) < len(keys):
-            double = next(key for key in keys if keys.count(key) > 1)
+        key, count = Counter(keys).most_common(1)[0] if keys else ("", 0)
+        if count > 1:
             raise AnchorSetError(
-                f"{path} has the key {double!r} more than once. Expected each key once; pack the pairs again."
+                f"{path} has the key {key!r} more than once. Expected each key once; pack the pairs again."
             )
         outcome.kept, outcome.samples = len(keys), len(keys) + len(outcome.rejects)
-        write_pair_features(self.out, path, PairFeatures(keys, images.all(), texts.all()))
+        features = stored.PairFeatures(keys, np.concatenate(images), np.concatenate(texts))
+        stored.write_pair_features(self.out, path, features)
         return outcome
 
-    def _captions(
-        self, path: Path, clip: LoadedClip, execution: Execution, advance: Callable[[int], object]
-    ) -> Outcome:
-        import fsspec
-        import pyarrow as pa
-
-        tables, vectors = [], _Vectors(clip)
+    def _captions(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
+        path, clip = shard.source, self._loaded(execution)
+        ids, vectors = [], [_no_vectors(clip)]
         for table in caption_batches(fsspec.filesystem("file"), str(path)):
-            tables.append(table["id"])
+            ids += table["id"].chunks
             captions = table["caption"].to_pylist()
             for start in range(0, len(captions), execution.batch_size):
                 texts = captions[start : start + execution.batch_size]
-                vectors.add(found := as_fp16(clip.texts(texts)))
-                if not np.isfinite(found).all():
-                    bad = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+                vectors.append(as_fp16(clip.texts(texts)))
+                bad = np.flatnonzero(~np.isfinite(vectors[-1]).all(axis=1))
+                if len(bad):
                     raise AnchorSetError(
-                        f"{path}: the features of the caption {texts[bad][:80]!r} are not finite. Use another "
+                        f"{path}: the features of the caption {texts[bad[0]][:80]!r} are not finite. Use another "
                         "--precision, or remove the caption."
                     )
                 advance(len(texts))
-        ids = pa.chunked_array([chunk for ids in tables for chunk in ids.chunks], pa.large_string())
-        write_caption_part(self._part(path), ids, vectors.all())
-        return Outcome(samples=len(ids), kept=len(ids))
+        column = pa.chunked_array(ids, pa.large_string())
+        stored.write_caption_part(self.artifacts([shard])[0], column, np.concatenate(vectors))
+        return Outcome(samples=len(column), kept=len(column))
 
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Removes features of files that are gone, and writes the header."""
         import open_clip
-        import pyarrow.parquet as pq
         import torch
 
-        clip = self._loaded(execution)
+        clip, folder, artifacts = self._loaded(execution), self.out / stored.FOLDER, self.artifacts(shards)
         model = clip.model
         if clip.dtype != torch.float32:  # weights are known by their digest in the precision of training
             model = load_model(self.model.name, self.model.pretrained, torch.device("cpu"), torch.float32)[0]
-        artifacts = self.artifacts(shards)
-        embedded: dict[str, dict[str, Embedded]] = {"pairs": {}, "captions": {}}
+        embedded: dict[str, dict[str, stored.Embedded]] = {"pairs": {}, "captions": {}}
         for shard, path in zip(shards, artifacts, strict=True):
-            source: _File = shard.source
-            embedded[source.kind][utf8(source.path.name)] = Embedded(
-                bytes=source.path.stat().st_size,
+            embedded[_kind(shard.source)][utf8(shard.source.name)] = stored.Embedded(
+                bytes=shard.source.stat().st_size,
                 sha256=self.input_digest(shard),
                 rows=int(pq.read_metadata(path).num_rows),
             )
-        remove_incomplete(self.out / FOLDER)
-        for folder in (self.out / FOLDER / "pairs", self.out / FOLDER / "parts"):
-            for path in set(list_files(folder, ".parquet")) - set(artifacts):
+        remove_incomplete(folder)
+        for name in ("pairs", "parts"):
+            for path in set(list_files(folder / name, ".parquet")) - set(artifacts):
                 path.unlink()
-        parts = [
-            path for shard, path in zip(shards, artifacts, strict=True) if shard.source.kind == "captions"
-        ]
-        if parts:
-            join_caption_parts(self.out, parts)
+        if embedded["captions"]:
+            stored.join_caption_parts(self.out, [path for path in artifacts if path.parent.name == "parts"])
         else:
-            (self.out / FOLDER / CAPTIONS).unlink(missing_ok=True)
-        header = FeatureHeader(
+            (folder / stored.CAPTIONS).unlink(missing_ok=True)
+        header = stored.FeatureHeader(
             model=self.model.identity()["name"],
-            weights_sha256=weights_digest(model.state_dict()),
+            weights_sha256=stored.weights_digest(model.state_dict()),
             precision=str(clip.dtype).removeprefix("torch."),
             preprocessing=json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model))),
-            dim=_dim(clip),
+            dim=_no_vectors(clip).shape[1],
             pairs=embedded["pairs"],
             captions=embedded["captions"],
         )
-        write_header(self.out, header)
-        summary = {kind: header.rows(kind) for kind in embedded}
-        entry = {"model": header.model, "weights_sha256": header.weights_sha256, "dim": header.dim}
-        update_manifest(self.out, FOLDER, entry | summary)
-        return {"model": header.model, "weights_sha256": header.weights_sha256} | summary
+        stored.write_header(self.out, header)
+        summary: dict[str, Any] = {"model": header.model, "weights_sha256": header.weights_sha256}
+        summary |= {kind: header.rows(kind) for kind in embedded}
+        update_manifest(self.out, stored.FOLDER, summary | {"dim": header.dim})
+        return summary
 
     def _loaded(self, execution: Execution) -> LoadedClip:
         """The model; it is loaded for the header alone where nothing else was left to do."""
-        if self._clip is None:
-            self.prepare(execution)
-        assert self._clip is not None
+        self._clip = self._clip or self.model.load(execution)
         return self._clip
 
 
-class _Vectors:
-    """Vectors [n, D] that come in parts."""
-
-    def __init__(self, clip: LoadedClip) -> None:
-        self._parts = [np.zeros((0, _dim(clip)), np.float16)]
-
-    def add(self, vectors: np.ndarray) -> None:
-        """Adds [n, D] at the end."""
-        self._parts.append(vectors)
-
-    def all(self) -> np.ndarray:
-        """All of them."""
-        return np.concatenate(self._parts)
-
-
-def _shard(index: int, kind: str, path: Path) -> Shard:
+def _shard(index: int, path: Path) -> Shard:
     require_regular(path, AnchorSetError)
-    if kind == "captions":
-        samples: int | None = count_rows(path, AnchorSetError)
-    else:
-        scan = cached_scan(str(path))
-        samples = len(scan.keys) if scan else None
-    name = f"{kind}-{digest(utf8(path.name))[:20]}"  # stays where other files come and go
-    return Shard(index, name, _File(kind, path), float(path.stat().st_size), samples)
+    name = f"{_kind(path)}-{digest(utf8(path.name))[:20]}"  # stays where other files come and go
+    if _kind(path) == "captions":
+        return Shard(index, name, path, count_rows(path, AnchorSetError))
+    scan = cached_scan(str(path))
+    return Shard(index, name, path, len(scan.keys) if scan else None)
 
 
-def _dim(clip: LoadedClip) -> int:
-    """D."""
-    return int(clip.texts(["a"]).shape[1])
+def _kind(path: Path) -> str:
+    """What a file of the set holds."""
+    return "pairs" if path.suffix == ".tar" else "captions"
+
+
+def _no_vectors(clip: LoadedClip) -> np.ndarray:
+    """float16 [0, D]."""
+    return as_fp16(clip.texts(["a"]))[:0]

@@ -160,24 +160,24 @@ class PackStage(Stage):
     def _pairs(self) -> list[Pair]:
         """The chosen pairs in the order of the pool; says what cannot be verified of them."""
         known = [row for row in self._rows if row["tar"] is not None]
-        located = self._locate([row for row in self._rows if row["tar"] is None])
+        rows = known + self._locate([row for row in self._rows if row["tar"] is None])
         tars = PoolTars(self.pool or [], self._list)
-        candidates = {row["tar"]: tars.candidates(row["tar"]) for row in known}
+        candidates = {row["tar"]: tars.candidates(row["tar"]) for row in rows}
         pairs = [
             Pair(
                 number,
-                row["tar"],
-                candidates[row["tar"]] if number < len(known) else ((row["tar"], 0),),
-                row["image_path"],
-                row["ext"] or "",
-                -1 if row["offset"] is None else row["offset"],
-                row["size"] or 0,
-                row["caption"],
-                row["sha256"],
-                number < len(known),
-                _provenance(row),
+                recorded=row["tar"],
+                tars=candidates[row["tar"]],
+                key=row["image_path"],
+                ext=row["ext"] or "",
+                offset=-1 if row["offset"] is None else row["offset"],
+                size=row["size"] or 0,
+                caption=row["caption"],
+                sha256=row["sha256"],
+                texts_are_the_tars=number < len(known),
+                provenance=_provenance(row),
             )
-            for number, row in enumerate([*known, *located])
+            for number, row in enumerate(rows)
         ]
         if self._unverified:
             print(
@@ -189,12 +189,9 @@ class PackStage(Stage):
         return pairs
 
     def _locate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Finds the tar and offset of each key in the pool, for embeddings that do not name them.
+        """Finds the tar and offset of each key in the pool, for embeddings that do not name them; in its order.
 
         A key that several tars have is found by its text, where that tells them apart.
-
-        Returns:
-            The rows in the order of the pool.
         """
         if not rows:
             return []
@@ -209,7 +206,7 @@ class PackStage(Stage):
             for sample in scan_samples(url, PoolError, read=("txt",)):
                 if utf8(sample.key) in wanted and sample.image is not None:
                     text = sample.members["txt"].data if "txt" in sample.members else None
-                    places[utf8(sample.key)].append((position, url, sample.image, text))
+                    places[utf8(sample.key)].append((position, utf8(url), sample.image, text))
         missing = sorted(wanted - places.keys())
         if missing:
             raise PoolError(

@@ -18,7 +18,6 @@ from arf_plugin.errors import StageError
 from arf_plugin.files import checked, digest, remove_incomplete, replacing
 from arf_plugin.pipeline.bookkeeping import DATA_ERRORS, Bookkeeping
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.stage import Shard, Stage
 from arf_plugin.untrusted import printable_json
 
@@ -41,9 +40,9 @@ def run_stage(stage: Stage, execution: Execution | None = None) -> dict[str, Any
             f"--restart with {execution.world} ranks: one would throw away what another has just done.\n"
             "Start a single process with --restart, stop it once it is at work, then start all ranks without it."
         )
-    with _owning(stage) as (book, owner, lock):
+    with _at_work(stage) as (book, lock):
         with lock:  # ranks start together, and the slower must not clear away what the faster has begun
-            book.claim(owner, execution.restart)
+            book.claim(execution.restart)
         with checked(book.check_owner):
             _process(book, execution)
             with lock:  # the last ranks may come to the end together
@@ -57,8 +56,8 @@ def restart(stage: Stage) -> None:
     Raises:
         StageError: while others are at work in the folder.
     """
-    with _owning(stage) as (book, owner, lock), lock:
-        book.require_alone(owner)
+    with _at_work(stage) as (book, lock), lock:
+        book.require_alone()
         book.clear()
 
 
@@ -66,12 +65,12 @@ def describe(stage: Stage) -> dict[str, Any]:
     """Returns what :func:`run_stage` would do, without doing it."""
     book = Bookkeeping(stage)
     recorded = book.recorded()
-    made_by = recorded.made_by if recorded else digest(book.config)
+    book.made_by = recorded[0] if recorded else digest(book.config)
     return {
         "stage": stage.name,
         "out": str(stage.out),
         "shards": len(book.shards),
-        "shards_done": sum(book.marker(shard, made_by) is not None for shard in book.shards),
+        "shards_done": sum(book.marker(shard) is not None for shard in book.shards),
         "samples": _count(book.shards),
         "config": book.config,
     }
@@ -84,19 +83,13 @@ def _count(shards: list[Shard]) -> int | None:
 
 
 @contextmanager
-def _owning(stage: Stage) -> Iterator[tuple[Bookkeeping, Ownership, FileLock]]:
-    """This process's hold on a stage's folders; errors of files, which name the file, become one sentence.
-
-    One lock lies in the bookkeeping, one beside the artifacts, whose folder two bookkeepings may share (``--work``).
-    """
+def _at_work(stage: Stage) -> Iterator[tuple[Bookkeeping, FileLock]]:
+    """The bookkeeping with its locks, and one for what ranks do one by one; errors of files become one sentence."""
     try:
         book = Bookkeeping(stage)
-        assert (
-            isinstance(book.shards, list) and book.config is not None
-        )  # looked at before anything is written
-        with Ownership([stage.work / "owner.lock", stage.out / f".{stage.name}.lock"]) as owner:
-            yield book, owner, FileLock(stage.work / "stage.lock")
-    except OSError as cause:
+        with book.locks():
+            yield book, FileLock(stage.work / "stage.lock")
+    except OSError as cause:  # it names the file
         raise StageError(
             f"Stage {stage.name} cannot go on: {cause}.\n"
             "Whatever is finished is kept: repair the cause and run the same command again."
@@ -104,43 +97,37 @@ def _owning(stage: Stage) -> Iterator[tuple[Bookkeeping, Ownership, FileLock]]:
 
 
 def _process(book: Bookkeeping, execution: Execution) -> None:
-    stage = book.stage
-    mine = [shard for shard in book.shards[execution.rank :: execution.world] if not book.is_done(shard)]
+    stage, unit = book.stage, book.stage.unit
+    mine = [shard for shard in book.shards[execution.rank :: execution.world] if book.marker(shard) is None]
     if not mine:
         print(f"{stage.name}: nothing left to do in {stage.out}", file=sys.stderr)
         return
     (stage.work / "finished.json").unlink(missing_ok=True)
     stage.prepare(execution)
     stage.begin()
-    total, weight = _count(mine), sum(shard.weight for shard in mine)
-    seen, seen_weight, bad = 0, 0.0, 0
+    total = _count(mine)
+    seen, done, bad = 0, 0, 0
     failed: list[str] = []
     started = said = time.monotonic()
-    with progress(stage.name, stage.unit, total, quiet=execution.quiet) as bar:
-        for number, shard in enumerate(mine, 1):
-            inputs = book.input_digest(
-                shard
-            )  # before it is read: what changes meanwhile is noticed next time
+    with progress(stage.name, unit, total) as bar:
+        for shard in mine:
+            inputs = book.input_digest(shard)  # before it is read, so that what changes meanwhile is noticed
             try:
                 outcome = stage.process(shard, execution, bar.update)
             except DATA_ERRORS as cause:
                 failed.append(str(cause))
                 continue
             book.write_marker(shard, outcome, inputs)
-            seen, seen_weight = seen + outcome.samples, seen_weight + shard.weight
-            bad += len(outcome.rejects)
-            if total is None and seen_weight > 0:
-                bar.total = round(seen * weight / seen_weight)
-            now, is_last = time.monotonic(), number == len(mine)
-            if bar.disable and not execution.quiet and (is_last or now - said >= _LOG_EVERY):
+            seen, done, bad = seen + outcome.samples, done + 1, bad + len(outcome.rejects)
+            if total is None:
+                bar.total = round(seen * len(mine) / done)
+            now, is_last = time.monotonic(), shard is mine[-1]
+            if bar.disable and (is_last or now - said >= _LOG_EVERY):
                 said, expected, rate = now, bar.total or seen, seen / max(now - started, 1e-9)
-                left = (
-                    "" if is_last or not rate else f", {bar.format_interval((expected - seen) / rate)} left"
-                )
-                print(
-                    f"{stage.name}: {seen} of {expected} {stage.unit}, {rate:.1f} {stage.unit}/s{left}",
-                    file=sys.stderr,
-                )
+                line = f"{stage.name}: {seen} of {expected} {unit}, {rate:.1f} {unit}/s"
+                if rate and not is_last:
+                    line += f", {bar.format_interval((expected - seen) / rate)} left"
+                print(line, file=sys.stderr)
             if seen >= 1000:
                 _check_rejects(stage, bad, seen, outcome.rejects, execution)
     if failed:
@@ -153,7 +140,7 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
 
 def _finish(book: Bookkeeping, execution: Execution) -> dict[str, Any]:
     stage, shards = book.stage, book.shards
-    markers = [marker for shard in shards if (marker := book.marker(shard, book.made_by)) is not None]
+    markers = [marker for shard in shards if (marker := book.marker(shard)) is not None]
     summary: dict[str, Any] = {"shards": len(shards)}
     if len(markers) < len(shards):
         return summary | {"finished": False, "shards_missing": len(shards) - len(markers)}

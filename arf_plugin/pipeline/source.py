@@ -6,12 +6,11 @@ rows name image files. A pool is WebDataset URLs.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS
@@ -24,6 +23,9 @@ from arf_plugin.pipeline.stage import Shard
 from arf_plugin.untrusted import require_regular
 
 CSV_ROWS_PER_SHARD = 10_000
+# What changes with the contents of a remote file, as the file systems of fsspec call it.
+_STATE = {"size", "mtime", "created", "generation", "version_id", "md5", "md5Hash", "crc32c"}
+_STATE |= {"ETag", "etag", "LastModified", "last_modified"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +55,6 @@ class RawSample:
     problem: str | None = None
 
 
-class Source(Protocol):
-    """Samples in shards."""
-
-    def shards(self) -> list[Shard]:
-        """Returns the shards in order."""
-
-    def read(self, shard: Shard) -> Iterator[RawSample]:
-        """Yields a shard's samples in order."""
-
-    def fingerprint(self) -> list[Any]:
-        """Returns one JSON value per shard, at the price of a look at its files: it changes if one is written again.
-
-        It may change although the contents do not, as when a file is touched or moved.
-        """
-
-    def content(self, shard: Shard) -> str:
-        """Returns a digest of the contents of a shard's files, wherever they lie.
-
-        Raises:
-            ArfError: if they cannot be read.
-        """
-
-    def digest(self) -> str:
-        """Returns a digest of the contents of all shards, which stays the same when they are copied."""
-
-
 @dataclass(frozen=True)
 class TarSource:
     """WebDataset shards.
@@ -94,14 +70,12 @@ class TarSource:
     salvage: bool = False
 
     def shards(self) -> list[Shard]:
-        """One shard per tar, named ``00000`` and so on, weighted by its bytes; counted if it was scanned before."""
+        """One shard per tar, named ``00000`` and so on; counted if it was scanned before."""
         shards = []
         for i, url in enumerate(self.urls):
             scan = cached_scan(url)
-            there = not is_remote(url) and local_path(url).exists()
-            weight = float(local_path(url).stat().st_size) if there else 1.0
             samples = len(scan.keys) + len(scan.without_image) if scan else None
-            shards.append(Shard(i, f"{i:05d}", url, weight, samples))
+            shards.append(Shard(i, f"{i:05d}", url, samples))
         return shards
 
     def read(self, shard: Shard) -> Iterator[RawSample]:
@@ -118,17 +92,23 @@ class TarSource:
             yield RawSample(rest, rest, url, problem=f"is lost: {cause}")
 
     def fingerprint(self) -> list[Any]:
-        """Place, size, times and inode of every tar; of a remote one what its server says of it."""
+        """A JSON value per shard, which changes if it is written again, touched or moved; its contents are not read.
+
+        Place, size, times and inode of every tar; of a remote one what its server says of it.
+        """
         return [
-            [url, _state(url, _asked_once) if is_remote(url) else known_stat(local_path(url))]
-            for url in self.urls
+            [url, _remote_state(url) if is_remote(url) else known_stat(local_path(url))] for url in self.urls
         ]
 
     def content(self, shard: Shard) -> str:
-        """SHA-256 of the tar; of a remote one, which is not read for this, what its server says of it."""
+        """SHA-256 of a tar, wherever it lies; of a remote one, which is not read for this, of what its server says.
+
+        Raises:
+            ArfError: if it cannot be read.
+        """
         url = shard.source
         if is_remote(url):
-            return digest(["remote", _state(url, _remote_state) or url])
+            return digest(["remote", _remote_state(url) or url])
         try:
             return _content([local_path(url)], self.error)
         except self.error:
@@ -137,13 +117,13 @@ class TarSource:
             return digest(["lost", shard_name(url)])
 
     def digest(self) -> str:
-        """Shard names, which are a part of the samples' ids, and contents."""
+        """Of shard names, which are a part of the samples' ids, and contents."""
         return digest([[shard_name(shard.source), self.content(shard)] for shard in self.shards()])
 
 
 @dataclass(frozen=True)
 class CsvSource:
-    """Rows of a CSV or TSV file with image paths, read as open_clip reads them.
+    """Rows of a CSV or TSV file with image paths, read as open_clip reads them; methods as those of `TarSource`.
 
     Attributes:
         path: the file.
@@ -164,22 +144,16 @@ class CsvSource:
     def read(self, shard: Shard) -> Iterator[RawSample]:
         """Yields the rows of a chunk."""
         for path in shard.source:
-            image, problem = b"", None
+            raw = RawSample(path, path, ext=Path(path).suffix.lstrip("."))
             try:
                 require_regular(Path(path), TaskDataError)
                 image = Path(path).read_bytes()
             except TaskDataError:
-                problem = "is no file"
+                yield replace(raw, problem="is no file")
             except (OSError, ValueError) as cause:  # ValueError: a null byte
-                problem = f"cannot be read ({getattr(cause, 'strerror', None) or cause})"
-            yield RawSample(
-                path,
-                path,
-                ext=Path(path).suffix.lstrip("."),
-                size=len(image),
-                image=None if problem else image,
-                problem=problem,
-            )
+                yield replace(raw, problem=f"cannot be read ({getattr(cause, 'strerror', None) or cause})")
+            else:
+                yield replace(raw, size=len(image), image=image)
 
     def fingerprint(self) -> list[Any]:
         """Per chunk of rows a digest of the image paths, and of each image's size, times and inode."""
@@ -192,8 +166,11 @@ class CsvSource:
         return digest([shard.source, missing, _content([Path(path) for path in there], TaskDataError)])
 
     def digest(self) -> str:
-        """The image paths and contents."""
+        """Of the image paths and contents."""
         return digest([self.content(shard) for shard in self.shards()])
+
+
+Source: TypeAlias = "TarSource | CsvSource"
 
 
 def text_of(sample: Sample) -> tuple[str | None, str | None]:
@@ -207,22 +184,11 @@ def text_of(sample: Sample) -> tuple[str | None, str | None]:
 
 
 def _raw(url: str, sample: Sample) -> RawSample:
-    image = sample.image
     text, problem = text_of(sample)
-    if image is None:
-        problem = f"has no image (members: {', '.join(sorted(sample.members))})"
-        return RawSample(sample_id(url, sample.key), sample.key, url, text=text, problem=problem)
-    return RawSample(
-        sample_id(url, sample.key),
-        sample.key,
-        url,
-        image.ext,
-        image.offset,
-        image.size,
-        image.data,
-        text,
-        problem,
-    )
+    raw = RawSample(sample_id(url, sample.key), sample.key, url, text=text, problem=problem)
+    if (image := sample.image) is None:
+        return replace(raw, problem=f"has no image (members: {', '.join(sorted(sample.members))})")
+    return replace(raw, ext=image.ext, offset=image.offset, size=image.size, image=image.data)
 
 
 def _content(paths: list[Path], error: type[ArfError]) -> str:
@@ -234,27 +200,17 @@ def _content(paths: list[Path], error: type[ArfError]) -> str:
         raise error(f"{cause.filename or paths[0]} cannot be read: {cause.strerror or cause}.") from cause
 
 
-_STATE = {"size", "mtime", "created", "generation", "version_id", "md5", "md5Hash", "crc32c"}
-_STATE |= {"ETag", "etag", "LastModified", "last_modified"}
-
-
-def _remote_state(url: str) -> dict[str, str]:
+def _remote_state(url: str) -> dict[str, str] | None:
     """What a server says of a file that changes with its contents."""
     import fsspec
 
     if url.startswith("pipe:"):
-        return {}
-    fs, path = fsspec.core.url_to_fs(url)
-    return {name: str(value) for name, value in fs.info(path).items() if name in _STATE and value is not None}
-
-
-_asked_once = functools.lru_cache(maxsize=None)(_remote_state)  # within one process; a failure is asked again
-
-
-def _state(url: str, ask: Callable[[str], dict[str, str]]) -> dict[str, str] | None:
+        return None
     try:
-        return ask(url) or None
+        fs, path = fsspec.core.url_to_fs(url)
+        found = fs.info(path)
     except (
         Exception
     ):  # fsspec's file systems raise kinds of their own; reading the tar will say what is wrong
         return None
+    return {name: str(found[name]) for name in found if name in _STATE and found[name] is not None} or None

@@ -1,6 +1,6 @@
-"""What a stage of anchor building is: shards of work, what becomes of them, and the methods that one writes.
+"""What a stage of anchor building is, and what it works on.
 
-A stage plans its work as shards, turns each shard into artifacts, and finalizes once all are there::
+::
 
     plan() -> [Shard]      process(Shard, ...) -> Outcome      finalize([Shard], ...) -> summary
 
@@ -27,20 +27,18 @@ class Shard:
         index: position in the plan.
         name: name of its completion marker.
         source: what to read; its meaning is the stage's own.
-        weight: relative size, for the estimate of the remaining time.
         samples: number of samples, if known.
     """
 
     index: int
     name: str
     source: Any
-    weight: float = 1.0
     samples: int | None = None
 
     @classmethod
     def counted(cls, index: int, source: Any, samples: int, digits: int = 5) -> Shard:
         """A shard whose samples are counted, named by its position in the plan."""
-        return cls(index, f"{index:0{digits}d}", source, samples, samples)
+        return cls(index, f"{index:0{digits}d}", source, samples)
 
 
 @dataclass
@@ -63,19 +61,17 @@ class Stage(ABC):
     Attributes:
         out: folder of the artifacts.
         work_folder: folder of the bookkeeping, if it is not ``<out>/work/<name>``.
+        name, unit: what it is called, and what its samples are.
+        shard_inputs: entry of the configuration that may list the shards' inputs, one by one.
+        redo_changed: does shards again whose inputs have changed, rather than refuse them.
     """
 
     out: Path
     work_folder: Path | None = field(default=None, kw_only=True)
     name: ClassVar[str]
     unit: ClassVar[str] = "images"
-    shard_inputs: ClassVar[str] = (
-        ""  # entry of the configuration that may list the shards' inputs, one by one
-    )
-
-    redo_changed: ClassVar[bool] = (
-        False  # does shards again whose inputs have changed, rather than refuse them
-    )
+    shard_inputs: ClassVar[str] = ""
+    redo_changed: ClassVar[bool] = False
 
     @property
     def work(self) -> Path:

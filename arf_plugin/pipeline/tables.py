@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from arf_plugin.errors import ArfError
 from arf_plugin.files import replacing
 from arf_plugin.untrusted import printable, require_regular
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 TEXT, WHOLE, NUMBER, TEXTS, NUMBERS = "a text", "a whole number from -1", "a number", "texts", "numbers"
 _TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
@@ -48,8 +47,6 @@ def read_columns(
     Raises:
         error: the file is missing or damaged; a column is missing, there twice, or holds something else.
     """
-    import pyarrow as pa
-
     with open_parquet(path, error) as file:
         names = file.schema_arrow.names
         for name in kinds:
@@ -74,8 +71,6 @@ def read_columns(
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Writes a parquet file; its name may be any that the file system takes, be it no UTF-8."""
-    import pyarrow.parquet as pq
-
     with replacing(path) as temporary, temporary.open("wb") as file:
         pq.write_table(table, file, compression="zstd")
 
@@ -83,33 +78,25 @@ def write_table(path: Path, table: pa.Table) -> None:
 @contextmanager
 def open_parquet(path: Path, error: type[ArfError]) -> Iterator[pq.ParquetFile]:
     """Opens a parquet file; whatever Arrow raises within the block is an error about this file."""
-    import pyarrow.parquet as pq
-
     require_regular(path, error)
     try:
         with path.open("rb") as file:
             yield pq.ParquetFile(file)
     except ArfError:
         raise
-    except (
-        Exception
-    ) as cause:  # Arrow raises many kinds, OSError, MemoryError and UnicodeDecodeError among them
+    except Exception as cause:  # Arrow raises many kinds, OSError and MemoryError among them
         reason = printable(str(cause))[:200] or type(cause).__name__
         raise error(f"{path} cannot be read as a parquet file: {reason}. Write or copy it again.") from cause
 
 
 def _arrow_type(kind: str) -> pa.DataType:
-    import pyarrow as pa
-
     types = {TEXT: pa.string(), WHOLE: pa.int64(), NUMBER: pa.float64()}
-    return types.get(kind) or pa.list_(types[TEXT if kind == TEXTS else NUMBER])
+    types |= {TEXTS: pa.list_(pa.string()), NUMBERS: pa.list_(pa.float64())}
+    return types[kind]
 
 
 def _as(kind: str, column: pa.ChunkedArray, where: str, error: type[ArfError]) -> pa.ChunkedArray:
     """A column in the type of its kind, every value of it checked."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     if not _fits(column.type, kind):
         raise error(f"{where} holds {printable(str(column.type))[:80]}; expected {kind} in each row.")
     try:
@@ -123,9 +110,7 @@ def _as(kind: str, column: pa.ChunkedArray, where: str, error: type[ArfError]) -
     return column
 
 
-def _fits(found: Any, kind: str) -> bool:
-    import pyarrow as pa
-
+def _fits(found: pa.DataType, kind: str) -> bool:
     if pa.types.is_null(found):
         return True
     if kind in (TEXTS, NUMBERS):

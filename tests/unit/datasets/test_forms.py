@@ -145,7 +145,7 @@ FORMS = [
 
 
 def make(source, out, **flags):
-    execution = Execution(max_bad_fraction=0.5, quiet=True)
+    execution = Execution(max_bad_fraction=0.5)
     run_stage(DataStage(out, str(source), **flags), execution)
     kept = [p for p in out.rglob("*") if p.suffix == ".tar" or p.name in ("classnames.txt", "templates.txt")]
     return {str(path.relative_to(out)): path.read_bytes() for path in kept}

@@ -20,9 +20,9 @@ from support.building import folder_bytes
 
 from arf_plugin.errors import PoolError, StageError
 from arf_plugin.files import replacing
+from arf_plugin.pipeline import bookkeeping
 from arf_plugin.pipeline.bookkeeping import Bookkeeping, differences
 from arf_plugin.pipeline.execution import Execution, ranks
-from arf_plugin.pipeline.ownership import Ownership
 from arf_plugin.pipeline.runner import describe, run_stage
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.untrusted import printable
@@ -251,32 +251,6 @@ def test_inputs_of_finished_shards_may_be_touched_but_not_changed(tmp_path: Path
     assert run_stage(copied)["sum"] == 56 and copied.processed == []
 
 
-def as_earlier_version(work: Path) -> None:
-    """Rewrites bookkeeping as version 0.x had it, without digests."""
-    config = work / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text())["config"]))
-    for path in [work / "finished.json", *(work / "done").iterdir()]:
-        kept = json.loads(path.read_text())
-        path.write_text(json.dumps({k: v for k, v in kept.items() if k not in ("config", "inputs", "sizes")}))
-
-
-def test_work_of_an_earlier_version_is_taken_over_where_its_inputs_have_not_changed(tmp_path: Path):
-    times = [["a", 1, 2], ["b", 1, 2], ["c", 1, 2], ["d", 1, 2]]
-    run_stage(Content(tmp_path, times))
-    expected = folder_bytes(tmp_path)
-    as_earlier_version(tmp_path / "work/doubling")
-    with pytest.raises(StageError, match=r"inputs\[3\]"):
-        run_stage(Content(tmp_path, [*times[:3], ["d", 1, 3]]))
-    longer = [[entry[0], [*entry[1:], 5, 6]] for entry in times]  # more is looked at today
-    taken = Content(tmp_path, longer)
-    assert run_stage(taken)["sum"] == 56 and taken.processed == []
-    again = Content(tmp_path, longer)
-    assert run_stage(again)["sum"] == 56 and again.processed == []
-    assert folder_bytes(tmp_path / "doubles") == {
-        name.removeprefix("doubles/"): data for name, data in expected.items() if name.startswith("doubles/")
-    }
-
-
 def test_markers_and_artifacts_count_for_their_configuration_alone(tmp_path: Path):
     """A marker that a process of another configuration has left behind is nobody's."""
     run_stage(Doubling(tmp_path / "stale", NUMBERS, factor=3))
@@ -312,7 +286,7 @@ def test_a_process_that_has_lost_its_folder_writes_nothing_more(tmp_path: Path, 
                 other.join()
             return super().process(shard, execution, advance)
 
-    monkeypatch.setattr(Ownership, "_lock", staticmethod(lambda file, kind: True))
+    monkeypatch.setattr(bookkeeping, "_lock_all", lambda files, kind: True)
     stale = Losing(tmp_path / "A", NUMBERS)
     with pytest.raises(StageError, match=r"A is no longer this command's.* another --out"):
         run_stage(stale)
