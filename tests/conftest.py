@@ -4,39 +4,53 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from support import data, forks, trainer
 
-ROOT = Path(__file__).parents[1]
-torch.set_num_threads(
-    1
-)  # train.forked forks this process: its children would wait for threads that they have not got
+if TYPE_CHECKING:
+    from support import data
+
+# Nothing here imports torch: pytest-xdist's own process, which runs no test, would have its workers wait for that.
 
 
 def pytest_collection_modifyitems(items):
-    """What runs the trainer or a command starts a process."""
+    """What runs the trainer or a command starts a process, and so does what loads data in workers."""
     for item in items:
-        if {"train", "run_arf"} & set(getattr(item, "fixturenames", ())):
+        workers = item.callspec.params.get("workers") if hasattr(item, "callspec") else None
+        if workers in range(1, 9) or {"train", "run_arf"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.process)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """`train.forked` forks this process: its children would wait for threads that they have not got."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def model_configs(tmp_path_factory) -> Path:
     """A folder of open_clip model configurations: tiny ViTs, one with patch dropout, and a ResNet with BatchNorm."""
+    from support import data
+
     return data.write_model_configs(tmp_path_factory.mktemp("model_configs"))
 
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory) -> data.Task:
     """Task data as WebDataset shards with `cls` and `txt`: 4 shards of 8 samples, 4 classes."""
+    from support import data
+
     return data.write_task(tmp_path_factory.mktemp("task"), shards=4, per_shard=8)
 
 
 @pytest.fixture(scope="session")
 def anchors(tmp_path_factory, task) -> Path:
     """An anchor set for `task`: a caption per sample, and 4 shards of 6 pairs."""
+    from support import data
+
     folder = tmp_path_factory.mktemp("anchors")
     data.write_captions(folder, {identity: f"a caption of {identity}" for identity in task.ids})
     data.write_pairs(folder, shards=4, per_shard=6)
@@ -44,8 +58,10 @@ def anchors(tmp_path_factory, task) -> Path:
 
 
 @pytest.fixture
-def train(tmp_path, model_configs, monkeypatch):
+def train(tmp_path, model_configs):
     """Runs the trainer by its literal command line; see `support.trainer.Trainer`."""
+    from support import trainer
+
     return trainer.Trainer(tmp_path / "logs", model_configs, tmp_path / "cache")
 
 
@@ -57,6 +73,7 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def run_arf():
     """Runs the command `arf` in a fork; see `support.forks`."""
+    from support import forks
 
     def run(*argv: object, check: bool = True) -> subprocess.CompletedProcess:
         done = forks.run("arf_plugin.cli.main", *argv)

@@ -102,15 +102,11 @@ def _run(module: str, argv: list[str], env: dict[str, str], output: Path, errors
             os.dup2(stream.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
-    added = [
-        folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in ("", *sys.path)
-    ]
-    if added not in ([], [str(SHIM.parent)]):
-        sys.path[:0] = added
-        for name in list(sys.modules):
-            if (
-                name.partition(".")[0] in REPLACED and name != "arf_plugin._boot"
-            ):  # which the start-up file runs
+    added = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
+    sys.path[:0] = [folder for folder in added if folder not in ("", str(SHIM.parent))]
+    if any(Path(folder, name).is_dir() for folder in added if folder for name in REPLACED):
+        for name in list(sys.modules):  # but what the start-up file has run
+            if name.partition(".")[0] in REPLACED and name != "arf_plugin._boot":
                 del sys.modules[name]
     if "ARF_TEST_SHIM_ALWAYS" in env:
         runpy.run_path(str(SHIM))

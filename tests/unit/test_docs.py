@@ -24,6 +24,7 @@ PAGES = [
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+@pytest.mark.process
 def test_generated_tables_and_the_picture_of_a_step_are_up_to_date():
     command = [sys.executable, ROOT / "scripts/tables.py", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -94,6 +95,7 @@ def test_arf_takes_the_flags_that_a_page_shows(page):
             assert not flags_of(line.partition(" # ")[0]) - known, line
 
 
+@pytest.mark.process
 def test_the_trainer_takes_the_flags_that_the_pages_show():
     code = "import arf_plugin._boot, sys; from open_clip_train.params import parse_args; parse_args(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)

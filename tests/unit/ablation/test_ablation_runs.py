@@ -115,6 +115,7 @@ def test_the_last_lines_are_the_trainers_own(tmp_path):
     assert last_lines(log, 1) == "arf-plugin: error: no captions"
 
 
+@pytest.mark.process
 def test_a_process_that_was_left_behind_is_followed_to_its_end(tmp_path):
     log, lines = tmp_path / "console.log", []
     with (tmp_path / ".lock").open("a") as lock, log.open("wb") as stream:

@@ -148,12 +148,11 @@ def test_the_feature_is_that_of_the_caption_that_was_drawn(tmp_path, model_confi
     model = data.start_of("tiny-vit", tmp_path / "start.pt")
     data.write_features(tmp_path, model, "tiny-vit")
     store, features = open_captions(str(tmp_path)), caption_features(tmp_path)
-    drawn = set()
+    tokenize, drawn = open_clip.get_tokenizer("tiny-vit"), set()
     for seed in range(12):
         found = TaskTexts(None, store, seed=seed, features=features)("a/1", None, "own")
         with torch.no_grad():
-            tokens = open_clip.get_tokenizer("tiny-vit")([found["caption_text"]])
-            expected = model.encode_text(tokens, normalize=True)[0].half().float()
+            expected = model.encode_text(tokenize([found["caption_text"]]), normalize=True)[0].half().float()
         torch.testing.assert_close(found["caption_text_feature"], expected, rtol=0, atol=2e-3)
         assert found["caption_text_feature"] @ expected > 0.9999
         drawn.add(found["caption_text"])

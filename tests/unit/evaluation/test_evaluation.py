@@ -111,6 +111,7 @@ def test_a_record_holds_what_its_score_depends_on(clip, paths, sets):
     )
 
 
+@pytest.mark.process
 def test_groups_of_models_and_workers_give_the_same_scores(clip, paths, sets, tmp_path):
     own = save_checkpoint(clip, tmp_path / "own.pt", seed=7)
     clip = save_model(tmp_path / "clip", seed=7)  # the same weights, as the model's own
@@ -164,27 +165,24 @@ def test_only_what_is_missing_is_measured(clip, paths, sets, tmp_path, monkeypat
     )
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "images", "prompts", "precision", "alpha"])
-def test_what_has_changed_is_measured_again(clip, paths, tmp_path, change):
+def test_what_has_changed_is_measured_again(clip, paths, tmp_path):
     out = tmp_path / "results.jsonl"
     root = write_set(tmp_path / "shapes")
     path = shutil.copy(paths[0], tmp_path / "weights.pt")
-    settings = {"out": out, "workers": 0}
 
     def measured(alpha=0.5, **more) -> int:
-        evaluate([Candidate(path, paths[1], alpha)], clip, find_sets(root), **settings, **more)
+        evaluate([Candidate(path, paths[1], alpha)], clip, find_sets(root), out=out, workers=0, **more)
         return len(read_records(out))
 
     assert measured() == measured() == 1
-    if change == "checkpoint":
-        shutil.copy(paths[2], path)
-    elif change == "images":
-        write_set(root, images=12)
-    elif change == "prompts":
-        (root / "classnames.txt").write_text("\n".join(NAMES[::-1]) + "\n")
-    elif change == "precision":
-        settings["precision"] = "amp"
-    assert measured(**({"alpha": 0.25} if change == "alpha" else {})) == 2
+    assert measured(alpha=0.25) == 2
+    assert measured(precision="amp") == 3
+    shutil.copy(paths[2], path)
+    assert measured() == 4
+    (root / "classnames.txt").write_text("\n".join(NAMES[::-1]) + "\n")
+    assert measured() == 5
+    write_set(root, images=12)
+    assert measured() == 6
 
 
 def test_names_for_records(clip, paths, sets, tmp_path):

@@ -95,6 +95,7 @@ def sample(drawn, cls):
     return ("jpg", building.drawing(drawn)), ("cls", str(cls).encode())
 
 
+@pytest.mark.process  # waits for seconds
 def test_digests_of_large_sets_are_computed_once(tmp_path, monkeypatch):
     """The cache knows them by size, times and inode; what has just been written is not trusted to it."""
     monkeypatch.setenv("ARF_CACHE_DIR", str(tmp_path / "cache"))

@@ -159,6 +159,7 @@ def test_images_whose_names_are_bytes(tmp_path):
     assert open_list(root / "list.txt", "listed").images == 2
 
 
+@pytest.mark.process
 def test_a_folder_that_cannot_be_listed():
     # Root lists every folder, so the reader gives its rights up, and pytest's own folder,
     # which is closed to others, cannot be above the set.

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 from arf_plugin.evaluation.metrics import calibration_error, joined, measure, predictions
 
@@ -38,6 +37,8 @@ def logits():
 
 
 def test_metrics_equal_those_of_scikit_learn(logits):
+    from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
+
     scores, target = logits
     found = measure(predictions(scores, target), classes=9)
     predicted = scores.argmax(1)

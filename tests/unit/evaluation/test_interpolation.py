@@ -58,8 +58,7 @@ def logits(clip: str, path) -> torch.Tensor:
     return scale * found @ described.T
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize(("alpha", "suffix"), [(0.0, ".pt"), (1.0, ".safetensors")])
 def test_logits_at_the_end_points_are_those_of_the_end_points(clip, ends, tmp_path, alpha, suffix):
     interpolate_files(*ends, alpha, tmp_path / f"out{suffix}")
     assert torch.equal(logits(clip, tmp_path / f"out{suffix}"), logits(clip, ends[int(alpha)]))

@@ -221,6 +221,7 @@ def test_what_belongs_to_no_tower_is_of_the_last_layer():
     assert set(depths(["logit_scale", "logit_bias", "arf_head.weight", "text_projection"]).values()) == {1.0}
 
 
+@pytest.mark.process  # timm takes seconds for some of them
 @pytest.mark.parametrize(
     "name",
     ["RN50", "ViT-B-16", "ViT-B-16-SigLIP", "convnext_base", "EVA02-B-16", "MobileCLIP-S1", "ViTamin-S"],

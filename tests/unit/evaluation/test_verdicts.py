@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from arf_plugin.errors import EvaluationError
 from arf_plugin.evaluation.records import packed
@@ -46,6 +45,8 @@ def only(one, other, **named):
 
 
 def test_mcnemar_is_scipys_exact_test():
+    from scipy import stats
+
     # 9 images that one arm alone has right, 1 that the other one has: p = 2 (1 + 10) / 2^10, as tables have it.
     one = np.array([True] * 9 + [False] + [True] * 20 + [False] * 7)
     other = np.array([False] * 9 + [True] + [True] * 20 + [False] * 7)
@@ -80,6 +81,8 @@ def test_one_seed_is_judged_by_the_exact_test():
 
 
 def test_several_seeds_join_the_noise_of_images_and_seeds():
+    from scipy import stats
+
     one, other = answers(np.random.default_rng(2), 500, seeds=3, by_seed=0.2, ahead=0.3)
     found = only(arm(*({"id": run} for run in one)), arm(*({"id": run} for run in other)))
     less = 100.0 * (np.stack(one).astype(float) - np.stack(other))
@@ -124,6 +127,7 @@ def test_a_handful_of_images_proves_nothing(seeds):
     assert (found.p, found.word) == (pytest.approx(1 / 16), "level")
 
 
+@pytest.mark.process  # takes seconds
 @pytest.mark.parametrize(
     ("seeds", "by_seed", "lowest"),
     [(1, 0.0, 0.92), (2, 0.0, 0.92), (3, 0.0, 0.92), (3, 0.3, 0.88), (5, 0.3, 0.90)],

@@ -79,6 +79,7 @@ def test_declared_ranges_tested_releases_and_the_requirement_agree():
         assert unsupported(version) is not None
 
 
+@pytest.mark.process
 def test_setup_requires_what_is_declared(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.hooks.text import accept_trimmed, trimmer
@@ -127,6 +126,8 @@ def test_under_compilation(kind, checkpointing):
     model.set_grad_checkpointing(checkpointing)
     whole, gradients = features_and_gradients(model, tokens)
     accept_trimmed(model)
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     for length in (*range(16, CONTEXT, 8), CONTEXT):

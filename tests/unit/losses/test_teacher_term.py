@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from open_clip.loss import ClipLoss
-from scipy.stats import beta
 from torch.nn.functional import normalize
 
 from arf_plugin.data.batch import OptimizerStep
@@ -17,6 +16,14 @@ from arf_plugin.losses.average import WeightAverage, step_weights
 from arf_plugin.losses.teacher import IMAGE, TEXT, TeacherLoss, frozen_copy
 
 STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def density() -> np.ndarray:
+    """Beta(1/2, 1/2) at every step, by scipy."""
+    from scipy.stats import beta
+
+    return beta.pdf((np.arange(STEPS + 1) + 0.5) / (STEPS + 1), 0.5, 0.5)
 
 
 def network(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -32,17 +39,15 @@ def walk(model: torch.nn.Module, step: int) -> None:
     model(torch.randn(5, 3).to(parameter.dtype))
 
 
-def test_weights_of_steps_are_shares_of_the_density():
-    """Beta(1/2, 1/2) by scipy: w_0 is 1, and every average weighs the weights so far by their densities."""
-    density = beta.pdf((np.arange(STEPS + 1) + 0.5) / (STEPS + 1), 0.5, 0.5)
+def test_weights_of_steps_are_shares_of_the_density(density):
+    """w_0 is 1, and every average weighs the weights so far by their densities."""
     np.testing.assert_allclose(step_weights(STEPS), density / density.cumsum(), rtol=1e-14)
     assert step_weights(STEPS)[0] == 1
 
 
-def test_the_average_is_the_weighted_mean_of_all_weights_and_has_the_newest_statistics():
+def test_the_average_is_the_weighted_mean_of_all_weights_and_has_the_newest_statistics(density):
     student = network()
     average = WeightAverage(frozen_copy(student), student, STEPS)
-    density = beta.pdf((np.arange(STEPS + 1) + 0.5) / (STEPS + 1), 0.5, 0.5)
     seen = []
     for step in range(STEPS + 1):
         if step:

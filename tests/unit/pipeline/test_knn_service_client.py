@@ -88,7 +88,8 @@ def test_waits_must_be_possible(flag: str, value: float):
         Search("service", service_url="http://127.0.0.1:1", **{f"service_{flag}": value})
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.process  # waits for seconds
+@pytest.mark.parametrize("seed", range(2))
 def test_faults_on_a_third_of_the_requests_change_nothing(seed: int):
     with SmallService(POOL, KEYS) as service, FlakyProxy(service.url, 0.3, delay=0.7, seed=seed) as proxy:
         client = client_of(proxy.url, threads=8, index=None)

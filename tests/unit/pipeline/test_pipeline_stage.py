@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -394,9 +392,3 @@ def test_differences_name_the_place():
         "b.c[1]: 2 -> 3",
         "d: 1 entries -> 2",
     ]
-
-
-def test_building_the_parser_imports_no_torch():
-    code = "import sys; from arf_plugin.cli.main import build_parser; build_parser(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

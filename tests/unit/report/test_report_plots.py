@@ -57,6 +57,9 @@ def test_an_arm_has_the_same_colour_whatever_else_is_there():
         assert few.looks[arm] == many.looks[arm]
 
 
+drawn = pytest.mark.process  # drawing takes seconds
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
@@ -71,6 +74,7 @@ def report(tmp_path_factory):
     return gather([grid.write()], Options())
 
 
+@drawn
 def test_every_plot_is_sound_svg_with_ids_of_its_own(report):
     seen: set[str] = set()
     for name, group in report.groups.items():
@@ -93,11 +97,13 @@ def test_every_plot_is_sound_svg_with_ids_of_its_own(report):
     assert set(report.groups) == {"results", "curves", "domains", "calibration", "training"}
 
 
+@drawn
 def test_names_are_shown_as_they_are(report):
     svg = render.for_page(report.groups["results"].panels[0], report.style, "x")
     assert "A$\\frac{1$ &lt;script&gt;alert(1)&lt;/script&gt; &amp; é" in svg
 
 
+@drawn
 def test_files(report, tmp_path):
     names = [
         name
@@ -113,6 +119,7 @@ def test_files(report, tmp_path):
             assert image.width > 700 and len(image.convert("RGB").getcolors(1 << 20)) > 20
 
 
+@drawn
 def test_equal_inputs_give_equal_bytes(report, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
