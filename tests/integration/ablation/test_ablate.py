@@ -12,45 +12,30 @@ import time
 from pathlib import Path
 
 import pytest
-from support import data, grids
+from support import data, forks, grids
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Ablate:
-    """The command, with a cache of its own."""
+    """The command in a fork, with a cache of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.out = folder / "grid"
-        self.environment = {**os.environ, **ENVIRONMENT, "ARF_CACHE_DIR": str(folder / "cache")}
-
-    def argv(self, config: Path, *more: object) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "arf_plugin.cli.main",
-            "ablate",
-            str(config),
-            "--out",
-            str(self.out),
-            *map(str, more),
-        ]
+        self.environment = {**ENVIRONMENT, "ARF_CACHE_DIR": str(folder / "cache")}
 
     def __call__(self, config: Path, *more: object, status: int = 0) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            self.argv(config, *more),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
+        argv = ("ablate", config, "--out", self.out, *more)
+        done = forks.run("arf_plugin.cli.main", *argv, env=self.environment)
         assert done.returncode == status, done.stdout + done.stderr
         return done
 
     def start(self, config: Path) -> subprocess.Popen:
+        """In a process of its own, which a signal reaches as a user's does."""
+        command = [sys.executable, "-m", "arf_plugin.cli.main", "ablate", str(config), "--out", str(self.out)]
+        environment = {**os.environ, **self.environment}
         return subprocess.Popen(
-            self.argv(config), env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
     def json(self, name: str) -> dict:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from support import forks
 from support.evaluation import save_checkpoint, save_config, select, write_set
 
 from arf_plugin.cli.main import main
@@ -195,23 +193,7 @@ def test_processes_share_a_sweep(arf, tmp_path):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     status, said, _ = arf(*argv, "--json", one)
     assert status == 0 and said.count("chosen by ID") == 1
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "--",
-    ]
-    done = subprocess.run(
-        [*torchrun, "arf_plugin.cli.main", "interpolate", *map(str, argv), "--json", str(two)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run("arf_plugin.cli.main", "interpolate", *argv, "--json", two, nproc=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == said and json.loads(one.read_text()) == json.loads(two.read_text())
 

@@ -89,7 +89,7 @@ def test_run_without_flags_is_bit_equal_to_one_without_the_plugin(tmp_path, trai
     without = make_environment(tmp_path / "env")
     assert hooks_active(Path(sys.executable)) and not hooks_active(without)
     runs = [
-        train("--train-data", csv_task, name=name, python=str(python))
+        train("--train-data", csv_task, name=name, python=str(python), torchrun=False)
         for name, python in (("with", sys.executable), ("without", without))
     ]
     first, second = (run.checkpoint for run in runs)
@@ -129,7 +129,7 @@ def test_arf_train_shows_the_same_help(run_arf):
     assert "  --arf-anchors PATH" in run_arf("train", "--help").stdout
 
 
-@pytest.mark.parametrize("version", ["2.26.0", "3.4.0", "4.2.0.dev1", "9.9.9"])
+@pytest.mark.parametrize("version", ["2.26.0", "9.9.9"])
 def test_unknown_release_is_refused(tmp_path, task, anchors, version):
     metadata = tmp_path / f"open_clip_torch-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -165,7 +165,7 @@ def test_a_trainer_that_does_not_fit_is_refused(tmp_path, task, anchors, old, ne
     assert "Train Epoch" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_hooks_can_be_undone_and_applied_again():
+def test_hooks_can_be_undone_and_applied_again(tmp_path):
     """In one process: parsing with flags applies every row of the run, parsing without restores what was there."""
     code = """
 import open_clip_train.main as main, open_clip_train.data as data
@@ -185,7 +185,8 @@ for _ in range(2):
 assert main.get_data is data.get_data
 print("restored")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (tmp_path / "program.py").write_text(code)
+    done = forks.run(str(tmp_path / "program.py"))
     assert done.stdout.strip() == "restored", done.stderr
 
 

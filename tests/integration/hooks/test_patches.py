@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("series", ["arf", "upstream"])
 @pytest.mark.parametrize("release", SOURCES)
-@pytest.mark.parametrize("inside_a_repository", [False, True])
+@pytest.mark.parametrize("inside_a_repository", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_apply_check_revert(run_arf, sources, release, series, inside_a_repository):
     folder = sources(release)
     if inside_a_repository:
@@ -229,7 +229,7 @@ def test_one_patched_line_calls_what_one_hook_installs(train, sources, task, anc
     folder = sources()
     run_arf("patch", "apply", folder)
     flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
-    run = train(*flags, "--arf-freeze-bn", open_clip=folder)
+    run = train.forked(*flags, "--arf-freeze-bn", open_clip=folder)
     assert run.output.count("ARF is on") == 1 and run.output.count("Caption_anchor_loss") > 0
     assert "[64/64(100%)]" in run.output.replace(" ", "")
 
@@ -257,7 +257,7 @@ def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_p
     run_arf("patch", "apply", folder)
     python = str(make_environment(tmp_path / "env"))
     argv = [*flags, *([anchors] if flags else []), "--train-data", task.urls, "--train-num-samples", 32]
-    run = train(*argv, python=python, env={"PYTHONPATH": f"{SHIM}:{folder}:{ROOT}"})
+    run = train(*argv, torchrun=False, python=python, env={"PYTHONPATH": f"{SHIM}:{folder}:{ROOT}"})
     assert ("ARF is on" in run.output) == bool(flags) and ("Pair_anchor_loss" in run.output) == bool(flags)
     params = (run.folder / "params.txt").read_text()
     assert ("arf_anchors" in params) == bool(flags)

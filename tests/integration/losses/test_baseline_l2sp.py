@@ -13,9 +13,7 @@ from arf_plugin.errors import FlagError
 WEIGHT = 0.7
 
 
-@pytest.mark.parametrize(
-    ("nproc", "accum_freq"), [(1, 1), (1, 2), (2, 1)], ids=["plain", "accumulation", "two-processes"]
-)
+@pytest.mark.parametrize(("nproc", "accum_freq"), [(1, 1), (2, 2)])
 def test_gradient_is_the_pull_to_the_start_beside_the_ordinary_one(tmp_path, train, start, nproc, accum_freq):
     """Two runs that differ in the penalty alone, at the first step where it can show.
 

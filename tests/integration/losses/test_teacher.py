@@ -32,7 +32,7 @@ def folder(start, model_configs):
 def test_the_saved_average_is_the_mean_of_the_weights_of_all_steps(tmp_path, train, start, nproc, accum_freq):
     """Without a term (weight 0): it is kept for itself. The weights before each step, and the last, in fp64."""
     task = data.write_csv_task(tmp_path / "task", 8 * STEPS)
-    run = train(
+    run = train.forked(
         *("--train-data", task, "--pretrained", start, "--accum-freq", accum_freq),
         *("--arf-teacher", "average", "--arf-teacher-weight", 0, "--arf-save-average"),
         nproc=nproc,

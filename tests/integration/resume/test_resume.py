@@ -96,8 +96,8 @@ MODEL = {"model": "tiny-vit-dropout"}
         ("flyp", 0, 2),
         ("mixing", 2, 1),
         ("accum", 0, 1),
-        ("plain", 2, 1),
-        ("every", 4, 1),
+        pytest.param("plain", 2, 1, marks=pytest.mark.slow),
+        pytest.param("every", 4, 1, marks=pytest.mark.slow),
         ("difference", 2, 2),
     ],
 )
@@ -121,7 +121,7 @@ def test_killed_and_resumed_equals_undisturbed(train, uneven, uneven_anchors, va
     assert steps(killed.output) == steps(calm.output)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_averaged_teacher_goes_on(train, uneven, uneven_anchors, nproc):
     """From step checkpoints, and right after an epoch, from open_clip's own and the average beside it."""
     run_flags = flags(uneven, *shape(uneven, uneven_anchors, "anchors"))
@@ -149,7 +149,7 @@ def test_seed_decides(train, uneven, uneven_anchors):
     )
 
 
-@pytest.mark.parametrize(("workers", "nproc"), [(2, 1), (0, 2)])
+@pytest.mark.parametrize(("workers", "nproc"), [(2, 1), pytest.param(0, 2, marks=pytest.mark.slow)])
 def test_rows_of_a_csv(train, tmp_path, workers, nproc):
     csv = data.write_csv_task(tmp_path / "csv", 40)
     run_flags = [
