@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import building
+from support import building, forks
 
 STAGES = ("data", "anchors", "check", "train", "choose", "report")
 
@@ -36,16 +37,10 @@ def inputs(tmp_path_factory):
 def command(inputs: Path, out: Path) -> list[str]:
     words = ["fit", str(inputs / "my images"), "--model", f"local-dir:{inputs / 'clip'}", "--out", str(out)]
     words += ["--pool", str(inputs / "pool"), "--captioner", str(inputs / "captioner"), "--preset", "paper"]
-    return [
-        sys.executable,
-        "-m",
-        "arf_plugin.cli.main",
-        *words,
-        "--set",
-        "epochs=2",
-        "--set",
-        "arf-checkpoint-every=1",
-    ]
+    return [*words, "--set", "epochs=2", "--set", "arf-checkpoint-every=1"]
+
+
+arf = functools.partial(forks.run, "arf_plugin.cli.main")
 
 
 def made(out: Path) -> dict[str, bytes]:
@@ -62,7 +57,7 @@ def made(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "fit"
-    done = subprocess.run(command(inputs, out), capture_output=True, text=True, check=False)
+    done = arf(*command(inputs, out))
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done
 
@@ -91,12 +86,10 @@ def test_a_fit_ends_with_a_model_and_what_it_has_kept(inputs, whole):
 def test_the_same_command_has_nothing_left_to_do(inputs, whole):
     out, _ = whole
     before = made(out)
-    again = subprocess.run([*command(inputs, out), "--json"], capture_output=True, text=True, check=True)
+    again = arf(*command(inputs, out), "--json")
     assert json.loads(again.stdout)["rows"] == json.loads((out / "results.json").read_text())["rows"]
     assert made(out) == before
-    other = subprocess.run(
-        [*command(inputs, out), "--val", "0.3"], capture_output=True, text=True, check=False
-    )
+    other = arf(*command(inputs, out), "--val", 0.3)
     assert other.returncode == 1 and "another --val" in other.stderr
 
 
@@ -108,7 +101,7 @@ def test_every_preset_trains(inputs, tmp_path, preset, pool):
     words[words.index("--preset") + 1] = preset
     if not pool:
         del words[words.index("--pool") : words.index("--preset")]
-    done = subprocess.run([*words, "--json", "--baseline"], capture_output=True, text=True, check=False)
+    done = arf(*words, "--json", "--baseline")
     assert done.returncode == 0, done.stderr
     assert {"before", preset, "flyp"} <= set(json.loads(done.stdout)["rows"])
 
@@ -119,8 +112,9 @@ def test_every_preset_trains(inputs, tmp_path, preset, pool):
 def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path, stage, sign):
     out = tmp_path / "fit"
     process = subprocess.Popen(
-        command(inputs, out), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-m", "arf_plugin.cli.main", *command(inputs, out)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     for line in process.stderr:
         if f"] {stage}:" in line:
             time.sleep(1)
@@ -128,7 +122,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
     (os.killpg if sign == signal.SIGKILL else os.kill)(process.pid, sign)
     process.stderr.read()
     assert process.wait() in (-signal.SIGKILL, 130, 0)
-    subprocess.run(command(inputs, out), capture_output=True, check=True)
+    assert arf(*command(inputs, out)).returncode == 0
     assert made(out) == made(whole[0])
 
 

@@ -242,11 +242,11 @@ def test_a_missing_caption_can_be_filled_with_the_prompt(tmp_path, train, task, 
 
 
 def test_two_processes_stop_together_with_one_message(tmp_path, train, task, anchors):
-    """By the literal command line: the first process finds the error, none waits for it or trains on."""
+    """The first process finds the error, none waits for it or trains on."""
     inputs = Inputs(tmp_path / "inputs", task, anchors)
     one_missing_caption(inputs)
     flags = ["--train-data", inputs.train_data, "--train-num-samples", 32, "--arf-anchors", inputs.anchors]
-    run = train(*flags, nproc=2, check=False)
+    run = train.forked(*flags, nproc=2, check=False)
     assert run.status != 0 and run.output.count("arf-plugin: error: No caption for task sample") == 1
     assert "Train Epoch" not in run.output
 

@@ -137,14 +137,8 @@ def test_ids_are_the_same_under_every_locale(tmp_path):
         paths.append(folder / "größe.tar")
         write_members(paths[-1], ["größe", "stra\udcdfe"], form)
     expected = ascii((["größe/größe", "größe/stra\\xdfe"],) * 2)
-    for number, locale in enumerate(
-        (
-            {"LC_ALL": "C.UTF-8"},
-            {"LC_ALL": "C"},
-            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-            {"LC_ALL": "POSIX", "PYTHONUTF8": "0"},
-        )
-    ):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for number, locale in enumerate(({"LC_ALL": "C.UTF-8"}, ascii_only)):
         env = {**os.environ, **locale, "ARF_CACHE_DIR": str(tmp_path / f"cache-{number}")}
         done = subprocess.run(
             [sys.executable, "-c", IDS, *map(os.fsencode, paths)],

@@ -31,8 +31,8 @@ def seconds(kind: str):
     return pytest.param(kind, marks=pytest.mark.process)
 
 
-KINDS = ["Flat", "HNSW16", "IVF8,Flat", "PQ4x4", "IVF8,PQ4x4", seconds("OPQ4_16,IVF8,PQ4x4"), "SQ8", "PCA8,Flat", "SQfp16",
-         "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat", seconds("PQ4x4,RFlat"), "RaBitQ"]  # fmt: skip
+KINDS = ["Flat", "HNSW16", "IVF8,Flat", "PQ4x4", "IVF8,PQ4x4", seconds("OPQ4_16,IVF8,PQ4x4"), "SQ8", "PCA8,Flat",
+         "SQfp16", "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat", seconds("PQ4x4,RFlat"), "RaBitQ"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,9 @@ def test_the_right_index_of_any_kind_passes_and_another_does_not(kind: str, pool
             checked(built(kind, other), tmp_path / "wrong.index", pool)
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW16", "IVF8,Flat", seconds("PQ8x4"), "SQ8", seconds("IVF8,PQ8x4")])
+@pytest.mark.parametrize(
+    "kind", ["Flat", "HNSW16", "IVF8,Flat", seconds("PQ8x4"), "SQ8", seconds("IVF8,PQ8x4")]
+)
 def test_two_rows_of_a_small_pool_that_changed_places(kind: str, tmp_path: Path):
     write_embeddings(tmp_path / "E", unit_vectors(400, DIMENSION, seed=1))
     small = Embeddings(tmp_path / "E")
