@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _process():
     """`train.forked` forks this process: its children would wait for threads that they have not got."""
     import torch
 
     torch.set_num_threads(1)
+    if "open_clip" in sys.modules:
+        import support.tokenizers  # noqa: F401
 
 
 @pytest.fixture(scope="session")

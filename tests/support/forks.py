@@ -14,10 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
-SHIM = Path(__file__).parents[1] / "shim" / "sitecustomize.py"
+TESTS = str(Path(__file__).parents[1])
+SHIM = Path(TESTS, "shim", "sitecustomize.py")
 
 # What trainer and commands import, but for the modules that are run themselves. A name that is not there is left out.
 PRELOADED = [
@@ -29,6 +32,7 @@ PRELOADED = [
     "open_clip_train.data",
     "open_clip_train.params",
     "open_clip_train.train",
+    "support.tokenizers",
     "transformers.modeling_utils",
 ]
 
@@ -54,6 +58,8 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])):
+        forkserver.ensure_running()
     process = context.Process(target=_run, args=(module, list(argv), env, output, errors or output))
     process.start()
     return process

@@ -32,7 +32,8 @@ def seconds(kind: str):
 
 
 KINDS = ["Flat", "HNSW16", "IVF8,Flat", "PQ4x4", "IVF8,PQ4x4", seconds("OPQ4_16,IVF8,PQ4x4"), "SQ8", "PCA8,Flat",
-         "SQfp16", "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat", seconds("PQ4x4,RFlat"), "RaBitQ"]  # fmt: skip
+         "SQfp16", "HNSW16_SQ8", "PQ4x4fs", "IVF8,PQ4x4fs", "IVF8,Flat,RFlat",
+         seconds("PQ4x4,RFlat"), "RaBitQ"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
