@@ -9,6 +9,18 @@ from support.building_fixtures import arf, inputs  # noqa: F401 - pytest finds f
 
 
 @pytest.fixture
+def named(model_configs: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the tiny ViT, which this process and `arf` in forks of it then know."""
+    import open_clip
+
+    open_clip.add_model_config(model_configs)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "shim"))
+    monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
+    monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
+    return "tiny-vit"
+
+
+@pytest.fixture
 def start(tmp_path: Path, model_configs: Path) -> Path:
     """Starting weights as a checkpoint."""
     import open_clip

@@ -151,6 +151,13 @@ def write_captions(anchors: Path, captions: Mapping[str, str], name: str = "part
     return path
 
 
+def write_csv_captions(anchors: Path, csv: Path, captions: Sequence[str] | None = None) -> Path:
+    """Writes captions of the images that `write_csv_task` has written, by the paths of its CSV."""
+    paths = [line.partition("\t")[0] for line in csv.read_text().splitlines()[1:]]
+    captions = [f"a caption of {number}" for number in range(len(paths))] if captions is None else captions
+    return write_captions(anchors, dict(zip(paths, captions, strict=True)))
+
+
 def start_of(name: str, path: Path, dtype: torch.dtype = torch.float32) -> open_clip.CLIP:
     """Makes a model with random weights and writes these to a file for ``--pretrained``."""
     with _default_dtype(dtype), torch.random.fork_rng():

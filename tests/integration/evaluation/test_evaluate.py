@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 from support import building, clip_benchmark, forks
@@ -13,7 +12,6 @@ from support.evaluation import NAMES, save_checkpoint, save_config, write_folder
 
 from arf_plugin.evaluation.records import append_record, read_records, right_images
 
-SHIM = Path(__file__).parents[2] / "shim"
 SUITE = """\
 description: two sets
 sets:
@@ -35,18 +33,6 @@ averages:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
     return save_config(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture
-def named(model_configs, tmp_path, monkeypatch):
-    """A tiny ViT that open_clip knows by name, and a checkpoint of it."""
-    import open_clip
-
-    open_clip.add_model_config(model_configs)
-    monkeypatch.setenv("PYTHONPATH", str(SHIM))
-    monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
-    monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
-    return "tiny-vit", save_checkpoint("tiny-vit", tmp_path / "named.pt", 1)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +60,11 @@ def agrees(ours: dict[str, float], theirs: dict[str, float]) -> None:
     ("precision", "flags"), [("fp32", ["--no_amp"]), pytest.param("amp", [], marks=pytest.mark.slow)]
 )
 def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_arf, precision, flags):
-    clip, path = named
+    path = save_checkpoint(named, tmp_path / "named.pt", 1)
     images = write_set(tmp_path / "shapes", images=210, shards=3)
-    theirs = clip_benchmark.evaluate(tmp_path, clip, path, "wds/shapes", images, "--batch_size", 64, *flags)
+    theirs = clip_benchmark.evaluate(tmp_path, named, path, "wds/shapes", images, "--batch_size", 64, *flags)
     run_arf(
-        *("evaluate", path, "--model", clip, "--data", images, "--out", tmp_path / "records.jsonl"),
+        *("evaluate", path, "--model", named, "--data", images, "--out", tmp_path / "records.jsonl"),
         *("--batch-size", 64, "--precision", precision, "--workers", 2),
     )
     [record] = read_records(tmp_path / "records.jsonl")
@@ -89,7 +75,7 @@ def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_
 
 def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_arf):
     """The Describable Textures' layout with eight classes, class names and templates of CLIP_benchmark."""
-    clip, path = named
+    path = save_checkpoint(named, tmp_path / "named.pt", 1)
     root = tmp_path / "data"
     folder = root / "dtd" / "dtd"
     listed = [f"kind{n % 8}/kind{n % 8}_{n}.jpg" for n in range(64)]
@@ -99,9 +85,9 @@ def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_ar
     (folder / "labels").mkdir()
     (folder / "labels" / "test1.txt").write_text("\n".join(listed) + "\n")
     (tmp_path / "own.yaml").write_text("sets: {dtd: {sources: [{builder: dtd, at: .}]}}\n")
-    theirs = clip_benchmark.evaluate(tmp_path, clip, path, "dtd", root, "--batch_size", 24, "--no_amp")
+    theirs = clip_benchmark.evaluate(tmp_path, named, path, "dtd", root, "--batch_size", 24, "--no_amp")
     run_arf(
-        *("evaluate", path, "--model", clip, "--suite", tmp_path / "own.yaml", "--data-root", root),
+        *("evaluate", path, "--model", named, "--suite", tmp_path / "own.yaml", "--data-root", root),
         *("--out", tmp_path / "records.jsonl", "--batch-size", 24, "--workers", 2),
     )
     [record] = read_records(tmp_path / "records.jsonl")

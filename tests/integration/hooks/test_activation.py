@@ -75,14 +75,7 @@ def test_start_up_imports_next_to_nothing():
 @pytest.fixture(scope="module")
 def csv_task(tmp_path_factory) -> Path:
     """Task data as CSV, whose order depends on torch's seed alone (WebDataset's shuffle does not)."""
-    folder = tmp_path_factory.mktemp("csv")
-    lines = ["filepath\ttitle\tcls"]
-    for number in range(16):
-        path = folder / f"{number}.png"
-        path.write_bytes(data.image(number))
-        lines.append(f"{path}\tan own text number {number}\t{number % 4}")
-    (folder / "task.csv").write_text("\n".join(lines) + "\n")
-    return folder / "task.csv"
+    return data.write_csv_task(tmp_path_factory.mktemp("csv"), 16)
 
 
 def test_run_without_flags_is_bit_equal_to_one_without_the_plugin(tmp_path, train, csv_task):

@@ -23,16 +23,10 @@ def flags(task, anchors):
 @pytest.fixture
 def csv_flags(tmp_path, anchors):
     """Task data whose order depends on the seed alone, so that two runs can be compared."""
-    lines, captions = ["filepath\ttitle"], {}
-    for number in range(16):
-        path = tmp_path / f"{number}.png"
-        path.write_bytes(data.image(number))
-        lines.append(f"{path}\ttext {number}")
-        captions[str(path)] = f"a caption of {number}"
-    (tmp_path / "task.csv").write_text("\n".join(lines) + "\n")
-    data.write_captions(tmp_path / "anchors", captions)
+    csv = data.write_csv_task(tmp_path, 16)
+    data.write_csv_captions(tmp_path / "anchors", csv)
     (tmp_path / "anchors" / "pairs").symlink_to(anchors / "pairs")
-    return ["--train-data", tmp_path / "task.csv", "--arf-anchors", tmp_path / "anchors"]
+    return ["--train-data", csv, "--arf-anchors", tmp_path / "anchors"]
 
 
 REFUSED = {

@@ -110,17 +110,13 @@ def test_accumulation_with_fewer_pairs(train, flags):
 @pytest.mark.parametrize("own_text", [True, False])
 def test_csv_task_data(train, tmp_path, anchors, prompts, own_text):
     """Captions join on the image path as the CSV has it; class prompts need no text column."""
-    header = ["filepath", "title", "cls"] if own_text else ["filepath", "cls"]
-    rows, captions = [], {}
-    for number in range(16):
-        path = tmp_path / f"{number}.png"
-        path.write_bytes(data.image(number))
-        captions[str(path)] = f"a caption of {number}"
-        rows.append([str(path), *(["an own text"] if own_text else []), str(number % 4)])
-    (tmp_path / "task.csv").write_text("\n".join("\t".join(row) for row in [header, *rows]) + "\n")
-    data.write_captions(tmp_path / "anchors", captions)
+    csv = data.write_csv_task(tmp_path, 16)
+    data.write_csv_captions(tmp_path / "anchors", csv)
+    if not own_text:
+        rows = [line.split("\t") for line in csv.read_text().splitlines()]
+        csv.write_text("".join(f"{path}\t{cls}\n" for path, _, cls in rows))
     (tmp_path / "anchors" / "pairs").symlink_to(anchors / "pairs")
-    flags = ["--train-data", tmp_path / "task.csv", "--arf-anchors", tmp_path / "anchors"]
+    flags = ["--train-data", csv, "--arf-anchors", tmp_path / "anchors"]
     run = train.forked(*flags, *([] if own_text else prompts))
     assert batches(run) == [(16, 32), (32, 32)]
     assert all(logged(run, term) for term in TERMS)
@@ -130,15 +126,8 @@ def test_csv_with_an_empty_text_is_refused(train, tmp_path, anchors):
     """open_clip itself would train on the text 'nan'."""
     lines = ["filepath\ttitle", f"{tmp_path}/0.png\ta text", f"{tmp_path}/1.png\t"]
     (tmp_path / "task.csv").write_text("\n".join(lines) + "\n")
-    run = train.forked(
-        "--train-data",
-        tmp_path / "task.csv",
-        "--arf-anchors",
-        anchors,
-        "--arf-caption-weight",
-        0,
-        check=False,
-    )
+    flags = ["--train-data", tmp_path / "task.csv", "--arf-anchors", anchors, "--arf-caption-weight", 0]
+    run = train.forked(*flags, check=False)
     assert run.status != 0 and "row 2: column 'title' is empty" in run.output
 
 

@@ -18,10 +18,8 @@ from arf_plugin.errors import FlagError
 from arf_plugin.hooks.table import trains_tasks
 
 ROOT = Path(__file__).parents[3]
-FP32 = (
-    "--precision",
-    "fp32",
-)  # of the default, amp, a CPU's fp16 overflows with these weights: no step is made
+# Of the default, amp, a CPU's fp16 overflows with these weights: no step is made.
+FP32 = ("--precision", "fp32")
 
 
 @pytest.fixture
@@ -45,9 +43,8 @@ def task_csv(tmp_path) -> Path:
 
 
 @pytest.fixture
-def csv_anchors(tmp_path) -> Path:
-    texts = {str(tmp_path / "csv" / f"{number}.png"): f"a caption of {number}" for number in range(16)}
-    data.write_captions(tmp_path / "csv-anchors", texts)
+def csv_anchors(tmp_path, task_csv) -> Path:
+    data.write_csv_captions(tmp_path / "csv-anchors", task_csv)
     data.write_pairs(tmp_path / "csv-anchors", shards=2, per_shard=8)
     return tmp_path / "csv-anchors"
 
@@ -107,9 +104,7 @@ def test_frozen_batch_norm_stays_frozen(train, task_csv, held_out):
 
 
 @releases.FOLDERS_OF_MODELS
-def test_figures_are_those_of_arf_evaluate(
-    train, run_arf, tmp_path, model_configs, task_csv, held_out, start
-):
+def test_figures_are_those_of_arf_evaluate(train, run_arf, tmp_path, task_csv, held_out, start):
     folders = evaluation.write_folders(tmp_path / "by-folder")
     evaluation.write_texts(folders, sorted(evaluation.NAMES))
     run = train.forked(
@@ -118,12 +113,10 @@ def test_figures_are_those_of_arf_evaluate(
     )
     seen = {(row["epoch"], row["set"]): row for row in rows(run)}
     assert list(seen) == [(epoch, name) for epoch in (0, 1, 2) for name in ("held-out", "by-folder")]
-    config = {"model_cfg": json.loads((model_configs / "tiny-vit.json").read_text()), "preprocess_cfg": {}}
-    (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    clip = evaluation.save_config(tmp_path / "clip")
     checkpoints = [start, *(run.folder / "checkpoints" / f"epoch_{epoch}.pt" for epoch in (1, 2))]
     run_arf(
-        *("evaluate", *checkpoints, "--model", f"local-dir:{tmp_path / 'clip'}", "--data", held_out, folders),
+        *("evaluate", *checkpoints, "--model", clip, "--data", held_out, folders),
         *("--out", tmp_path / "rows.jsonl", "--workers", 0),
     )
     for line in (tmp_path / "rows.jsonl").read_text().splitlines():

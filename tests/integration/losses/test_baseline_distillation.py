@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
 import open_clip
@@ -11,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import data, releases
+from support.evaluation import save_config
+from support.trainer import logged
 
 from arf_plugin.errors import FlagError
 
@@ -24,15 +24,13 @@ def model(tmp_path, model_configs) -> str:
     open_clip.add_model_config(model_configs)
     torch.manual_seed(3)
     folder = tmp_path / "model"
-    folder.mkdir()
-    config = {"model_cfg": json.loads((model_configs / "tiny-vit.json").read_text()), "preprocess_cfg": {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    name = save_config(folder)
     weights = open_clip.create_model("tiny-vit").state_dict()
     save_file(
         {name: value.contiguous() for name, value in weights.items()}, folder / "open_clip_model.safetensors"
     )
     torch.save(weights, folder / "weights.pt")
-    return f"local-dir:{folder}"
+    return name
 
 
 @pytest.fixture
@@ -46,10 +44,6 @@ def task(tmp_path) -> Path:
 @pytest.fixture
 def prompts(tmp_path):
     return ["--arf-classnames", tmp_path / "classnames.txt", "--arf-templates", tmp_path / "templates.txt"]
-
-
-def logged(run, term: str) -> list[float]:
-    return [float(value) for value in re.findall(rf" {term}: ([\d.eE+-]+) \(", run.output)]
 
 
 def own_teacher(task, model: str) -> list:
@@ -85,10 +79,7 @@ def test_the_oldest_tested_release_distils_from_a_file(train, model, task, promp
 @releases.FOLDERS_OF_MODELS
 def test_every_term_of_arf_is_distilled(train, tmp_path, model, task, prompts):
     """Captions that equal the prompts cost what the prompts cost: the contrastive and the distillation loss."""
-    data.write_captions(
-        tmp_path / "anchors",
-        {str(tmp_path / "task" / f"{number}.png"): text for number, text in enumerate(PROMPTS)},
-    )
+    data.write_csv_captions(tmp_path / "anchors", task, PROMPTS)
     data.write_pairs(tmp_path / "anchors", shards=2, per_shard=8)
     flags = own_teacher(task, model)
     run = train.forked(*flags, *prompts, "--arf-anchors", tmp_path / "anchors")

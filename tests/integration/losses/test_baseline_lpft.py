@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -175,20 +174,15 @@ def features_of(task: data.Task, start) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("own_validation", [True, False])
-def test_arf_probe_finds_the_optimum(
-    tmp_path, run_arf, model_configs, task, start, own_validation, monkeypatch
-):
+def test_arf_probe_finds_the_optimum(tmp_path, run_arf, named, task, start, own_validation):
     """The head is scikit-learn's solution at the penalty that was chosen, on the data that it was to be fitted to."""
     from sklearn.linear_model import LogisticRegression
 
-    monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
-    monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "shim"))
     other = data.write_task(tmp_path / "other", shards=1, per_shard=12)
     validation = ["--validation", other.folder / "task-0000.tar"] if own_validation else []
     out = tmp_path / "probe.pt"
     done = run_arf(
-        *("probe", "--task-data", task.urls, "--classnames", task.classnames, "--model", "tiny-vit"),
+        *("probe", "--task-data", task.urls, "--classnames", task.classnames, "--model", named),
         *("--pretrained", start, "--out", out, "--json", *validation),
     )
     summary = json.loads(done.stdout)
@@ -209,12 +203,9 @@ def test_arf_probe_finds_the_optimum(
     np.testing.assert_allclose(centred, expected - expected.mean(axis=1, keepdims=True), rtol=2e-3, atol=2e-3)
 
 
-def test_arf_probe_names_samples_without_a_class(tmp_path, run_arf, model_configs, task, start, monkeypatch):
-    monkeypatch.setenv("ARF_TEST_MODEL_CONFIGS", str(model_configs))
-    monkeypatch.setenv("ARF_TEST_SHIM_ALWAYS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "shim"))
+def test_arf_probe_names_samples_without_a_class(tmp_path, run_arf, named, task, start):
     bare = write_tar(tmp_path / "bare.tar", {"7.png": data.image(0), "7.txt": b"a text"})
-    argv = ["probe", "--task-data", bare, "--classnames", task.classnames, "--model", "tiny-vit"]
+    argv = ["probe", "--task-data", bare, "--classnames", task.classnames, "--model", named]
     done = run_arf(*argv, "--pretrained", start, "--out", tmp_path / "probe.pt", check=False)
     assert done.returncode == 1 and "Sample bare/7 has no 'cls'" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "probe.pt").exists()

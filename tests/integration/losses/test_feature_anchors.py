@@ -64,10 +64,9 @@ def test_mixed_precision_two_processes_and_any_number_of_pairs(train, task, feat
 
 def test_a_csv_with_steps_between(train, tmp_path, featured):
     csv = data.write_csv_task(tmp_path / "csv", 32)
-    frame = [line.split("\t")[0] for line in csv.read_text().splitlines()[1:]]
     anchors = tmp_path / "anchors"
     shutil.copytree(featured[0] / "pairs", anchors / "pairs")
-    data.write_captions(anchors, {path: f"a picture {number}" for number, path in enumerate(frame)})
+    data.write_csv_captions(anchors, csv)
     model = open_clip.create_model("tiny-vit", pretrained=str(featured[1])).eval()
     data.write_features(anchors, model, "tiny-vit")
     run = train.forked(

@@ -5,27 +5,15 @@ Its gradients are compared in test_step_equals_three_forwards.py, runs that are 
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from support import data, reference
-from support.evaluation import write_set
+from support.evaluation import save_config, write_set
 from support.trainer import logged
 
 from arf_plugin.evaluation.checkpoints import read_weights
 
 STEPS = 4
-
-
-@pytest.fixture
-def folder(start, model_configs):
-    """The tiny model as a folder for `arf evaluate`."""
-    config = json.loads((model_configs / "tiny-vit.json").read_text())
-    made = start.parent / "model"
-    made.mkdir()
-    (made / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return made
 
 
 @pytest.mark.parametrize(("nproc", "accum_freq"), [(1, 1), (2, 2)])
@@ -54,13 +42,13 @@ def test_the_saved_average_is_the_mean_of_the_weights_of_all_steps(tmp_path, tra
         assert name == "logit_scale" or not torch.allclose(found[name], last[name], rtol=0, atol=1e-6)
 
 
-def test_the_average_is_a_checkpoint_like_others(tmp_path, train, task, start, folder, run_arf):
+def test_the_average_is_a_checkpoint_like_others(tmp_path, train, task, start, run_arf):
     flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-classnames", task.classnames]
     run = train.forked(*flags, "--pretrained", start, "--arf-teacher", "average", "--arf-save-average")
     average = run.folder / "checkpoints" / "average_1.pt"
     tests, out = write_set(tmp_path / "set", images=12), tmp_path / "out.json"
-    common = ["--model", f"local-dir:{folder}", "--workers", 0]
-    run_arf("evaluate", average, *common, "--data", tests or tmp_path / "set", "--json", out)
+    common = ["--model", save_config(tmp_path / "model"), "--workers", 0]
+    run_arf("evaluate", average, *common, "--data", tests, "--json", out)
     assert "average_1" in out.read_text()
     run_arf("interpolate", start, average, "--alpha", 0.5, *common, "--out", tmp_path / "half.pt")
     ends = [read_weights(start)["visual.proj"], read_weights(average)["visual.proj"]]
