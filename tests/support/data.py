@@ -95,6 +95,16 @@ class Task:
         return f"{self.folder}/task-{{0000..{self.shards - 1:04d}}}.tar"
 
     @property
+    def flags(self) -> list[object]:
+        """The trainer's flags for one pass."""
+        return ["--train-data", self.urls, "--train-num-samples", len(self.samples)]
+
+    @property
+    def prompts(self) -> list[object]:
+        """Those for class prompts."""
+        return ["--arf-classnames", self.classnames, "--arf-templates", self.templates]
+
+    @property
     def classnames(self) -> Path:
         return self.folder / "classnames.txt"
 

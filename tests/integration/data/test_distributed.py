@@ -58,7 +58,7 @@ def values(run, term: str) -> list[float]:
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_arf_works_where_stock_open_clip_does(train, task, anchors, name):
-    common = ("--train-data", task.urls, "--train-num-samples", 32, *COMBINATIONS[name])
+    common = (*task.flags, *COMBINATIONS[name])
     stock = train.forked(*common, nproc=2, name="stock", check=False)
     ours = train.forked(*common, "--arf-anchors", anchors, nproc=2, name="arf", check=False)
     if name in UPSTREAM_FAILS:
@@ -73,9 +73,7 @@ def test_arf_works_where_stock_open_clip_does(train, task, anchors, name):
 
 
 def test_four_processes(train, task, anchors):
-    run = train(
-        "--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors, nproc=4, batch_size=4
-    )
+    run = train(*task.flags, "--arf-anchors", anchors, nproc=4, batch_size=4)
     assert run.output.count("ARF is on") == 1 and all(len(values(run, term)) == 2 for term in TERMS)
 
 

@@ -12,7 +12,7 @@ KEPT = "texts keep all their positions, because of the model"
 
 
 def flags(task, anchors, *more):
-    return ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors, *more]
+    return [*task.flags, "--arf-anchors", anchors, *more]
 
 
 def recording(path):
@@ -81,7 +81,7 @@ def test_a_tower_where_it_is_not_exact_keeps_its_texts(train, tmp_path, task, an
 
 def test_class_prompts_alone_are_trimmed(train, tmp_path, task):
     """FLYP, too; the longest prompt has 7 tokens."""
-    prompts = ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
+    prompts = task.prompts
     data = ["--train-data", task.urls, "--train-num-samples", 16]
     train.forked(*data, *prompts, env=recording(tmp_path / "flyp"), **LONG)
     assert seen(tmp_path / "flyp").shape == (8, 8)

@@ -17,7 +17,7 @@ if not trains_tasks(releases.current()):
 
 @pytest.fixture
 def flags(task, anchors):
-    return ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    return [*task.flags, "--arf-anchors", anchors]
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def test_one_patched_line_calls_what_one_hook_installs(train, sources, task, anc
     """In the environment of the tests the start-up file is active as well: nothing is applied twice."""
     folder = sources()
     run_arf("patch", "apply", folder)
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    flags = [*task.flags, "--arf-anchors", anchors]
     run = train.forked(*flags, "--arf-freeze-bn", open_clip=folder)
     assert run.output.count("ARF is on") == 1 and run.output.count("Caption_anchor_loss") > 0
     assert "[64/64(100%)]" in run.output.replace(" ", "")
@@ -238,7 +238,7 @@ def test_a_patched_run_equals_one_with_hooks_to_the_bit(train, sources, task, an
     """Through both data streams, the losses, a stop in the middle of an epoch, and going on from there."""
     folder = sources()
     run_arf("patch", "apply", folder)
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    flags = [*task.flags, "--arf-anchors", anchors]
     flags += ["--arf-deterministic", "--arf-stop-file", tmp_path / "stop"]
     hooked = train.forked(*flags, name="hooked")
     (tmp_path / "stop").touch()
@@ -256,7 +256,7 @@ def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_p
     folder = sources()
     run_arf("patch", "apply", folder)
     python = str(make_environment(tmp_path / "env"))
-    argv = [*flags, *([anchors] if flags else []), "--train-data", task.urls, "--train-num-samples", 32]
+    argv = [*flags, *([anchors] if flags else []), *task.flags]
     run = train(*argv, torchrun=False, python=python, env={"PYTHONPATH": f"{SHIM}:{folder}:{ROOT}"})
     assert ("ARF is on" in run.output) == bool(flags) and ("Pair_anchor_loss" in run.output) == bool(flags)
     params = (run.folder / "params.txt").read_text()
@@ -275,7 +275,7 @@ def test_errors_are_as_clear_as_with_hooks(train, sources, task, run_arf, tmp_pa
 def test_two_processes_on_the_cpu(train, sources, task, run_arf):
     """Upstream's bug, and its mend; the shim that mends it in other tests is off."""
     folder = sources()
-    flags = ["--train-data", task.urls, "--train-num-samples", 32]
+    flags = task.flags
     off = {"ARF_TEST_DDP_CPU": ""}
     broken = train.forked(*flags, nproc=2, env=off, open_clip=folder, check=False)
     assert broken.status != 0 and "device_ids" in broken.output
@@ -288,7 +288,7 @@ def test_two_processes_on_the_cpu(train, sources, task, run_arf):
 def test_newer_webdataset(train, sources, task, run_arf):
     assert NEWER_WEBDATASET.is_dir(), f"{NEWER_WEBDATASET} is missing: run scripts/test.sh"
     folder = sources()
-    flags = ["--train-data", task.urls, "--train-num-samples", 32]
+    flags = task.flags
     both = {"PYTHONPATH": f"{SHIM}:{folder}:{NEWER_WEBDATASET}"}
     broken = train.forked(*flags, env=both, check=False)
     assert broken.status != 0 and "KeyError: 'fname'" in broken.output

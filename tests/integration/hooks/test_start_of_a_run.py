@@ -14,14 +14,14 @@ from arf_plugin import files
 @pytest.fixture
 def weights(train, task, tmp_path):
     """A checkpoint of the tiny model that has learned the task's classes."""
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-classnames", task.classnames]
+    flags = [*task.flags, "--arf-classnames", task.classnames]
     flags += ["--arf-templates", task.templates, "--epochs", 60, "--save-frequency", 60]
     run = train.forked(*flags, name="learned")
     return run.folder / "checkpoints" / "epoch_60.pt"
 
 
 def test_anchors_for_random_weights_are_refused(train, task, anchors):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    flags = [*task.flags, "--arf-anchors", anchors]
     argv = train.argv
 
     def without_leave(*args, **kwargs):
@@ -34,7 +34,7 @@ def test_anchors_for_random_weights_are_refused(train, task, anchors):
 
 
 def test_weights_from_a_file_need_no_leave(train, task, anchors, tmp_path):
-    run = train.forked("--train-data", task.urls, "--train-num-samples", 32, name="first")
+    run = train.forked(*task.flags, name="first")
     torch.save(run.checkpoint["state_dict"], tmp_path / "w.pt")
     argv = train.argv
     train.argv = lambda *a, **k: [word for word in argv(*a, **k) if word != "--arf-random-weights"]
@@ -49,7 +49,7 @@ def test_weights_from_a_file_need_no_leave(train, task, anchors, tmp_path):
 def test_class_names_in_another_order_show_in_the_first_loss(train, task, tmp_path, weights):
     reversed_names = tmp_path / "reversed.txt"
     reversed_names.write_text("\n".join(reversed(data.CLASSNAMES)) + "\n")
-    common = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", weights]
+    common = [*task.flags, "--pretrained", weights]
     common += ["--arf-templates", task.templates, "--arf-classnames"]
     assert "the first loss is" not in train.forked(*common, task.classnames, name="right").output
     assert "the first loss is" in train.forked(*common, reversed_names, name="wrong").output
@@ -71,7 +71,7 @@ def test_a_deterministic_run_is_not_resumed_with_other_data(train, tmp_path, wha
     anchors = folder / "anchors"
     data.write_captions(anchors, {identity: f"a caption of {identity}" for identity in task.ids})
     data.write_pairs(anchors, shards=1, per_shard=16)
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    flags = [*task.flags, "--arf-anchors", anchors]
     flags += ["--arf-deterministic", "--arf-checkpoint-every", 1, "--arf-stop-file", tmp_path / "stop"]
     (tmp_path / "stop").touch()
     train.forked(*flags)
@@ -105,7 +105,7 @@ def test_runs_that_could_not_make_a_step_are_refused(train, tmp_path, task):
     csv = data.write_csv_task(tmp_path / "task", 7)
     run = train.forked("--train-data", csv, "--arf-deterministic", check=False)
     assert run.status != 0 and "less than one batch of --batch-size 8" in run.output
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-deterministic"]
+    flags = [*task.flags, "--arf-deterministic"]
     run = train.forked(*flags, "--accum-freq", 5, name="accum", check=False)
     assert run.status != 0 and "fewer than --accum-freq 5" in run.output
     run = train.forked(*flags, "--workers", 4, "--batch-size", 16, name="workers", check=False)

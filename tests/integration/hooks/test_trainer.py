@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def flags(task, anchors):
-    return ["--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors]
+    return [*task.flags, "--arf-anchors", anchors]
 
 
 @pytest.fixture
 def prompts(task):
-    return ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
+    return task.prompts
 
 
 @pytest.mark.parametrize("release", releases.PARAMETERS)
@@ -68,9 +68,7 @@ def test_flyp_alone_trains_on_class_shards(train, tmp_path, prompts):
 def test_either_half_may_be_missing(train, tmp_path, task, anchors, half):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / half).symlink_to(anchors / half)
-    run = train.forked(
-        "--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", tmp_path / "half"
-    )
+    run = train.forked(*task.flags, "--arf-anchors", tmp_path / "half")
     present, absent = TERMS[1:] if half == "captions" else TERMS[:0:-1]
     assert logged(run, present) and not logged(run, absent)
     name = "pair anchors" if half == "captions" else "caption anchors"

@@ -231,7 +231,7 @@ def test_a_resumed_run_whose_file_of_rows_is_damaged(train, task_csv, held_out, 
 def test_tensorboard_has_every_term_the_scale_and_the_watch(train, task, anchors, held_out):
     assert TENSORBOARD.is_dir(), f"tensorboard is missing in {TENSORBOARD}: run scripts/test.sh"
     run = train.forked(
-        *("--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors),
+        *(*task.flags, "--arf-anchors", anchors),
         *("--arf-watch", held_out, "--arf-watch-drift", "--report-to", "tensorboard"),
         env={"PYTHONPATH": f"{train.env['PYTHONPATH']}{os.pathsep}{TENSORBOARD}"},
     )

@@ -71,7 +71,7 @@ def test_a_resumed_run_is_held_to_where_the_first_one_started(tmp_path, train, s
 
 def test_locked_towers_are_left_out(train, task, start):
     run = train.forked(
-        *("--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start, "--arf-l2sp", 1),
+        *(*task.flags, "--pretrained", start, "--arf-l2sp", 1),
         *("--lock-image", "--arf-classnames", task.classnames),
     )
     theta_0 = torch.load(start, weights_only=True)

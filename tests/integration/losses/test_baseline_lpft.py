@@ -95,7 +95,7 @@ def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe
 
 def test_webdataset_resume_and_validation(train, task, start, probe):
     """Also from shards, resumed, and with open_clip's own validation, which sees the CLIP model."""
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]
+    flags = [*task.flags, "--pretrained", start]
     flags += ["--arf-head", probe, "--arf-classnames", task.classnames]
     run = train.forked(*flags, "--val-data", task.urls, "--val-num-samples", 32)
     assert "LP-FT starts from the weights and the head of" in run.output and "(LP-FT)" in run.output
@@ -107,7 +107,7 @@ def test_webdataset_resume_and_validation(train, task, start, probe):
 
 
 def test_the_head_needs_its_own_classes_and_a_class_for_every_sample(tmp_path, train, task, start, probe):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]
+    flags = [*task.flags, "--pretrained", start]
     names = tmp_path / "names.txt"
     names.write_text("\n".join(data.CLASSNAMES[::-1]))
     bare = write_tar(tmp_path / "bare.tar", {"0.png": data.image(0), "0.txt": b"a text"})

@@ -17,7 +17,7 @@ def mixture(task, anchors):
     return [
         *("--train-data", f"{task.urls}::{anchors}/pairs/{{000000..000003}}.tar"),
         *("--dataset-resampled", "--train-data-upsampling-factors", "1::1", "--train-num-samples", 64),
-        *("--arf-classnames", task.classnames, "--arf-templates", task.templates),
+        *task.prompts,
     ]
 
 

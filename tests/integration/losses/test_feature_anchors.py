@@ -30,7 +30,7 @@ def featured(tmp_path_factory, task, model_configs):
 def flags(task, featured, *more):
     anchors, start = featured
     both = ("--arf-pair-loss", "feature", "--arf-caption-loss", "feature")
-    common = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]
+    common = [*task.flags, "--pretrained", start]
     return [*common, "--arf-anchors", anchors, *both, *more]
 
 

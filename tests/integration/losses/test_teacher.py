@@ -43,7 +43,7 @@ def test_the_saved_average_is_the_mean_of_the_weights_of_all_steps(tmp_path, tra
 
 
 def test_the_average_is_a_checkpoint_like_others(tmp_path, train, task, start, run_arf):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-classnames", task.classnames]
+    flags = [*task.flags, "--arf-classnames", task.classnames]
     run = train.forked(*flags, "--pretrained", start, "--arf-teacher", "average", "--arf-save-average")
     average = run.folder / "checkpoints" / "average_1.pt"
     tests, out = write_set(tmp_path / "set", images=12), tmp_path / "out.json"
@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_teacher_that_the_first_one_started_from(tmp_path,
 def test_batch_norm_and_mixed_precision(train, task, anchors):
     """In two processes, whose statistics differ: the average has those of the first one, as its checkpoint has."""
     run = train.forked(
-        *("--train-data", task.urls, "--train-num-samples", 32, "--arf-anchors", anchors),
+        *(*task.flags, "--arf-anchors", anchors),
         *("--arf-teacher", "average", "--arf-save-average", "--precision", "amp_bf16"),
         model="tiny-resnet",
         nproc=2,
@@ -98,13 +98,13 @@ def test_batch_norm_and_mixed_precision(train, task, anchors):
 
 
 def test_random_starting_weights_are_refused(train, task):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--arf-teacher", "average"]
+    flags = [*task.flags, "--arf-teacher", "average"]
     run = train.forked(*flags, check=False)
     assert run.status != 0 and "come from no file and are random" in run.output
 
 
 def test_an_epoch_without_its_average_is_refused(train, task, start):
-    flags = ["--train-data", task.urls, "--train-num-samples", 32, "--pretrained", start]
+    flags = [*task.flags, "--pretrained", start]
     train.forked(*flags)
     run = train.forked(*flags, "--epochs", 2, "--arf-teacher", "average", "--resume", "latest", check=False)
     assert run.status != 0 and "average_1.pt has none" in run.output

@@ -67,7 +67,7 @@ def flags(task, *more) -> list:
 
 def shape(task, anchors, variant: str) -> list:
     """Flags of a variant of training."""
-    prompts = ["--arf-classnames", task.classnames, "--arf-templates", task.templates]
+    prompts = task.prompts
     return {
         "anchors": ["--arf-anchors", anchors, *prompts],
         "flyp": prompts,
