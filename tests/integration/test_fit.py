@@ -137,12 +137,8 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
 )
 def test_mistakes_get_one_sentence(inputs, tmp_path, run_arf, change, says):
     words = [
-        "fit",
-        inputs / "my images",
-        "--model",
-        f"local-dir:{inputs / 'clip'}",
-        "--out",
-        tmp_path / "x",
+        *("fit", inputs / "my images", "--model", f"local-dir:{inputs / 'clip'}"),
+        *("--out", tmp_path / "x"),
         *change,
     ]
     done = run_arf(*words, check=False)

@@ -32,13 +32,7 @@ def copy_project(folder: Path) -> Path:
 
 def pip(python: Path, *argv: str) -> None:
     command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "-q",
-        "--python",
-        str(python),
+        *(sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", str(python)),
         *argv,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

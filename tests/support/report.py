@@ -182,14 +182,8 @@ def train_grid(folder: Path, world: grids.World, train: Trainer, seeds: tuple[in
         for seed in seeds:
             name = f"{arm}-{seed}"
             flags = (
-                "--train-data",
-                world.task,
-                "--dataset-type",
-                "webdataset",
-                "--train-num-samples",
-                24,
-                "--seed",
-                seed,
+                *("--train-data", world.task, "--dataset-type", "webdataset"),
+                *("--train-num-samples", 24, "--seed", seed),
             )
             flags = (*flags, "--epochs", 2, *texts, *more)
             done = train.forked(*flags, name=name, model=clip)

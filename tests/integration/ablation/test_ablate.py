@@ -176,14 +176,8 @@ def test_the_seeds_of_an_arm_are_merged(ablate, world, run_arf, tmp_path):
         out = tmp_path / f"{method}.jsonl"
         run_arf(
             *("interpolate", *runs, "--method", method, "--model", f"local-dir:{world.folder}/clip"),
-            *(
-                "--suite",
-                world.folder / "drawings.yaml",
-                "--data-root",
-                world.folder / "sets",
-                "--results",
-                out,
-            ),
+            *("--suite", world.folder / "drawings.yaml", "--data-root", world.folder / "sets"),
+            *("--results", out),
         )
         direct = {row["set"]: row["metrics"] for row in map(json.loads, out.read_text().splitlines())}
         own = [r for r in ablate.rows("results.jsonl") if r["checkpoint"] == f"merged/flyp+{method}/0-1"]

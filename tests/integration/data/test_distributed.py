@@ -89,30 +89,16 @@ def test_a_machine_that_dies_and_comes_back(train, task, anchors, tmp_path):
 
         def start(node):
             torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "2",
-                "--nproc_per_node",
-                "1",
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--nproc_per_node", "1"),
             ]
             torchrun += [
-                "--rdzv_backend",
-                "c10d",
-                "--rdzv_endpoint",
-                f"{first.address}:29400",
-                "--rdzv_id",
-                "arf",
+                *("--rdzv_backend", "c10d", "--rdzv_endpoint", f"{first.address}:29400"),
+                *("--rdzv_id", "arf"),
             ]
             torchrun += [
-                "--local_addr",
-                node.address,
-                "--max_restarts",
-                "3",
-                "-m",
-                "--",
-                "open_clip_train.main",
+                *("--local_addr", node.address, "--max_restarts", "3", "-m"),
+                *("--", "open_clip_train.main"),
             ]
             env = {**train.env, "GLOO_SOCKET_IFNAME": node.device, "TP_SOCKET_IFNAME": node.device}
             # Without it the machine that lasts keeps the first round's address, and the one that is back waits for it.

@@ -110,17 +110,8 @@ def test_all_agree_to_the_last_image(run, evaluate, world, tmp_path, capsys):
         half, watched
     )  # they lie elsewhere, and tell of the run themselves
     sweep = (
-        "--alphas",
-        0.5,
-        1,
-        "--model",
-        "tiny-vit",
-        "--data",
-        world / "set",
-        "--workers",
-        0,
-        "--batch-size",
-        8,
+        *("--alphas", 0.5, 1, "--model", "tiny-vit", "--data", world / "set", "--workers", 0),
+        *("--batch-size", 8),
     )
     argv = ("interpolate", start, tuned, *sweep, "--results", tmp_path / "sweep.jsonl")
     assert main(list(map(str, argv))) == 0

@@ -116,14 +116,8 @@ def test_the_head_needs_its_own_classes_and_a_class_for_every_sample(tmp_path, t
         (["--arf-head", start, "--arf-classnames", task.classnames], "has no head among its weights"),
         (
             [
-                "--arf-head",
-                probe,
-                "--arf-classnames",
-                task.classnames,
-                "--model",
-                "tiny-resnet",
-                "--pretrained",
-                "",
+                *("--arf-head", probe, "--arf-classnames", task.classnames, "--model", "tiny-resnet"),
+                *("--pretrained", ""),
             ],
             "of another architecture than --model",
         ),

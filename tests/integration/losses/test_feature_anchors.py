@@ -48,14 +48,8 @@ def test_both_terms_begin_at_0_and_grow(train, task, featured):
 @pytest.mark.parametrize("precision", ["amp_bf16", "bf16"])
 def test_mixed_precision_two_processes_and_any_number_of_pairs(train, task, featured, precision):
     more = (
-        "--precision",
-        precision,
-        "--arf-pair-batch-size",
-        3,
-        "--arf-pair-loss",
-        "difference",
-        "--accum-freq",
-        2,
+        *("--precision", precision, "--arf-pair-batch-size", 3, "--arf-pair-loss", "difference"),
+        *("--accum-freq", 2),
     )
     run = train.forked(*flags(task, featured, *more), nproc=2, batch_size=4, **MODEL)
     first, *later = logged(run, "Pair_anchor_loss")

@@ -96,17 +96,8 @@ def test_unusual_pictures_and_texts_come_through(arf, inputs: Inputs, tmp_path: 
         members += [(f"{key}.{ext}", data), (f"{key}.txt", text.encode())]
     pool = write_tar(tmp_path / "p.tar", members)
     arf(
-        "anchors",
-        "--task-data",
-        inputs.task,
-        "--pool",
-        pool,
-        "--model",
-        inputs.clip,
-        "--k",
-        4,
-        "--out",
-        tmp_path / "A",
+        *("anchors", "--task-data", inputs.task, "--pool", pool, "--model", inputs.clip, "--k", 4),
+        *("--out", tmp_path / "A"),
     )
     packed = {}
     for shard in (tmp_path / "A/pairs").glob("*.tar"):

@@ -94,14 +94,7 @@ def test_sampling_stays_in_the_nucleus_and_follows_the_seed(coca: str):
 
 def test_the_stage_captions_with_it(arf, coca: str, inputs: Inputs, tmp_path: Path):
     common = (
-        "caption",
-        "--task-data",
-        inputs.task,
-        "--captioner",
-        coca,
-        "--max-new-tokens",
-        5,
-        "--json",
+        *("caption", "--task-data", inputs.task, "--captioner", coca, "--max-new-tokens", 5, "--json"),
         "--out",
     )
     out, _ = arf(*common, tmp_path / "A", "--batch-size", 4)

@@ -123,12 +123,7 @@ def test_the_same_hits_on_emojinet(arf, environment, factory: str, tmp_path: Pat
     task, pool = emojinet() / "task", emojinet() / "pool"
     retrieve(arf, task, pool, tmp_path / "exact")
     words = (
-        "--embeddings",
-        pool,
-        "--index",
-        tmp_path / "index",
-        "--factory",
-        factory,
+        *("--embeddings", pool, "--index", tmp_path / "index", "--factory", factory),
     )  # auto: clip-retrieval index
     with knn_service.started(tmp_path / "log", *words) as url:
         retrieve(arf, task, pool, tmp_path / "service", "--backend", "service", "--service-url", url)

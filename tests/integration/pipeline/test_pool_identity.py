@@ -118,11 +118,8 @@ def test_content_tells_tars_apart_where_no_path_does(
         path.rename(tmp_path / new / path.name)
     edit(retrieved / "pairs.parquet", lambda rows: None, () if digests else ("sha256",))
     words = (
-        "pack",
-        "--retrieved",
-        retrieved,
-        "--pool",
-        f"{tmp_path}/two/00000.tar::{tmp_path}/one/00000.tar",
+        *("pack", "--retrieved", retrieved),
+        *("--pool", f"{tmp_path}/two/00000.tar::{tmp_path}/one/00000.tar"),
     )
     _, err = arf(*words, "--out", tmp_path / "A")
     assert packed(tmp_path / "A") == RIGHT
@@ -137,11 +134,8 @@ def test_copies_are_as_good_and_doubtful_ones_are_not(arf, pool: list[Path], ret
     pool[0].unlink()
     edit(retrieved / "pairs.parquet", lambda rows: rows.__delitem__(slice(PER_TAR, None)))
     words = (
-        "pack",
-        "--retrieved",
-        retrieved,
-        "--pool",
-        f"{tmp_path}/one/00000.tar::{tmp_path}/two/00000.tar",
+        *("pack", "--retrieved", retrieved),
+        *("--pool", f"{tmp_path}/one/00000.tar::{tmp_path}/two/00000.tar"),
     )
     arf(*words, "--out", tmp_path / "A")
     assert packed(tmp_path / "A") == RIGHT[:PER_TAR]

@@ -120,13 +120,8 @@ def test_refusals(arf, retrieve, tmp_path: Path):
     retrieve("H")
     write_embeddings(tmp_path / "narrow", unit_vectors(9, 8, seed=0))
     common = (
-        "retrieve",
-        "--queries",
-        tmp_path / "queries",
-        "--pool",
-        tmp_path / "pool",
-        "--out",
-        tmp_path / "x",
+        *("retrieve", "--queries", tmp_path / "queries", "--pool", tmp_path / "pool"),
+        *("--out", tmp_path / "x"),
     )
     _, err = arf(*common, "--exclude", tmp_path / "narrow", status=1)
     assert "narrow has vectors of dimension 8" in err

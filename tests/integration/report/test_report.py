@@ -234,14 +234,8 @@ def test_the_page_needs_nothing_but_itself(report):
 def test_the_same_report_twice_has_the_same_bytes(report, grid, run_arf, tmp_path):
     names = report.parent / "names.txt"
     argv = (
-        "report",
-        grid,
-        "--out",
-        tmp_path / "again",
-        "--title",
-        f"Drawings {HOSTILE}",
-        "--classnames",
-        names,
+        *("report", grid, "--out", tmp_path / "again", "--title", f"Drawings {HOSTILE}"),
+        *("--classnames", names),
     )
     run_arf(*argv)
     assert building.folder_bytes(tmp_path / "again") == building.folder_bytes(report)

@@ -153,13 +153,8 @@ def test_seed_decides(train, uneven, uneven_anchors):
 def test_rows_of_a_csv(train, tmp_path, workers, nproc):
     csv = data.write_csv_task(tmp_path / "csv", 40)
     run_flags = [
-        "--train-data",
-        csv,
-        "--epochs",
-        EPOCHS,
-        "--arf-deterministic",
-        "--aug-cfg",
-        "scale=(0.3,1.0)",
+        *("--train-data", csv, "--epochs", EPOCHS, "--arf-deterministic"),
+        *("--aug-cfg", "scale=(0.3,1.0)"),
     ]
     run_flags += ["--workers", workers]
     options = {**MODEL, "nproc": nproc, "batch_size": 8 // nproc}

@@ -18,15 +18,8 @@ SCRIPT = ROOT / "scripts" / "gpu_check.py"
 def check(tmp_path: Path, *flags: object) -> tuple[subprocess.CompletedProcess, dict, str]:
     files = tmp_path / "gpu.json", tmp_path / "gpu.md"
     command = [
-        sys.executable,
-        SCRIPT,
-        "--device",
-        "cpu",
-        "--tiny",
-        "--json",
-        files[0],
-        "--markdown",
-        files[1],
+        *(sys.executable, SCRIPT, "--device", "cpu", "--tiny", "--json", files[0]),
+        *("--markdown", files[1]),
         *flags,
     ]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

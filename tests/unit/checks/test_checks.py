@@ -435,12 +435,6 @@ def test_a_file_of_weights_that_open_clip_would_pass_over(parse, tmp_path):
     (tmp_path / "w.pt").write_bytes(b"")
     with pytest.raises(FlagError, match="would pass over --pretrained"):
         parse(
-            "--train-data",
-            "x.tar",
-            "--arf-anchors",
-            "A",
-            "--model",
-            "local-dir:M",
-            "--pretrained",
-            tmp_path / "w.pt",
+            *("--train-data", "x.tar", "--arf-anchors", "A", "--model", "local-dir:M"),
+            *("--pretrained", tmp_path / "w.pt"),
         )
