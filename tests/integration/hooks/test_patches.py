@@ -46,9 +46,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("series", ["arf", "upstream"])
+@pytest.mark.parametrize(("series", "inside_a_repository"), [("arf", True), ("upstream", False)])
 @pytest.mark.parametrize("release", SOURCES)
-@pytest.mark.parametrize("inside_a_repository", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_apply_check_revert(run_arf, sources, release, series, inside_a_repository):
     folder = sources(release)
     if inside_a_repository:
