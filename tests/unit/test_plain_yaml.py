@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 
@@ -55,10 +54,8 @@ CASES = {
 def test_odd_files_are_refused_in_one_sentence(tmp_path, content, expected, kind):
     path = tmp_path / "own.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    started = time.monotonic()
     with pytest.raises(EvaluationError if kind == "suite" else GridError, match=expected) as error:
         read_suite(path) if kind == "suite" else load_grid(str(path), tmp_path / "out")
-    assert time.monotonic() - started < 60
     assert "own.yaml" in str(error.value) and len(str(error.value)) < 800 and "\n" not in str(error.value)
 
 
