@@ -23,11 +23,12 @@ class Inputs:
         self.train_data = self.task.urls
         self.flags: list[object] = []
 
-    def change(self, tar: Path, name: str, content: bytes) -> None:
-        """Rewrites a tar with another content of a member."""
-        with tarfile.open(tar) as whole:
-            members = {member.name: whole.extractfile(member).read() for member in whole}
-        write_tar(tar, {**members, name: content})
+
+def change(tar: Path, name: str, content: bytes) -> None:
+    """Rewrites a tar with another content of a member."""
+    with tarfile.open(tar) as whole:
+        members = {member.name: whole.extractfile(member).read() for member in whole}
+    write_tar(tar, {**members, name: content})
 
 
 def no_anchors(inputs):
@@ -42,7 +43,7 @@ def one_missing_caption(inputs):
 
 
 def truncated_pair_image(inputs):
-    inputs.change(inputs.anchors / "pairs" / "000000.tar", "000000.png", data.image(1)[:200])
+    change(inputs.anchors / "pairs" / "000000.tar", "000000.png", data.image(1)[:200])
     return "000000.tar, pair 000000: ", "arf pack"
 
 
@@ -150,7 +151,7 @@ def test_an_unreadable_task_image_needs_no_caption(tmp_path, train, task, anchor
     """No captioner could describe it and open_clip skips it, so it does not stop the run."""
     inputs = Inputs(tmp_path / "inputs", task, anchors)
     one_missing_caption(inputs)
-    inputs.change(inputs.task.folder / "task-0001.tar", "000011.png", data.image(11)[:200])
+    change(inputs.task.folder / "task-0001.tar", "000011.png", data.image(11)[:200])
     flags = ["--train-data", inputs.train_data, "--train-num-samples", 32, "--arf-anchors", inputs.anchors]
     run = train.forked(*flags)
     assert "1 of 32 task images are unreadable and will be skipped, first: task-0001/000011" in run.output
