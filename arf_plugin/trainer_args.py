@@ -22,9 +22,6 @@ class TrainerArgs(Protocol):
     distill_pretrained: str | None
     # Data.
     train_data: str
-    val_data: str | None
-    imagenet_val: str | None
-    imagenet_v2: str | None
     dataset_type: str
     dataset_resampled: bool
     train_data_upsampling_factors: str | None

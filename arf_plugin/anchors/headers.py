@@ -23,7 +23,6 @@ LARGEST_EXTENSION = 1 << 24  # bytes of the long names, pax records and maps of 
 
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
-_ADLER_BASE = 65521
 _OF_ALL_MEMBERS = {"path", "size", "GNU.sparse.name", "GNU.sparse.size", "GNU.sparse.realsize"}
 
 

@@ -25,6 +25,7 @@ chosen=("$@")
 measure startup
 measure loader --workers 1 2 4 8 --images 1024 --rounds 5
 measure step --models ViT-B-32 ViT-B-16 --batch-size 16 4
+measure memory --model ViT-B-16 --batch-size 32
 measure distributed --processes 1 2 4
 measure checkpoint --model ViT-B-32 --batch-size 16
 measure captions --captions 5000000 --workers 4

@@ -9,7 +9,7 @@ activations, which is what B, trimming, --accum-freq and --grad-checkpointing ch
 
     python scripts/bench/memory.py --model ViT-B-16 --batch-size 32 --json docs/figures/bench/memory.json
 
-writes the figures that scripts/tables.py puts into README.md.
+writes the figures that scripts/tables.py puts into docs/cheaper.md.
 """
 
 from __future__ import annotations

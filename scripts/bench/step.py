@@ -10,7 +10,7 @@ is about what 4 is with ViT-B/16. With less, steps that are cheaper than a plain
 
     python scripts/bench/step.py --models ViT-B-32 ViT-B-16 --batch-size 16 4 --json docs/figures/bench/step.json
 
-writes the figures that scripts/tables.py puts into README.md.
+writes the figures that scripts/tables.py puts into docs/cheaper.md.
 """
 
 from __future__ import annotations

@@ -50,17 +50,8 @@ class Bench:
         weights = folder / "weights.pt"
         torch.save(open_clip.create_model("tiny-vit").state_dict(), weights)
         shutil.copytree(self.anchors, folder / "featured")
-        words = [
-            "features",
-            folder / "featured",
-            "--model",
-            "tiny-vit",
-            "--pretrained",
-            weights,
-            "--workers",
-            "0",
-        ]
-        if status := arf(list(map(str, words))):
+        model = ("--model", "tiny-vit", "--pretrained", weights, "--workers", 0)
+        if status := arf(list(map(str, ("features", folder / "featured", *model)))):
             raise RuntimeError(f"arf features ended with status {status}")
         classes = len(data.CLASSNAMES)
         head = Head(torch.randn(classes, 16), torch.randn(classes), names_digest(data.CLASSNAMES))
