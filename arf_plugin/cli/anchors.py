@@ -82,7 +82,9 @@ class Build:
 
         self.args, self.out, self.work = args, args.out, args.work or args.out / "work"
         self.task = options.task_source(args)
-        caption = caption_stage(args, self.task, self.work / "caption")  # refuses flags without --captioner, too
+        caption = caption_stage(
+            args, self.task, self.work / "caption"
+        )  # refuses flags without --captioner, too
         self.caption = caption if args.captioner else None
         self.pool = expand_urls(args.pool, PoolError) if args.pool else None
         self.model = ClipModel(args.model, args.pretrained, args.precision) if args.model else None
