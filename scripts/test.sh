@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
-make_environment captions,retrieval,evaluation,emojinet,dev,docs
+make_environment "$EXTRAS_OF_TESTS"
 
 marker=(-m "not slow")
 case " $* " in
