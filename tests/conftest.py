@@ -30,7 +30,7 @@ def _process():
 
     torch.set_num_threads(1)
     if "open_clip" in sys.modules:
-        import support.tokenizers  # noqa: F401
+        import support.tokenizer_cache  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ PRELOADED = [
     "open_clip_train.data",
     "open_clip_train.params",
     "open_clip_train.train",
-    "support.tokenizers",
+    "support.tokenizer_cache",
     "transformers.modeling_utils",
 ]
 

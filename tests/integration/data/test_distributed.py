@@ -59,8 +59,9 @@ def values(run, term: str) -> list[float]:
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_arf_works_where_stock_open_clip_does(train, task, anchors, name):
     common = (*task.flags, *COMBINATIONS[name])
-    stock = train.forked(*common, nproc=2, name="stock", check=False)
-    ours = train.forked(*common, "--arf-anchors", anchors, nproc=2, name="arf", check=False)
+    options = {"nproc": 2, "check": False, "timeout": 1200}  # compiling takes minutes where much else runs
+    stock = train.forked(*common, name="stock", **options)
+    ours = train.forked(*common, "--arf-anchors", anchors, name="arf", **options)
     if name in UPSTREAM_FAILS:
         assert stock.status != 0 and UPSTREAM_FAILS[name] in stock.output, stock.output
         assert ours.status != 0 and UPSTREAM_FAILS[name] in ours.output, ours.output

@@ -232,7 +232,8 @@ def test_training_on_two_nodes_and_requeued_on_one(
     cluster: Cluster, task: Any, anchors: Path, train: Trainer, tmp_path: Path
 ):
     flags = ("--model", "tiny-vit", "--device", "cpu", "--batch-size", 4, "--workers", 0, "--lr", "1e-3", "--warmup", 1,
-             "--train-num-samples", 32, "--save-frequency", 1, "--log-every-n-steps", 1)  # fmt: skip
+             "--train-num-samples", 32, "--save-frequency", 1, "--log-every-n-steps", 1,
+             "--arf-random-weights")  # fmt: skip
     variables = {
         **told(train),
         "ANCHORS": anchors,
@@ -291,7 +292,7 @@ def test_preempted_training_ends_like_an_undisturbed_one(
         "LOGS": train.logs,
         "NAME": "preempted",
     }
-    argv = train.argv(flags, "preempted", "tiny-vit", 4)
+    argv = train.argv((*flags, "--arf-random-weights"), "preempted", "tiny-vit", 4)
     job = cluster.submit(
         "train_preemptible.sbatch",
         stage_flags=tuple(argv),
