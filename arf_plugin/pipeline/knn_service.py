@@ -82,7 +82,7 @@ class KnnClient(ServiceClient):
                     ]
                     done, _ = wait(asked, return_when=FIRST_EXCEPTION)
                 finally:
-                    self._stop.set()  # threads that wait for their next try give up
+                    self.halt()
                     pool.shutdown(wait=False, cancel_futures=True)
             return [answer.result() for answer in asked if answer in done]  # all, or raises the failure
         finally:

@@ -87,15 +87,12 @@ class ServiceClient:
         self.url, self._timeout, self._patience, self._headers = url, timeout, patience, headers or {}
         self.retries, self.proven = 0, False
         self._local = threading.local()
-        self._sessions: list[_Session] = []
         self._last_answer = -math.inf
         self._stop = threading.Event()
 
     def halt(self) -> None:
-        """Makes all requests under way fail soon; :meth:`resume` allows new ones."""
+        """Makes all requests under way fail soon, until :meth:`resume`."""
         self._stop.set()
-        for session in self._sessions:
-            session.adapter.cut()
 
     def resume(self) -> None:
         """Allows requests again."""
@@ -129,8 +126,7 @@ class ServiceClient:
             ServiceError: anything else; a :class:`Refused` for a status.
         """
         if not hasattr(self._local, "session"):  # requests does not promise that threads can share one
-            self._local.session = _Session(self.url, self._headers)
-            self._sessions.append(self._local.session)
+            self._local.session = _Session(self.url, self._headers, self._stop)
         url = self.url + path
         started, attempts, faults = time.monotonic(), 0, 0
         while True:
@@ -199,11 +195,11 @@ class ServiceClient:
 class _Session(requests.Session):
     """A session of one thread with one service: nobody is redirected, no cookie is kept."""
 
-    def __init__(self, address: str, headers: dict[str, str]) -> None:
+    def __init__(self, address: str, headers: dict[str, str], stop: threading.Event) -> None:
         super().__init__()
-        self.adapter = _Adapter()
+        self._stop, self._adapter = stop, _Adapter()
         for scheme in ("http://", "https://"):
-            self.mount(scheme, self.adapter)
+            self.mount(scheme, self._adapter)
         # Proxies and certificates of the environment, looked up once: requests would do so for every query.
         found = self.merge_environment_settings(address, {}, None, None, None)
         self.proxies, self.verify, self.cert = found["proxies"], found["verify"], found["cert"]
@@ -241,19 +237,19 @@ class _Session(requests.Session):
 
     @contextmanager
     def _deadline(self, seconds: float, late: threading.Event) -> Iterator[None]:
-        """Cuts the connection if the block has not ended after so many seconds.
+        """Cuts the connection if the block has not ended after so many seconds, or soon if all is to stop.
 
         The timeout of requests is one for each wait for bytes, which a service that sends one byte now and then never
         exceeds, in the middle of a header, too.
         """
-        done = threading.Event()
+        done, end = threading.Event(), time.monotonic() + seconds
 
         def cut() -> None:
-            pause = seconds
-            while not done.wait(pause):
-                late.set()
-                self.adapter.cut()
-                pause = 0.05  # between two tries to connect there is nothing to cut, and then there is again
+            # Again and again: between two tries to connect there is nothing to cut, and then there is again.
+            while not done.wait(min(0.25, max(0.05, end - time.monotonic()))):
+                if self._stop.is_set() or time.monotonic() >= end:
+                    late.set()
+                    self._adapter.cut()
 
         threading.Thread(target=cut, daemon=True).start()
         try:

@@ -112,6 +112,9 @@ def packed(reply, encoding="gzip", pack=gzip.compress):
     return 200, JSON | {"Content-Encoding": encoding}, pack(json.dumps(reply).encode())
 
 
+BOMB = packed(["x" * (80 << 20)])
+
+
 class FlakyProxy(LoopbackServer):
     """Drops, delays, truncates or answers 500 to a share of the requests.
 

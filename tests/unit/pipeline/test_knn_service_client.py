@@ -17,7 +17,18 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from support.building import unit_vectors
-from support.knn_servers import DRIPS, HEAD, JSON, FlakyProxy, LoopbackServer, Raw, SmallService, packed, send
+from support.knn_servers import (
+    BOMB,
+    DRIPS,
+    HEAD,
+    JSON,
+    FlakyProxy,
+    LoopbackServer,
+    Raw,
+    SmallService,
+    packed,
+    send,
+)
 
 from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.pipeline.knn_backends import Search
@@ -212,9 +223,6 @@ def test_headers_that_are_wrong_about_the_length_do_not_disturb_the_next_query()
 
     with serving(longer) as (_, client):
         assert rows_of(client) == NEAREST.tolist()
-
-
-BOMB = packed(["x" * (80 << 20)])
 
 
 def body(content: bytes):
