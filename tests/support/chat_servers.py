@@ -25,7 +25,7 @@ _EXTRAS = (
     "openai==3.57.0",
     "uvicorn==0.54.0",
 )  # serving, but for torch
-_START = 240  # seconds
+_START = 600  # seconds
 
 
 class SmallChat(LoopbackServer):
