@@ -60,11 +60,8 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
     add("--captioner-timeout", type=float, default=120, metavar="S", help=timeout)
     patience = "of --captioner-url: seconds without any answer until it is given up (%(default)s)"
     add("--captioner-patience", type=float, default=300, metavar="S", help=patience)
-    add(
-        "--prompt",
-        default="",
-        help="text before the caption, for models that take one; what a server is asked",
-    )
+    prompt = "text before the caption, for models that take one; what a server is asked"
+    add("--prompt", default="", help=prompt)
     add("--num-beams", type=positive, default=1, metavar="N", help="1: greedy (default)")
     add("--top-p", type=float, metavar="P", help="nucleus sampling instead of beam search")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")

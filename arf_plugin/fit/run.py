@@ -64,8 +64,12 @@ class Fit:
         self.out = Path(settings.out)
         self.task = self.out / "task"
         self.has_pairs, self.has_captions = settings.pool != NONE, settings.captioner != NONE
-        if settings.captioner_url and not self.has_captions:
-            raise FitError("--captioner-url needs --captioner, the name of a model of that server.")
+        if settings.captioner_url:
+            from arf_plugin.pipeline.captioner import Endpoint
+
+            if not self.has_captions:
+                raise FitError("--captioner-url needs --captioner, the name of a model of that server.")
+            Endpoint(settings.captioner_url)  # or it is no address
         self.anchors = self.out / "anchors" if self.has_pairs or self.has_captions else None
         self.start = settings.start()
         self.began = time.monotonic()

@@ -89,11 +89,9 @@ class CaptionStage(Stage):
         return self._settings() | {"precision": self.precision, "task": self.task.fingerprint()}
 
     def _settings(self) -> dict[str, Any]:
-        score = self.scoring
+        score, name = self.scoring, self.captioner
         return {
-            "captioner": f"endpoint:{self.captioner}"
-            if self.endpoint
-            else captioner_identity(self.captioner),
+            "captioner": f"endpoint:{name}" if self.endpoint else captioner_identity(name),
             "generation": asdict(self.generation),
             "cleaning": self.cleaning.config(),
             "score": {"model": score.model.identity(), "min_score": score.min_score} if score else None,
@@ -131,6 +129,7 @@ class CaptionStage(Stage):
         import torch
 
         clip, remote = self._clip, self._remote if self.endpoint else None
+        workers = self.endpoint.threads if self.endpoint else execution.workers
 
         def load(sample: RawSample) -> _Loaded:
             image = _decode(sample)
@@ -155,8 +154,8 @@ class CaptionStage(Stage):
         batches = load_batches(
             self.task.read(shard),
             load,
-            execution.batch_size,
-            self.endpoint.threads if self.endpoint else execution.workers,
+            max(execution.batch_size, workers),  # twice as many are loaded ahead, so that none is idle
+            workers,
             reject,
             stop=remote.halt if remote else None,
         )

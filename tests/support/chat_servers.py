@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -43,11 +44,17 @@ class SmallChat(LoopbackServer):
         super().__init__()
         self.change, self.pause = change, pause
         self.requests: list[dict] = []
+        self.at_once, self.most_at_once, self._lock = 0, 0, threading.Lock()
         self.keys: set[str | None] = set()
 
     def answer(self, handler, method, path, body):
         self.keys.add(handler.headers.get("Authorization"))
+        with self._lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
         time.sleep(self.pause)
+        with self._lock:
+            self.at_once -= 1
         if (method, path) != ("POST", "/v1/chat/completions"):
             return send(handler, (404, JSON, b'{"detail": "Not Found"}'))
         request = json.loads(body)

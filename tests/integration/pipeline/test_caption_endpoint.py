@@ -45,8 +45,13 @@ def captions_of(anchors: Path) -> list[tuple[str, str]]:
 
 
 def test_every_image_gets_what_the_server_says_of_it(arf, inputs: Inputs, tmp_path: Path):
-    with SmallChat() as server:
-        arf(*command(inputs, server.url, tmp_path / "A", "--score-model", inputs.clip))
+    with SmallChat(pause=0.2) as server:
+        arf(
+            *command(
+                inputs, server.url, tmp_path / "A", "--score-model", inputs.clip, "--captioner-threads", 4
+            )
+        )
+        assert 1 < server.most_at_once <= 4
         assert {request["messages"][0]["content"][1]["text"] for request in server.requests} == {PROMPT}
     found = captions_of(tmp_path / "A")
     assert [row[0] for row in found] == [f"{i // 7:03d}/{i:05d}" for i in range(21)]
@@ -66,7 +71,9 @@ def test_another_server_goes_on_where_the_first_one_failed(arf, inputs: Inputs, 
     assert "quota" in err and len(list((tmp_path / "A/captions").glob("*.parquet"))) == 1
     with SmallChat() as server:
         arf(*command(inputs, f"{server.url}/v1/", tmp_path / "A", "--captioner-threads", 1))
-        assert len(server.requests) == 15  # two of three shards, and the first one
+        assert (
+            len(server.requests) == 15 and server.most_at_once == 1
+        )  # two of three shards, and the first one
         arf(*command(inputs, server.url, tmp_path / "B"))
         assert folder_bytes(tmp_path / "A") == folder_bytes(tmp_path / "B")
         _, err = arf(*command(inputs, server.url, tmp_path / "A", "--captioner", "large"), status=1)
@@ -166,6 +173,8 @@ def test_anchors_and_fit_take_an_endpoint(arf, inputs: Inputs, tmp_path: Path):
         _, err = arf("fit", "--config", fit, status=1)
     assert "quota" in err and "--captioner-url" in err
     assert [request["messages"][0]["content"][1]["text"] for request in server.requests] == ["Which shape?"]
+    _, err = arf("fit", "--config", fit, "--captioner-url", "127.0.0.1:8000", status=1)
+    assert "expected an address such as" in err
     _, err = arf("fit", "--config", fit, "--captioner", "none", status=1)
     assert "--captioner-url needs --captioner" in err
 
