@@ -39,7 +39,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client_of(url: str, generation: Generation | None = None, **settings) -> EndpointCaptioner:
-    endpoint = Endpoint(url, **({"timeout": 0.5, "patience": 20.0} | settings))
+    endpoint = Endpoint(url, **({"timeout": 20.0, "patience": 20.0} | settings))
     return endpoint.captioner("tiny", generation or Generation(prompt="What is it?"))
 
 
@@ -327,7 +327,7 @@ def test_halting_ends_what_is_under_way():
 def test_faults_on_a_third_of_the_requests_change_nothing():
     images = [drawing(n) for n in range(30)]
     with SmallChat() as server, FlakyProxy(server.url, 0.3, delay=0.7) as proxy:
-        honest, client = client_of(server.url), client_of(proxy.url)
+        honest, client = client_of(server.url), client_of(proxy.url, timeout=0.5)
         honest.check()
         client.check()
         assert [captions(client, one) for one in images] == [captions(honest, one) for one in images]
