@@ -168,7 +168,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "captions": ["transformers[sentencepiece]"],
+        "captions": ["requests>=2.32", "transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "requests>=2.32"],
         "evaluation": [
             *("clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests"),

@@ -184,7 +184,8 @@ def build_anchors(
         out: The anchor set.
         train_data: Task data: WebDataset tars with braces and ``::``, or a CSV file.
         pool: Tars of image-text pairs; None leaves pair anchors out.
-        captioner: Captioner of transformers or open_clip, by name or folder; None leaves caption anchors out.
+        captioner: Captioner of transformers or open_clip, by name or folder, or a model of the server at
+            ``captioner_url``; None leaves caption anchors out.
         model: open_clip model that searches the pool.
         pretrained: Its weights.
         features: Whether the set gets the features of `model`, for losses that compare features.

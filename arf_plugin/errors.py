@@ -35,7 +35,7 @@ class PoolError(ArfError):
 
 
 class ServiceError(ArfError):
-    """A knn service that cannot be reached, is set up for something else, or answers nonsense."""
+    """A service of neighbours or captions that cannot be reached, is set up for something else, or answers nonsense."""
 
 
 class StageError(ArfError):

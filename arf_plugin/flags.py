@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import io
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from arf_plugin.errors import FlagError
 
@@ -96,6 +98,24 @@ def number_type(
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse
+
+
+def check_service(flag: str, url: str | None, timeout: float, patience: float, example: str) -> None:
+    """Checks the flags ``FLAG-url``, ``FLAG-timeout`` and ``FLAG-patience`` of a service.
+
+    Raises:
+        FlagError: no address such as the example, or a wait that is impossible.
+    """
+    try:
+        parts = urlsplit(url or example)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError
+    except ValueError:
+        raise FlagError(f"{flag}-url {url}: expected an address such as {example}.") from None
+    if not 0 < timeout < threading.TIMEOUT_MAX:
+        raise FlagError(f"{flag}-timeout {timeout:g}: expected seconds, more than 0.")
+    if not patience >= 0:
+        raise FlagError(f"{flag}-patience {patience:g}: expected seconds, 0 or more.")
 
 
 def _number(metavar: str, kind: Any, allows: Callable[[Any], bool], expected: str) -> dict[str, Any]:

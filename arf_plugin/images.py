@@ -12,7 +12,11 @@ _Loaded = TypeVar("_Loaded")
 
 
 def map_ordered(
-    function: Callable[[_Sample], _Loaded], items: Iterable[_Sample], workers: int, ahead: int = 64
+    function: Callable[[_Sample], _Loaded],
+    items: Iterable[_Sample],
+    workers: int,
+    ahead: int = 64,
+    stop: Callable[[], object] | None = None,
 ) -> Iterator[tuple[_Sample, _Loaded | Exception]]:
     """Applies a function in threads and yields (item, result or its exception) in the order of the items.
 
@@ -24,6 +28,7 @@ def map_ordered(
             for the next result to be there.
         workers: threads; 0 applies the function in the calling thread.
         ahead: bound on the items in flight, which bounds memory.
+        stop: called at the end, be it an early one: makes what is under way return soon, which the end waits for.
     """
 
     def guarded(item: _Sample) -> _Loaded | Exception:
@@ -50,6 +55,8 @@ def map_ordered(
         finally:
             for _, future in pending:
                 future.cancel()
+            if stop is not None:
+                stop()
 
 
 def load_batches(
@@ -58,6 +65,7 @@ def load_batches(
     batch_size: int,
     workers: int,
     reject: Callable[[_Sample, Exception], object],
+    stop: Callable[[], object] | None = None,
 ) -> Iterator[list[tuple[_Sample, _Loaded]]]:
     """Loads a stream of samples in threads and yields them in batches, in order.
 
@@ -67,9 +75,10 @@ def load_batches(
         batch_size: samples in a batch; the last one has what is left.
         workers: threads; 0 loads in the calling thread.
         reject: told of a sample that cannot be loaded, and why; it is in no batch.
+        stop: see :func:`map_ordered`.
     """
     batch: list[tuple[_Sample, _Loaded]] = []
-    for sample, loaded in map_ordered(load, samples, workers, ahead=2 * batch_size):
+    for sample, loaded in map_ordered(load, samples, workers, 2 * batch_size, stop):
         if isinstance(loaded, Exception):
             reject(sample, loaded)
             continue

@@ -17,6 +17,7 @@ EXAMPLES = """\
   arf caption --train-data train.csv --csv-separator , --captioner ./my-captioner --num-beams 3 --out ANCHORS
   arf caption ... --top-p 0.9 --captions-per-image 5       five sampled captions per image
   arf caption ... --captioner open_clip:coca_ViT-L-14@mscoco_finetuned_laion2b_s13b_b90k
+  arf caption ... --captioner Qwen/Qwen2.5-VL-7B-Instruct --captioner-url http://127.0.0.1:8000/v1   a model of a server
   arf caption ... --score-model ViT-B-16-quickgelu --score-pretrained openai --min-score 0.2
 """
 
@@ -48,7 +49,19 @@ def add_captioner_options(parser: argparse.ArgumentParser, required: bool) -> No
         "open_clip:MODEL@PRETRAINED, a CoCa model of open_clip"
     )
     add("--captioner", required=required, metavar="NAME", help=kinds)
-    add("--prompt", default="", help="text before the caption, for models that take one")
+    url = (
+        "address of a server of OpenAI-compatible chat completions (vLLM, SGLang, transformers serve), of which "
+        "--captioner is a model; a key that it wants is in the environment variable ARF_CAPTIONER_KEY"
+    )
+    add("--captioner-url", metavar="URL", help=url)
+    at_once = "of --captioner-url: requests at once (%(default)s)"
+    add("--captioner-threads", type=positive, default=8, metavar="N", help=at_once)
+    timeout = "of --captioner-url: seconds to wait for a whole reply (%(default)s)"
+    add("--captioner-timeout", type=float, default=120, metavar="S", help=timeout)
+    patience = "of --captioner-url: seconds without any answer until it is given up (%(default)s)"
+    add("--captioner-patience", type=float, default=300, metavar="S", help=patience)
+    prompt = "text before the caption, for models that take one; what a server is asked"
+    add("--prompt", default="", help=prompt)
     add("--num-beams", type=positive, default=1, metavar="N", help="1: greedy (default)")
     add("--top-p", type=float, metavar="P", help="nucleus sampling instead of beam search")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the sampling")
@@ -82,7 +95,7 @@ def caption_stage(args: argparse.Namespace, task: Source, work: Path | None = No
     from arf_plugin.errors import FlagError
     from arf_plugin.pipeline.caption import CaptionStage, Scoring
     from arf_plugin.pipeline.caption_cleaning import Cleaning
-    from arf_plugin.pipeline.captioner import Generation
+    from arf_plugin.pipeline.captioner import Endpoint, Generation
     from arf_plugin.pipeline.embedder import ClipModel
 
     generation = options.from_args(Generation, args, seed=args.caption_seed)
@@ -94,7 +107,13 @@ def caption_stage(args: argparse.Namespace, task: Source, work: Path | None = No
         scoring = Scoring(model, args.min_score)
     elif args.min_score is not None or args.score_pretrained:
         raise FlagError("--min-score and --score-pretrained need --score-model, the model that scores.")
-    made = (args.captioner, generation, cleaning, scoring, args.precision)
+    endpoint = None
+    if args.captioner_url:
+        if not args.captioner:
+            raise FlagError("--captioner-url needs --captioner, the name of a model of that server.")
+        waits = (args.captioner_threads, args.captioner_timeout, args.captioner_patience)
+        endpoint = Endpoint(args.captioner_url, *waits)
+    made = (args.captioner, generation, cleaning, scoring, args.precision, endpoint)
     return CaptionStage(args.out, task, *made, work_folder=work)
 
 

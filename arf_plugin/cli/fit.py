@@ -42,6 +42,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("--arch", "NAME", "open_clip's name of the architecture of a checkpoint"),
         ("--pool", "DATA", "image-text data for pair anchors: tars, or any form of arf data --pool; none"),
         ("--captioner", "NAME", "captioner for caption anchors; none (default)"),
+        ("--captioner-url", "URL", "server of chat completions (vLLM, SGLang, ...) that has the captioner"),
         ("--captioner-prompt", "TEXT", "what the captioner is asked"),
         ("--classnames", "FILE", "class names, one per line"),
         ("--time", "TIME", "as many epochs as fit into it, such as 30m"),

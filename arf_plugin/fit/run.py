@@ -64,6 +64,12 @@ class Fit:
         self.out = Path(settings.out)
         self.task = self.out / "task"
         self.has_pairs, self.has_captions = settings.pool != NONE, settings.captioner != NONE
+        if settings.captioner_url:
+            from arf_plugin.pipeline.captioner import Endpoint
+
+            if not self.has_captions:
+                raise FitError("--captioner-url needs --captioner, the name of a model of that server.")
+            Endpoint(settings.captioner_url)  # or it is no address
         self.anchors = self.out / "anchors" if self.has_pairs or self.has_captions else None
         self.start = settings.start()
         self.began = time.monotonic()
@@ -108,7 +114,8 @@ class Fit:
         disk = 4.0 * self._size[0] * (runs * 4 + 3) + sum(images.values()) * 2e5
         hub = [settings.model] if "@" in settings.model or settings.model.startswith("hf-hub:") else []
         captioner = settings.captioner
-        if self.has_captions and not Path(captioner).exists() and "local-dir:" not in captioner:
+        local = settings.captioner_url or Path(captioner).exists() or "local-dir:" in captioner
+        if self.has_captions and not local:
             hub.append(captioner)
         return {
             "images": images,
@@ -185,6 +192,7 @@ class Fit:
         flags: list[Any] = []
         if self.has_captions:
             flags += ["--captioner", self.settings.captioner]
+            flags += ["--captioner-url", self.settings.captioner_url] if self.settings.captioner_url else []
             flags += ["--prompt", self.settings.captioner_prompt] if self.settings.captioner_prompt else []
         if self.has_pairs:
             flags += ["--pool", self.pool, *self.start]

@@ -44,6 +44,7 @@ class FitSettings(Strict):
     arch: str | None = None
     pool: str = NONE
     captioner: str = NONE
+    captioner_url: str | None = None
     captioner_prompt: str | None = None
     classnames: str | None = None
     val: Annotated[float, Field(gt=0, lt=1)] = 0.15

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
-from arf_plugin.errors import FlagError
+from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.captioner import Generation, captioner_identity, load_captioner
+from arf_plugin.pipeline.captioner import PROMPT, Endpoint, Generation, captioner_identity, load_captioner
 from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
 from arf_plugin.pipeline.execution import Execution, pick_dtype
 from arf_plugin.pipeline.source import RawSample, Source
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 _Scored = tuple[str, "float | None"]  # a caption and its score
-_Batch = list[tuple[RawSample, "PIL.Image.Image"]]
+_Loaded = tuple["PIL.Image.Image", list[str]]  # an image, and what an endpoint says of it
+_Batch = list[tuple[RawSample, _Loaded]]
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class CaptionStage(Stage):
 
     Attributes:
         task: task data.
-        captioner: model folder or hub name, or ``open_clip:MODEL@PRETRAINED``.
+        captioner: model folder or hub name, or ``open_clip:MODEL@PRETRAINED``; a model's name at the endpoint.
         generation: settings of the generation.
         cleaning: how captions are cleaned.
         scoring: the model that scores them; None leaves the column out.
         precision: of the captioner; see :func:`arf_plugin.pipeline.execution.pick_dtype`.
+        endpoint: server that captions, in place of a model in this process.
     """
 
     task: Source
@@ -68,17 +70,28 @@ class CaptionStage(Stage):
     cleaning: Cleaning = field(default_factory=Cleaning)
     scoring: Scoring | None = None
     precision: str = "auto"
+    endpoint: Endpoint | None = None
     name = "caption"
     shard_inputs = "task"
+
+    def __post_init__(self) -> None:
+        if self.endpoint is None:
+            return
+        self.generation = replace(self.generation, prompt=self.generation.prompt or PROMPT)
+        if self.generation.num_beams > 1 or self.generation.min_new_tokens:
+            raise FlagError(
+                "--num-beams and --min-new-tokens are no settings of chat completions. Leave them out with "
+                "--captioner-url; several captions per image are sampled there: --top-p 0.9"
+            )
 
     def config(self) -> dict[str, Any]:
         """Captioner, generation settings and task data; batch size and device are free to change."""
         return self._settings() | {"precision": self.precision, "task": self.task.fingerprint()}
 
     def _settings(self) -> dict[str, Any]:
-        score = self.scoring
+        score, name = self.scoring, self.captioner
         return {
-            "captioner": captioner_identity(self.captioner),
+            "captioner": f"endpoint:{name}" if self.endpoint else captioner_identity(name),
             "generation": asdict(self.generation),
             "cleaning": self.cleaning.config(),
             "score": {"model": score.model.identity(), "min_score": score.min_score} if score else None,
@@ -93,10 +106,14 @@ class CaptionStage(Stage):
         return [self.out / "captions" / f"part-{shard.name}.parquet" for shard in shards]
 
     def prepare(self, execution: Execution) -> None:
-        """Loads the captioner, and the model that scores."""
-        device = execution.torch_device()
-        dtype = pick_dtype(self.precision, device)
-        self._speaker = load_captioner(self.captioner, device, dtype, self.generation)
+        """Loads the captioner, or finds out whether the endpoint captions; and loads the model that scores."""
+        if self.endpoint:
+            self._remote = self.endpoint.captioner(self.captioner, self.generation)
+            self._remote.check()
+        else:
+            device = execution.torch_device()
+            dtype = pick_dtype(self.precision, device)
+            self._speaker = load_captioner(self.captioner, device, dtype, self.generation)
         self._clip = self.scoring.model.load(execution) if self.scoring else None
 
     def input_digest(self, shard: Shard) -> str | None:
@@ -111,27 +128,42 @@ class CaptionStage(Stage):
         """Captions a shard."""
         import torch
 
-        clip = self._clip
+        clip, remote = self._clip, self._remote if self.endpoint else None
+        workers = self.endpoint.threads if self.endpoint else execution.workers
+
+        def load(sample: RawSample) -> _Loaded:
+            image = _decode(sample)
+            return image, remote.captions(sample.id, sample.image or b"", image) if remote else []
+
+        def reject(sample: RawSample, reason: Exception) -> None:
+            if isinstance(reason, ServiceError):
+                raise reason
+            outcome.reject(sample.id, str(reason))
 
         def inputs(batch: _Batch) -> tuple[dict[str, Any], list[torch.Tensor]]:
-            images = [image for _, image in batch]
-            return self._speaker.inputs(images), [clip.preprocess(image) for image in images] if clip else []
+            images = [image for _, (image, _) in batch]
+            given = {} if remote else self._speaker.inputs(images)
+            return given, [clip.preprocess(image) for image in images] if clip else []
+
+        if remote:
+            remote.resume()
 
         torch.manual_seed(self.generation.seed * 1_000_003 + shard.index)  # sampling, if any, is per shard
         outcome = Outcome()
         rows: list[dict[str, Any]] = []
         batches = load_batches(
             self.task.read(shard),
-            _decode,
-            execution.batch_size,
-            execution.workers,
-            reject=lambda sample, reason: outcome.reject(sample.id, str(reason)),
+            load,
+            max(execution.batch_size, workers),  # twice as many are loaded ahead, so that none is idle
+            workers,
+            reject,
+            stop=remote.halt if remote else None,
         )
         # One thread prepares the next batches while the model generates.
         for batch, prepared in map_ordered(inputs, batches, workers=1, ahead=3):
             if isinstance(prepared, Exception):
                 raise prepared
-            said = self._speaker.captions(prepared[0])
+            said = [texts for _, (_, texts) in batch] if remote else self._speaker.captions(prepared[0])
             cleaned = [list(dict.fromkeys(filter(None, map(self.cleaning, group)))) for group in said]
             scored = _scored(clip, prepared[1], cleaned)
             for (sample, _), texts, pairs in zip(batch, said, scored, strict=True):

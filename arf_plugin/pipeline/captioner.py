@@ -1,13 +1,18 @@
-"""Image captioners and how they generate: those of Hugging Face transformers, and the CoCa models of open_clip."""
+"""Image captioners and how they generate: those of Hugging Face transformers, and the CoCa models of open_clip.
+
+:mod:`arf_plugin.pipeline.endpoint` has those of a server.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from arf_plugin.errors import MissingDependencyError, StageError
+from arf_plugin.errors import FlagError, MissingDependencyError, StageError
 from arf_plugin.files import folder_digest
+from arf_plugin.flags import check_service
 from arf_plugin.pipeline.embedder import load_model, model_identity
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
@@ -17,7 +22,10 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
+    from arf_plugin.pipeline.endpoint import EndpointCaptioner
+
 COCA = "open_clip:"  # begins the names of open_clip's captioners
+PROMPT = "Describe this image in one short sentence."  # for servers, which want one
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,48 @@ class Generation:
         """The texts of a batch by image."""
         count = self.captions_per_image
         return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server of chat completions; nothing here changes the captions.
+
+    Attributes:
+        url: its address, as OpenAI's clients call it: up to ``/v1``, which is added where there is no path.
+        threads: requests under way at once.
+        timeout: seconds for a whole answer.
+        patience: seconds without any answer after which the server is given up.
+    """
+
+    url: str
+    threads: int = 8
+    timeout: float = 120.0
+    patience: float = 300.0
+
+    def __post_init__(self) -> None:
+        if "@" in self.url:
+            raise FlagError(
+                "--captioner-url holds a user name. Give the address alone, and a key in ARF_CAPTIONER_KEY."
+            )
+        check_service("--captioner", self.url, self.timeout, self.patience, "http://127.0.0.1:8000/v1")
+
+    @property
+    def address(self) -> str:
+        """The address that ``/chat/completions`` is below."""
+        url = self.url.rstrip("/").removesuffix("/chat/completions")
+        return url if urlsplit(url).path else f"{url}/v1"
+
+    def captioner(self, model: str, generation: Generation) -> EndpointCaptioner:
+        """A model of the server.
+
+        Raises:
+            MissingDependencyError: without requests.
+        """
+        try:
+            from arf_plugin.pipeline.endpoint import EndpointCaptioner
+        except ImportError as cause:
+            raise MissingDependencyError(cause.name or "requests", "--captioner-url", "captions") from None
+        return EndpointCaptioner(self, model, generation)
 
 
 def captioner_identity(name: str) -> str:

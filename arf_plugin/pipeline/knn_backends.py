@@ -6,18 +6,17 @@ computed from them and not taken from an approximate index.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
 from arf_plugin.files import content_digest, list_files
+from arf_plugin.flags import check_service
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import IndexFolder, check_found, check_vectors, open_index
@@ -54,19 +53,10 @@ class Search:
     service_patience: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.service_url:
-            parts = urlsplit(self.service_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise FlagError(
-                    f"--service-url {self.service_url}: expected an address such as http://127.0.0.1:1234, where "
-                    "clip-retrieval back listens."
-                )
-        elif self.service_index:
+        waits = (self.service_timeout, self.service_patience)
+        check_service("--service", self.service_url, *waits, "http://127.0.0.1:1234")
+        if self.service_index and not self.service_url:
             raise FlagError("--service-index needs --backend service and --service-url.")
-        if not 0 < self.service_timeout < threading.TIMEOUT_MAX:
-            raise FlagError(f"--service-timeout {self.service_timeout:g}: expected seconds, more than 0.")
-        if not self.service_patience >= 0:
-            raise FlagError(f"--service-patience {self.service_patience:g}: expected seconds, 0 or more.")
         if (self.backend == "service") != bool(self.service_url):
             raise FlagError("--backend service and --service-url belong together: give both, or neither.")
         if self.backend != "faiss" and (self.index or self.search_parameters or self.candidates):

@@ -1,10 +1,11 @@
-"""Whatever a knn service answers: hits as they were sent, or one of two errors."""
+"""Whatever a service answers: hits or a caption as they were sent, or one of two errors."""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,10 @@ from arf_plugin.errors import ServiceError
 
 pytest.importorskip("requests")
 
-from arf_plugin.pipeline.knn_service import Hit, KnnClient, PassingFault
+from arf_plugin.pipeline.captioner import Endpoint, Generation
+from arf_plugin.pipeline.endpoint import EndpointCaptioner
+from arf_plugin.pipeline.knn_service import Hit, KnnClient
+from arf_plugin.pipeline.service import PassingFault
 
 K = 2
 LEAVES = (
@@ -109,3 +113,27 @@ def test_honest_hits_arrive_as_they_are(service, data):
     ]
     service.reply = 200, JSON, json.dumps(hits, ensure_ascii=data.draw(st.booleans())).encode()
     assert ask(service) == [Hit(key, row, value) for row, value, key in zip(rows, values, keys, strict=True)]
+
+
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "message": st.fixed_dictionaries({}, optional={"content": LEAVES}) | LEAVES,
+        "finish_reason": st.just("length") | LEAVES,
+    },
+)
+
+
+@given(reply=VALUES | st.fixed_dictionaries({"choices": VALUES | st.lists(CHOICES | VALUES, max_size=2)}))
+def test_any_json_in_place_of_a_caption(service, reply):
+    service.reply = 200, JSON, json.dumps(reply).encode()
+    image = PIL.Image.new("RGB", (1, 1))
+    try:
+        captions = EndpointCaptioner(Endpoint(service.url), "m", Generation()).captions("a", b"", image)
+    except (ServiceError, ValueError) as error:
+        said = str(error)
+        assert len(said) < 1000 and said.isprintable()
+        said.encode()
+    else:
+        assert [type(caption) for caption in captions] == [str]
+        captions[0].encode()

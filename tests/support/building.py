@@ -179,6 +179,46 @@ def save_tiny_git(folder: Path) -> str:
     return str(folder)
 
 
+def save_tiny_vlm(folder: Path) -> str:
+    """A LLaVA with random weights, with a chat template, as servers of chat completions take it."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    words = save_word_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    vision = CLIPVisionConfig(**_LAYERS, image_size=32, patch_size=8)
+    text = LlamaConfig(**_LAYERS, vocab_size=words + 1, max_position_embeddings=128, initializer_range=0.5,
+                       bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=words, vision_feature_layer=-1
+    )
+    torch.manual_seed(5)
+    model = LlavaForConditionalGeneration(config)
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = 1, 2, 0
+    generation.suppress_tokens = [0, 1, 2, 3, words]  # words only
+    model.save_pretrained(folder)
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}"
+    )
+    size = {"height": 32, "width": 32}
+    LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size), tokenizer, patch_size=8, chat_template=template,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
 def save_word_tokenizer(folder: Path) -> int:
     """A tokenizer with one token per word; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers

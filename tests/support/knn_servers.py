@@ -1,4 +1,4 @@
-"""HTTP servers for tests of the knn service's client; all on 127.0.0.1, all closed by their ``with`` block.
+"""HTTP servers for tests of the clients of services; all on 127.0.0.1, all closed by their ``with`` block.
 
 :class:`FlakyProxy` stands in front of a service, real or not, and disturbs a share of the requests.
 :class:`SmallService` speaks the protocol of ``clip-retrieval back`` with an exact search behind it. It is there for
@@ -8,6 +8,7 @@ understand each other is tested in tests/integration/pipeline/test_knn_service.p
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import random
@@ -22,6 +23,18 @@ import numpy as np
 
 JSON = {"Content-Type": "application/json"}
 Reply = tuple[int, dict[str, str], bytes]
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+# Replies that never end, for Raw: what is sent first, and what comes for ever then.
+DRIPS = {
+    "length": ([HEAD + b"Content-Length: 100000\r\n\r\n["], b" "),
+    "no length": ([HEAD + b"\r\n["], b" "),
+    "chunks": ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], b"1\r\n \r\n"),
+    "header": ([HEAD], b"x"),
+    "headers": ([HEAD], b"X: y\r\n"),
+    "status": ([], b"H"),
+    "continue": ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "redirect": ([b"HTTP/1.1 307 Moved\r\nLocation: http://[\r\nContent-Length: 99999\r\n\r\n"], b"x"),
+}
 
 
 class LoopbackServer:
@@ -73,6 +86,33 @@ def send(handler: BaseHTTPRequestHandler, reply: Reply, cut: int | None = None) 
     except OSError:  # the client has not waited
         pass
     handler.close_connection = True
+
+
+class Raw(LoopbackServer):
+    """Sends given bytes, part by part, with a pause after each; then `for_ever`, again and again."""
+
+    def __init__(self, parts: list[bytes], pause: float = 0.0, for_ever: bytes = b""):
+        super().__init__()
+        self.parts, self.pause, self.for_ever = parts, pause, for_ever
+
+    def answer(self, handler, method, path, body):
+        handler.close_connection = True
+        try:
+            for part in self.parts:
+                handler.wfile.write(part)
+                time.sleep(self.pause)
+            while self.for_ever:
+                handler.wfile.write(self.for_ever)
+                time.sleep(self.pause)
+        except OSError:  # the client has not waited
+            pass
+
+
+def packed(reply, encoding="gzip", pack=gzip.compress):
+    return 200, JSON | {"Content-Encoding": encoding}, pack(json.dumps(reply).encode())
+
+
+BOMB = packed(["x" * (80 << 20)])
 
 
 class FlakyProxy(LoopbackServer):

@@ -17,13 +17,25 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from support.building import unit_vectors
-from support.knn_servers import JSON, FlakyProxy, LoopbackServer, SmallService, send
+from support.knn_servers import (
+    BOMB,
+    DRIPS,
+    HEAD,
+    JSON,
+    FlakyProxy,
+    LoopbackServer,
+    Raw,
+    SmallService,
+    packed,
+    send,
+)
 
 from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.pipeline.knn_backends import Search
 
 pytest.importorskip("requests")
 from arf_plugin.pipeline import knn_service
+from arf_plugin.pipeline import service as http_service
 from arf_plugin.pipeline.knn_service import KnnClient
 
 POOL, QUERIES = unit_vectors(200, 16, seed=2), unit_vectors(40, 16, seed=1).astype(np.float32)
@@ -40,7 +52,7 @@ def serving(change=None, **settings):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(http_service, "LONGEST_PAUSE", 0.02)
 
 
 def client_of(url: str, **settings) -> KnnClient:
@@ -154,7 +166,7 @@ def test_the_failure_that_ended_the_search_is_the_one_that_is_reported(monkeypat
         status = {str(busy): 503, str(wrong): 404}.get(str(request["embedding_input"]))
         return (status, JSON, b"{}") if status else reply
 
-    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 2)
+    monkeypatch.setattr(http_service, "LONGEST_PAUSE", 2)
     with serving(failing, threads=4) as (_, client):
         started = time.monotonic()
         with pytest.raises(ServiceError, match="answered 404"):
@@ -163,7 +175,7 @@ def test_the_failure_that_ended_the_search_is_the_one_that_is_reported(monkeypat
 
 
 def test_a_service_that_is_gone_is_given_up_after_the_patience(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(knn_service, "LONGEST_PAUSE", 0.2)  # so that the patience ends before the tries
+    monkeypatch.setattr(http_service, "LONGEST_PAUSE", 0.2)  # so that the patience ends before the tries
     with serving() as (_, client):
         pass
     client = client_of(client.url, patience=0.5)
@@ -175,43 +187,7 @@ def test_a_service_that_is_gone_is_given_up_after_the_patience(monkeypatch: pyte
     assert 0.5 < time.monotonic() - started < 15
 
 
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-
-
-class Raw(LoopbackServer):
-    """Sends given bytes, part by part, with a pause before each; `after` says what comes for ever then."""
-
-    def __init__(self, parts: list[bytes], pause: float = 0.0, for_ever: bytes = b""):
-        super().__init__()
-        self.parts, self.pause, self.for_ever = parts, pause, for_ever
-
-    def answer(self, handler, method, path, body):
-        handler.close_connection = True
-        try:
-            for part in self.parts:
-                handler.wfile.write(part)
-                time.sleep(self.pause)
-            while self.for_ever:
-                handler.wfile.write(self.for_ever)
-                time.sleep(self.pause)
-        except OSError:  # the client has not waited
-            pass
-
-
-@pytest.mark.parametrize(
-    ("parts", "drip"),
-    [
-        ([HEAD + b"Content-Length: 100000\r\n\r\n["], b" "),
-        ([HEAD + b"\r\n["], b" "),
-        ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n"], b"1\r\n \r\n"),
-        ([HEAD], b"x"),
-        ([HEAD], b"X: y\r\n"),
-        ([], b"H"),
-        ([], b"HTTP/1.1 100 Continue\r\n\r\n"),
-        ([b"HTTP/1.1 307 Moved\r\nLocation: http://[\r\nContent-Length: 99999\r\n\r\n"], b"x"),
-    ],
-    ids=["length", "no length", "chunks", "header", "headers", "status", "continue", "redirect"],
-)
+@pytest.mark.parametrize(("parts", "drip"), DRIPS.values(), ids=DRIPS)
 def test_a_reply_that_drips_is_given_up(parts, drip):
     """No wait for a byte is ever as long as the timeout; the reply as a whole is."""
     with Raw(parts, pause=0.05, for_ever=drip) as service:
@@ -236,10 +212,6 @@ def test_a_slow_reply_that_is_whole_in_time_is_taken():
         assert rows_of(client_of(service.url, timeout=5.0), QUERIES[:1]) == [[0, 1, 2, 3, 4]]
 
 
-def packed(reply, encoding="gzip", pack=gzip.compress):
-    return 200, JSON | {"Content-Encoding": encoding}, pack(json.dumps(reply).encode())
-
-
 def test_a_packed_reply_is_unpacked():
     with serving(lambda q, r: packed(r)) as (_, client):
         assert rows_of(client, QUERIES[:1]) == NEAREST[:1].tolist()
@@ -251,9 +223,6 @@ def test_headers_that_are_wrong_about_the_length_do_not_disturb_the_next_query()
 
     with serving(longer) as (_, client):
         assert rows_of(client) == NEAREST.tolist()
-
-
-BOMB = packed(["x" * (80 << 20)])
 
 
 def body(content: bytes):
