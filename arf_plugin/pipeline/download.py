@@ -45,9 +45,10 @@ ARRIVED, SWAPPED = "success", "another image"
 # What img2dataset says of a link, and the kind of it.
 _KINDS = (
     (r"X-Robots-Tag", "not to be used (noai, noindex)"),
+    (r"redirected to|Redirection to", "redirected to elsewhere"),
     (r"HTTP Error (\d{3})", r"HTTP \1"),
     (r"timed out", "timed out"),
-    (r"redirected to", "redirected to elsewhere"),
+    (r"incomplete|IncompleteRead", "incomplete"),
     (r"urlopen error|Remote end closed|reset by peer", "no connection"),
 )
 _LOST_NETWORK = {"no connection", "timed out"}

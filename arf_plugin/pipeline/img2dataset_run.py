@@ -1,13 +1,15 @@
 """Runs img2dataset in the environment that has it, with the limits that it lacks; see ``download.py``.
 
 A program of the standard library and img2dataset: ``PYTHON img2dataset_run.py ARGUMENTS``, JSON of the arguments of
-``img2dataset.download``. It ends with the process that holds the other end of its standard input. Processes that
-img2dataset starts import this file again, so the limits hold there, too.
+``img2dataset.download``. It ends with the process that holds the other end of its standard input. A shard needs no more
+processes, each of which would import cv2, pandas and wandb first; should img2dataset start some, they import this
+file again, so the limits hold there, too.
 """
 
 from __future__ import annotations
 
 import http.client
+import importlib
 import ipaddress
 import json
 import os
@@ -18,6 +20,7 @@ import threading
 import time
 import urllib.request
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 LARGEST = 1 << 26  # bytes of a reply; photos have millions
@@ -74,6 +77,8 @@ urllib.request.install_opener(urllib.request.build_opener(Limits))
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose modules have common names
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import img2dataset
-
-    img2dataset.download(**json.loads(sys.argv[1]))
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would ask a server whether there is a newer one
+    main: Any = importlib.import_module("img2dataset.main")
+    main.multiprocessing_distributor = lambda count, download, reader, *_: [download(row) for row in reader]
+    main.LoggerProcess = lambda *_: mock.MagicMock()  # it prints rates
+    main.download(**json.loads(sys.argv[1]))
