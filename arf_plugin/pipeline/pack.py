@@ -181,9 +181,10 @@ class PackStage(Stage):
             )
             for number, row in enumerate(rows)
         ]
-        if self._unverified:
+        # What was downloaded has been compared with what its list knew.
+        if unverified := sum(row["sha256"] is None and "pool_id" not in row for row in rows):
             print(
-                f"pack: {self._unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
+                f"pack: {unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
                 "clip-retrieval or by an older version), so they are taken by key, size and text alone, and whether "
                 "they are what was embedded could not be verified. To be sure, embed the pool with: arf embed",
                 file=sys.stderr,
@@ -208,8 +209,8 @@ class PackStage(Stage):
         for position, url in enumerate(self.pool):
             for sample in scan_samples(url, PoolError, read=("txt", "json")):
                 key = utf8(sample.key)
-                name = _pool_id(sample, url) or key
-                downloaded |= name != key
+                pool_id = _pool_id(sample, url)
+                name, downloaded = pool_id or key, downloaded or pool_id is not None
                 if name in wanted and sample.image is not None:
                     text = sample.members["txt"].data if "txt" in sample.members else None
                     places[name].append((position, utf8(url), key, sample.image, text))
