@@ -13,7 +13,6 @@ from support.building import drawing, unit_vectors, write_embeddings
 from support.knn_servers import SmallService
 from support.tars import write_tar
 
-
 POOL = unit_vectors(60, 768, seed=2)
 QUERIES = POOL[[3, 40, 41]]
 SHA = "0" * 64
