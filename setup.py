@@ -170,6 +170,7 @@ setup(
     extras_require={
         "captions": ["requests>=2.32", "transformers[sentencepiece]"],
         "retrieval": ["faiss-cpu", "requests>=2.32"],
+        "download": ["img2dataset>=1.45"],
         "evaluation": [
             *("clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests"),
             *("scikit-learn", "scipy", "torchmetrics"),

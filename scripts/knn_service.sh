@@ -106,4 +106,4 @@ ls "$index"/metadata/*.parquet >/dev/null 2>&1 || fail "$index has no metadata/*
 indices=$("$python" -c 'import json, os, sys; print(json.dumps({sys.argv[1]: os.path.abspath(sys.argv[2])}))' "$name" "$index")
 exec "${launch[@]}" --stop-after "$stop_after" back --indices_paths <(echo "$indices") --port "$port" \
     --clip_model "$clip_model" --use_jit False --enable_mclip_option False --provide_aesthetic_embeddings False \
-    --enable_faiss_memory_mapping True --columns_to_return '["image_path","caption"]'
+    --enable_faiss_memory_mapping True --columns_to_return '["image_path","caption","url","sha256"]'

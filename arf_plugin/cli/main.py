@@ -22,6 +22,7 @@ COMMANDS = (
     "embed",
     "index",
     "retrieve",
+    "download",
     "pack",
     "features",
     "anchors",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from arf_plugin.cli import options
+from arf_plugin.flags import number_type
 
 EXAMPLES = """\
   arf retrieve --queries EMB/task --pool EMB/pool --k 10 --out HITS
@@ -16,6 +19,7 @@ EXAMPLES = """\
   arf retrieve --queries EMB/captions --query-modality text --pool EMB/pool --out HITS    by caption or prompt
   arf retrieve --queries EMB/task --pool EMB/pool --backend faiss --index INDEX --out HITS
   arf retrieve --queries EMB/task --pool EMB/pool --backend service --service-url http://127.0.0.1:1234 --out HITS
+  arf retrieve --queries EMB/task --pool DATACOMP --over 2.5 --out HITS --urls-out hits.parquet    links to download
 """
 
 
@@ -35,9 +39,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--queries", type=Path, required=True, metavar="DIR", help="embedding folder of the task data")
     modality = "which vectors of --queries to search with; text: captions or prompts (default: image)"
     add("--query-modality", choices=("image", "text"), default="image", help=modality)
-    pool = "embedding folder of the pool; for faiss and service, its index folder will do"
-    add("--pool", type=Path, required=True, metavar="DIR", help=pool)
+    pool = (
+        "embedding folder of the pool, or DataComp's metadata with their .npz files; for faiss and service, its index "
+        "folder will do; for service with --urls-out, none is needed"
+    )
+    add("--pool", type=Path, metavar="DIR", help=pool)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of hits and pairs")
+    urls = "also list the chosen pairs' links (url, caption, pool_id, ...), for: arf download"
+    add("--urls-out", type=Path, metavar="FILE", help=urls)
+    over = number_type(float, lambda value: 1 <= value < 1000, "a factor of 1 or more")
+    dead = "choose so many times as many (--k, --max-per-query, --max-pairs), as some links will be dead"
+    add("--over", type=over, default=1.0, metavar="FACTOR", help=dead)
     add_selection_options(parser)
     add_search_options(parser)
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N")
@@ -111,8 +123,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
     from arf_plugin.pipeline.embeddings import Embeddings
+    from arf_plugin.pipeline.links import write_links
     from arf_plugin.pipeline.retrieve import RetrieveStage
 
+    for name in ("k", "max_per_query", "max_pairs"):
+        if (count := getattr(args, name)) is not None:
+            setattr(args, name, math.ceil(count * args.over))
     how = settings(args)
-    queries, pool = Embeddings(args.queries, args.query_modality), how["search"].pool(args.pool)
-    return options.execute(RetrieveStage(args.out, queries, pool, **how), args)
+    queries = Embeddings(args.queries, args.query_modality)
+    stage = RetrieveStage(args.out, queries, how["search"].pool(args.pool, queries, args.out), **how)
+    status = options.execute(stage, args)
+    if args.urls_out and not args.dry_run and (stage.work / "finished.json").exists():
+        count = write_links(args.out, args.urls_out)
+        print(f"{count} links: {args.urls_out}. Download them with: arf download", file=sys.stderr)
+    return status

@@ -147,6 +147,9 @@ class Fit:
         given = self.settings.pool
         if given.endswith(".tar") or "::" in given:
             return given
+        begun = Path(given, "work", "download")
+        if begun.is_dir() and not (begun / "finished.json").is_file():
+            raise FitError(f"{given} is not finished: run its arf download again to the end.")
         if Path(given).is_dir() and (tars := sorted(Path(given).rglob("*.tar"))):
             return "::".join(map(str, tars))
         self._call("data", given, "--pool", "--out", self.out / "pool")

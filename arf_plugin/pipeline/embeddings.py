@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ORIGIN = "model.json"  # written by arf embed beside the vectors
 METADATA = {name: TEXT for name in ("image_path", "id", "tar", "ext")} | {"offset": WHOLE, "size": WHOLE}
 METADATA |= {"caption": TEXT, "sha256": TEXT}
+_KINDS = METADATA | {"url": TEXT}
 _CHECKED_AT_ONCE = 65536
 _NUMBER = re.compile(r"([0-9]+)\.[a-z]+$")
 
@@ -158,12 +159,12 @@ class Embeddings:
         return found
 
     def columns(self, file: EmbeddingFile, names: list[str]) -> pa.Table:
-        """Reads columns of METADATA of a file; those it lacks are filled with nulls.
+        """Reads columns of METADATA, or ``url``, of a file; those it lacks are filled with nulls.
 
         Raises:
             PoolError: for columns of other types or with impossible values.
         """
-        table = read_columns(file.metadata, {name: METADATA[name] for name in names}, PoolError)
+        table = read_columns(file.metadata, {name: _KINDS[name] for name in names}, PoolError)
         if table.num_rows != file.rows:
             raise PoolError(f"{file.metadata} has {table.num_rows} rows, and had {file.rows} a moment ago.")
         return table

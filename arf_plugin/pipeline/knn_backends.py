@@ -17,10 +17,12 @@ import numpy as np
 from arf_plugin.errors import FlagError, MissingDependencyError, PoolError, ServiceError
 from arf_plugin.files import content_digest, list_files
 from arf_plugin.flags import check_service
+from arf_plugin.pipeline.datacomp import DataComp
 from arf_plugin.pipeline.embeddings import Embeddings
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.index import IndexFolder, check_found, check_vectors, open_index
 from arf_plugin.pipeline.knn import block_sizes, exact_search
+from arf_plugin.pipeline.replies import REPLY_COLUMNS, Replies
 
 if TYPE_CHECKING:
     from arf_plugin.pipeline.knn_service import KnnClient
@@ -62,11 +64,22 @@ class Search:
         if self.backend != "faiss" and (self.index or self.search_parameters or self.candidates):
             raise FlagError("--index, --search-parameters and --candidates are for --backend faiss.")
 
-    def pool(self, folder: Path) -> Embeddings:
-        """Opens a pool for this search: an embedding folder, or an index folder if that will do."""
+    def pool(self, folder: Path | None, queries: Embeddings, out: Path) -> Embeddings:
+        """Opens a pool for this search: an embedding folder, DataComp's, or an index folder if that will do.
+
+        Raises:
+            FlagError: without a folder, unless a service is to say what it has found (which will be in ``out``).
+        """
+        if folder is None:
+            if self.backend != "service":
+                raise FlagError("--pool is missing. Only a service's hits can do without: --backend service")
+            return Replies(out, queries=queries)
         index = IndexFolder(folder)
-        alone = index.path.exists() and not list_files(folder / "img_emb", ".npy")
-        return index if alone and self.backend != "exact" else Embeddings(folder)
+        if list_files(folder / "img_emb", ".npy"):
+            return Embeddings(folder)
+        if DataComp.is_at(folder):
+            return DataComp(folder, queries=queries)
+        return index if index.path.exists() and self.backend != "exact" else Embeddings(folder)
 
     def check(self) -> None:
         """Finds out what would stop the search, long before there is anything to search.
@@ -97,6 +110,8 @@ class Search:
 
     def open(self, pool: Embeddings, k: int) -> Backend:
         """Returns the back end for a pool and k neighbours per query, at most the pool's rows."""
+        if isinstance(pool, Replies):
+            return ReplyBackend(self, pool, k)
         return _BACKENDS[self.backend](self, pool, k)
 
 
@@ -130,6 +145,10 @@ class Backend(ABC):
         Returns:
             Rows [n, k] int64 and cosines [n, k] fp32, best first.
         """
+
+    def described(self, rows: np.ndarray) -> dict[str, Any]:
+        """Columns, by name, of what the search itself has to say of rows [n], to be kept with the hits."""
+        return {}
 
 
 class ExactBackend(Backend):
@@ -308,6 +327,35 @@ class ServiceBackend(Backend):
             )
         rows: np.ndarray = found.to_numpy().astype(np.int64)
         return rows
+
+
+class ReplyBackend(Backend):
+    """Asks a clip-retrieval service whose pool is not at hand: its hits say what they are, and where."""
+
+    queries_per_shard = queries_at_once = ServiceBackend.queries_per_shard
+
+    def config(self) -> dict[str, Any]:
+        """The index's name; the service may move, but its index must not change."""
+        return {"backend": "service", "index": self.how.service_index, "replies": True}
+
+    def prepare(self, probe: np.ndarray, execution: Execution) -> None:
+        """Checks the service."""
+        self._client = self.how.client()
+        self._client.wants = "url"
+        self._client.check(probe, self.k)
+        self._seen: dict[int, Any] = {}
+
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See the base class."""
+        answers = self._client.search(queries, self.k)
+        self._seen = {hit.row: hit for hits in answers for hit in hits}
+        rows = np.array([[hit.row for hit in hits] for hits in answers], np.int64)
+        return _in_order(rows, np.array([[hit.similarity for hit in hits] for hits in answers]), self.k)
+
+    def described(self, rows: np.ndarray) -> dict[str, Any]:
+        """What the latest search's hits said."""
+        said = [self._seen[row]._asdict() for row in rows.tolist()]
+        return {column: [one[name] for one in said] for column, name in REPLY_COLUMNS.items()}
 
 
 _BACKENDS: dict[str, type[Backend]] = {

@@ -22,14 +22,21 @@ LARGEST_ROW = 1 << 62
 LARGEST_SIMILARITY = 1.1  # compressed indexes overshoot a little
 # Widths of published CLIP models and of the small ones of this project.
 DIMENSIONS = (128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536)
+_SAID = ("image_path", "url", "caption", "sha256")
 
 
 class Hit(NamedTuple):
-    """A neighbour: the pool sample's key, its row in the service's index, and its inner product with the query."""
+    """A neighbour: the pool sample's key, its row in the service's index, and its inner product with the query.
+
+    What else the service has said of it is there where a client wants links; the key may be missing then.
+    """
 
     key: str
     row: int
     similarity: float
+    url: str | None = None
+    caption: str | None = None
+    sha256: str | None = None
 
 
 class KnnClient(ServiceClient):
@@ -44,6 +51,7 @@ class KnnClient(ServiceClient):
 
     Attributes:
         index: the name of its index; :meth:`check_index` finds it out if there is only one.
+        wants: what a hit must say of a pair: ``image_path``, its key, or ``url``, its link.
     """
 
     expected = (
@@ -55,6 +63,7 @@ class KnnClient(ServiceClient):
         "hits: --k"
     )
     on_500 = ": perhaps its metadata has fewer rows than its index"
+    wants = "image_path"
 
     def __init__(
         self,
@@ -119,7 +128,7 @@ class KnnClient(ServiceClient):
         }
         largest = min(256 << 20, (4 << 20) + (k << 16))  # 64 KiB for what the metadata have of a hit
         reply = self.ask("POST", "/knn-service", body, what=what, largest=largest, tries=tries)
-        return _hits(reply, k)
+        return _hits(reply, k, self.wants)
 
     def check(self, probe: np.ndarray, k: int) -> list[Hit]:
         """Checks that the service is set up for queries such as a probe [d]; returns its k hits.
@@ -204,7 +213,7 @@ class KnnClient(ServiceClient):
         return True
 
 
-def _hits(reply: Any, k: int) -> list[Hit]:
+def _hits(reply: Any, k: int, wants: str) -> list[Hit]:
     """Checks a reply of /knn-service.
 
     Raises:
@@ -219,7 +228,7 @@ def _hits(reply: Any, k: int) -> list[Hit]:
         raise ServiceError(
             "The service found nothing at all for a sound query: its index is empty. Build it again with: arf index"
         )
-    hits = [_hit(hit) for hit in reply]
+    hits = [_hit(hit, wants) for hit in reply]
     if len(hits) != k:
         raise ServiceError(
             f"The service returned {len(hits)} hits, {k} were asked for. Either its index holds fewer vectors than "
@@ -240,9 +249,9 @@ def _hits(reply: Any, k: int) -> list[Hit]:
     return hits
 
 
-def _hit(hit: Any) -> Hit:
+def _hit(hit: Any, wants: str) -> Hit:
     fields: dict[str, Any] = hit if isinstance(hit, dict) else {}
-    row, key = fields.get("id"), fields.get("image_path")
+    row, key = fields.get("id"), fields.get(wants)
     similarity: Any = fields.get("similarity")
     # To isinstance a bool would be a number, too.
     if type(row) is not int or type(similarity) not in (int, float):
@@ -257,15 +266,20 @@ def _hit(hit: Any) -> Hit:
         )
     if not isinstance(key, str) or not key:
         raise ServiceError(
-            f"The service's hit {row} has no 'image_path' (found: {names(sorted(hit)) or 'nothing'}), so nobody can "
+            f"The service's hit {row} has no '{wants}' (found: {names(sorted(hit)) or 'nothing'}), so nobody can "
             "tell which pair it is. "
             "Serve an index folder whose metadata/*.parquet have that column, filled for every row (arf index copies "
             "them, clip-retrieval index too unless --copy_metadata False), and let the service return it: "
-            'clip-retrieval back --columns_to_return \'["image_path","caption"]\''
+            'clip-retrieval back --columns_to_return \'["image_path","caption","url","sha256"]\''
         )
     if utf8(key) != key:  # a half of a surrogate pair, which JSON can spell and nothing can store
         raise ServiceError(
-            f"The service's hit {row} has the 'image_path' {shown(key)}, which is no text. Expected the "
+            f"The service's hit {row} has the '{wants}' {shown(key)}, which is no text. Expected the "
             "key of a pair; build the index folder again with: arf index"
         )
-    return Hit(key, row, float(similarity) if abs(similarity) < 1e300 else math.inf)
+    similarity = float(similarity) if abs(similarity) < 1e300 else math.inf
+    if wants == "image_path":
+        return Hit(key, row, similarity)
+    said = [value if isinstance(value := fields.get(name), str) else "" for name in _SAID]
+    name, url, caption, sha256 = (utf8(value) or None for value in said)
+    return Hit(name or str(row), row, similarity, url, caption, sha256)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
-from arf_plugin.anchors.tars import add_member, is_remote, local_path, scan_samples
+from arf_plugin.anchors.tars import Sample, add_member, is_remote, local_path, scan_samples
 from arf_plugin.errors import PoolError
 from arf_plugin.files import digest, file_digest, replacing
 from arf_plugin.pipeline.embeddings import METADATA
@@ -30,7 +30,7 @@ from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.pool_images import Pair, PoolTars, name_of, read_pairs
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, NUMBERS, TEXTS, WHOLE, read_columns
-from arf_plugin.untrusted import read_json, utf8
+from arf_plugin.untrusted import parse_json, read_json, utf8
 
 COLUMNS = METADATA | {
     "similarity": NUMBER,
@@ -60,6 +60,7 @@ class PackStage(Stage):
 
     def __post_init__(self) -> None:
         self._list = self.retrieved / "pairs.parquet"
+        self._not_downloaded = 0
         if not self._list.exists():
             raise PoolError(f"{self._list} does not exist. Expected the output folder of: arf retrieve")
 
@@ -124,7 +125,8 @@ class PackStage(Stage):
         }
         unverified = {"unverified": self._unverified} if self._unverified else {}
         update_manifest(self.out, "pairs", entry | unverified, self.artifacts(shards))
-        return {"pairs": count, "pool_tars_used": len(tars)} | unverified
+        lost = {"not_downloaded": self._not_downloaded} if self._not_downloaded else {}
+        return {"pairs": count, "pool_tars_used": len(tars)} | unverified | lost
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
@@ -179,9 +181,10 @@ class PackStage(Stage):
             )
             for number, row in enumerate(rows)
         ]
-        if self._unverified:
+        # What was downloaded has been compared with what its list knew.
+        if unverified := sum(row["sha256"] is None and "pool_id" not in row for row in rows):
             print(
-                f"pack: {self._unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
+                f"pack: {unverified} of {len(pairs)} pairs have no digest of their image (embedded by "
                 "clip-retrieval or by an older version), so they are taken by key, size and text alone, and whether "
                 "they are what was embedded could not be verified. To be sure, embed the pool with: arf embed",
                 file=sys.stderr,
@@ -200,15 +203,23 @@ class PackStage(Stage):
                 f"{self._list} does not say which tars hold the pairs (embeddings made by clip-retrieval). "
                 "Name the pool's tars with --pool."
             )
-        places: dict[str, list[tuple[int, str, Any, bytes | None]]] = defaultdict(list)
+        places: dict[str, list[tuple[int, str, str, Any, bytes | None]]] = defaultdict(list)
         wanted = {row["image_path"] for row in rows}
+        downloaded = False
         for position, url in enumerate(self.pool):
-            for sample in scan_samples(url, PoolError, read=("txt",)):
-                if utf8(sample.key) in wanted and sample.image is not None:
+            for sample in scan_samples(url, PoolError, read=("txt", "json")):
+                key = utf8(sample.key)
+                pool_id = _pool_id(sample, url)
+                name, downloaded = pool_id or key, downloaded or pool_id is not None
+                if name in wanted and sample.image is not None:
                     text = sample.members["txt"].data if "txt" in sample.members else None
-                    places[utf8(sample.key)].append((position, utf8(url), sample.image, text))
+                    places[name].append((position, utf8(url), key, sample.image, text))
         missing = sorted(wanted - places.keys())
-        if missing:
+        if missing and downloaded and places:
+            self._not_downloaded = len(missing)
+            print(f"pack: {len(missing)} of {len(wanted)} chosen pairs were not downloaded", file=sys.stderr)
+            rows = [row for row in rows if row["image_path"] in places]
+        elif missing:
             raise PoolError(
                 f"{len(missing)} of {len(wanted)} chosen keys are in none of the {len(self.pool)} pool tars, the "
                 f"first being {missing[0]!r}. Name all tars that were embedded with --pool."
@@ -218,17 +229,18 @@ class PackStage(Stage):
             key, said = row["image_path"], (row["caption"] or "").encode("utf-8")
             here = places[key]
             if len(here) > 1:
-                here = [place for place in here if place[3] == said]
+                here = [place for place in here if place[4] == said]
             if len(here) != 1:
                 raise PoolError(
                     f"The key {key!r} occurs in {places[key][0][1]} and in {places[key][1][1]}, and the embeddings "
                     "name no tar, so the pair is ambiguous. Embed the pool with: arf embed"
                 )
-            position, url, image, text = here[0]
+            position, url, name, image, text = here[0]
             if text is not None and row["caption"] is not None:
                 agree += text == said
                 differ += [] if text == said else [f"{key!r} in {url}"]
             place = {"tar": url, "offset": image.offset, "size": image.size, "ext": image.ext}
+            place |= {"image_path": name} | ({"pool_id": key} if name != key else {})
             found.append((position, image.offset, key, row | place))
         if agree > len(differ) > 0:
             raise PoolError(
@@ -254,4 +266,14 @@ def _provenance(row: dict[str, Any]) -> dict[str, Any]:
         "query_similarities": [round(cosine, 4) for cosine in row["query_similarities"] or []],
         "query_count": row["query_count"],
     }
-    return known | ({"sha256": row["sha256"]} if row["sha256"] else {})
+    return known | {name: row[name] for name in ("sha256", "pool_id") if row.get(name)}
+
+
+def _pool_id(sample: Sample, url: str) -> str | None:
+    """The pair's name in the pool that it was downloaded from, where its JSON has one."""
+    member = sample.members.get("json")
+    if member is None or b'"pool_id"' not in (member.data or b""):
+        return None
+    said = parse_json(member.data or b"", f"{url}, {member.name}", PoolError, object)
+    found = said.get("pool_id") if isinstance(said, dict) else None
+    return found if isinstance(found, str) and found else None

@@ -27,6 +27,7 @@ from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings, same_model
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.knn_backends import Search
 from arf_plugin.pipeline.near import Dropped, Exclusion, exact_duplicates, near_duplicates
+from arf_plugin.pipeline.replies import Replies
 from arf_plugin.pipeline.stage import Outcome, Shard, Stage
 from arf_plugin.pipeline.tables import NUMBER, WHOLE, read_columns, write_table
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 QUERIES_NAMED = 10  # per pair, in its provenance; the hits have them all
-POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256"]
+POOL_COLUMNS = ["image_path", "id", "tar", "ext", "offset", "size", "caption", "sha256", "url"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ class RetrieveStage(Stage):
 
     def __post_init__(self) -> None:
         same_model(self.queries, self.pool)
+        chosen = self.selection
+        if isinstance(self.pool, Replies) and (self.exclusion or chosen.random or chosen.near_duplicates):
+            raise FlagError(
+                "--exclude, --near-duplicates and --random need the pool's vectors: name them with --pool."
+            )
         if self.exclusion is not None:
             self.exclusion.check(self.pool)
         self._k = min(self.selection.k, self.pool.rows)
@@ -151,9 +157,10 @@ class RetrieveStage(Stage):
 
         file: EmbeddingFile
         file, start, stop = shard.source
-        found = []
+        found, said = [], []
         for _, block in file.blocks(self._backend.queries_at_once, start, stop, unit=True):
             found.append(self._backend.search(block))
+            said.append(self._backend.described(found[-1][0].ravel()))
             advance(len(block))
         rows, similarities = (np.concatenate(parts).ravel() for parts in zip(*found, strict=True))
         query = np.repeat(np.arange(file.first + start, file.first + stop), self._k)
@@ -165,6 +172,9 @@ class RetrieveStage(Stage):
                 "similarity": similarities,
             }
         )
+        for name in said[0]:
+            column = pa.array([value for columns in said for value in columns[name]], pa.string())
+            table = table.append_column(name, column)
         write_table(self.artifacts([shard])[0], table)
         return Outcome(samples=stop - start, kept=stop - start)
 
@@ -178,7 +188,7 @@ class RetrieveStage(Stage):
             "pairs": len(rows),
             "queries": self.queries.rows,
             "queries_with_pairs": chosen["query"].nunique(),
-            "pool_rows": self.pool.rows,
+            "pool_rows": None if isinstance(self.pool, Replies) else self.pool.rows,
             "hits": len(hits),
             "dropped": dict(sorted(Counter(item.reason for item in dropped).items())),
             "search": self._backend.config(),
@@ -212,7 +222,8 @@ class RetrieveStage(Stage):
                     "again, with --restart."
                 )
             frames.append(hits.rename(columns={"query_row": "query"}))
-        return ordered(pd.concat(frames, ignore_index=True))
+        hits = ordered(pd.concat(frames, ignore_index=True))
+        return hits.assign(rank=hits.groupby("query").cumcount() + 1)
 
     def _drop(self, hits: pd.DataFrame, execution: Execution) -> tuple[pd.DataFrame, list[Dropped]]:
         """Leaves out hits below the floor, and pairs that are near excluded images or better placed pairs."""
@@ -271,6 +282,7 @@ class RetrieveStage(Stage):
         for name, column in {
             "row": pa.array(rows, pa.int64()),
             "similarity": pa.array(by_row["similarity"].first().reindex(rows), pa.float32()),
+            "rank": pa.array(by_row["rank"].first().reindex(rows), pa.int64(), from_pandas=True),
             "query_count": pa.array(counts, pa.int64()),
             "queries": pa.ListArray.from_arrays(ends, queries),
             "query_similarities": pa.ListArray.from_arrays(ends, cosines),

@@ -65,6 +65,11 @@ def make_environment() -> None:
     run_script("--install-only")
 
 
+def python() -> Path:
+    """The interpreter of that environment."""
+    return SCRIPT.parents[1] / ".venvs/clip-retrieval/bin/python"
+
+
 @contextmanager
 def started(log: Path, *argv: object, port: int | None = None) -> Iterator[str]:
     """Starts the script, waits until the service answers, and ends it; yields its address.

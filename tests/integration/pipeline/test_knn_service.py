@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -316,3 +317,20 @@ def test_the_script_listens_on_loopback_and_ends_with_its_parent(small: Pool, en
     assert not knn_service.alive(pid)
     done = subprocess.run(["bash", knn_service.SCRIPT, "--port"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--port: expected a value" in done.stderr
+
+
+def test_the_service_alone_tells_the_links_of_its_pool(arf, small: Pool, environment, tmp_path: Path):
+    """Its metadata has links; the pool is not at hand. What is found is what a search of the pool finds."""
+    shutil.copytree(small.flat, tmp_path / "index")
+    for path in (tmp_path / "index/metadata").iterdir():
+        table = pq.read_table(path)
+        links = [f"http://a.example/{key}.png" for key in table["image_path"].to_pylist()]
+        pq.write_table(table.append_column("url", pa.array(links)), path)
+    words = ["--queries", small.task, "--k", 3]
+    arf("retrieve", *words, "--pool", small.pool, "--out", tmp_path / "exact")
+    with knn_service.started(tmp_path / "log.txt", "--index", tmp_path / "index") as url:
+        service = ["--backend", "service", "--service-url", url, "--urls-out", tmp_path / "links.parquet"]
+        arf("retrieve", *words, *service, "--out", tmp_path / "hits")
+    assert_same_hits(tmp_path / "exact", tmp_path / "hits")
+    for link in pq.read_table(tmp_path / "links.parquet").to_pylist():
+        assert link["url"] == f"http://a.example/{link['pool_id']}.png" and len(link["sha256"]) == 64
