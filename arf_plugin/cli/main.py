@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from arf_plugin import __version__
 from arf_plugin.errors import ArfError
+from arf_plugin.flags import Parser
 from arf_plugin.untrusted import printable
 
 # Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
@@ -49,7 +50,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of ``arf`` with all its sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="arf",
         description="Anchor-based Robust Fine-tuning for open_clip: build anchors, train, evaluate.",
         epilog=EPILOG,
@@ -59,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"arf_plugin.cli.{name}").register(subparsers)
+    for each in subparsers.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     args.rest, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
     if rest and not getattr(args, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args) or 0
     except ArfError as error:
@@ -83,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"arf {args.command}: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"arf {args.command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        then = printable(str(stop)) or "the same command goes on where it stopped"
+        print(f"arf {args.command}: interrupted; {then}", file=sys.stderr)
         return 130
 
 

@@ -211,7 +211,7 @@ def make_resumable(
             )
     if config.deterministic and args.distributed and not getattr(args, "fsdp", False):
         session.listeners.append(FixedBuckets())
-    if config.saves_steps:
+    if config.saves_steps or session.stops_on_ctrl_c:
         session.listeners.append(StepCheckpoints(session, args, loader, identity))
 
 
@@ -248,6 +248,11 @@ class StepCheckpoints(EpochListener):
             self.group = torch.distributed.new_group(backend="gloo")
         loader.after_batch.append(self.after_batch)
 
+    def begin(self, training: Training) -> None:
+        """From here on there is something to save."""
+        if self.session.stops_on_ctrl_c and self.session.command is not None:
+            self.session.command.listen()
+
     def before_epoch(self, training: Training) -> None:
         """The last epoch's checkpoint, if there is one, makes the step checkpoints before it superfluous."""
         self.training = training
@@ -264,9 +269,13 @@ class StepCheckpoints(EpochListener):
         step = self.loader.steps.made(self.loader.epoch, batches)
         if step is None:
             return
-        stop = self._must_stop()
+        command = self.session.command
+        asked = command is not None and command.asked
+        stop = asked or self._must_stop()
         if stop or (self.every and step % self.every == 0):
             self.save(batches, step)
+        if asked and command is not None:
+            raise KeyboardInterrupt(f"step {step} is saved. This goes on: {command.again}")
         if not stop:
             return
         if self.args.rank == 0 and self.stop_file is not None:  # the first process has obeyed
