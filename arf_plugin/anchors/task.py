@@ -130,7 +130,9 @@ def require_files(data: str, error: type[ArfError] = TaskDataError, *, csv: bool
         if found := sorted(glob.glob(f"{glob.escape(url)}/*.tar" if folder else url)):
             what = "is a folder" if folder else f"is a glob ({len(found)} files)"
             raise error(f"{url} {what}; expected tars by name, in quotes: '{in_braces(found)}'")
-        raise error(f"{url} is a folder without tars." if folder else not_there(url))
+        if folder:
+            raise error(f"{url} is a folder without tars. Of images they are made with: arf data {url} --out task")
+        raise error(not_there(url))
 
 
 def in_braces(paths: Sequence[str]) -> str:
