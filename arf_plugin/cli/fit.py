@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.cli import options
 
 if TYPE_CHECKING:
-    from arf_plugin.fit.run import Fit
+    from arf_plugin.fitting.run import Fit
 
 EXAMPLES = """\
   arf fit my-images --model ViT-B-16-quickgelu@openai --pool 'cc3m/{0000..0331}.tar' \\
@@ -67,8 +67,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Runs the fit."""
-    from arf_plugin.fit.outcome import table, verdict
-    from arf_plugin.fit.settings import FitSettings, overrides_of
+    from arf_plugin.fitting.outcome import table, verdict
+    from arf_plugin.fitting.settings import FitSettings, overrides_of
     from arf_plugin.untrusted import printable
 
     given = {name: getattr(args, name, None) for name in FitSettings.model_fields}
@@ -96,8 +96,8 @@ def prepare(given: dict[str, Any], config: str | None, quiet: bool) -> Fit:
         ArfError: A setting, or a flag of the trainer among them, that there is not or that cannot be.
     """
     from arf_plugin.errors import FitError
-    from arf_plugin.fit.run import Fit
-    from arf_plugin.fit.settings import FitSettings
+    from arf_plugin.fitting.run import Fit
+    from arf_plugin.fitting.settings import FitSettings
     from arf_plugin.hooks.activation import check_args
     from arf_plugin.untrusted import printable
     from arf_plugin.validation import validated

@@ -31,8 +31,8 @@ from zipfile import is_zipfile
 from arf_plugin.ablation.launch import last_lines, trainer
 from arf_plugin.errors import FitError, MissingDependencyError, PoolError
 from arf_plugin.files import digest, list_files, not_there, replacing, write_json
-from arf_plugin.fit import outcome, recipe
-from arf_plugin.fit.settings import NONE, FitSettings, seconds
+from arf_plugin.fitting import outcome, recipe
+from arf_plugin.fitting.settings import NONE, FitSettings, seconds
 from arf_plugin.untrusted import read_json
 from arf_plugin.weights import require_known
 
@@ -328,7 +328,7 @@ class Fit:
     def _pairs(self) -> list[RawPair]:
         """Pairs of the pool that no anchor uses; none where these are too few."""
         from arf_plugin.anchors.task import expand_urls
-        from arf_plugin.fit.kept import set_aside
+        from arf_plugin.fitting.kept import set_aside
 
         pairs = set_aside(expand_urls(self.pool), self.anchors, self.out / "kept.tar")
         if len(pairs) >= FEWEST:
