@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from arf_plugin.anchors.ids import sample_id, shard_name
@@ -131,16 +130,19 @@ def require_files(data: str, error: type[ArfError] = TaskDataError, *, csv: bool
             what = "is a folder" if folder else f"is a glob ({len(found)} files)"
             raise error(f"{url} {what}; expected tars by name, in quotes: '{in_braces(found)}'")
         if folder:
-            raise error(f"{url} is a folder without tars. Of images they are made with: arf data {url} --out task")
+            raise error(
+                f"{url} is a folder without tars. Of images they are made with: arf data {url} --out task"
+            )
         raise error(not_there(url))
 
 
 def in_braces(paths: Sequence[str]) -> str:
     """Some files as open_clip names them: ``folder/{000..009}.tar`` for numbers without a gap, else with ``::``."""
     first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", path) for path in (paths[0], paths[-1]))
-    if first and last and len(paths) > 1 and first[1] == last[1] and first[3] == last[3]:
-        if int(last[2]) - int(first[2]) + 1 == len(paths):
-            return f"{first[1]}{{{first[2]}..{last[2]}}}{first[3]}"
+    if first and last and len(paths) > 1 and (first[1], first[3]) == (last[1], last[3]):
+        low, high = first[2], last[2]
+        if len(low) == len(high) and int(high) - int(low) + 1 == len(paths):
+            return f"{first[1]}{{{low}..{high}}}{first[3]}"
     return "::".join(paths)
 
 

@@ -102,7 +102,9 @@ def prepare(given: dict[str, Any], config: str | None, quiet: bool) -> Fit:
     from arf_plugin.untrusted import printable
     from arf_plugin.validation import validated
 
-    given = (_config(config) if config else {}) | {name: value for name, value in given.items() if value is not None}
+    given = (_config(config) if config else {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
     if "images" not in given or "model" not in given:
         raise FitError("Name the images and the model: arf fit IMAGES --model ViT-B-16-quickgelu@openai")
     settings = validated(FitSettings, given, config or "The settings", FitError)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from arf_plugin import __version__
 from arf_plugin.errors import ArfError
@@ -75,12 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what comes next; the library is an extra
+        importlib.import_module("argcomplete").autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     args.rest, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
     if rest and not getattr(args, "takes_rest", False):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return args.run(args) or 0
+        with contextlib.ExitStack() as stack:
+            if getattr(args, "quiet", False):
+                nothing = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stderr(nothing))
+            return args.run(args) or 0
     except ArfError as error:
         if os.environ.get("ARF_DEBUG"):
             raise

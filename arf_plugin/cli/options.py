@@ -68,6 +68,7 @@ def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[
     bad = "stop if more than this fraction of the samples is rejected (default: %(default)s)"
     add("--max-bad-fraction", type=float, default=0.01, metavar="F", help=bad)
     add("--json", action="store_true", help="print the summary as JSON")
+    add("--quiet", action="store_true", help="print the summary alone: no progress, no notes")
     processes = (
         "share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)"
     )

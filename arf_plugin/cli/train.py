@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(str(stop) or command.stopped_at_once()) from None
     if command.refused:  # the trainer has said why, and would end with status 0
-        raise FlagError(f"There is a run of this --name. It goes on with: {command.again}\nA new one takes another name.")
+        raise FlagError(
+            f"There is a run of this --name. It goes on with: {command.again}\nA new one takes another name."
+        )
     if (found := command.finished()) is not None:
         print(printable(found))

@@ -39,7 +39,8 @@ from arf_plugin.weights import require_known
 if TYPE_CHECKING:
     from arf_plugin.anchors.pairs import RawPair
 
-EXTRAS = ("clip_benchmark", "jinja2", "matplotlib", "scipy", "torchmetrics")  # that evaluation and report need
+# What evaluation and report import late, and often is not installed.
+EXTRAS = ("clip_benchmark", "jinja2", "matplotlib", "scipy", "torchmetrics")
 TRIAL_STEPS = 8
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 SAVE_EVERY = 200  # optimizer steps between two checkpoints that a killed run goes on from
@@ -123,7 +124,7 @@ class Fit:
         if self.has_pairs:
             if settings.pool.endswith(".tar"):
                 require_files(settings.pool, PoolError)
-            elif not Path(settings.pool).exists():
+            elif not re.search(r"[*?\[{]|::|://", settings.pool) and not Path(settings.pool).exists():
                 raise PoolError(f"--pool {not_there(settings.pool)}")
         for folder in settings.keep:
             find_sets(Path(folder))
@@ -263,7 +264,9 @@ class Fit:
         values = {flag: value for flag, value in values.items() if flag not in own}
         images = self._images_a_step(values)
         if images > samples:
-            raise FitError(f"A step takes {images} images, and there are {samples} to train on. Lower --set batch-size.")
+            raise FitError(
+                f"A step takes {images} images, and there are {samples} to train on. Lower --set batch-size."
+            )
         if (workers := int(self._setting("--workers", values)) * max(1, self.machine.gpus)) > shards:
             raise FitError(f"{workers} loader workers for {shards} shards of images. Lower --set workers.")
         return values

@@ -75,7 +75,11 @@ class Command:
     def refused(self) -> bool:
         """Whether the trainer has ended without a run, as it does where there is one of this --name already."""
         args = self.args
-        return args is not None and bool(getattr(args, "log_path", None)) and not hasattr(args, "checkpoint_path")
+        return (
+            args is not None
+            and bool(getattr(args, "log_path", None))
+            and not hasattr(args, "checkpoint_path")
+        )
 
     def finished(self) -> str | None:
         """Where the fine-tuned model is, and what comes next; None if there is none."""

@@ -240,6 +240,7 @@ class StepCheckpoints(EpochListener):
         self.session, self.args, self.loader, self.data = session, args, loader, data
         self.every = session.config.checkpoint_every
         self.stop_file = Path(session.config.stop_file) if session.config.stop_file else None
+        self.command = session.command if session.stops_on_ctrl_c else None
         self.folder = Path(args.checkpoint_path)
         self.training: Training | None = None
         self.group: Any = None
@@ -250,8 +251,8 @@ class StepCheckpoints(EpochListener):
 
     def begin(self, training: Training) -> None:
         """From here on there is something to save."""
-        if self.session.stops_on_ctrl_c and self.session.command is not None:
-            self.session.command.listen()
+        if self.command is not None:
+            self.command.listen()
 
     def before_epoch(self, training: Training) -> None:
         """The last epoch's checkpoint, if there is one, makes the step checkpoints before it superfluous."""
@@ -269,13 +270,12 @@ class StepCheckpoints(EpochListener):
         step = self.loader.steps.made(self.loader.epoch, batches)
         if step is None:
             return
-        command = self.session.command
-        asked = command is not None and command.asked
-        stop = asked or self._must_stop()
+        interrupted = self.command if self.command is not None and self.command.asked else None
+        stop = interrupted is not None or self._must_stop()
         if stop or (self.every and step % self.every == 0):
             self.save(batches, step)
-        if asked and command is not None:
-            raise KeyboardInterrupt(f"step {step} is saved. This goes on: {command.again}")
+        if interrupted is not None:
+            raise KeyboardInterrupt(f"step {step} is saved. This goes on: {interrupted.again}")
         if not stop:
             return
         if self.args.rank == 0 and self.stop_file is not None:  # the first process has obeyed

@@ -46,7 +46,10 @@ def test_a_run_that_asked_for_nothing_of_the_kind_goes_on_too(train, task):
 
 @pytest.mark.parametrize(
     ("arf", "said"),
-    [(["--arf-freeze-bn", "--logs", "none"], "nothing has been saved"), ([], "open_clip saves after whole epochs")],
+    [
+        (["--arf-freeze-bn", "--logs", "none"], "nothing has been saved"),
+        ([], "open_clip saves after whole epochs"),
+    ],
 )
 def test_what_cannot_be_saved_is_not_promised(train, task, arf, said):
     stopped = run_until(train, [*task.flags, *arf], 0.4, "interrupt", arf=True)
