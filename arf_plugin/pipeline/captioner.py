@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arf_plugin.errors import MissingDependencyError, StageError
-from arf_plugin.files import folder_digest
+from arf_plugin.files import folder_digest, not_there
 from arf_plugin.pipeline.embedder import load_model, model_identity
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
@@ -89,6 +89,8 @@ def require_captioner(name: str) -> None:
     if name.startswith(COCA):
         require_known(*_coca_model(name))
         return
+    if (name.startswith((".", "/")) or name.endswith("/")) and not Path(name).is_dir():
+        raise StageError(f"--captioner {not_there(name)}")
     transformers = _transformers()
     try:
         transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)

@@ -141,7 +141,7 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
         (["--model", "ViT-B-61@openai"], "Did you mean 'ViT-B-16'"),
         (["--model", "ViT-B-16@opnai"], "Did you mean 'openai'"),
         (["--pool", "nowhere"], "--pool nowhere does not exist"),
-        (["--captioner", "./nowhere"], "cannot be loaded as an image captioner"),
+        (["--captioner", "./nowhere"], "--captioner ./nowhere does not exist"),
         (["--keep", "nowhere"], "no folder nowhere"),
         (["--set", "bach-size=8"], "Did you mean '--batch-size'"),
         (["--set", "batch-size=1000", "--dry-run"], "Lower --set batch-size"),
