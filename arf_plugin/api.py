@@ -248,7 +248,9 @@ def fit(
     from arf_plugin.cli.fit import prepare
 
     given = {"images": images, "model": model, **settings}
-    made = prepare({name: _plain(value) for name, value in given.items()}, str(config) if config else None, quiet)
+    made = prepare(
+        {name: _plain(value) for name, value in given.items()}, str(config) if config else None, quiet
+    )
     return made.plan() if dry_run else made.run()
 
 
