@@ -175,6 +175,7 @@ setup(
             *("clip-benchmark", "jinja2", "matplotlib", "pyyaml", "requests"),
             *("scikit-learn", "scipy", "torchmetrics"),
         ],
+        "completion": ["argcomplete"],
         # What scripts/emojinet needs beyond the package; the drawings depend on resvg's version.
         "emojinet": ["matplotlib", "resvg_py==0.5.0", "transformers"],
         # The documentation as a site: scripts/docs.sh.

@@ -11,6 +11,7 @@ __all__ = [
     "OptimizerStep",
     "build_anchors",
     "evaluate",
+    "fit",
     "interpolate",
     "merge",
     "sample_id",
@@ -19,7 +20,7 @@ __all__ = [
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module itself would cost every process a millisecond
     from arf_plugin.anchors.ids import sample_id
-    from arf_plugin.api import AnchorSet, build_anchors, evaluate, interpolate, merge
+    from arf_plugin.api import AnchorSet, build_anchors, evaluate, fit, interpolate, merge
     from arf_plugin.data.batch import OptimizerStep
     from arf_plugin.losses.anchored import AnchoredLoss
 

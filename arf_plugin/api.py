@@ -219,6 +219,49 @@ def build_anchors(
     return AnchorSet(out)
 
 
+def fit(
+    images: str | Path | None = None,
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Fine-tunes, measures and reports as ``arf fit`` does, and goes on with a fit that was begun.
+
+    Args:
+        images: Images in any form that ``arf data`` reads.
+        model: ``NAME@PRETRAINED``, ``local-dir:FOLDER``, ``hf-hub:NAME``, or a checkpoint beside ``arch``.
+        config: YAML file with the same names; arguments win.
+        dry_run: Looks at the images, and returns the plan.
+        quiet: Says nothing; what the command prints goes to standard error otherwise.
+        **settings: Other flags of ``arf fit``, with underscores: ``pool="pool/{00..31}.tar"``, ``keep=["held-out"]``,
+            ``set={"lr": 1e-5}``.
+
+    Returns:
+        What ``results.json`` holds: ``rows`` of scores in percent by name, ``before`` first, ``verdicts``, ``alpha``,
+        ``forgot`` in points. The model is in the folder ``out`` (default: ``fit``), as ``best/`` and ``best.pt``.
+
+    Raises:
+        ArfError: A setting or an input that cannot be, or a stage that has failed.
+    """
+    from arf_plugin.cli.fit import prepare
+
+    given = {"images": images, "model": model, **settings}
+    made = prepare(
+        {name: _plain(value) for name, value in given.items()}, str(config) if config else None, quiet
+    )
+    return made.plan() if dry_run else made.run()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a configuration file has it: paths as text."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def evaluate(
     checkpoints: Sequence[str | Path],
     model: str,

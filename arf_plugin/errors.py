@@ -5,6 +5,15 @@ Each message says what was found, where, what was expected, and what to do next.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Says, after a blank, which of some names was probably meant; nothing if none is near."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
 
 class ArfError(Exception):
     """Base of every error that a user of the plugin can cause or fix."""

@@ -14,11 +14,22 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from arf_plugin.errors import CacheError
+from arf_plugin.errors import CacheError, did_you_mean
 from arf_plugin.untrusted import read_json
 
 TEMPORARY = ".incomplete-"
 _check: ContextVar[Callable[[], None] | None] = ContextVar("check", default=None)
+
+
+def not_there(path: str) -> str:
+    """Says that nothing is at a path, and what was probably meant."""
+    parent = Path(path).absolute()
+    while not parent.exists():
+        missing, parent = parent.name, parent.parent
+    beside = sorted(one.name for one in (parent.iterdir() if parent.is_dir() else ()) if one.name[0] != ".")
+    meant = did_you_mean(missing, beside)
+    holds = "" if meant else f" {parent} holds: {', '.join(beside[:5]) or 'nothing'}."
+    return f"{path} does not exist.{meant}{holds}"
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import contextlib
 import dataclasses
 import functools
 import io
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from arf_plugin.errors import FlagError
+from arf_plugin.errors import FlagError, did_you_mean
 
 Number = TypeVar("Number", int, float)
 
@@ -78,6 +80,21 @@ def parsing_errors() -> Iterator[None]:
             yield
     except SystemExit:
         raise FlagError(output.getvalue().strip().rpartition("error: ")[2]) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors say what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process, as argparse does."""
+        words = message.partition("unrecognized arguments: ")[2].split()
+        flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+        meant = "".join(did_you_mean(flag, self._option_string_actions) for flag in flags)
+        if not flags and any(Path(word).exists() for word in words):
+            meant = " Was that a glob, or braces? Put it in quotes, or the shell makes several words of it."
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            meant = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
+        super().error(f"{message}.{meant}" if meant else message)
 
 
 def number_type(

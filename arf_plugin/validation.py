@@ -13,7 +13,6 @@ Importing this module imports pydantic (0.1 s), so commands import it where they
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_args
@@ -21,7 +20,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from arf_plugin.errors import ArfError
+from arf_plugin.errors import ArfError, did_you_mean
 from arf_plugin.untrusted import printable
 
 Location = tuple[int | str, ...]  # keys and indices from the root to a value
@@ -123,9 +122,7 @@ def _message(found: ErrorDetails, location: Location, model: type[BaseModel]) ->
         return f"'{location[-1]}' is missing (found: {', '.join(map(str, value)) or 'nothing'})."
     if kind == "extra_forbidden":
         known = _keys(model, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        meant = f" Did you mean '{close[0]}'?" if close else ""
-        return f"unknown key. Expected one of: {', '.join(known)}.{meant}"
+        return f"unknown key. Expected one of: {', '.join(known)}.{did_you_mean(str(location[-1]), known)}"
     if kind in ("literal_error", "enum"):
         choices = re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
         return f"found {shown(value)}, expected one of: {', '.join(choices)}."

@@ -19,12 +19,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from arf_plugin.errors import FlagError, did_you_mean
+from arf_plugin.files import not_there
+
 if TYPE_CHECKING:
     import torch
 
 # Of BatchNorm: buffers, as much part of the model as its weights.
 _STATISTICS = ("running_mean", "running_var")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # that open_clip looks for in a folder
+
+
+def require_known(model: str, pretrained: str | None) -> None:
+    """Refuses a model, or weights of it, that open_clip does not know, before anything is loaded or fetched.
+
+    Raises:
+        FlagError: With the name that is nearest.
+    """
+    import open_clip
+
+    if ":" in model:  # it brings its weights along
+        folder = Path(model.removeprefix("local-dir:"))
+        if model.startswith("local-dir:") and not folder.is_dir():
+            raise FlagError(f"--model {model}: {not_there(str(folder))}")
+        return
+    known = open_clip.list_models()
+    if (name := model.replace("/", "-")) not in known:
+        raise FlagError(
+            f"open_clip knows no model {model!r}.{did_you_mean(name, known)} All names: "
+            "python -c 'import open_clip; print(*open_clip.list_models())'"
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and pretrained.lower().replace("-", "_") not in tags and not Path(pretrained).exists():
+        raise FlagError(
+            f"There are no weights {pretrained!r} of {model}: no file, and no name that open_clip knows."
+            f"{did_you_mean(pretrained, tags)} It knows: {', '.join(tags) or 'none'}."
+        )
 
 
 class Loaded:

@@ -15,7 +15,7 @@ VENV=${VENV:-.venv}
 TORCH_VERSION=${TORCH_VERSION:-2.14.1}
 TORCHVISION_VERSION=${TORCHVISION_VERSION:-0.29.1}
 OPEN_CLIP_VERSION=${OPEN_CLIP_VERSION:-3.3.0}
-EXTRAS_OF_TESTS=captions,retrieval,evaluation,emojinet,dev,docs
+EXTRAS_OF_TESTS=captions,completion,retrieval,evaluation,emojinet,dev,docs
 
 # make_environment EXTRAS: creates $VENV, or completes it; does nothing if it was made from the same things and has
 # EXTRAS, names of this package's extras with commas between them.

@@ -102,6 +102,21 @@ def checks() -> str:
     return _table(["rule", "input", "what is checked", "otherwise", "when"], rows)
 
 
+def mistakes() -> str:
+    """What scripts/mistakes.py has done wrong, and what was said."""
+    found = json.loads((ROOT / "docs" / "mistakes.json").read_text(encoding="utf-8"))
+    rows = [
+        [one["mistake"], _code(one["command"]), "<br>".join(map(_code, one["said"].splitlines()))]
+        for one in found
+    ]
+    return _table(["mistake", "command", "what is said"], rows)
+
+
+def _code(text: str) -> str:
+    text = text.replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
 def results() -> str:
     """The quickstart's figures: mean and sample standard deviation over seeds, and every seed."""
     found = _figures(RESULTS)
@@ -356,6 +371,7 @@ def rewritten(text: str) -> str:
         hooks,
         features,
         checks,
+        mistakes,
         upstream_tests,
         results,
         seeds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from arf_plugin.anchors.ids import sample_id, shard_name
 from arf_plugin.anchors.images import IMAGE_EXTENSIONS, decode_image
 from arf_plugin.anchors.scan import ShardScan, require_unique_keys, scan_shard
-from arf_plugin.anchors.tars import is_remote, scan_samples
+from arf_plugin.anchors.tars import is_remote, local_path, scan_samples
 from arf_plugin.anchors.task_csv import CLASS_COLUMN, file_problem, label_text, read_csv, unreadable_files
 from arf_plugin.errors import ArfError, TaskDataError
+from arf_plugin.files import not_there
 from arf_plugin.untrusted import utf8
 
 if TYPE_CHECKING:
@@ -111,6 +113,37 @@ def expand_urls(data: str, error: type[ArfError] = TaskDataError, *, unique: boo
     if unique and count > 1:
         raise error(f"{url} is named {count} times in {data!r}. Each shard counts once; name it once.")
     return urls
+
+
+def require_files(data: str, error: type[ArfError] = TaskDataError, *, csv: bool = False) -> None:
+    """Refuses data that are not there, as far as they are on this machine, and says how they would be named.
+
+    Raises:
+        error: The first file that is missing.
+    """
+    for url in [data] if csv else expand_urls(data, error, unique=False):
+        path = local_path(url)
+        folder = path.is_dir()
+        if is_remote(url) or (path.exists() and not folder):
+            continue
+        if found := sorted(glob.glob(f"{glob.escape(url)}/*.tar" if folder else url)):
+            what = "is a folder" if folder else f"is a glob ({len(found)} files)"
+            raise error(f"{url} {what}; expected tars by name, in quotes: '{in_braces(found)}'")
+        if folder:
+            raise error(
+                f"{url} is a folder without tars. Of images they are made with: arf data {url} --out task"
+            )
+        raise error(not_there(url))
+
+
+def in_braces(paths: Sequence[str]) -> str:
+    """Some files as open_clip names them: ``folder/{000..009}.tar`` for numbers without a gap, else with ``::``."""
+    first, last = (re.fullmatch(r"(.*?)(\d+)(\D*)", path) for path in (paths[0], paths[-1]))
+    if first and last and len(paths) > 1 and (first[1], first[3]) == (last[1], last[3]):
+        low, high = first[2], last[2]
+        if len(low) == len(high) and int(high) - int(low) + 1 == len(paths):
+            return f"{first[1]}{{{low}..{high}}}{first[3]}"
+    return "::".join(paths)
 
 
 def scan_task_ids(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from arf_plugin.anchors.features import FeatureHeader, read_header
 from arf_plugin.anchors.scan import ShardScan, scan_shard
 from arf_plugin.anchors.tars import is_remote
-from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, scan_csv, scan_task_ids
+from arf_plugin.anchors.task import TaskScan, expand_urls, is_csv, require_files, scan_csv, scan_task_ids
 from arf_plugin.anchors.task_csv import read_csv
 from arf_plugin.console import progress
 from arf_plugin.data.captions import CaptionStore, open_captions
@@ -158,6 +158,11 @@ class Inputs:
     def task_urls(self) -> list[str]:
         """Shards of the task data."""
         return expand_urls(self.train_data or "", unique=self.joins)
+
+    @_fact("task")
+    def task_files(self) -> None:
+        """Sees that the files of the task data are there."""
+        require_files(self.train_data or "", csv=self.csv)
 
     @cached_property
     def caption_files(self) -> list[str]:

@@ -26,6 +26,7 @@ from arf_plugin.checks.messages import (
 from arf_plugin.data.dealing import dealt_shards
 from arf_plugin.errors import AnchorSetError, ArfError, MissingCaptionError, TaskDataError
 
+FIRST = "before a run has a folder, `arf check`"
 NAMED = 5  # examples of a kind in a message
 BUILD = "Build one with `arf anchors`, look at it with `arf check`."
 HIGH_RATE = 1e-4  # learning rate above which CLIP is trained from scratch
@@ -62,10 +63,12 @@ class Rule:
     applies: Callable[[Inputs], object] = lambda inputs: True
 
 
-def findings(inputs: Inputs) -> Iterator[Finding]:
-    """All that the rules find, in their order."""
+def findings(inputs: Inputs, quick: bool = False) -> Iterator[Finding]:
+    """All that the rules find, in their order; ``quick``: those that only see whether inputs are there."""
     for rule in RULES:
         try:
+            if quick and rule.where is not FIRST:
+                continue
             if rule.check is not None and rule.applies(inputs):
                 yield from rule.check(inputs) or ()
         except Unknown:
@@ -148,6 +151,10 @@ def _captions(inputs: Inputs) -> Iterator[Finding]:
         )
     if not inputs.training and captions.repeated:
         yield _warning(f"{captions.repeated} captions repeat another one of the same sample")
+
+
+def _task_files(inputs: Inputs) -> None:
+    _ = inputs.task_files
 
 
 def _task_data(inputs: Inputs) -> Iterator[Finding]:
@@ -481,16 +488,20 @@ RULES = [
          "error of the parser, with the flags to change", "parser"),
     Rule("class-names", "`--arf-classnames`, `--arf-templates`",
          "UTF-8 lines (a byte-order mark is no part of them), none empty; a place for the class name in every "
-         "template", "error with the line", "start of a run, `arf check --arf-classnames`"),
+         "template", "error with the line", "before a run has a folder, `arf check --arf-classnames`"),
     Rule("watched-sets", "`--arf-watch`", "every set can be read: its classes, counts and images",
          "error; images that do not decode are found by the first look, before the first step", "start of a run"),
+    Rule("model", "`--model`, `--pretrained`", "names that open_clip knows, files that are there",
+         "error with the name that is nearest", "before a run has a folder"),
     Rule("weights", "`--model`, `--pretrained`",
          "with anchors, every weight comes from a file (or `--arf-random-weights` says that it need not)",
          "error naming the weights that would be random", "once the model is built"),
     Rule("anchor-set", "anchor set",
          "a folder with captions/*.parquet, pairs/*.tar or both, and a weight above 0 for one of them; names are "
-         "no patterns, hidden files no shards", "error",
+         "no patterns, hidden files no shards", "error", FIRST,
          check=_anchor_set, applies=lambda inputs: inputs.anchors is not None),
+    Rule("task-files", "task data", "the tars or the CSV are there", "error with what was probably meant", FIRST,
+         check=_task_files, applies=lambda inputs: inputs.has_task),
     Rule("whole", "anchors.json",
          "a format that is known; each kind of anchor finished, with the files that its stage has written",
          "error; the same `arf` command finishes the set",
@@ -549,6 +560,7 @@ RULES = [
     Rule("resume", "`--resume` with `--arf-deterministic`",
          "a whole checkpoint without code in it; the same flags, class names, templates, task data, captions and "
          "pairs by the contents of all their files", "error that lists what has changed", "start of a run"),
+    Rule("disk", "`--logs`", "room for a checkpoint", "error with the bytes", "start of a run"),
     Rule("first-loss", "first step", "the loss of the first step is not far above chance",
          "warning: are class names and labels of one order?", "after the first step"),
 ]

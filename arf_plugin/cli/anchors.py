@@ -75,12 +75,14 @@ class Build:
     """What the flags ask for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from arf_plugin.anchors.task import expand_urls
+        from arf_plugin.anchors.task import expand_urls, require_files
         from arf_plugin.errors import PoolError, StageError
         from arf_plugin.pipeline.embed import PromptTexts
         from arf_plugin.pipeline.embedder import ClipModel
 
         self.args, self.out, self.work = args, args.out, args.work or args.out / "work"
+        if args.pool:
+            require_files(args.pool, PoolError)  # hours before it is searched
         self.task = options.task_source(args)
         caption = caption_stage(
             args, self.task, self.work / "caption"

@@ -126,6 +126,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         "in memory together; images are decoded once per such group (default: what half of the memory holds)"
     )
     add("--models-at-once", type=options.positive, metavar="N", help=models)
+    add("--quiet", action="store_true", help="print the result alone: no progress, no warnings")
 
 
 def device_options(args: argparse.Namespace) -> dict[str, Any]:

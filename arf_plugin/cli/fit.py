@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arf_plugin.cli import options
+
+if TYPE_CHECKING:
+    from arf_plugin.fitting.run import Fit
 
 EXAMPLES = """\
   arf fit my-images --model ViT-B-16-quickgelu@openai --pool 'cc3m/{0000..0331}.tar' \\
@@ -65,40 +68,52 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Runs the fit."""
-    from arf_plugin.errors import FitError
-    from arf_plugin.fit.outcome import table, verdict
-    from arf_plugin.fit.run import Fit, Interrupted
-    from arf_plugin.fit.settings import FitSettings, overrides_of
+    from arf_plugin.fitting.outcome import table, verdict
+    from arf_plugin.fitting.settings import FitSettings, overrides_of
     from arf_plugin.untrusted import printable
-    from arf_plugin.validation import validated
 
-    given: dict[str, Any] = _config(args.config) if args.config else {}
-    for name in FitSettings.model_fields:
-        value = getattr(args, name, None)
-        if value is not None:
-            given[name] = overrides_of(value) if name == "set" else value
-    if "images" not in given or "model" not in given:
-        raise FitError("Name the images and the model: arf fit IMAGES --model ViT-B-16-quickgelu@openai")
-    settings = validated(FitSettings, given, args.config or "The command line", FitError)
-    silent = args.quiet or args.json
-    fit = Fit(settings, lambda line: None if silent else print(printable(line), file=sys.stderr, flush=True))
+    given = {name: getattr(args, name, None) for name in FitSettings.model_fields}
+    if given["set"] is not None:
+        given["set"] = overrides_of(given["set"])
+    fit = prepare(given, args.config, quiet=args.quiet or args.json)
     if args.dry_run:
         options.show(fit.plan(), args.json, "plan")
         return 0
-    try:
-        found = fit.run()
-    except Interrupted:
-        again = f"arf fit --config {fit.out / 'config.yaml'}"
-        print(f"arf fit: interrupted; this goes on: {again}", file=sys.stderr)
-        return 130
+    found = fit.run()
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         model = f"The model: local-dir:{fit.out / 'best'} ({fit.out / 'best.pt'})"
         page = f"All of it: {fit.out / 'report' / 'index.html'}"
         print(printable(f"\n{table(found)}\n\n{verdict(found)}\n{model}\n{page}"))
-    forgot = found["forgot"]
+    forgot, settings = found["forgot"], fit.settings
     return 3 if settings.max_forget is not None and forgot is not None and forgot > settings.max_forget else 0
+
+
+def prepare(given: dict[str, Any], config: str | None, quiet: bool) -> Fit:
+    """A fit with settings as they are given, which win over those of a file; its lines go to standard error.
+
+    Raises:
+        ArfError: A setting, or a flag of the trainer among them, that there is not or that cannot be.
+    """
+    from arf_plugin.errors import FitError
+    from arf_plugin.fitting.run import Fit
+    from arf_plugin.fitting.settings import FitSettings
+    from arf_plugin.hooks.activation import check_args
+    from arf_plugin.untrusted import printable
+    from arf_plugin.validation import validated
+
+    given = (_config(config) if config else {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
+    if "images" not in given or "model" not in given:
+        raise FitError("Name the images and the model: arf fit IMAGES --model ViT-B-16-quickgelu@openai")
+    settings = validated(FitSettings, given, config or "The settings", FitError)
+    fit = Fit(settings, lambda line: None if quiet else print(printable(line), file=sys.stderr, flush=True))
+    if own := settings.overrides():
+        arm = next(iter(fit.arms.values()))
+        check_args(["--train-data", "task.tar", "--arf-classnames", "imagenet", *fit.start, *arm, *own])
+    return fit
 
 
 def _config(path: str) -> dict[str, Any]:

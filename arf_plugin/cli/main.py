@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from arf_plugin import __version__
 from arf_plugin.errors import ArfError
+from arf_plugin.flags import Parser
 from arf_plugin.untrusted import printable
 
 # Each module has `register(subparsers)`; it adds one parser and sets `run=function(args) -> int | None`
@@ -50,7 +53,7 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of ``arf`` with all its sub-commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="arf",
         description="Anchor-based Robust Fine-tuning for open_clip: build anchors, train, evaluate.",
         epilog=EPILOG,
@@ -60,6 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"arf_plugin.cli.{name}").register(subparsers)
+    for each in subparsers.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 
@@ -73,19 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what comes next; the library is an extra
+        importlib.import_module("argcomplete").autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     args.rest, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
     if rest and not getattr(args, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return args.run(args) or 0
+        with contextlib.ExitStack() as stack:
+            if getattr(args, "quiet", False):
+                nothing = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stderr(nothing))
+            return args.run(args) or 0
     except ArfError as error:
         if os.environ.get("ARF_DEBUG"):
             raise
         print(f"arf {args.command}: error: {printable(str(error))}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"arf {args.command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        then = printable(str(stop)) or "the same command goes on where it stopped"
+        print(f"arf {args.command}: interrupted; {then}", file=sys.stderr)
         return 130
 
 

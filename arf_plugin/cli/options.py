@@ -68,6 +68,7 @@ def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[
     bad = "stop if more than this fraction of the samples is rejected (default: %(default)s)"
     add("--max-bad-fraction", type=float, default=0.01, metavar="F", help=bad)
     add("--json", action="store_true", help="print the summary as JSON")
+    add("--quiet", action="store_true", help="print the summary alone: no progress, no notes")
     processes = (
         "share the work between N processes on this machine, without torchrun or SLURM (default: %(default)s)"
     )
@@ -103,12 +104,14 @@ def from_args(kind: type[_T], args: argparse.Namespace, **others: Any) -> _T:
 
 def task_source(args: argparse.Namespace) -> Source:
     """Opens task data, having checked that its ids are unique."""
-    from arf_plugin.anchors.task import expand_urls, is_csv, scan_task_ids
+    from arf_plugin.anchors.task import expand_urls, is_csv, require_files, scan_task_ids
     from arf_plugin.console import progress
     from arf_plugin.errors import TaskDataError
     from arf_plugin.pipeline.source import CsvSource, TarSource
 
-    if is_csv(args.task_data, args.dataset_type):
+    csv = is_csv(args.task_data, args.dataset_type)
+    require_files(args.task_data, csv=csv)
+    if csv:
         return CsvSource(args.task_data, args.csv_img_key, args.csv_separator)
     with progress("task data", "shards") as bar:
         scan_task_ids(args.task_data, args.dataset_type, advance=lambda url: bar.update())

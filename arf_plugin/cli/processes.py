@@ -116,7 +116,8 @@ def _end_with_parent() -> None:
 
 def _relay(rank: str, stream: IO[str]) -> None:
     for line in stream:
-        print(f"[{rank}] {printable(line.rstrip())}", file=sys.stderr, flush=True)
+        # Errors come through though this process is --quiet.
+        print(f"[{rank}] {printable(line.rstrip())}", file=sys.__stderr__, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from arf_plugin.anchors.task import is_csv
 from arf_plugin.checks.inputs import Inputs, Run
 from arf_plugin.checks.rules import findings
 from arf_plugin.config import ArfConfig
+from arf_plugin.data.prompts import load_prompts
 from arf_plugin.trainer_args import TrainerArgs
+from arf_plugin.weights import require_known
 
 
 def inputs_of(args: Any, **more: Any) -> Inputs:
@@ -113,6 +115,20 @@ def needs_count(args: TrainerArgs) -> bool:
     if is_csv(args.train_data, args.dataset_type) or args.train_num_samples is not None:
         return False
     return not get_dataset_size(args.train_data)[0]
+
+
+def check_there(args: TrainerArgs, config: ArfConfig) -> None:
+    """Sees whether what a run is to read is there, before the trainer has made the run's folder or loaded anything.
+
+    Raises:
+        ArfError: The first that is not.
+    """
+    require_known(args.model, args.pretrained)
+    if config.classnames is not None:
+        load_prompts(config.classnames, config.templates or "imagenet")
+    weights = {"caption_weight": config.caption_weight, "pair_weight": config.pair_weight}
+    for finding in findings(inputs_of(args, anchors=config.anchors, training=True, **weights), quick=True):
+        raise finding.error(finding.text)
 
 
 def check_inputs(inputs: Inputs) -> int | None:

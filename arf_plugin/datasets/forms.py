@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
-import difflib
 import glob
 import io
 import json
@@ -40,6 +39,7 @@ from arf_plugin.datasets.entries import (
 )
 from arf_plugin.errors import TaskDataError
 from arf_plugin.evaluation.folders import is_image, listing, place_of, shortened
+from arf_plugin.files import not_there
 from arf_plugin.pipeline.tables import open_parquet
 from arf_plugin.untrusted import decode_text, parse_json, split_lines, utf8
 
@@ -95,13 +95,7 @@ def _read(source: str, pool: bool) -> Listing:
 def _not_found(source: str) -> str:
     if glob.has_magic(source):
         return f"No file matches {source!r}. Look with: ls {source}"
-    parent = Path(source).absolute()
-    while not parent.exists():
-        missing, parent = parent.name, parent.parent
-    beside = sorted(one.name for one in (parent.iterdir() if parent.is_dir() else ()) if one.name[0] != ".")
-    if close := difflib.get_close_matches(missing, beside, n=1):
-        return f"{source} does not exist. Did you mean {parent / close[0]}?"
-    return f"{source} does not exist. {parent} holds: {shortened(beside, 5) or 'nothing'}."
+    return not_there(source)
 
 
 def _read_files(paths: list[Path], pool: bool) -> Listing:

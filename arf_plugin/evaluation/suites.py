@@ -24,7 +24,6 @@ Kinds (id, shift, zero-shot, class-split) tell plots what an average is.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import statistics
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from arf_plugin.errors import EvaluationError
+from arf_plugin.errors import EvaluationError, did_you_mean
 from arf_plugin.plain_yaml import read
 from arf_plugin.validation import Listed, Location, Strict, shown, validated
 
@@ -163,9 +162,8 @@ def load_suite(name: str | Path) -> Suite:
     if path.suffix in (".yaml", ".yml"):
         return read_suite(path)
     if str(name) not in known_suites():
-        close = difflib.get_close_matches(str(name), known_suites(), n=1)
         raise EvaluationError(
-            f"There is no suite {str(name)!r}{f' (did you mean {close[0]}?)' if close else ''}. Expected one of "
+            f"There is no suite {str(name)!r}.{did_you_mean(str(name), known_suites())} Expected one of "
             f"{', '.join(known_suites())}, or the path of an own file that ends in .yaml."
         )
     return read_suite(FOLDER / f"{name}.yaml")
@@ -193,8 +191,7 @@ def read_suite(path: Path) -> Suite:
         for pattern in entry.of:
             found = fnmatch.filter(suite.sets, pattern)
             if not found:
-                close = difflib.get_close_matches(pattern, suite.sets, n=1)
-                meant = f" Did you mean '{close[0]}'?" if close else ""
+                meant = did_you_mean(pattern, suite.sets)
                 where = place(("averages", name, "of"))
                 raise EvaluationError(f"{where}: {shown(pattern)} matches no set of the suite.{meant}")
             members |= dict.fromkeys(found)

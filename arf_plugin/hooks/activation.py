@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 
 from arf_plugin import config
 from arf_plugin.errors import ArfError, IncompatibleUpstreamError
-from arf_plugin.flags import add_arf_flags, parsing_errors, wants_arf
+from arf_plugin.flags import Parser, add_arf_flags, parsing_errors, wants_arf
+from arf_plugin.hooks.command import Command
 from arf_plugin.hooks.engine import Engine, Hook
 from arf_plugin.hooks.releases import PACKAGE
 from arf_plugin.hooks.table import hooks, trains_tasks, upstream_version
@@ -22,6 +22,8 @@ from arf_plugin.untrusted import printable
 MAIN = "open_clip_train.main"
 
 ENGINE = Engine(PACKAGE)
+
+command: Command | None = None  # the `arf train` that this process is
 
 
 def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequence[str]) -> Any:
@@ -39,9 +41,14 @@ def parse_args(params: ModuleType, original: Callable[[Any], Any], argv: Sequenc
     version = upstream_version()
     args = _parse(original, argv, version)
     arf = resolve(args, version)
-    from arf_plugin.hooks.session import Session  # not at the top: takes a while, and --help needs none
+    # Not at the top: these take a while, and --help needs none.
+    from arf_plugin.data.startup import check_there
+    from arf_plugin.hooks.session import Session
 
-    session = Session(arf, version)
+    check_there(args, arf)
+    if command is not None:
+        command.args = args
+    session = Session(arf, version, command=command)
     chosen = hooks_of_run(arf, bool(getattr(args, "resume", None)), version)
     ENGINE.apply(chosen, version, session, {MAIN: _main_module(params)})
     _make_logs_printable()
@@ -82,11 +89,13 @@ def _parse(original: Callable[[Any], Any], argv: Sequence[str], version: str) ->
         deactivate()
 
 
-class _ParserWithFlags(argparse.ArgumentParser):
+class _ParserWithFlags(Parser):
     """Adds the ARF group when parsing begins, so that it comes last in --help."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         add_arf_flags(self)
+        if command is not None:
+            self.prog = "arf train"
         return super().parse_args(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from arf_plugin.data.loader import Adapt, TrainingLoader, training_loader
 from arf_plugin.data.prompts import ClassIndices, ClassPrompts, load_classnames, load_prompts
 from arf_plugin.data.startup import check_inputs, inputs_of_run, needs_count
 from arf_plugin.data.trim import TextTrimmer
-from arf_plugin.errors import ArfError, FlagError
+from arf_plugin.errors import ArfError, CheckpointError, FlagError
 from arf_plugin.hooks.resume import make_resumable
 from arf_plugin.hooks.session import Session
 from arf_plugin.hooks.teacher import add_teacher
@@ -56,6 +57,7 @@ def _training_data(
     config = session.config
     classes = _classes(config)
     _on_first_rank(args, lambda: _check_weights(session, args))
+    _on_first_rank(args, lambda: _check_room(session, args))
     inputs = inputs_of_run(args, config, classes.classnames if classes is not None else None)
     inputs.starting = session.model.starting if session.model is not None else None
     usable = _on_first_rank(args, lambda: check_inputs(inputs))
@@ -66,7 +68,7 @@ def _training_data(
     shape, trimmer = inputs.need_run(), _trimmer(session, args)
     loader = training_loader(args, config, shape, preprocess_fns, tokenizer, epoch, classes, trimmer, adapt)
     session.loader = loader
-    if config.resumable or session.resumed is not None:
+    if config.resumable or session.resumed is not None or session.stops_on_ctrl_c:
         make_resumable(loader, session, args, shape, functools.partial(_on_first_rank, args))
     if config.teacher:
         add_teacher(loader, session, args, epoch)
@@ -90,6 +92,19 @@ def _check_weights(session: Session, args: TrainerArgs) -> None:
         "model that brings them along (local-dir:FOLDER with weights in it, hf-hub:NAME). To train from scratch all "
         "the same, add --arf-random-weights."
     )
+
+
+def _check_room(session: Session, args: TrainerArgs) -> None:
+    """Refuses a disk that has no room for the first checkpoint: weights, and the optimizer's two moments of each."""
+    if session.model is None or (args.logs or "none").lower() == "none":
+        return
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in session.model.model.parameters()]
+    needed = sum(size * (3 if trained else 1) for size, trained in sizes)
+    if (free := shutil.disk_usage(args.checkpoint_path).free) < needed:
+        raise CheckpointError(
+            f"A checkpoint of this run takes about {needed / 1e6:,.1f} MB, and {args.checkpoint_path} has room for "
+            f"{free / 1e6:,.1f} MB. Make room, or give another --logs."
+        )
 
 
 def _classes(config: ArfConfig) -> ClassPrompts | ClassIndices | None:

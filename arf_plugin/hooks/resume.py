@@ -211,7 +211,7 @@ def make_resumable(
             )
     if config.deterministic and args.distributed and not getattr(args, "fsdp", False):
         session.listeners.append(FixedBuckets())
-    if config.saves_steps:
+    if config.saves_steps or session.stops_on_ctrl_c:
         session.listeners.append(StepCheckpoints(session, args, loader, identity))
 
 
@@ -240,6 +240,7 @@ class StepCheckpoints(EpochListener):
         self.session, self.args, self.loader, self.data = session, args, loader, data
         self.every = session.config.checkpoint_every
         self.stop_file = Path(session.config.stop_file) if session.config.stop_file else None
+        self.command = session.command if session.stops_on_ctrl_c else None
         self.folder = Path(args.checkpoint_path)
         self.training: Training | None = None
         self.group: Any = None
@@ -247,6 +248,11 @@ class StepCheckpoints(EpochListener):
             # Agreeing on the processor spares a GPU the wait for its queue at every step.
             self.group = torch.distributed.new_group(backend="gloo")
         loader.after_batch.append(self.after_batch)
+
+    def begin(self, training: Training) -> None:
+        """From here on there is something to save."""
+        if self.command is not None:
+            self.command.listen()
 
     def before_epoch(self, training: Training) -> None:
         """The last epoch's checkpoint, if there is one, makes the step checkpoints before it superfluous."""
@@ -264,9 +270,12 @@ class StepCheckpoints(EpochListener):
         step = self.loader.steps.made(self.loader.epoch, batches)
         if step is None:
             return
-        stop = self._must_stop()
+        interrupted = self.command if self.command is not None and self.command.asked else None
+        stop = interrupted is not None or self._must_stop()
         if stop or (self.every and step % self.every == 0):
             self.save(batches, step)
+        if interrupted is not None:
+            raise KeyboardInterrupt(f"step {step} is saved. This goes on: {interrupted.again}")
         if not stop:
             return
         if self.args.rank == 0 and self.stop_file is not None:  # the first process has obeyed

@@ -24,6 +24,7 @@ from arf_plugin.config import ArfConfig
 from arf_plugin.data.loader import TrainingLoader
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import ArfError
+from arf_plugin.hooks.command import Command
 from arf_plugin.losses.average import WeightAverage
 from arf_plugin.trainer_args import TrainerArgs
 
@@ -72,6 +73,7 @@ class Session:
         loader: The training data; set by their hook.
         average: The average of the weights so far, for step checkpoints; set with the data if the run has one.
         listeners: Who is told of every epoch.
+        command: The `arf train` that runs it; None under torchrun and ``python -m``.
     """
 
     config: ArfConfig
@@ -82,6 +84,12 @@ class Session:
     loader: TrainingLoader | None = None
     average: WeightAverage | None = None
     listeners: list[EpochListener] = dataclasses.field(default_factory=list)
+    command: Command | None = None
+
+    @property
+    def stops_on_ctrl_c(self) -> bool:
+        """Whether Ctrl-C saves a step checkpoint, in any run of an `arf train` that has a place for it."""
+        return self.command is not None and self.command.saves
 
 
 @dataclasses.dataclass

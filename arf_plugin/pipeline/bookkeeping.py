@@ -134,7 +134,8 @@ class Bookkeeping:
                 raise StageError(
                     f"{stage.out} holds work of stage {stage.name} with another configuration or other inputs:\n"
                     + "\n".join(lines[:_SHOWN] + more)
-                    + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart."
+                    + "\nRun it with the old ones to go on, give another --out, or drop the old work with --restart "
+                    f"(arf anchors: --restart {stage.name})."
                 )
             for file in self._locks:
                 os.ftruncate(file, 0)

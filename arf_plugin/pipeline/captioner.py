@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from arf_plugin.errors import FlagError, MissingDependencyError, StageError
-from arf_plugin.files import folder_digest
+from arf_plugin.files import folder_digest, not_there
 from arf_plugin.flags import check_service
 from arf_plugin.pipeline.embedder import load_model, model_identity
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
-from arf_plugin.weights import missing_weights
+from arf_plugin.weights import missing_weights, require_known
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -128,6 +128,42 @@ def captioner_identity(name: str) -> str:
     return f"sha256:{folder_digest(Path(name))}" if Path(name).is_dir() else name
 
 
+def require_captioner(name: str) -> None:
+    """Refuses a name that stands for no captioner, as far as its configuration tells.
+
+    Raises:
+        MissingDependencyError: without transformers.
+        FlagError: of a CoCa model that open_clip does not know.
+        StageError: of one that transformers does not find.
+    """
+    if name.startswith(COCA):
+        require_known(*_coca_model(name))
+        return
+    if (name.startswith((".", "/")) or name.endswith("/")) and not Path(name).is_dir():
+        raise StageError(f"--captioner {not_there(name)}")
+    transformers = _transformers()
+    try:
+        transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as cause:  # of the libraries that read and fetch configurations
+        raise _unloadable(name, cause) from cause
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingDependencyError("transformers", "arf caption", "captions") from None
+    return transformers
+
+
+def _unloadable(name: str, cause: Exception) -> StageError:
+    return StageError(
+        f"{name!r} cannot be loaded as an image captioner: {printable(str(cause))[:600]}\n"
+        "Expected a folder in the Hugging Face layout (config.json, weights, tokenizer, image processor) of a "
+        "model such as BLIP, GIT or VisionEncoderDecoder, or such a model's name on the hub."
+    )
+
+
 def load_captioner(
     name: str, device: torch.device, dtype: torch.dtype, generation: Generation
 ) -> Captioner | CocaCaptioner:
@@ -151,10 +187,7 @@ class Captioner:
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype, generation: Generation) -> None:
-        try:
-            import transformers
-        except ImportError:
-            raise MissingDependencyError("transformers", "arf caption", "captions") from None
+        transformers = _transformers()
         transformers.utils.logging.disable_progress_bar()  # our own bar counts images
         self._device, self._dtype, self._generation = device, dtype, generation
         # Renamed in transformers 4.46; both map VisionEncoderDecoder, BLIP and GIT.
@@ -166,11 +199,7 @@ class Captioner:
                 self._model = model.to(device, dtype).eval()
                 self._processor, self._tokenizer = _load_processors(transformers, name)
         except Exception as cause:  # of the libraries that read configurations, weights and tokenizers
-            raise StageError(
-                f"{name!r} cannot be loaded as an image captioner: {printable(str(cause))[:600]}\n"
-                "Expected a folder in the Hugging Face layout (config.json, weights, tokenizer, image processor) of a "
-                "model such as BLIP, GIT or VisionEncoderDecoder, or such a model's name on the hub."
-            ) from cause
+            raise _unloadable(name, cause) from cause
         if random := missing_weights(info):
             raise StageError(
                 f"{len(random)} weights of the captioner {name!r} are not in its files and would be random: "

@@ -14,7 +14,7 @@ from support import building, evaluation
 from support.building_fixtures import Inputs
 
 import arf_plugin
-from arf_plugin.errors import AnchorSetError, ArfError, EvaluationError, FlagError
+from arf_plugin.errors import AnchorSetError, ArfError, EvaluationError, FitError, FlagError
 
 SHORT = {"min_new_tokens": 3, "max_new_tokens": 6, "k": 3, "shard_size": 10}
 
@@ -108,3 +108,21 @@ def test_evaluate_and_interpolate_do_what_the_commands_do(arf, tmp_path):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "arf_plugin", "--version"], capture_output=True, text=True)
     assert done.stdout == f"arf-plugin {arf_plugin.__version__}\n"
+
+
+def test_fit_takes_the_names_of_the_command(tmp_path):
+    for n in range(24):
+        path = tmp_path / "images" / building.SHAPES[n % 3] / f"{n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(building.drawing(n))
+    model = building.save_tiny_clip(tmp_path / "clip")
+    how = {"seeds": 2, "keep": [], "set": {"epochs": 3}, "quiet": True, "dry_run": True}
+    plan = arf_plugin.fit(tmp_path / "images", model, out=tmp_path / "fit", **how)
+    assert plan["images"] == {"train": 21, "val": 3} and plan["runs"] == 2
+    (tmp_path / "fit.yaml").write_text(f"images: {tmp_path / 'images'}\nmodel: {model}\nset: {{epochs: 3}}\n")
+    assert arf_plugin.fit(config=tmp_path / "fit.yaml", **how) == plan
+    with pytest.raises(FitError, match="Did you mean 'seeds'"):
+        arf_plugin.fit(tmp_path / "images", model, seed=2)
+    with pytest.raises(FlagError, match="Did you mean '--epochs'"):
+        arf_plugin.fit(tmp_path / "images", model, set={"epoch_s": 2})
+    assert not (tmp_path / "fit").exists()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import building, forks
 
+import arf_plugin
+
 STAGES = ("data", "anchors", "check", "train", "choose", "report")
 
 
@@ -89,6 +91,11 @@ def test_the_same_command_has_nothing_left_to_do(inputs, whole):
     again = arf(*command(inputs, out), "--json")
     assert json.loads(again.stdout)["rows"] == json.loads((out / "results.json").read_text())["rows"]
     assert made(out) == before
+    words = command(inputs, out)
+    given = {"pool": inputs / "pool", "captioner": inputs / "captioner", "preset": "paper", "out": out}
+    own = {"epochs": 2, "arf-checkpoint-every": 1}
+    found = arf_plugin.fit(words[1], words[3], **given, set={n: str(v) for n, v in own.items()}, quiet=True)
+    assert found["rows"] == json.loads((out / "results.json").read_text())["rows"]
     other = arf(*command(inputs, out), "--val", 0.3)
     assert other.returncode == 1 and "another --val" in other.stderr
 
@@ -131,6 +138,14 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
     [
         (["--model", "local-dir:nowhere"], "nowhere"),
         (["--model", "weights.pt"], "expected NAME@PRETRAINED"),
+        (["--model", "ViT-B-61@openai"], "Did you mean 'ViT-B-16'"),
+        (["--model", "ViT-B-16@opnai"], "Did you mean 'openai'"),
+        (["--pool", "nowhere"], "--pool nowhere does not exist"),
+        (["--captioner", "./nowhere"], "--captioner ./nowhere does not exist"),
+        (["--keep", "nowhere"], "no folder nowhere"),
+        (["--set", "bach-size=8"], "Did you mean '--batch-size'"),
+        (["--set", "batch-size=1000", "--dry-run"], "Lower --set batch-size"),
+        (["--set", "workers=99", "--dry-run"], "Lower --set workers"),
         (["--val", "2"], "val"),
         (["--time", "soon"], "is no time"),
     ],
@@ -143,3 +158,4 @@ def test_mistakes_get_one_sentence(inputs, tmp_path, run_arf, change, says):
     ]
     done = run_arf(*words, check=False)
     assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert not (tmp_path / "x").exists()

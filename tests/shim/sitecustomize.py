@@ -9,7 +9,8 @@ The trainer itself stays stock open_clip, started by the literal command line. W
 * ARF_TEST_RECORD         writes gradients and inputs of the first optimizer step to a file per rank
 * ARF_TEST_RECORD_STEP    or of a later one, counted from 0; then also inputs and weights of those before it
 * ARF_TEST_AT             at this moment of the run (1.5: the middle of the second epoch has just been logged) do
-* ARF_TEST_DO             "kill SECONDS" later, "kill-in-fsync" when a file is written next, or "touch FILE"
+* ARF_TEST_DO             "kill SECONDS" later, "kill-in-fsync" when a file is written next, "touch FILE", or
+                          "interrupt", or "interrupt twice", as Ctrl-C in a terminal does: the whole group
 """
 
 import os
@@ -103,6 +104,9 @@ if "open_clip_train.main" in getattr(sys, "orig_argv", ()) or os.environ.get("AR
                 Path(argument).touch()
             elif what == "kill-in-fsync":
                 os.fsync = _kill
+            elif what == "interrupt":
+                for _ in range(1 + (argument == "twice")):
+                    os.killpg(0, signal.SIGINT)
             elif float(argument):
                 threading.Timer(float(argument), _kill).start()
             else:

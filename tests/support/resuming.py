@@ -62,7 +62,7 @@ def run_until(train: Trainer, flags: list[Any], moment: float, action: str, **op
         train: The trainer.
         flags: Its flags.
         moment: 1.5 is the middle of the second epoch.
-        action: One of tests/shim's: ``kill SECONDS``, ``kill-in-fsync`` or ``touch FILE``.
+        action: One of tests/shim's: ``kill SECONDS``, ``kill-in-fsync``, ``touch FILE`` or ``interrupt``.
         **options: Of the run.
     """
     started = train.start(*flags, env={"ARF_TEST_AT": str(moment), "ARF_TEST_DO": action}, **options)

@@ -106,15 +106,17 @@ class Trainer:
         batch_size: int = 8,
         env: dict[str, str] | None = None,
         open_clip: Path | None = None,
+        arf: bool = False,
     ) -> Started:
-        """Starts what `forked` runs."""
+        """Starts what `forked` runs, or ``arf train FLAGS``."""
         self.logs.mkdir(parents=True, exist_ok=True)
         output = self.logs / f"{name}.out"
         argv = self.argv(flags, name, model, batch_size, open_clip)
+        module, argv = ("arf_plugin.cli.main", ["train", *argv]) if arf else ("open_clip_train.main", argv)
         output.unlink(missing_ok=True)
         environment = {"ARF_TEST_SHIM_ALWAYS": "1", **self.environment(open_clip, env)}
         processes = [
-            forks.start("open_clip_train.main", argv, {**environment, **told}, output)
+            forks.start(module, argv, {**environment, **told}, output)
             for told in (forks.torchrun_env(nproc) if nproc > 1 else [{}])
         ]
         return Started(processes, output, self.logs / name)

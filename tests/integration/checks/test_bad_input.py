@@ -83,10 +83,33 @@ def template_without_a_place(inputs):
     return "templates.txt, line 2: 'a photo' has no place for the class name"
 
 
+def a_glob_where_braces_are_meant(inputs):
+    inputs.train_data = f"{inputs.task.folder}/*.tar"
+    return "is a glob (4 files)", "/task-{0000..0003}.tar'"
+
+
+def no_templates(inputs):
+    inputs.flags = [*inputs.task.prompts[:2], "--arf-templates", inputs.folder / "nowhere.txt"]
+    return "nowhere.txt cannot be read"
+
+
+def no_such_model(inputs):
+    inputs.flags = ["--model", "ViT-B-61"]
+    return "Did you mean 'ViT-B-16'"
+
+
+def no_such_weights(inputs):
+    inputs.flags = ["--model", "ViT-B-16", "--pretrained", "opnai"]
+    return "Did you mean 'openai'"
+
+
+# What is not there is missed before the trainer makes a folder, or loads a model.
+NOT_THERE = (no_anchors, a_glob_where_braces_are_meant, no_templates, no_such_model, no_such_weights)
+
 # One of each part of the inputs; all rules are tried in tests/unit/checks, where both of their reporters say the same.
 BREAKAGES = [
     *(no_anchors, one_missing_caption, truncated_pair_image, id_in_two_shards, more_workers_than_task_shards),
-    *(coca, template_without_a_place, class_names_of_other_data),
+    *(coca, template_without_a_place, class_names_of_other_data, *NOT_THERE[1:]),
 ]
 
 
@@ -102,6 +125,7 @@ def test_bad_input_is_named_before_the_first_step(tmp_path, train, task, anchors
     assert "arf-plugin: error: " in run.output
     assert "/arf_plugin/" not in run.output, "a traceback through our code instead of a message"
     assert "Train Epoch" not in run.output and not list(run.folder.glob("checkpoints/*.pt"))
+    assert breakage not in NOT_THERE or not run.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -30,4 +30,4 @@ def test_folders_of_images_train(run_arf, train, tmp_path):
     assert "Train Epoch" in run.output
 
     missing = run_arf("data", tmp_path / "my image", "--out", tmp_path / "x", check=False)
-    assert missing.returncode == 1 and f"Did you mean {tmp_path / 'my images'}?" in missing.stderr
+    assert missing.returncode == 1 and "Did you mean 'my images'?" in missing.stderr

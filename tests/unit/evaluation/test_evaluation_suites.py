@@ -149,7 +149,9 @@ def test_yaml_tags_run_no_code(own, tmp_path):
 
 
 def test_an_unknown_suite_lists_the_known_ones(tmp_path):
-    with pytest.raises(EvaluationError, match=r"did you mean imagenet-shifts.*domainnet, emojinet") as error:
+    with pytest.raises(
+        EvaluationError, match=r"Did you mean 'imagenet-shifts'.*domainnet, emojinet"
+    ) as error:
         load_suite("imagenet-shift")
     assert "zero-shot-transfer" in str(error.value)
     with pytest.raises(EvaluationError, match="There is no suite file at"):

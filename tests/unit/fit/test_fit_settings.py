@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arf_plugin.fit import outcome
-from arf_plugin.fit.run import Fit
-from arf_plugin.fit.settings import FitSettings, overrides_of, seconds
+from arf_plugin.fitting import outcome
+from arf_plugin.fitting.run import Fit
+from arf_plugin.fitting.settings import FitSettings, overrides_of, seconds
 
 
 @pytest.mark.parametrize("name", ["batch-size", "batch_size", "--batch-size"])

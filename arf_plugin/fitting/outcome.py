@@ -1,7 +1,7 @@
 """What came of a fit: the mixture of start and fine-tuned model that validation data choose, and what it has kept.
 
 Along the line from the starting weights to the fine-tuned ones (WiSE-FT), own classes are measured on validation data,
-and what is kept by `arf_plugin.fit.kept` and on the sets to keep. The alpha with the highest sum of both, each as a
+and what is kept by `arf_plugin.fitting.kept` and on the sets to keep. The alpha with the highest sum of both, each as a
 difference to *before* in points, is taken; with a bound on what may be lost, the best of those within it. Test images
 are measured at the end and choose nothing.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from arf_plugin.console import text_table
 from arf_plugin.errors import FitError
 from arf_plugin.files import replacing, write_json
-from arf_plugin.fit.settings import FitSettings
+from arf_plugin.fitting.settings import FitSettings
 
 if TYPE_CHECKING:
     from arf_plugin.anchors.pairs import RawPair
@@ -109,7 +109,7 @@ def _retrieval(
 ) -> dict[str, Scores]:
     """Scores of every mixture on pairs of the pool that no anchor uses."""
     from arf_plugin.evaluation.candidates import build
-    from arf_plugin.fit.kept import features, scores
+    from arf_plugin.fitting.kept import features, scores
     from arf_plugin.pipeline.execution import pick_device
 
     model, preprocess, tokenizer = build(settings.architecture, None, pick_device(settings.device))

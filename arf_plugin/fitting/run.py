@@ -10,11 +10,13 @@ OUT/ then holds ``best/`` (open_clip takes it as ``local-dir:OUT/best``), ``best
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,15 +29,18 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from arf_plugin.ablation.launch import last_lines, trainer
-from arf_plugin.errors import FitError
-from arf_plugin.files import digest, list_files, replacing, write_json
-from arf_plugin.fit import outcome, recipe
-from arf_plugin.fit.settings import NONE, FitSettings, seconds
+from arf_plugin.errors import FitError, MissingDependencyError, PoolError
+from arf_plugin.files import digest, list_files, not_there, replacing, write_json
+from arf_plugin.fitting import outcome, recipe
+from arf_plugin.fitting.settings import NONE, FitSettings, seconds
 from arf_plugin.untrusted import read_json
+from arf_plugin.weights import require_known
 
 if TYPE_CHECKING:
     from arf_plugin.anchors.pairs import RawPair
 
+# What evaluation and report import late, and often is not installed.
+EXTRAS = ("clip_benchmark", "jinja2", "matplotlib", "scipy", "torchmetrics")
 TRIAL_STEPS = 8
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 SAVE_EVERY = 200  # optimizer steps between two checkpoints that a killed run goes on from
@@ -46,8 +51,8 @@ _ERROR = re.compile(r"^arf \S+: error: .*", re.M | re.S)
 Values = dict[str, tuple[str, str]]  # by flag of the trainer: what it is set to, and why
 
 
-class Interrupted(Exception):
-    """The user has stopped the fit; the same command goes on."""
+class Interrupted(KeyboardInterrupt):
+    """The user has stopped the fit; says what goes on."""
 
 
 class Fit:
@@ -82,9 +87,10 @@ class Fit:
             What ``results.json`` holds.
 
         Raises:
-            FitError: A stage has failed; its last lines are in the message.
+            ArfError: What `check` finds, or a stage that has failed; its last lines are in the message.
             Interrupted: The user has stopped it.
         """
+        self.check()
         self.out.mkdir(parents=True, exist_ok=True)
         self._settings_file()
         (self.out / "stop").unlink(missing_ok=True)
@@ -100,18 +106,62 @@ class Fit:
         write_json(self.out / "results.json", found)
         return found
 
+    def check(self) -> None:
+        """Refuses what would fail in a stage that comes after long ones.
+
+        Raises:
+            ArfError: The first of it.
+        """
+        from arf_plugin.anchors.task import require_files
+        from arf_plugin.data.prompts import load_classnames
+        from arf_plugin.datasets.forms import read_source
+        from arf_plugin.evaluation.sets import find_sets
+        from arf_plugin.pipeline.captioner import require_captioner
+
+        settings = self.settings
+        require_known(settings.architecture, self.start[3] if len(self.start) > 2 else None)
+        for library in EXTRAS:
+            try:
+                importlib.import_module(library)
+            except ImportError:
+                raise MissingDependencyError(library, "arf fit", "evaluation") from None
+        if self.has_captions and not getattr(settings, "captioner_url", None):
+            require_captioner(settings.captioner)
+        if self.has_pairs:
+            if settings.pool.endswith(".tar"):
+                require_files(settings.pool, PoolError)
+            elif not re.search(r"[*?\[{]|::|://", settings.pool) and not Path(settings.pool).exists():
+                raise PoolError(f"--pool {not_there(settings.pool)}")
+        for folder in settings.keep:
+            find_sets(Path(folder))
+        if settings.classnames:
+            load_classnames(settings.classnames, "--classnames")
+        if not (self.task / "data.json").is_file():
+            read_source(settings.images)
+        place = next(one for one in (self.out, *self.out.absolute().parents) if one.exists())
+        if not (self.out / "runs").exists() and shutil.disk_usage(place).free < self._disk:
+            raise FitError(
+                f"{self.out} has room for {shutil.disk_usage(place).free / 2**30:.2f} GiB, and weights and checkpoints "
+                f"take about {self._disk / 2**30:.2f} GiB. Make room, or give another --out."
+            )
+
+    @property
+    def _disk(self) -> float:
+        """Bytes, about: of each run weights, optimizer and chosen models."""
+        return 4.0 * self._size[0] * (len(self.arms) * self.settings.seeds * 4 + 3)
+
     def plan(self) -> dict[str, Any]:
         """What a fit would do, having looked at the images alone; writes nothing."""
         from arf_plugin.datasets.stage import DataStage
 
         settings = self.settings
+        self.check()
         stage = DataStage(self.task, settings.images, settings.val, classnames=settings.classnames)
         made = stage.made
         shards = sum(shard.source[0] == "train" for shard in stage.plan())
         images = {part: len(samples) for part, samples in made.parts.items()}
         runs = len(self.arms) * settings.seeds
-        # Weights, optimizer and the chosen models of each run, and the shards; about.
-        disk = 4.0 * self._size[0] * (runs * 4 + 3) + sum(images.values()) * 2e5
+        disk = self._disk + sum(images.values()) * 2e5  # and the shards
         hub = [settings.model] if "@" in settings.model or settings.model.startswith("hf-hub:") else []
         captioner = settings.captioner
         local = settings.captioner_url or Path(captioner).exists() or "local-dir:" in captioner
@@ -222,7 +272,19 @@ class Fit:
             parameters=parameters, pixels=pixels, samples=samples, shards=shards, preset=self.settings.preset,
             pairs=self.has_pairs, machine=self.machine, epochs=epochs or int(own.get("--epochs", 0)) or None,
         )  # fmt: skip
-        return {flag: value for flag, value in values.items() if flag not in own}
+        values = {flag: value for flag, value in values.items() if flag not in own}
+        images = self._images_a_step(values)
+        if images > samples:
+            raise FitError(
+                f"A step takes {images} images, and there are {samples} to train on. Lower --set batch-size."
+            )
+        if (workers := int(self._setting("--workers", values)) * max(1, self.machine.gpus)) > shards:
+            raise FitError(f"{workers} loader workers for {shards} shards of images. Lower --set workers.")
+        return values
+
+    def _images_a_step(self, values: Values) -> int:
+        micro = int(self._setting("--batch-size", values)) * int(self._setting("--accum-freq", values, "1"))
+        return micro * max(1, self.machine.gpus)
 
     @cached_property
     def _size(self) -> tuple[int, int]:
@@ -238,8 +300,7 @@ class Fit:
 
     def _epochs_for(self, time: str, values: Values, samples: int) -> int:
         """Epochs that fit into the time, from a few steps of a trial."""
-        batch = int(self._setting("--batch-size", values)) * int(self._setting("--accum-freq", values, "1"))
-        batch *= max(1, self.machine.gpus)
+        batch = self._images_a_step(values)
         log = self.out / "runs" / "trial" / "out.log"
         if not log.is_file():
             self._title("trial", f"{TRIAL_STEPS} steps, for --time {time}")
@@ -269,7 +330,7 @@ class Fit:
         self._call_trainer("train", arm, values, flags, finished=last is not None)
         last = last or self._finished(name)
         if last is None:
-            raise Interrupted
+            raise self._interrupted()
         return last
 
     def _finished(self, name: str) -> Path | None:
@@ -281,7 +342,7 @@ class Fit:
     def _pairs(self) -> list[RawPair]:
         """Pairs of the pool that no anchor uses; none where these are too few."""
         from arf_plugin.anchors.task import expand_urls
-        from arf_plugin.fit.kept import set_aside
+        from arf_plugin.fitting.kept import set_aside
 
         pairs = set_aside(expand_urls(self.pool), self.anchors, self.out / "kept.tar")
         if len(pairs) >= FEWEST:
@@ -353,7 +414,7 @@ class Fit:
             )
             status = self._wait(process, patient=stage is not None)
         if status in (130, -signal.SIGINT):
-            raise Interrupted
+            raise self._interrupted()
         if status:
             lines = _COMMAND.split(last_lines(self.out / "log.txt"))[-1]
             error = _ERROR.search(lines)
@@ -370,10 +431,13 @@ class Fit:
             if not patient:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
-                raise Interrupted from None
+                raise self._interrupted() from None
         (self.out / "stop").touch()
         self.say("        stopping after this step, and saving; Ctrl-C again stops at once")
         return self._wait(process, patient=False)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(f"this goes on: arf fit --config {self.out / 'config.yaml'}")
 
     def _settings_file(self) -> None:
         """Notes the settings; other settings in the same folder are refused.
@@ -383,7 +447,8 @@ class Fit:
         """
         given = self.settings.model_dump()
         known = self.out / "settings.json"
-        other = read_json(known, FitError) if known.is_file() else given
+        made = known.is_file() and (self.task / "data.json").is_file()
+        other = read_json(known, FitError) if made else given
         for name, value in given.items():
             if digest(other.get(name)) != digest(value):
                 raise FitError(
