@@ -15,6 +15,7 @@ from arf_plugin import __version__
 from arf_plugin.errors import MissingDependencyError
 from arf_plugin.files import replacing, write_json
 from arf_plugin.report import provenance, render, tables
+from arf_plugin.report.answer import PARTS
 from arf_plugin.report.gallery import Advance
 from arf_plugin.report.plots import Panel
 from arf_plugin.report.report import Options, Report, gather
@@ -91,17 +92,25 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         on_plot()
         return svg
 
-    said = report.comparisons()
-    first, further = ([], []) if not said else (said[0][1][:1], [(said[0][0], said[0][1][1:]), *said[1:]])
     sentences, kinds = provenance.manifest_rows(report.anchors) if report.anchors else ([], {})
     by_set = results.by_set()
     pairs = [item for one in report.slices for by in one.pairs.values() for item in by.values()]
+    sections: dict[str, tuple[str, Any]] = {
+        "results": ("Results", report.slices),
+        "curves": ("Along α", "curves" in report.groups),
+        "domains": ("Accuracy per domain", results.averages.suites and by_set),
+        "anchors": ("Anchors", report.gallery),
+        "calibration": ("Calibration", "calibration" in report.groups),
+        "training": ("Training", "training" in report.groups),
+        "runs": ("Runs", True),
+    }
     values = vars(report) | {
         "version": __version__,
         "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "draw": draw,
-        "first": first,
-        "further": [(title, texts) for title, texts in further if texts],
+        "part_names": PARTS,
+        "sections": {name: title for name, (title, shown) in sections.items() if shown},
+        "lines": [found.arms[arm].label for arm in (found.before, found.baseline) if arm],
         "facts": _facts(report),
         "arms": found.arms,
         "reference": found.arms.get(found.reference or ""),
@@ -199,7 +208,10 @@ def as_json(report: Report) -> dict[str, Any]:
             for (arm, other), by_average in one.pairs.items()
             for name, item in by_average.items()
         ],
-        "summary": report.summary(),
+        "answer": {
+            name: getattr(report.answer, name)
+            for name in ("word", "headline", "sentence", "advice", "command")
+        },
         "notes": report.notes,
         "missing": report.missing,
     }

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from arf_plugin.errors import ReportError
 from arf_plugin.report import plots, provenance, tables
+from arf_plugin.report.answer import Answer, find_answer
 from arf_plugin.report.gallery import Advance, Gallery, build_gallery
-from arf_plugin.report.logs import Curves, read_curves
+from arf_plugin.report.logs import Curves, read_curves, watched_scores
 from arf_plugin.report.plots import Group
-from arf_plugin.report.scores import Averages, Results, sentence, suites_of
+from arf_plugin.report.scores import Averages, Results, suites_of
 from arf_plugin.report.sources import Collected, collect, entries, is_local
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
@@ -45,6 +46,7 @@ class Report:
     Attributes:
         missing: by section, the line that says what would make it appear.
         groups: Plots by section.
+        answer: Whether it forgot.
         notes: What a reader must know before believing the scores.
     """
 
@@ -53,6 +55,7 @@ class Report:
     results: Results
     slices: list[Slice]
     style: Style
+    answer: Answer
     groups: dict[str, Group] = field(default_factory=dict)
     gallery: Gallery | None = None
     anchors: Path | None = None
@@ -63,27 +66,6 @@ class Report:
     def averages(self) -> Averages:
         """Those of the results."""
         return self.results.averages
-
-    def summary(self) -> list[str]:
-        """The first sentences of the report, each with its table's title before it."""
-        said = self.comparisons()
-        return [f"{title[0].upper()}{title[1:]}: {text}" for title, texts in said for text in texts]
-
-    def comparisons(self) -> list[tuple[str, list[str]]]:
-        """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
-        found, said = self.found, []
-        for one in self.slices:
-            compared = [arm for arm, other in one.pairs if other == found.reference]
-            others = [arm for arm in compared if arm != found.before][:3]
-            subjects = [found.subject] if found.subject in compared else others
-            texts = []
-            for (arm, other), by_average in one.pairs.items():
-                if other != found.reference or arm in subjects:
-                    kept = {name: item for name, item in by_average.items() if name in self.averages.main}
-                    texts.append(sentence(found.arms[arm].label, found.arms[other].label, kept))
-            if any(texts):
-                said.append((one.title, list(filter(None, texts))))
-        return said
 
 
 def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
@@ -96,12 +78,10 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
     of_grids = [name for name in named if isinstance(name, str) and is_local(name)]
     suites = suites_of(found.test, options.suite, of_grids)
     results = Results(found.test, Averages(suites, sorted({one.record["set"] for one in found.test})))
-    # The subject beside each control: that is what controls are for.
-    subject = found.subject
-    controls = (
-        [(subject, arm) for arm in found.of_kind("control") if arm != found.reference] if subject else []
-    )
-    comparisons = dict.fromkeys([*(found.comparisons or controls), *options.compare])
+    # The subject beside the baseline and each control: that is what they are for.
+    others = [found.baseline, *found.of_kind("control")]
+    pairs = [(found.subject or "", arm) for arm in others if arm not in (None, found.subject)]
+    comparisons = dict.fromkeys([*pairs, *found.comparisons, *options.compare])
     names = [str(grid["name"]) for grid in found.grids if grid.get("name")] or [
         suite.name for suite in suites
     ]
@@ -111,7 +91,8 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
         found,
         results,
         tables.build_slices(found, results, comparisons) if found.test else [],
-        Style(list(found.arms), found.reference, found.before, found.subject),
+        Style(list(found.arms), found.baseline, found.before, found.subject),
+        find_answer(found, results, tables.chosen_alphas(found, results.averages)),
     )
     _add_results(report)
     _add_training(report)
@@ -131,7 +112,8 @@ def _add_results(report: Report) -> None:
     drawn = {
         "results": plots.dots_group(found, averages, tuned.scores, title),
         "curves": plots.curves_group(found, results),
-        "domains": plots.domains_group(found, results),
+        # Without a suite, each set is a column of the table and a panel of the results.
+        "domains": plots.domains_group(found, results) if averages.suites else None,
         "calibration": plots.dots_group(found, averages, of_arms, "Expected calibration error, %", True),
     }
     report.groups |= {name: group for name, group in drawn.items() if group is not None}
@@ -142,7 +124,7 @@ def _add_results(report: Report) -> None:
         )
     elif drawn["curves"] is None:
         missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
-    if drawn["domains"] is None:
+    if drawn["domains"] is None and averages.suites:
         missing["domains"] = (
             "There is no reference to compare with. Name one with --reference ARM."
             if found.reference is None
@@ -158,7 +140,7 @@ def _add_training(report: Report) -> None:
     curves: dict[str, list[Curves]] = {}
     for arm in report.found.arms.values():
         for run in (run for run in report.found.runs if run.arm == arm.name):
-            for read in map(read_curves, run.logs):
+            for read in [*map(read_curves, run.logs), Curves(watched_scores(run.watched))]:
                 if read.terms:
                     curves.setdefault(arm.name, []).append(read)
                 if read.faults:
