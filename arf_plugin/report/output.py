@@ -111,7 +111,6 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         "part_names": PARTS,
         "sections": {name: title for name, (title, shown) in sections.items() if shown},
         "lines": [found.arms[arm].label for arm in (found.before, found.baseline) if arm],
-        "facts": _facts(report),
         "arms": found.arms,
         "reference": found.arms.get(found.reference or ""),
         "before": found.before,
@@ -126,25 +125,10 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         "runs": provenance.run_rows(found),
         "choices": provenance.choice_rows(found),
         "evaluation": provenance.evaluation_rows(found),
-        "averages": report.averages,
+        "averages": results.averages,
     }
     html = environment.get_template("report.html").render(values)
     return re.sub(r"\n\s*\n+", "\n", html)
-
-
-def _facts(report: Report) -> list[tuple[str, str]]:
-    found = report.found
-    seeds = {one.seed for one in found.test} | {run.seed for run in found.runs}
-    models = dict.fromkeys(str(one.record["model"]) for one in found.test if one.record.get("model"))
-    counts = list(filter(None, report.results.images.values()))
-    facts = {
-        "arms": str(len(found.arms)),
-        "seeds": ", ".join(str(seed) for seed in sorted(seed for seed in seeds if seed is not None)),
-        "test images": f"{sum(counts):,} in {len(counts)} sets" if counts else "",
-        "suite": ", ".join(suite.name for suite in report.averages.suites),
-        "model": ", ".join(name.rstrip("/").rsplit("/", 1)[-1] for name in models),
-    }
-    return [(name, text) for name, text in facts.items() if text]
 
 
 def _about(score: Score) -> str:
@@ -167,7 +151,7 @@ def _about(score: Score) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Returns what report.json holds: the aggregated scores for programs, in percent."""
-    found, results, averages = report.found, report.results, report.averages
+    found, results, averages = report.found, report.results, report.results.averages
     calibration = _records(results.by_average("ece"))
     for (
         record
@@ -200,7 +184,6 @@ def as_json(report: Report) -> dict[str, Any]:
                 **_numbers(item),
                 "standard_error": _rounded(item.error),
                 "interval95": None if item.interval is None else [_rounded(end) for end in item.interval],
-                "every_seed": item.every_seed,
                 "paired": None if item.paired is None else item.paired.as_json(),
                 "verdict": item.verdict,
             }

@@ -298,10 +298,13 @@ def domain_sets(results: Results) -> list[str]:
 def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> Group:
     """One panel per term of the loss; `curves` holds the runs of each arm."""
     terms = list(dict.fromkeys(term for runs in curves.values() for run in runs for term in run.terms))
+    watched = [term for term in terms if not term.endswith("loss")]
     known = ["contrastive_loss", "caption_anchor_loss", "pair_anchor_loss"]
+    terms = [term for term in terms if term not in watched]
     terms.sort(key=lambda term: (term == "loss", known.index(term) if term in known else len(known)))
     if len(terms) == 2 and "loss" in terms:  # the sum of one term says the same again
         terms.remove("loss")
+    terms += watched
     panels = []
     for term in terms:
         series = []

@@ -17,9 +17,10 @@ from arf_plugin.report.sources import Collected, collect, entries, is_local
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
 
-_MEASURE = (
-    "arf evaluate CHECKPOINT... --suite SUITE --out results.jsonl, and give that file to this command, too"
-)
+_MISSING = {
+    "curves": "No mixtures have been measured: arf interpolate --alphas does it, and arf ablate for its grid (wise).",
+    "calibration": "The records hold no calibration error (metric 'ece'): arf evaluate measures it.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,6 @@ class Report:
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def averages(self) -> Averages:
-        """Those of the results."""
-        return self.results.averages
-
 
 def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
     """Reads and computes everything that the report shows."""
@@ -104,36 +100,21 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
 def _add_results(report: Report) -> None:
     found, results, missing = report.found, report.results, report.missing
     if not found.test:
-        missing["results"] = f"No checkpoint has been measured. Run: {_MEASURE}."
+        missing["results"] = "No checkpoint has been measured: arf evaluate CHECKPOINT... --out results.jsonl"
         return
-    averages, tuned, errors = results.averages, report.slices[0], results.by_average("ece")
+    averages, errors = results.averages, results.by_average("ece")
     of_arms = {arm: errors[arm, None] for arm in found.arms if errors.get((arm, None))}
-    title = f"Results {tuned.title}, {results.unit}"
     drawn = {
-        "results": plots.dots_group(found, averages, tuned.scores, title),
         "curves": plots.curves_group(found, results),
         # Without a suite, each set is a column of the table and a panel of the results.
         "domains": plots.domains_group(found, results) if averages.suites else None,
         "calibration": plots.dots_group(found, averages, of_arms, "Expected calibration error, %", True),
     }
+    for tuned in report.slices[:1]:
+        title = f"Results {tuned.title}, {results.unit}"
+        drawn["results"] = plots.dots_group(found, averages, tuned.scores, title)
     report.groups |= {name: group for name, group in drawn.items() if group is not None}
-    if not results.alphas():
-        missing["curves"] = (
-            "No mixtures have been measured. They appear once rows with several alphas are there: arf interpolate "
-            "measures a sweep, and arf ablate those of its grid (wise)."
-        )
-    elif drawn["curves"] is None:
-        missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
-    if drawn["domains"] is None and averages.suites:
-        missing["domains"] = (
-            "There is no reference to compare with. Name one with --reference ARM."
-            if found.reference is None
-            else f"Beside {found.arms[found.reference].label} no fine-tuned arm has been measured."
-        )
-    if drawn["calibration"] is None:
-        missing["calibration"] = (
-            f"The rows hold no calibration error (metric 'ece'). Measure again: {_MEASURE}."
-        )
+    missing |= {name: text for name, text in _MISSING.items() if drawn[name] is None}
 
 
 def _add_training(report: Report) -> None:
@@ -153,7 +134,7 @@ def _add_training(report: Report) -> None:
         report.groups["training"] = plots.training_group(report.found, curves)
     else:
         report.missing["training"] = (
-            "No training log was found. Give run folders with open_clip's out.log, or a grid folder of arf ablate."
+            "No training log (open_clip's out.log) was found: give the runs' folders, too."
         )
 
 
@@ -175,13 +156,7 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
         advance=on_pair,
     )
     if task is None:
-        report.missing["task images"] = (
-            "The task images are not shown, as their data is not at hand. Name it with --task-data DATA."
-        )
-    if not (anchors / "anchors.json").is_file():
-        report.missing["manifest"] = (
-            "The set has no anchors.json, which says how it was made; arf anchors writes one."
-        )
+        report.missing["task images"] = "The task images are not at hand. Name them with --task-data DATA."
 
 
 def _add_notes(report: Report) -> None:

@@ -106,11 +106,6 @@ class Difference(Score):
         return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     @property
-    def every_seed(self) -> bool:
-        """True if it has the same sign in every seed."""
-        return len({value > 0 for value in self.seeds.values()}) == 1 and 0 not in self.seeds.values()
-
-    @property
     def verdict(self) -> str:
         """See the module's docstring."""
         if self.paired is not None:

@@ -38,8 +38,11 @@ def test_a_model_that_forgot_gets_its_alpha_and_a_command(tmp_path):
 
 
 def test_without_mixtures_the_command_measures_them(tmp_path):
-    rows = [made.row(f"logs/{arm}-0/w.pt", name, score, suite=None)
-            for arm, *scores in (("before", 50, 90), ("arf", 80, 30)) for name, score in zip(("val", "pets"), scores, strict=True)]  # fmt: skip
+    rows = [
+        made.row(f"logs/{arm}-0/w.pt", name, score, suite=None)
+        for arm, own, pets in (("before", 50, 90), ("arf", 80, 30))
+        for name, score in (("val", own), ("pets", pets))
+    ]
     found = answer(write(tmp_path / "rows.jsonl", rows))
     assert found["word"] == "yes" and "fell by 60.0 points" in found["headline"]
     assert "--alphas 0 0.25 0.5 0.75 1 --model tiny" in found["command"]
@@ -57,7 +60,8 @@ def test_a_loss_on_one_ability_is_not_hidden_by_a_gain_on_another(tmp_path):
 
 @pytest.mark.parametrize("after, word", [(90.0, "no"), (80.0, "no"), (79.0, "perhaps")])
 def test_what_is_within_chance_is_no_forgetting(tmp_path, after, word):
-    rows = [made.row(f"logs/{arm}-0/w.pt", "pets", score, suite=None) for arm, score in (("before", 80.0), ("arf", after))]  # fmt: skip
+    scores = {"before": 80.0, "arf": after}
+    rows = [made.row(f"logs/{arm}-0/w.pt", "pets", top1, suite=None) for arm, top1 in scores.items()]
     found = answer(write(tmp_path / "rows.jsonl", rows))
     assert found["word"] == word and "have not been measured" in found["sentence"]
 
@@ -116,5 +120,5 @@ def test_places_are_found_from_elsewhere(tmp_path, monkeypatch):
     data.write_captions(tmp_path / "project" / "anchors", {"0/1": "a caption"})
     (run / "params.txt").write_text("arf_anchors: anchors\nmodel: tiny\n")
     monkeypatch.chdir(run)
-    report = gather([Path(".")], Options())
+    report = gather([Path()], Options())
     assert report.anchors == tmp_path / "project" / "anchors" and report.gallery.cards
