@@ -286,24 +286,21 @@ class Fit:
         """Makes the report, to which a fit is a grid of its arms and seeds."""
         page = self.out / "report"
         self._title("report", str(page / "index.html"))
-        whats = {arm: recipe.PRESETS[arm][1] for arm in self.arms if arm in recipe.PRESETS}
-        arms = [
-            {"name": arm, "label": "FLYP" if arm == "flyp" else arm, "what": whats.get(arm)}
-            | {"kind": "arf" if terms else "baseline"}
-            for arm, terms in self.arms.items()
-        ]
-        content = {
-            "arms": [{"name": "before", "kind": "before"}, *arms],
+        arms: list[dict[str, Any]] = [{"name": "before", "kind": "before"}]
+        for arm, terms in self.arms.items():
+            _, what = recipe.PRESETS.get(arm, (None, ""))
+            kind, label = ("arf", arm) if terms else ("baseline", "FLYP")
+            arms.append({"name": arm, "label": label, "what": what, "kind": kind})
+        grid = {
+            "name": Path(self.settings.images).name,
+            "arms": arms,
+            "seeds": list(range(self.settings.seeds)),
+            "anchors": None if self.anchors is None else str(self.anchors),
             "data": {"task": self.data["train_data"]},
         }
-        anchors = None if self.anchors is None else str(self.anchors)
-        content["name"] = Path(self.settings.images).name
-        write_json(
-            self.out / "grid.json", {**content, "anchors": anchors, "seeds": list(range(self.settings.seeds))}
-        )
-        write_json(
-            self.out / "choices.json", {"wise": {arm: {"chosen": alpha} for arm, alpha in alphas.items()}}
-        )
+        write_json(self.out / "grid.json", grid)
+        wise = {arm: {"chosen": alpha} for arm, alpha in alphas.items()}
+        write_json(self.out / "choices.json", {"wise": wise})
         self._call("report", self.out, "--out", page)
 
     # --- processes -------------------------------------------------------------------------------------------------

@@ -82,7 +82,10 @@ def find_answer(found: Collected, results: Results, chosen: Mapping[str, float])
         answer.rows += [_row(results, key, before, names) for key in dict.fromkeys(keys) if key in by_key]
     _say(answer, found, results, [row for row in answer.rows if row.arm == subject][-1])
     if chosen.get(subject) == 0:
-        answer.sentence += " Validation chose α = 0, which is the model before."
+        answer.word, answer.advice, answer.command = "perhaps", "", ""
+        answer.headline = (
+            "It forgot nothing and learned nothing: validation chose the starting weights (α = 0)."
+        )
     return answer
 
 
@@ -95,7 +98,8 @@ def _kept(averages: Averages, measured: Mapping[str, Score]) -> list[str]:
 
 def _row(results: Results, key: Key, before: Key, names: Mapping[str, list[str]]) -> Row:
     pairs = {part: pair for part, of in names.items() if (pair := results.together(key, before, of))}
-    return Row(*key, *({part: pair[n] for part, pair in pairs.items()} for n in (0, 1)))  # type: ignore[arg-type]
+    less = {part: less for part, (_, less) in pairs.items()}
+    return Row(*key, {part: score for part, (score, _) in pairs.items()}, less)
 
 
 def _say(answer: Answer, found: Collected, results: Results, row: Row) -> None:

@@ -76,7 +76,7 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
     results = Results(found.test, Averages(suites, sorted({one.record["set"] for one in found.test})))
     # The subject beside the baseline and each control: that is what they are for.
     others = [found.baseline, *found.of_kind("control")]
-    pairs = [(found.subject or "", arm) for arm in others if arm not in (None, found.subject)]
+    pairs = [(found.subject or "", arm) for arm in filter(None, others) if arm != found.subject]
     comparisons = dict.fromkeys([*pairs, *found.comparisons, *options.compare])
     names = [str(grid["name"]) for grid in found.grids if grid.get("name")] or [
         suite.name for suite in suites

@@ -212,7 +212,8 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
         raise ReportError(f"{', '.join(map(str, sources))}: no rows and no runs. Expected {EXPECTED}.")
     if reference is not None and reference not in found.arms:
         raise ReportError(f"There is no arm '{reference}' to compare with (found: {', '.join(found.arms)}).")
-    found.baseline = next((name for name in (found.baseline, "flyp") if name in found.arms), None)
+    trained = found.arms.keys() - {found.before}
+    found.baseline = next((name for name in (found.baseline, "flyp") if name in trained), None)
     measured_before = found.before if any(one.arm == found.before for one in found.test) else None
     found.reference = reference or measured_before or found.baseline
     return found
