@@ -27,16 +27,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "report",
         "one page with tables, curves, calibration and the anchor gallery",
         "Writes FOLDER/index.html, which opens from disk without a network; FOLDER/figures/*.svg and *.png;\n"
-        "FOLDER/table.md; and FOLDER/report.json with every score. What is not there is left out, with a line that\n"
-        "says what would make it appear.",
+        "FOLDER/table.md; and FOLDER/report.json with every score. It begins with whether the model has forgotten.\n"
+        "What is not there is left out; a line at the end says what would make it appear.",
         EXAMPLES,
     )
     add = parser.add_argument
-    text = "grid folders of arf ablate, run folders (named ARM-SEED), files of rows of arf evaluate --out"
+    text = (
+        "folders of arf ablate or arf fit, run folders (named ARM-SEED), files of rows of arf evaluate --out"
+    )
     add("runs", nargs="+", type=Path, metavar="RUNS", help=text)
     add("--out", type=Path, required=True, metavar="FOLDER", help="where the report goes")
     add("--title", metavar="TEXT", help="title of the page")
-    add("--reference", metavar="ARM", help="arm to compare the others with (default: the grid's, else flyp)")
+    add("--reference", metavar="ARM", help="arm to compare the others with (default: before, else flyp)")
     text = "also compare the first arm with the second; may be repeated"
     add("--compare", action="append", default=[], type=_pair, metavar="ARM:ARM", help=text)
     text = "name or file of the suite whose averages are shown (default: those that the records name)"
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
         return 0
-    for text in [*report.summary(), *report.notes]:
+    for text in [*report.answer.texts(), *report.notes]:
         print(text)
     for section, text in report.missing.items():
         print(f"left out ({section}): {text}")

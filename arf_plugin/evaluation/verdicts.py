@@ -231,10 +231,10 @@ def joined(one: Sequence[ByRun], other: Sequence[ByRun]) -> tuple[ByRun, ByRun]:
 def obstacle(one: EvalRecord, other: EvalRecord) -> str | None:
     """Why two records of a set cannot be paired by image; None if they can."""
     for record in (one, other):
+        if record["headline"] != "top1":
+            return f"its score is {record['headline']}, and no top-1"
         if record.get("right") is None:
             return "a record does not say which images were right: it was made by an earlier version; measure it again"
-        if record["headline"] != "top1":
-            return f"its score is {record['headline']}, which is no share of right images"
     digests = [printable(str(record.get("data"))) for record in (one, other)]
     if digests[0] != digests[1]:
         return (

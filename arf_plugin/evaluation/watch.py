@@ -23,6 +23,7 @@ from arf_plugin.errors import EvaluationError, MissingDependencyError
 from arf_plugin.evaluation import batches
 from arf_plugin.evaluation.distributed import Processes
 from arf_plugin.evaluation.metrics import Predictions, accuracies, joined
+from arf_plugin.evaluation.records import packed
 from arf_plugin.evaluation.sets import EvaluationSet, find_sets
 from arf_plugin.evaluation.zeroshot import Classifier
 from arf_plugin.resume.rng import restore_rng, rng_state
@@ -37,6 +38,7 @@ class Observation:
 
     dataset: EvaluationSet
     metrics: dict[str, float]  # in percent, see :func:`arf_plugin.evaluation.metrics.accuracies`
+    right: str  # which images were right, see :func:`arf_plugin.evaluation.records.packed`
     features: (
         Features  # image [N, D] in the set's order, text [C, D] of the classes; unit, float32, on the CPU
     )
@@ -128,8 +130,11 @@ class Observer:
         found = []
         for (dataset, parts), text in zip(measured, texts, strict=True):
             answers, images = zip(*parts, strict=True)
-            metrics = accuracies(joined(answers), len(dataset.classnames))
-            found.append(Observation(dataset, metrics, {"image": torch.cat(images), "text": text}, seconds))
+            both = joined(answers)
+            metrics = accuracies(both, len(dataset.classnames))
+            right = packed((both.target == both.predicted).numpy())
+            features = {"image": torch.cat(images), "text": text}
+            found.append(Observation(dataset, metrics, right, features, seconds))
         return found
 
     def _weights(self, classifier: Classifier, dataset: EvaluationSet) -> torch.Tensor:

@@ -9,6 +9,7 @@ are measured at the end and choose nothing.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shutil
 import statistics
@@ -67,6 +68,12 @@ def measure(
     records: list[Any] = measured(list(mixtures.values()), sets=[val, *kept], out=out / "records.jsonl")
     top1 = {(r["checkpoint"], r["alpha"], r["set"]): r["metrics"]["top1"] for r in records}
     retrieval = _retrieval(settings, mixtures, pairs) if pairs else {}
+    with replacing(out / "retrieval.jsonl") as temporary, temporary.open("w", encoding="utf-8") as lines:
+        of_val = {(r["checkpoint"], r["alpha"]): r for r in records if r["set"] == val.name}
+        other = {"set": "image-text retrieval", "headline": "r@1", "images": len(pairs), "right": None}
+        for key, mixture in mixtures.items() if pairs else ():  # for the report, as records
+            same = of_val[str(mixture.checkpoint), mixture.alpha]
+            lines.write(json.dumps({**same, **other, "metrics": retrieval[_name(key)]}) + "\n")
     points: dict[Key, Scores] = {}
     for key, mixture in mixtures.items():
         own, *abilities = (top1[str(mixture.checkpoint), mixture.alpha, name] for name in names)
@@ -96,6 +103,7 @@ def measure(
             for arm, alpha in chosen.items()
         },
         "alpha": chosen[first],
+        "alphas": chosen,
         "best": f"{first}-{best_seed}",
         "forgot": None if math.isnan(forgot) else forgot,
         "images": {"val": val.images, **{one.name: one.images for one in (*kept, *tests)}},

@@ -102,7 +102,7 @@ class Fit:
         }
         self._title("choose", "alpha on validation data, evaluate")
         found = outcome.measure(self.settings, runs, self._pairs() if self.has_pairs else [])
-        self._report()
+        self._report(found["alphas"])
         write_json(self.out / "results.json", found)
         return found
 
@@ -354,13 +354,26 @@ class Fit:
         own = self.settings.own_flags.get(flag)
         return str(own) if own is not None else values.get(flag, (default, ""))[0]
 
-    def _report(self) -> None:
+    def _report(self, alphas: dict[str, float]) -> None:
+        """Makes the report, to which a fit is a grid of its arms and seeds."""
         page = self.out / "report"
         self._title("report", str(page / "index.html"))
-        runs = [self.out / "runs" / f"{arm}-{n}" for arm in self.arms for n in range(self.settings.seeds)]
-        flags = ["--anchors", self.anchors, "--train-data", self.data["train_data"]] if self.anchors else []
-        names = ["--classnames", self.task / "classnames.txt"]
-        self._call("report", *runs, self.out / "records.jsonl", "--out", page, *flags, *names)
+        arms: list[dict[str, Any]] = [{"name": "before", "kind": "before"}]
+        for arm, terms in self.arms.items():
+            _, what = recipe.PRESETS.get(arm, (None, ""))
+            kind, label = ("arf", arm) if terms else ("baseline", "FLYP")
+            arms.append({"name": arm, "label": label, "what": what, "kind": kind})
+        grid = {
+            "name": Path(self.settings.images).name,
+            "arms": arms,
+            "seeds": list(range(self.settings.seeds)),
+            "anchors": None if self.anchors is None else str(self.anchors),
+            "data": {"task": self.data["train_data"]},
+        }
+        write_json(self.out / "grid.json", grid)
+        wise = {arm: {"chosen": alpha} for arm, alpha in alphas.items()}
+        write_json(self.out / "choices.json", {"wise": wise})
+        self._call("report", self.out, "--out", page)
 
     # --- processes -------------------------------------------------------------------------------------------------
 

@@ -166,7 +166,12 @@ class Watch(EpochListener):
             **{"set": dataset.name, "split": dataset.split, "checkpoint": f"epoch_{epoch}"},
             **{"model": args.model, "precision": args.precision},
             **{"images": dataset.images, "classes": len(dataset.classnames), "headline": "top1"},
-            **{"metrics": one.metrics, "start": self._start[dataset.name], "drift": moved},
+            **{
+                "metrics": one.metrics,
+                "right": one.right,
+                "start": self._start[dataset.name],
+                "drift": moved,
+            },
             **{"prompts": dataset.prompts, "data": dataset.samples.digest, "seconds": round(one.seconds, 3)},
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }

@@ -2,7 +2,7 @@
 
 ::
 
-    sources ──► scores ──► tables ──► output: index.html, report.json, table.md
+    sources ──► scores ──► tables ──► answer ──► output: index.html, report.json, table.md
        │           └─────────┴──► plots (style) ──► render: figures/*.svg, *.png
        └─► logs, gallery (images), provenance ────► output
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from arf_plugin.errors import ReportError
 from arf_plugin.untrusted import require_regular
@@ -81,6 +82,15 @@ def parse_curves(lines: Iterable[str]) -> Curves:
         if not math.isfinite(values.get("loss", 0.0)):
             curves.faults.append(at)
     return curves
+
+
+def watched_scores(records: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """What ``--arf-watch`` has seen, as a term for each set: (finished epochs, headline in percent)."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        point = float(record["epoch"]), float(record["metrics"][record["headline"]])
+        found.setdefault(f"accuracy on {record['set']}, %", []).append(point)
+    return found
 
 
 def term_name(term: str) -> str:

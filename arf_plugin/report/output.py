@@ -15,6 +15,7 @@ from arf_plugin import __version__
 from arf_plugin.errors import MissingDependencyError
 from arf_plugin.files import replacing, write_json
 from arf_plugin.report import provenance, render, tables
+from arf_plugin.report.answer import PARTS
 from arf_plugin.report.gallery import Advance
 from arf_plugin.report.plots import Panel
 from arf_plugin.report.report import Options, Report, gather
@@ -91,18 +92,25 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         on_plot()
         return svg
 
-    said = report.comparisons()
-    first, further = ([], []) if not said else (said[0][1][:1], [(said[0][0], said[0][1][1:]), *said[1:]])
     sentences, kinds = provenance.manifest_rows(report.anchors) if report.anchors else ([], {})
     by_set = results.by_set()
     pairs = [item for one in report.slices for by in one.pairs.values() for item in by.values()]
+    sections: dict[str, tuple[str, Any]] = {
+        "results": ("Results", report.slices),
+        "curves": ("Along α", "curves" in report.groups),
+        "domains": ("Accuracy per domain", results.averages.suites and by_set),
+        "anchors": ("Anchors", report.gallery),
+        "calibration": ("Calibration", "calibration" in report.groups),
+        "training": ("Training", "training" in report.groups),
+        "runs": ("Runs", True),
+    }
     values = vars(report) | {
         "version": __version__,
         "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "draw": draw,
-        "first": first,
-        "further": [(title, texts) for title, texts in further if texts],
-        "facts": _facts(report),
+        "part_names": PARTS,
+        "sections": {name: title for name, (title, shown) in sections.items() if shown},
+        "lines": [found.arms[arm].label for arm in (found.before, found.baseline) if arm],
         "arms": found.arms,
         "reference": found.arms.get(found.reference or ""),
         "before": found.before,
@@ -117,25 +125,10 @@ def as_page(report: Report, on_plot: Advance = lambda: None) -> str:
         "runs": provenance.run_rows(found),
         "choices": provenance.choice_rows(found),
         "evaluation": provenance.evaluation_rows(found),
-        "averages": report.averages,
+        "averages": results.averages,
     }
     html = environment.get_template("report.html").render(values)
     return re.sub(r"\n\s*\n+", "\n", html)
-
-
-def _facts(report: Report) -> list[tuple[str, str]]:
-    found = report.found
-    seeds = {one.seed for one in found.test} | {run.seed for run in found.runs}
-    models = dict.fromkeys(str(one.record["model"]) for one in found.test if one.record.get("model"))
-    counts = list(filter(None, report.results.images.values()))
-    facts = {
-        "arms": str(len(found.arms)),
-        "seeds": ", ".join(str(seed) for seed in sorted(seed for seed in seeds if seed is not None)),
-        "test images": f"{sum(counts):,} in {len(counts)} sets" if counts else "",
-        "suite": ", ".join(suite.name for suite in report.averages.suites),
-        "model": ", ".join(name.rstrip("/").rsplit("/", 1)[-1] for name in models),
-    }
-    return [(name, text) for name, text in facts.items() if text]
 
 
 def _about(score: Score) -> str:
@@ -158,7 +151,7 @@ def _about(score: Score) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Returns what report.json holds: the aggregated scores for programs, in percent."""
-    found, results, averages = report.found, report.results, report.averages
+    found, results, averages = report.found, report.results, report.results.averages
     calibration = _records(results.by_average("ece"))
     for (
         record
@@ -191,7 +184,6 @@ def as_json(report: Report) -> dict[str, Any]:
                 **_numbers(item),
                 "standard_error": _rounded(item.error),
                 "interval95": None if item.interval is None else [_rounded(end) for end in item.interval],
-                "every_seed": item.every_seed,
                 "paired": None if item.paired is None else item.paired.as_json(),
                 "verdict": item.verdict,
             }
@@ -199,7 +191,10 @@ def as_json(report: Report) -> dict[str, Any]:
             for (arm, other), by_average in one.pairs.items()
             for name, item in by_average.items()
         ],
-        "summary": report.summary(),
+        "answer": {
+            name: getattr(report.answer, name)
+            for name in ("word", "headline", "sentence", "advice", "command")
+        },
         "notes": report.notes,
         "missing": report.missing,
     }

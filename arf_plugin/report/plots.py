@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 340.0  # points; on the page one point is about one pixel
-SMALL, NORMAL = 9.8, 11.0
+SMALL, NORMAL = 12.5, 13.5  # on a phone, a panel is a little narrower than that
 NAMED = 6  # lines that one panel can name
 BINS = 80  # points of a training curve
 
@@ -86,7 +86,7 @@ def dots_group(
         if scores:
             labels = {arm: found.arms[arm].label for arm in scores}
             told = "; ".join(f"{labels[arm]} {score.mean:.1f}" for arm, score in scores.items())
-            lines = [arm for arm in (found.before, found.reference) if arm in scores]
+            lines = [arm for arm in (found.before, found.baseline) if arm in scores]
             best = (min if lowest_is_best else max)(score.mean for score in scores.values())
             draw = partial(_dots, labels=labels, scores=scores, lines=lines, best=best)
             panels.append(Panel(average, f"{title}, {average}: {told}.", draw, 36.0 + 22.0 * len(scores)))
@@ -113,8 +113,9 @@ def _dots(
         _mark(axes, style, arm, score.mean, place, ms=6, mew=0.8, zorder=4)
         weight = "bold" if math.isclose(score.mean, best) else "normal"
         _at_right(axes, place, f"{score.mean:.1f}", color=style.ink, fontsize=NORMAL, fontweight=weight)
-    _name_lines(axes, list(labels.values()), [style.arms[arm] for arm in scores], NORMAL)
-    _pad(axes, "x", [value for score in scores.values() for value in score.seeds.values()])
+    _name_lines(axes, list(labels.values()), [style.arms[arm] for arm in scores])
+    spread = [score.mean + sign * (score.deviation or 0) for score in scores.values() for sign in (-1, 1)]
+    _pad(axes, "x", [*spread, *(value for score in scores.values() for value in score.seeds.values())])
     _plain_axes(axes, style, grid="x")
 
 
@@ -136,8 +137,8 @@ def curves_group(found: Collected, results: Results) -> Group | None:
             panels.append(_paths_panel(y_name, lines, x_name, y_name, strong))
         # Where they are many, each method also by itself, before the reference and all others.
         for line in lines if len(lines) > NAMED and y_name == y_names[0] else ():
-            if line.arm not in (found.reference, found.subject):
-                title, strong = f"{y_name}: {line.label}", [found.reference or "", line.arm]
+            if line.arm not in (found.baseline, found.subject):
+                title, strong = f"{y_name}: {line.label}", [found.baseline or "", line.arm]
                 single.append(_paths_panel(title, lines, x_name, y_name, strong))
     title = f"{x_name} against shift, from before (α = 0) to fine-tuned (α = 1)"
     return Group(title, [*panels, *single]) if panels else None
@@ -145,7 +146,7 @@ def curves_group(found: Collected, results: Results) -> Group | None:
 
 def _strong(found: Collected, arms: Sequence[str]) -> list[str]:
     """The arms that a panel shows in colour and by name: all if they are few, else the two that matter most."""
-    return [arm for arm in arms if len(arms) <= NAMED or arm in (found.reference, found.subject)]
+    return [arm for arm in arms if len(arms) <= NAMED or arm in (found.baseline, found.subject)]
 
 
 def _path(
@@ -196,8 +197,8 @@ def _draw_paths(
     places = [place for line in lines for place in (*(point[1:] for point in line.points), *line.ends)]
     xs, ys = zip(*places, strict=True)
     wide, high = max(max(xs) - min(xs), 1.0), max(max(ys) - min(ys), 1.0)
-    axes.set_xlim(min(xs) - 0.06 * wide, max(xs) + 0.34 * wide)
-    axes.set_ylim(min(ys) - 0.13 * high, max(ys) + 0.08 * high)
+    axes.set_xlim(min(xs) - 0.14 * wide, max(xs) + 0.42 * wide)
+    axes.set_ylim(min(ys) - 0.18 * high, max(ys) + 0.08 * high)
     for line in lines:
         _draw_path(axes, style, line, line.arm in strong)
     starts = [line.points[0] for line in lines if line.points[0][0] == 0.0]
@@ -210,6 +211,9 @@ def _draw_paths(
     _name_ends(axes, [(*line.points[-1][1:], line.label, style.arms[line.arm]) for line in named])
     axes.set_xlabel(f"{x_name}, %", fontsize=SMALL, color=style.muted, labelpad=3)
     axes.set_ylabel(f"{y_name}, %", fontsize=SMALL, color=style.muted, labelpad=4)
+    for axis in (axes.xaxis, axes.yaxis):  # names need room beyond what an accuracy can be
+        low, high = axis.get_view_interval()
+        axis.set_ticks([tick for tick in axis.get_ticklocs() if max(low, 0) <= tick <= min(high, 100)])
     _plain_axes(axes, style, grid="both")
 
 
@@ -281,7 +285,7 @@ def _steps(
         _at_right(axes, place, signed(end - start), color=style.ink, fontsize=SMALL)
     axes.set_xlim(*limits)
     _plain_axes(axes, style, grid="x")
-    _name_lines(axes, [name.rsplit("/", 1)[-1] for name in names], [style.ink] * len(names), SMALL)
+    _name_lines(axes, [name.rsplit("/", 1)[-1] for name in names], [style.ink] * len(names))
 
 
 def domain_sets(results: Results) -> list[str]:
@@ -294,10 +298,13 @@ def domain_sets(results: Results) -> list[str]:
 def training_group(found: Collected, curves: Mapping[str, Sequence[Curves]]) -> Group:
     """One panel per term of the loss; `curves` holds the runs of each arm."""
     terms = list(dict.fromkeys(term for runs in curves.values() for run in runs for term in run.terms))
+    watched = [term for term in terms if not term.endswith("loss")]
     known = ["contrastive_loss", "caption_anchor_loss", "pair_anchor_loss"]
+    terms = [term for term in terms if term not in watched]
     terms.sort(key=lambda term: (term == "loss", known.index(term) if term in known else len(known)))
     if len(terms) == 2 and "loss" in terms:  # the sum of one term says the same again
         terms.remove("loss")
+    terms += watched
     panels = []
     for term in terms:
         series = []
@@ -379,10 +386,10 @@ def _plain_axes(axes: Axes, style: Style, grid: str) -> None:
     axes.set_facecolor("none")
 
 
-def _name_lines(axes: Axes, names: Sequence[str], colours: Sequence[str], size: float) -> None:
+def _name_lines(axes: Axes, names: Sequence[str], colours: Sequence[str]) -> None:
     """Names the lines of a panel at its left, from top to bottom."""
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=SMALL)
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
     axes.spines["left"].set_visible(False)

@@ -7,27 +7,29 @@ read only below the folders that the user has named, since a page is made to be 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from arf_plugin.anchors.manifest import read_manifest
-from arf_plugin.errors import ArfError, ReportError
-from arf_plugin.report.sources import Collected, entries, finite, is_below, is_local, mapping
-from arf_plugin.untrusted import require_regular, split_lines
+from arf_plugin.data.prompts import load_classnames
+from arf_plugin.errors import ArfError
+from arf_plugin.report.sources import Collected, entries, finite, is_below, is_local, mapping, read_text
+from arf_plugin.untrusted import split_lines
 
 LONGEST = 160  # characters of a value
-LARGEST_NAMES = 1 << 20  # bytes of class names
 _LARGE_RANGE = re.compile(r"\d{8}|\.\..*\.\..*\.\.")  # of shards: numbers of eight digits, or three ranges
 
 
 def anchors_folder(found: Collected) -> Path | None:
     """The anchor set that the reported runs used: the subject's, else any."""
     runs = sorted(found.runs, key=lambda run: run.arm != found.subject)
-    names = [name for run in runs for name in (run.info.get("anchors"), flag(run.command, "--arf-anchors"))]
+    named = [(run, name) for run in runs for name in (run.info.get("anchors"), run.flag("--arf-anchors"))]
+    names = [run.place(name) for run, name in named if isinstance(name, str) and is_local(name)]
     names += [grid.get("anchors") for grid in found.grids]
     folders = (Path(name) for name in names if isinstance(name, str) and is_local(name))
     return next((folder for folder in folders if folder.is_dir()), None)
@@ -39,7 +41,9 @@ def task_data(found: Collected) -> str | None:
 
     data_of = [mapping(grid.get("data")).get("task") for grid in found.grids]
     for run in sorted(found.runs, key=lambda run: run.arm != found.subject):
-        data_of += [flag(run.command, "--train-data"), flag(run.command, "--task-data")]
+        for data in filter(None, (run.flag("--train-data"), run.flag("--task-data"))):
+            folder, slash, pattern = data.rpartition("/")
+            data_of += [f"{run.place(folder)}/{pattern}" if slash and is_local(folder) else data]
     for data in data_of:
         if not isinstance(data, str) or not data or "://" in data or _LARGE_RANGE.search(data):
             continue
@@ -53,31 +57,14 @@ def task_data(found: Collected) -> str | None:
 
 
 def class_names(found: Collected, given: Path | None) -> list[str] | None:
-    """Names by class number: from the file that is given, else from the one that training was given."""
-    flags = (flag(run.command, "--arf-classnames") for run in found.runs)
-    own = (Path(name) for name in flags if name and is_below(name, found.roots) and Path(name).is_file())
+    """Names by class number: from the file that is given, else those that training was given."""
+    flags = [name for run in found.runs if (name := run.flag("--arf-classnames"))]
+    if given is None and "imagenet" in flags:
+        return load_classnames("imagenet")
+    named = [run.place(name) for run in found.runs for name in flags if is_local(name)]
+    own = (Path(name) for name in named if is_below(name, found.roots) and Path(name).is_file())
     path = given or next(own, None)
-    if path is None:
-        return None
-    require_regular(path, ReportError)
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_NAMES + 1)
-        if len(content) > LARGEST_NAMES:
-            raise ValueError(f"it has more than {LARGEST_NAMES} bytes")
-        return split_lines(content.decode("utf-8"))
-    except (OSError, ValueError) as cause:
-        raise ReportError(f"{path} cannot be read: {cause}. Expected class names, one per line.") from cause
-
-
-def flag(command: Sequence[str], name: str) -> str | None:
-    """The value of a flag on a command line."""
-    for place, word in enumerate(command):
-        if word == name and place + 1 < len(command):
-            return command[place + 1]
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-    return None
+    return None if path is None else split_lines(read_text(path))
 
 
 def manifest_rows(folder: Path) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
@@ -148,13 +135,13 @@ def run_rows(found: Collected) -> list[dict[str, Any]]:
         rows.append(
             {
                 "arm": run.arm,
-                "seed": run.seed,
+                "seed": "" if run.seed is None else str(run.seed),
                 "steps": f"{steps:,}" if type(steps) is int else "",
                 "minutes": f"{seconds / 60:,.1f}" if seconds is not None else "",
-                "anchors": str(run.info.get("anchors") or flag(run.command, "--arf-anchors") or ""),
+                "anchors": str(run.info.get("anchors") or run.flag("--arf-anchors") or ""),
                 "digest": (digests.get((run.arm, run.seed)) or "")[:12],
                 "versions": _versions(run.info),
-                "command": shlex.join(run.command),
+                "command": shlex.join(run.command or itertools.chain(*run.params.items())),
             }
         )
     return rows

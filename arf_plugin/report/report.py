@@ -8,17 +8,19 @@ from pathlib import Path
 
 from arf_plugin.errors import ReportError
 from arf_plugin.report import plots, provenance, tables
+from arf_plugin.report.answer import Answer, find_answer
 from arf_plugin.report.gallery import Advance, Gallery, build_gallery
-from arf_plugin.report.logs import Curves, read_curves
+from arf_plugin.report.logs import Curves, read_curves, watched_scores
 from arf_plugin.report.plots import Group
-from arf_plugin.report.scores import Averages, Results, sentence, suites_of
+from arf_plugin.report.scores import Averages, Results, suites_of
 from arf_plugin.report.sources import Collected, collect, entries, is_local
 from arf_plugin.report.style import Style
 from arf_plugin.report.tables import Slice
 
-_MEASURE = (
-    "arf evaluate CHECKPOINT... --suite SUITE --out results.jsonl, and give that file to this command, too"
-)
+_MISSING = {
+    "curves": "No mixtures have been measured: arf interpolate --alphas does it, and arf ablate for its grid (wise).",
+    "calibration": "The records hold no calibration error (metric 'ece'): arf evaluate measures it.",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Report:
     Attributes:
         missing: by section, the line that says what would make it appear.
         groups: Plots by section.
+        answer: Whether it forgot.
         notes: What a reader must know before believing the scores.
     """
 
@@ -53,37 +56,12 @@ class Report:
     results: Results
     slices: list[Slice]
     style: Style
+    answer: Answer
     groups: dict[str, Group] = field(default_factory=dict)
     gallery: Gallery | None = None
     anchors: Path | None = None
     missing: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def averages(self) -> Averages:
-        """Those of the results."""
-        return self.results.averages
-
-    def summary(self) -> list[str]:
-        """The first sentences of the report, each with its table's title before it."""
-        said = self.comparisons()
-        return [f"{title[0].upper()}{title[1:]}: {text}" for title, texts in said for text in texts]
-
-    def comparisons(self) -> list[tuple[str, list[str]]]:
-        """By table, sentences on how the arm that the report is about compares with the reference, and so on."""
-        found, said = self.found, []
-        for one in self.slices:
-            compared = [arm for arm, other in one.pairs if other == found.reference]
-            others = [arm for arm in compared if arm != found.before][:3]
-            subjects = [found.subject] if found.subject in compared else others
-            texts = []
-            for (arm, other), by_average in one.pairs.items():
-                if other != found.reference or arm in subjects:
-                    kept = {name: item for name, item in by_average.items() if name in self.averages.main}
-                    texts.append(sentence(found.arms[arm].label, found.arms[other].label, kept))
-            if any(texts):
-                said.append((one.title, list(filter(None, texts))))
-        return said
 
 
 def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda: None) -> Report:
@@ -96,12 +74,10 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
     of_grids = [name for name in named if isinstance(name, str) and is_local(name)]
     suites = suites_of(found.test, options.suite, of_grids)
     results = Results(found.test, Averages(suites, sorted({one.record["set"] for one in found.test})))
-    # The subject beside each control: that is what controls are for.
-    subject = found.subject
-    controls = (
-        [(subject, arm) for arm in found.of_kind("control") if arm != found.reference] if subject else []
-    )
-    comparisons = dict.fromkeys([*(found.comparisons or controls), *options.compare])
+    # The subject beside the baseline and each control: that is what they are for.
+    others = [found.baseline, *found.of_kind("control")]
+    pairs = [(found.subject or "", arm) for arm in filter(None, others) if arm != found.subject]
+    comparisons = dict.fromkeys([*pairs, *found.comparisons, *options.compare])
     names = [str(grid["name"]) for grid in found.grids if grid.get("name")] or [
         suite.name for suite in suites
     ]
@@ -111,7 +87,8 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
         found,
         results,
         tables.build_slices(found, results, comparisons) if found.test else [],
-        Style(list(found.arms), found.reference, found.before, found.subject),
+        Style(list(found.arms), found.baseline, found.before, found.subject),
+        find_answer(found, results, tables.chosen_alphas(found, results.averages)),
     )
     _add_results(report)
     _add_training(report)
@@ -123,42 +100,28 @@ def gather(sources: Sequence[Path], options: Options, on_pair: Advance = lambda:
 def _add_results(report: Report) -> None:
     found, results, missing = report.found, report.results, report.missing
     if not found.test:
-        missing["results"] = f"No checkpoint has been measured. Run: {_MEASURE}."
+        missing["results"] = "No checkpoint has been measured: arf evaluate CHECKPOINT... --out results.jsonl"
         return
-    averages, tuned, errors = results.averages, report.slices[0], results.by_average("ece")
+    averages, errors = results.averages, results.by_average("ece")
     of_arms = {arm: errors[arm, None] for arm in found.arms if errors.get((arm, None))}
-    title = f"Results {tuned.title}, {results.unit}"
     drawn = {
-        "results": plots.dots_group(found, averages, tuned.scores, title),
         "curves": plots.curves_group(found, results),
-        "domains": plots.domains_group(found, results),
+        # Without a suite, each set is a column of the table and a panel of the results.
+        "domains": plots.domains_group(found, results) if averages.suites else None,
         "calibration": plots.dots_group(found, averages, of_arms, "Expected calibration error, %", True),
     }
+    for tuned in report.slices[:1]:
+        title = f"Results {tuned.title}, {results.unit}"
+        drawn["results"] = plots.dots_group(found, averages, tuned.scores, title)
     report.groups |= {name: group for name, group in drawn.items() if group is not None}
-    if not results.alphas():
-        missing["curves"] = (
-            "No mixtures have been measured. They appear once rows with several alphas are there: arf interpolate "
-            "measures a sweep, and arf ablate those of its grid (wise)."
-        )
-    elif drawn["curves"] is None:
-        missing["curves"] = "The suite has no average of kind 'id' to draw the others against."
-    if drawn["domains"] is None:
-        missing["domains"] = (
-            "There is no reference to compare with. Name one with --reference ARM."
-            if found.reference is None
-            else f"Beside {found.arms[found.reference].label} no fine-tuned arm has been measured."
-        )
-    if drawn["calibration"] is None:
-        missing["calibration"] = (
-            f"The rows hold no calibration error (metric 'ece'). Measure again: {_MEASURE}."
-        )
+    missing |= {name: text for name, text in _MISSING.items() if drawn[name] is None}
 
 
 def _add_training(report: Report) -> None:
     curves: dict[str, list[Curves]] = {}
     for arm in report.found.arms.values():
         for run in (run for run in report.found.runs if run.arm == arm.name):
-            for read in map(read_curves, run.logs):
+            for read in [*map(read_curves, run.logs), Curves(watched_scores(run.watched))]:
                 if read.terms:
                     curves.setdefault(arm.name, []).append(read)
                 if read.faults:
@@ -171,7 +134,7 @@ def _add_training(report: Report) -> None:
         report.groups["training"] = plots.training_group(report.found, curves)
     else:
         report.missing["training"] = (
-            "No training log was found. Give run folders with open_clip's out.log, or a grid folder of arf ablate."
+            "No training log (open_clip's out.log) was found: give the runs' folders, too."
         )
 
 
@@ -193,13 +156,7 @@ def _add_anchors(report: Report, options: Options, on_pair: Advance) -> None:
         advance=on_pair,
     )
     if task is None:
-        report.missing["task images"] = (
-            "The task images are not shown, as their data is not at hand. Name it with --task-data DATA."
-        )
-    if not (anchors / "anchors.json").is_file():
-        report.missing["manifest"] = (
-            "The set has no anchors.json, which says how it was made; arf anchors writes one."
-        )
+        report.missing["task images"] = "The task images are not at hand. Name them with --task-data DATA."
 
 
 def _add_notes(report: Report) -> None:

@@ -34,9 +34,10 @@ from typing import Any
 
 from arf_plugin.errors import EvaluationError, ReportError
 from arf_plugin.evaluation.suites import Average, Suite, average, load_suite
-from arf_plugin.evaluation.verdicts import Verdict, compare, single
+from arf_plugin.evaluation.verdicts import MEAN, Verdict, compare
 from arf_plugin.report.sources import Measurement
 
+OWN_SETS = ("val", "test")
 Seeds = dict[int | None, float]
 Key = tuple[str, float | None]  # arm and alpha; None is the fine-tuned model itself
 
@@ -105,11 +106,6 @@ class Difference(Score):
         return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     @property
-    def every_seed(self) -> bool:
-        """True if it has the same sign in every seed."""
-        return len({value > 0 for value in self.seeds.values()}) == 1 and 0 not in self.seeds.values()
-
-    @property
     def verdict(self) -> str:
         """See the module's docstring."""
         if self.paired is not None:
@@ -143,37 +139,20 @@ def signed(value: float) -> str:
     return f"{value:+.1f}".replace("-", "−")
 
 
-def sentence(one: str, other: str, found: Mapping[str, Difference]) -> str:
-    """Says in words how one arm (its label) compares with another on every average; empty if nothing compares."""
-    seeds = max((len(item.seeds) for item in found.values()), default=0)
-    parts = []
-    for verdict in MEANINGS:
-        group = {name: item for name, item in found.items() if item.verdict == verdict}
-        if not group:
-            continue
-        side = verdict.removesuffix(" here")
-        *words, last = [f"{name} ({signed(item.mean)})" for name, item in group.items()]
-        text = f"{side} within noise on " if side == "level" else f"{side} on "
-        text += f"{', '.join(words)} and {last}" if words else last
-        everywhere = all(item.every_seed and len(item.seeds) == seeds for item in group.values())
-        if side != "level" and seeds > 1 and everywhere:
-            text += ", in every seed"
-        if side != verdict:
-            text += f"{',' if 'every' in text else ''} but within the error of the test images"
-        parts.append(text)
-    count = "one seed" if seeds == 1 else f"{seeds} seeds"
-    return f"{one} against {other} ({count}): {'; '.join(parts)}." if parts else ""
-
-
 class Averages:
-    """The averages of one or several suites; without any, one per set.
+    """The averages of one or several suites, and one for each set that no suite has.
 
-    Names that several suites have are told apart by the suite's.
+    Names that several suites have are told apart by the suite's. Sets without a suite are own classes by their names,
+    which are those of ``arf data``, and else what may be forgotten.
     """
 
     def __init__(self, suites: Sequence[Suite], sets: Iterable[str]) -> None:
         self.suites = suites
-        named = [(suite.name, suite.averages) for suite in suites] or [("", single(sets))]
+        rest = [name for name in sets if not any(name in suite.sets for suite in suites)]
+        rest.sort(key=lambda name: name not in OWN_SETS)
+        kinds = {name: "id" if name in OWN_SETS else "zero-shot" for name in rest}
+        single = {name: Average.model_construct(kind=kinds[name], of=(name,)) for name in rest}
+        named = [*((suite.name, suite.averages) for suite in suites), ("", single)]
         count = Counter(name for _, averages in named for name in averages)
         self.by_suite: list[dict[str, Average]] = []
         self.known: dict[str, Average] = {}
@@ -247,6 +226,27 @@ class Results:
             verdicts |= found.verdicts
             self.unpaired |= found.unpaired
         return verdicts
+
+    def together(self, one: Key, other: Key, names: Sequence[str]) -> tuple[Score, Difference] | None:
+        """The mean of some averages of an arm, and less another's; None if not all are measured on both."""
+        first, second = self.mean(one, names), self.mean(other, names)
+        if first is None or second is None:
+            return None
+        averages = {name: self.averages.known[name] for name in names}
+        verdicts = compare(self.by_run[one], self.by_run[other], averages, mean=True).verdicts
+        less = difference(first, second, verdicts.get(MEAN if len(names) > 1 else names[0]))
+        return None if less is None else (first, less)
+
+    def mean(self, key: Key, names: Sequence[str]) -> Score | None:
+        """The mean of some averages, over the seeds that have all; None if there is none."""
+        found = self.by_average().get(key, {})
+        scores = [found[name] for name in names if name in found]
+        if not names or len(scores) < len(names):
+            return None
+        seeds = [seed for seed in scores[0].seeds if all(seed in score.seeds for score in scores)]
+        means = {seed: statistics.fmean(score.seeds[seed] for score in scores) for seed in seeds}
+        error = math.hypot(*(score.image_error for score in scores)) / len(scores)
+        return Score(means, error) if means else None
 
     def alphas(self) -> list[float]:
         """All alphas of mixtures."""

@@ -1,14 +1,16 @@
 """Finds what there is to report: grid folders, run folders and files of records, brought to one form.
 
 ========================  =======================================================================================
-a grid folder             ``grid.json``, ``runs/ARM-SEED/``, ``results.jsonl``, ``validation.jsonl`` (``arf ablate``)
-a run folder              ``run.json`` or open_clip's ``out.log``; its name, such as ``arf-0``, says arm and seed
+a grid folder             ``grid.json``, ``runs/ARM-SEED/``, ``*.jsonl`` (``arf ablate``, ``arf fit``)
+a run folder              ``run.json`` or open_clip's ``out.log``; its name, such as ``arf-0``, says arm and seed;
+                          ``params.txt`` has its flags, ``arf_watch.jsonl`` what ``--arf-watch`` has seen
 a file of records         ``*.jsonl`` by ``arf evaluate --out``; the checkpoints' folders say arm and seed
 ========================  =======================================================================================
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from arf_plugin import untrusted
 from arf_plugin.errors import EvaluationError, ReportError
 from arf_plugin.evaluation.records import arm_and_seed, run_name
 from arf_plugin.files import list_files
+from arf_plugin.untrusted import split_lines
 from arf_plugin.validation import validated
 
 _KNOWN_ARMS = {
@@ -28,8 +31,14 @@ _KNOWN_ARMS = {
     "flyp": ("FLYP", "baseline"),
     "arf": ("ARF", "arf"),
 }  # label, kind
+WATCHED = "arf_watch"
+_LARGEST = 1 << 20  # bytes of a text that people or the trainer write
+_NOT_GIVEN = ("", "None", "False", "()", "[]", "{}")  # values in params.txt
 
-EXPECTED = "a grid folder of `arf ablate`, a run folder (run.json or out.log) or a file of rows of `arf evaluate --out`"
+EXPECTED = (
+    "a grid folder of `arf ablate`, the folder of `arf fit`, a run folder (run.json or out.log) or a file of rows of "
+    "`arf evaluate --out`"
+)
 
 
 class _Record(BaseModel):
@@ -77,6 +86,8 @@ class Run:
     Attributes:
         info: what ``run.json`` says; empty without one.
         logs: open_clip's, in the order of their names.
+        watched: what ``--arf-watch`` has seen, in order.
+        params: the trainer's ``params.txt``, by flag; what is not given is left out.
     """
 
     folder: Path
@@ -84,11 +95,28 @@ class Run:
     seed: int | None
     info: dict[str, Any]
     logs: tuple[Path, ...]
+    watched: Sequence[dict[str, Any]] = ()
+    params: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def command(self) -> list[str]:
         """The trainer's command line; empty if it is not known."""
         return [str(word) for word in entries(self.info.get("command"))]
+
+    def flag(self, name: str) -> str | None:
+        """The value of a flag: on the command line, else in ``params.txt``."""
+        for word, following in itertools.zip_longest(self.command, self.command[1:]):
+            if word == name and following is not None:
+                return str(following)
+            if word.startswith(f"{name}="):
+                return str(word.partition("=")[2])
+        return self.params.get(name)
+
+    def place(self, name: str) -> str:
+        """A place that the run's records name, which may be relative to where training was started: above the run."""
+        above = (parent / name for parent in self.folder.resolve().parents)
+        found = not Path(name).exists() and next((place for place in above if place.exists()), None)
+        return str(found or name)
 
 
 @dataclass(frozen=True)
@@ -107,7 +135,8 @@ class Collected:
 
     Attributes:
         arms: by name, in table order.
-        reference: name of the arm that the others are compared with.
+        reference: name of the arm that the others are compared with: the model before, if it has been measured.
+        baseline: name of the arm that ARF is held against: the grid's reference, else FLYP.
         grids, choices: contents of each ``grid.json`` and ``choices.json``.
         comparisons: further pairs of arms that a grid wants compared.
         roots: folders below which any file that the records name may be shown: those that hold what the user has named,
@@ -119,6 +148,7 @@ class Collected:
     test: list[Measurement] = field(default_factory=list)
     validation: list[Measurement] = field(default_factory=list)
     reference: str | None = None
+    baseline: str | None = None
     grids: list[dict[str, Any]] = field(default_factory=list)
     choices: list[dict[str, Any]] = field(default_factory=list)
     comparisons: list[tuple[str, str]] = field(default_factory=list)
@@ -135,8 +165,10 @@ class Collected:
 
     @property
     def subject(self) -> str | None:
-        """The arm that the report is about: ARF itself, if it is there."""
-        return "arf" if "arf" in self.arms else next(iter(self.of_kind("arf")), None)
+        """The arm that the report is about: ARF itself, if it is there, or else what has been trained first."""
+        trained = [arm.name for arm in self.arms.values() if arm.kind not in ("before", "control")]
+        trained.sort(key=lambda name: (name != "arf", self.arms[name].kind != "arf", name == self.baseline))
+        return next(iter(trained), None)
 
 
 def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
@@ -144,7 +176,7 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
 
     Args:
         sources: See the module's docstring.
-        reference: The arm to compare with, in place of the grid's; ``flyp`` if there is one.
+        reference: The arm to compare with, in place of the model before fine-tuning.
 
     Raises:
         ReportError: For a source that is none, damaged or empty, and for two checkpoints of one arm and seed.
@@ -160,7 +192,12 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
     originals = {record.get("original_digest") for record, _ in records} - {None}
     folders = {run.folder.resolve(): run for run in found.runs}
     for record, folder in records:
-        arm, seed = _whose(record, folder, found, originals, folders)
+        # The ends of a sweep are no mixtures, if all of them begin at the same weights.
+        start = record.get("alpha") == 0 and len(originals) == 1
+        record["digest"] = record["original_digest"] if start else record.get("digest")
+        record["alpha"] = None if start or record.get("alpha") == 1 else record.get("alpha")
+        whose = _whose(record, folder, found, originals, folders)
+        arm, seed = (found.before or "before", None) if start else whose
         measured = Measurement(arm, seed, finite(record.get("alpha")), record)
         if record.get("split") == "validation":  # rejected candidates among them, which are arms of no table
             found.validation.append(measured)
@@ -168,15 +205,32 @@ def collect(sources: Sequence[Path], reference: str | None = None) -> Collected:
             _add_arm(found, arm)
             found.test.append(measured)
     for run in found.runs:
+        _add_watched(found, run)
         _add_arm(found, run.arm)
     _check_one_checkpoint_each(found)
     if not found.test and not found.runs:
         raise ReportError(f"{', '.join(map(str, sources))}: no rows and no runs. Expected {EXPECTED}.")
     if reference is not None and reference not in found.arms:
         raise ReportError(f"There is no arm '{reference}' to compare with (found: {', '.join(found.arms)}).")
-    wanted = (reference, found.reference, "flyp")
-    found.reference = next((name for name in wanted if name in found.arms), None)
+    trained = found.arms.keys() - {found.before}
+    found.baseline = next((name for name in (found.baseline, "flyp") if name in trained), None)
+    measured_before = found.before if any(one.arm == found.before for one in found.test) else None
+    found.reference = reference or measured_before or found.baseline
     return found
+
+
+def _add_watched(found: Collected, run: Run) -> None:
+    """Takes what training has seen by itself of sets that have not been measured since: the first and last time."""
+    known = {(one.arm, one.seed, one.record["set"]) for one in found.test if one.alpha is None}
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for record in run.watched:
+        by_set.setdefault(record["set"], []).append(record)
+    for name, seen in by_set.items():
+        ends = ((found.before or "before", None, seen[0]), (run.arm, run.seed, seen[-1]))
+        for arm, seed, record in ends if len(seen) > 1 else ():
+            if (arm, seed, name) not in known:
+                _add_arm(found, arm)
+                found.test.append(Measurement(arm, seed, None, record))
 
 
 def _read(source: Path, found: Collected) -> list[Path]:
@@ -189,7 +243,7 @@ def _read(source: Path, found: Collected) -> list[Path]:
         return _read_grid(source, found)
     if _is_run(source):
         found.runs.append(_read_run(source, found))
-        return [path for path in list_files(source, ".jsonl") if path.stem not in ("validation", "arf_watch")]
+        return [path for path in list_files(source, ".jsonl") if path.stem not in ("validation", WATCHED)]
     if (source / "results.jsonl").is_file():
         return [source / "results.jsonl"]
     names = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "nothing"
@@ -209,11 +263,11 @@ def _read_grid(folder: Path, found: Collected) -> list[Path]:
     for pair in entries(grid.get("comparisons")):
         if len(entries(pair)) == 2 and all(isinstance(name, str) and name in found.arms for name in pair):
             found.comparisons.append((pair[0], pair[1]))
-    if found.reference is None and isinstance(grid.get("reference"), str):
-        found.reference = grid["reference"]
+    if found.baseline is None and isinstance(grid.get("reference"), str):
+        found.baseline = grid["reference"]
     runs = sorted(path for path in (folder / "runs").glob("*") if _is_run(path))
     found.runs += [_read_run(path, found) for path in runs]
-    files = [path for name in ("results", "validation") if (path := folder / f"{name}.jsonl").is_file()]
+    files = list_files(folder, ".jsonl")
     if not runs and not files:
         raise ReportError(f"{folder} is a grid without runs and without rows yet. Run it with: arf ablate")
     return files
@@ -229,7 +283,42 @@ def _read_run(folder: Path, found: Collected) -> Run:
     arm = info["arm"] if isinstance(info.get("arm"), str) else arm
     seed = info["seed"] if type(info.get("seed")) is int else seed
     # The model before fine-tuning has a folder as the others of a grid have, and no seed.
-    return Run(folder, arm, None if found.grids and arm == found.before else seed, info, _logs(folder))
+    seed = None if found.grids and arm == found.before else seed
+    watch = folder / f"{WATCHED}.jsonl"
+    seen = {}
+    for record in _records(watch) if watch.is_file() else ():
+        record["checkpoint"] = str(folder / "checkpoints" / f"{record['checkpoint']}.pt")
+        if type(record.get("epoch")) is int:  # a resumed run's counts where an epoch occurs twice
+            seen[record["epoch"], record["set"]] = record
+    watched = [seen[key] for key in sorted(seen)]
+    return Run(folder, arm, seed, info, _logs(folder), watched, _params(folder / "params.txt"))
+
+
+def _params(path: Path) -> dict[str, str]:
+    lines = split_lines(read_text(path)) if path.is_file() else []
+    given = (line.partition(": ") for line in lines)
+    return {
+        f"--{name.replace('_', '-')}": value
+        for name, colon, value in given
+        if colon and value not in _NOT_GIVEN
+    }
+
+
+def read_text(path: Path) -> str:
+    """Reads a text that is no longer than texts of its kind are.
+
+    Raises:
+        ReportError: If it is, or cannot be read.
+    """
+    untrusted.require_regular(path, ReportError)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        return content.decode("utf-8")
+    except (OSError, ValueError) as cause:
+        raise ReportError(f"{path} cannot be read: {cause}. Expected a text in UTF-8.") from cause
 
 
 def _logs(folder: Path) -> tuple[Path, ...]:

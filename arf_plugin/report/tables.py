@@ -47,7 +47,7 @@ def build_slices(found: Collected, results: Results, comparisons: Collection[tup
 
     def table(key: str, title: str, alphas: Mapping[str, float | None]) -> Slice:
         """Scores of arms at alphas; the model before fine-tuning has none, and alpha 1 is the fine-tuned one."""
-        keys = {arm: _measured(by_key, arm, alphas[arm]) for arm in found.arms if arm in alphas}
+        keys = {arm: measured_key(by_key, arm, alphas[arm]) for arm in found.arms if arm in alphas}
         scores = {arm: by_key[key] for arm, key in keys.items() if by_key.get(key)}
         names = [name for name in results.averages.known if any(name in by for by in scores.values())]
 
@@ -73,10 +73,10 @@ def build_slices(found: Collected, results: Results, comparisons: Collection[tup
     if wise is not None and set(chosen.values()) == {wise}:  # a table of its own would say the same twice
         if len(results.alphas()) > 1:
             slices[-1].title += ", which validation chose for every arm"
-    elif any(by_key.get(_measured(by_key, arm, alpha)) for arm, alpha in chosen.items()):
+    elif any(by_key.get(measured_key(by_key, arm, alpha)) for arm, alpha in chosen.items()):
         slices.append(table("chosen", "WiSE-FT, α chosen on validation", {**before, **chosen}))
         slices[-1].alphas = chosen
-    return slices
+    return [one for one in slices if one.scores]
 
 
 def chosen_alphas(found: Collected, averages: Averages) -> dict[str, float]:
@@ -124,6 +124,6 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _measured(by_key: Mapping[Key, object], arm: str, alpha: float | None) -> Key:
+def measured_key(by_key: Mapping[Key, object], arm: str, alpha: float | None) -> Key:
     """Where an arm's scores at an alpha are: alpha 1 is the fine-tuned model itself."""
     return (arm, None) if alpha == 1.0 and (arm, 1.0) not in by_key else (arm, alpha)

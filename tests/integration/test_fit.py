@@ -77,12 +77,27 @@ def test_a_fit_ends_with_a_model_and_what_it_has_kept(inputs, whole):
     assert "broken.jpg" in (out / "rejected.tsv").read_text()
     assert "each with its reason" in done.stderr and "a tenth of the" in done.stderr
     assert "On your own classes the model went from" in done.stdout
-    assert (out / "report" / "index.html").is_file() and "$ arf train" in (out / "log.txt").read_text()
+    assert "$ arf train" in (out / "log.txt").read_text()
 
     import open_clip
 
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{out / 'best'}")
     assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_the_report_of_a_fit_says_whether_it_forgot(whole):
+    out, _ = whole
+    results, page = (
+        json.loads((out / "results.json").read_text()),
+        (out / "report" / "index.html").read_text(),
+    )
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert (report["reference"], report["missing"]) == ("before", {})
+    chosen = list(results["rows"].values())[2 if results["alpha"] else 1]
+    assert f"to {chosen['own']:.1f} % " in report["answer"]["sentence"]
+    assert f"to {chosen['kept']:.1f} % " in report["answer"]["sentence"]
+    assert report["answer"]["word"] in ("yes", "no", "perhaps") and "image-text retrieval" in page
+    assert '<p class="class">circle</p>' in page  # of a card of the gallery
 
 
 def test_the_same_command_has_nothing_left_to_do(inputs, whole):

@@ -15,7 +15,7 @@ from support.trainer import Trainer
 from arf_plugin.evaluation.records import read_records
 from arf_plugin.evaluation.verdicts import compare, find_arm, single
 
-WIDTHS = (390, 1600)
+WIDTHS = (390, 1400)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,32 @@ def test_the_page_is_whole_in_a_browser(page):
         "[...document.querySelectorAll('svg.panel')].map(svg => svg.getBoundingClientRect().width)"
     )
     assert len(panels) >= 10 and all(width > 150 for width in panels)
-    headings = page.locator("h2").all_inner_texts()
-    assert {"Results", "Accuracy per domain", "Calibration", "Training", "Anchors", "Runs"} <= set(headings)
+    headings = page.locator("main h2").all_inner_texts()
+    expected = ["Results", "Along α", "Accuracy per domain", "Anchors", "Calibration", "Training", "Runs"]
+    assert headings == expected == page.locator("nav a").all_inner_texts()
+
+
+def test_it_answers_first(page, report):
+    """Before anything else: did it forget, with the scores before and after."""
+    answer = json.loads((report / "report.json").read_text())["answer"]
+    assert page.locator("h1").inner_text() == answer["headline"]
+    shown = page.locator("table.answer tbody tr").all_inner_texts()
+    assert shown[0].startswith("BEFORE") and {"ARF", "FLYP"} <= {re.split(r"\W", row)[0] for row in shown[1:]}
+    place = "document.querySelector('table.answer').getBoundingClientRect().bottom"
+    assert page.evaluate(f"{place} < document.querySelector('nav').getBoundingClientRect().top")
+
+
+def test_no_letter_is_too_small(page):
+    """In plots too, which shrink with the page: at least 11 pixels."""
+    small = page.evaluate(
+        """[...document.querySelectorAll('body *')].filter(part => [...part.childNodes].some(
+            child => child.nodeType === 3 && child.textContent.trim())).map(part => {
+            const svg = part.closest('svg'), size = parseFloat(getComputedStyle(part).fontSize);
+            return [svg ? size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : size,
+                    part.outerHTML.slice(0, 90)];
+        }).filter(([size]) => size < 11)"""
+    )
+    assert small == []
 
 
 def test_nothing_is_wider_than_the_screen(page):
@@ -135,7 +159,7 @@ def test_hostile_text_stays_text(page):
     )
     assert page.title().startswith("Drawings <script>alert(1)</script>")
     spaced = " ".join(HOSTILE.split())
-    for place in (".caption", ".pairs span", ".query .class", ".arms dd", "h1", ".rows dd"):
+    for place in (".caption", ".pairs span", ".query .class", ".arms dd", ".eyebrow", ".rows dd"):
         assert any(spaced in text for text in page.locator(place).all_text_contents()), place
     assert any("<script>alert(1)" in text for text in page.locator("svg text").all_text_contents())
     assert "49" not in page.locator(".caption").first.text_content()
@@ -195,7 +219,7 @@ def test_figures_and_files_agree(report, grid):
     [shift] = [r for r in found["results"] if (r["arm"], r["alpha"], r["name"]) == ("arf", None, "shift")]
     assert sorted(shift["seeds"].values()) == pytest.approx(sorted(of_arf), abs=1e-3) and shift["n"] == 2
     assert [arm["name"] for arm in found["arms"]] == ["before", "flyp", "arf"]
-    assert found["missing"] == {} and found["reference"] == "flyp"
+    assert found["missing"] == {} and found["reference"] == "before"
     table = (report / "table.md").read_text()
     assert table.startswith("| top-1 %, as fine-tuned | ID | shift |")
     assert f"{shift['mean']:.1f}" in table and "<script>" not in table
@@ -214,7 +238,7 @@ def test_differences_are_paired_by_image(report, grid):
     [found] = [
         found["paired"]
         for found in content["differences"]
-        if (found["table"], found["arm"], found["name"]) == ("tuned", "arf", "ID")
+        if (found["table"], found["arm"], found["against"], found["name"]) == ("tuned", "arf", "flyp", "ID")
     ]
     records = read_records(grid / "results.jsonl")
     arms = [find_arm(records, name) for name in ("arf", "flyp")]

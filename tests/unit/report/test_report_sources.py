@@ -25,7 +25,8 @@ def test_a_grid(tmp_path):
     grid.add_run("before", 0)
     found = collect([grid.write()])
     assert list(found.arms) == ["before", "flyp", "arf"]
-    assert (found.before, found.reference, found.subject) == ("before", "flyp", "arf")
+    assert (found.before, found.reference, found.subject) == ("before", "before", "arf")
+    assert found.baseline == "flyp"
     assert {(run.arm, run.seed, len(run.logs)) for run in found.runs} == {("arf", 0, 1), ("before", None, 0)}
     assert {(m.arm, m.seed) for m in found.test} == {("before", None)} | {
         (a, s) for a in ("flyp", "arf") for s in range(3)
@@ -46,7 +47,7 @@ def test_rows_by_themselves_are_named_by_their_folders(tmp_path):
     assert [(m.arm, m.seed, m.alpha) for m in found.test] == [
         ("before", None, None), ("flyp", 0, None), ("arf", 3, None), ("arf", 3, 0.5), ("mine", None, None),
     ]  # fmt: skip
-    assert found.reference == "flyp" and next(iter(found.arms)) == "before"
+    assert (found.reference, found.baseline) == ("before", "flyp") and next(iter(found.arms)) == "before"
 
 
 def test_run_folders_beside_rows(tmp_path):
@@ -161,7 +162,7 @@ def test_what_is_missing_is_said_in_a_line_each(tmp_path):
     del row["metrics"]["ece"]
     path.write_text(json.dumps(row) + "\n")
     report = gather([path], Options())
-    assert set(report.missing) == {"curves", "domains", "calibration", "training", "anchors"}
+    assert set(report.missing) == {"curves", "calibration", "training", "anchors"}
     assert "arf interpolate" in report.missing["curves"] and "--anchors" in report.missing["anchors"]
     run = tmp_path / "arf-0"
     run.mkdir()
