@@ -73,6 +73,33 @@ def interleave(
     return seconds
 
 
+def bracket(
+    variants: Mapping[str, Callable[[], object]], reference: str, rounds: int, warmup: int = 1
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Times each variant between two runs of the reference, so that drift within a round, too, hits both alike.
+
+    Returns:
+        Seconds per call, by variant; and of each call, what it took of the mean of the two runs beside it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    ratios: dict[str, list[float]] = {name: [] for name in variants if name != reference}
+    for number in tqdm(range(-warmup, rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        order = [reference, *(word for name in ratios for word in (name, reference))]
+        taken = []
+        for name in order:
+            start = time.perf_counter()
+            variants[name]()
+            taken.append(time.perf_counter() - start)
+        if number < 0:
+            continue
+        for name, value in zip(order, taken, strict=True):
+            seconds[name].append(value)
+        for place, name in enumerate(ratios):
+            before, value, after = taken[2 * place : 2 * place + 3]
+            ratios[name].append(2 * value / (before + after))
+    return seconds, ratios
+
+
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over rounds of one variant's time by another's in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
