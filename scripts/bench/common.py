@@ -74,29 +74,25 @@ def interleave(
 
 
 def bracket(
-    variants: Mapping[str, Callable[[], object]], reference: str, rounds: int, warmup: int = 1
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    variants: Mapping[str, Callable[[], object]], reference: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Times each variant between two runs of the reference, so that drift within a round, too, hits both alike.
 
     Returns:
-        Seconds per call, by variant; and of each call, what it took of the mean of the two runs beside it.
+        Seconds per call, by variant; and of the other variants, their time by the mean of the two runs beside them:
+        the median over rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    ratios: dict[str, list[float]] = {name: [] for name in variants if name != reference}
-    for number in tqdm(range(-warmup, rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        order = [reference, *(word for name in ratios for word in (name, reference))]
-        taken = []
-        for name in order:
-            start = time.perf_counter()
-            variants[name]()
-            taken.append(time.perf_counter() - start)
-        if number < 0:
-            continue
-        for name, value in zip(order, taken, strict=True):
-            seconds[name].append(value)
-        for place, name in enumerate(ratios):
-            before, value, after = taken[2 * place : 2 * place + 3]
-            ratios[name].append(2 * value / (before + after))
+    others = [name for name in variants if name != reference]
+    runs = [f"{reference}, run {number}" for number in range(len(others) + 1)]
+    calls = {runs[0]: variants[reference]}
+    for name, run in zip(others, runs[1:], strict=True):
+        calls |= {name: variants[name], run: variants[reference]}
+    taken = interleave(calls, rounds)
+    seconds = {reference: [value for run in runs for value in taken[run]]}
+    ratios = {}
+    for name, before, after in zip(others, runs, runs[1:], strict=False):
+        beside = [(one + two) / 2 for one, two in zip(taken[before], taken[after], strict=True)]
+        seconds[name], ratios[name] = taken[name], paired_ratio(taken[name], beside)
     return seconds, ratios
 
 

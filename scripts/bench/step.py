@@ -17,7 +17,6 @@ writes the figures that scripts/tables.py puts into docs/cheaper.md.
 from __future__ import annotations
 
 import logging
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -65,8 +64,7 @@ def main() -> int:
         facts[f"{model}: batch"] = f"B = {size}"
         steps = build_steps(StepBench(model, size, args.device))
         gflops = {name: count_gflops(step) for name, step in steps.items()}
-        taken, beside = bracket(steps, "plain", args.rounds)
-        ratio = {name: statistics.median(values) for name, values in beside.items()}
+        taken, ratio = bracket(steps, "plain", args.rounds)
         for variant in VARIANTS[1:]:  # of a cycle, the mean step
             for measured in (gflops, ratio):
                 measured[variant.name] /= variant.every
