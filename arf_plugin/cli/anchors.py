@@ -84,9 +84,8 @@ class Build:
         if args.pool:
             require_files(args.pool, PoolError)  # hours before it is searched
         self.task = options.task_source(args)
-        caption = caption_stage(
-            args, self.task, self.work / "caption"
-        )  # refuses flags without --captioner, too
+        # Made without --captioner, too: it refuses flags that need one.
+        caption = caption_stage(args, self.task, self.work / "caption")
         self.caption = caption if args.captioner else None
         self.pool = expand_urls(args.pool, PoolError) if args.pool else None
         self.model = ClipModel(args.model, args.pretrained, args.precision) if args.model else None

@@ -73,6 +73,29 @@ def interleave(
     return seconds
 
 
+def bracket(
+    variants: Mapping[str, Callable[[], object]], reference: str, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Times each variant between two runs of the reference, so that drift within a round, too, hits both alike.
+
+    Returns:
+        Seconds per call, by variant; and of the other variants, their time by the mean of the two runs beside them:
+        the median over rounds.
+    """
+    others = [name for name in variants if name != reference]
+    runs = [f"{reference}, run {number}" for number in range(len(others) + 1)]
+    calls = {runs[0]: variants[reference]}
+    for name, run in zip(others, runs[1:], strict=True):
+        calls |= {name: variants[name], run: variants[reference]}
+    taken = interleave(calls, rounds)
+    seconds = {reference: [value for run in runs for value in taken[run]]}
+    ratios = {}
+    for name, before, after in zip(others, runs, runs[1:], strict=False):
+        beside = [(one + two) / 2 for one, two in zip(taken[before], taken[after], strict=True)]
+        seconds[name], ratios[name] = taken[name], paired_ratio(taken[name], beside)
+    return seconds, ratios
+
+
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over rounds of one variant's time by another's in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))

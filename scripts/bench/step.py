@@ -2,7 +2,8 @@
 
 All steps but the last are those of open_clip's own ``train_one_epoch`` (variants.py); batches are ready in memory, so
 the figures are compute alone. FLOPs are counted by torch on the same calls. With ``every 4`` a cycle of four steps is
-measured, and a quarter of it is told.
+measured, and a quarter of it is told. Each step is timed between two plain ones and compared with their mean: the speed
+of a shared machine changes within a minute.
 
 AdamW's update of all weights, and filling their gradients with zeros, take the same time whatever the batch and are no
 FLOPs that torch counts. B has to be large enough for them not to matter: 16 with ViT-B/32, whose images are 50 tokens,
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import Bar, interleave, paired_ratio, parser, report
+from common import Bar, bracket, parser, report
 from torch.utils.flop_counter import FlopCounterMode
 from variants import StepBench, Variant
 
@@ -39,7 +40,7 @@ VARIANTS = (
 
 
 def main() -> int:
-    flags = parser(__doc__.split("\n")[0], rounds=7)
+    flags = parser(__doc__.split("\n")[0], rounds=5)
     flags.add_argument(
         "--models", nargs="+", default=["ViT-B-32", "ViT-B-16"], help="open_clip models, random weights"
     )
@@ -63,12 +64,12 @@ def main() -> int:
         facts[f"{model}: batch"] = f"B = {size}"
         steps = build_steps(StepBench(model, size, args.device))
         gflops = {name: count_gflops(step) for name, step in steps.items()}
-        taken = interleave(steps, args.rounds)
-        for variant in VARIANTS:  # of a cycle, the mean step
-            gflops[variant.name] /= variant.every
+        taken, ratio = bracket(steps, "plain", args.rounds)
+        for variant in VARIANTS[1:]:  # of a cycle, the mean step
+            for measured in (gflops, ratio):
+                measured[variant.name] /= variant.every
             taken[variant.name] = [value / variant.every for value in taken[variant.name]]
         seconds |= {f"{model}: {name}": values for name, values in taken.items()}
-        ratio = {name: paired_ratio(values, taken["plain"]) for name, values in taken.items()}
         cost = {each.name: (ratio[each.name], gflops[each.name] / gflops["plain"]) for each in VARIANTS[1:]}
         data[model] = {"batch size": size, "time and FLOPs, x plain": cost}
         for variant in VARIANTS[1:]:
@@ -77,7 +78,7 @@ def main() -> int:
             bars.append(Bar("time of a step / plain, by the FLOPs ratio", time / flops, 1.05, of=name))
             if variant.bound is not None:
                 bars.append(Bar("time of a step / plain", time, variant.bound, of=name))
-        speedup = paired_ratio(taken["three forwards"], taken["ARF, A = B"])
+        speedup = ratio["three forwards"] / ratio["ARF, A = B"]
         bars.append(Bar("time of three forwards / ARF, A = B", speedup, 1.25, at_most=False, of=model))
     return report("step: one optimizer step", seconds, bars, args.json, data, **facts)
 

@@ -37,7 +37,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def run(*argv: object) -> subprocess.Popen[str]:
         # A test run under nohup or in the background ignores some signals, and its children would inherit that.
-        words = ["env", "--default-signal=HUP,INT", sys.executable, "-m", "arf_plugin.cli.main", *map(str, argv)]
+        heeding = ("env", "--default-signal=HUP,INT")
+        words = [*heeding, sys.executable, "-m", "arf_plugin.cli.main", *map(str, argv)]
         started.append(
             subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
         )
