@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from arf_plugin.cli import options
-from arf_plugin.flags import number_type
 
 EXAMPLES = """\
   arf data my-images --out task                    folders of images, one per class
   arf data images.csv --val 0.2 --out task         a table of paths and classes
+  arf data train-images --val val-images --out task
   arf data 'shards/{000..099}.tar' --out task      WebDataset; also parquet, metadata.jsonl, train/ and val/
   arf data captioned --pool --out pool             images with texts: a pool for pair anchors
+  arf data hf://datasets/NAME/data/train-*.parquet --pool --out pool       copied to pool/source first, with fsspec
 
 What follows:
   arf caption --train-data 'task/train/{...}.tar' ...      arf train --train-data 'task/train/{...}.tar' \\
@@ -35,11 +36,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "source", metavar="SOURCE", help="folder of class folders, CSV, metadata.jsonl, parquet files or tars"
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where shards go")
-    part = number_type(float, lambda value: 0 <= value < 1, "a part from 0 to 1")
-    val = "part of each class for validation, if the source has no validation split (default: %(default)s)"
-    add("--val", type=part, default=0.15, metavar="PART", help=val)
+    val = "part of each class for validation, if the source has no validation split (default: %(default)s), or a source"
+    add("--val", type=options.part_or_source, default=0.15, metavar="PART|SOURCE", help=val)
     names = "class names by class index, or in the order of the folders' names, one per line"
     add("--classnames", metavar="FILE", help=names)
+    add("--templates", metavar="FILE", help="prompts, {c} for the name, one per line (default: OpenAI's seven)")
     add("--pool", action="store_true", help="images with texts rather than classes")
     size = f"samples per shard (default: an eighth of the images, at most {1000})"
     add("--shard-size", type=options.positive, metavar="N", help=size)
@@ -56,6 +57,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Runs the stage."""
+    from arf_plugin.anchors.tars import is_remote
+    from arf_plugin.datasets.remote import fetched
     from arf_plugin.datasets.stage import DataStage
 
+    if is_remote(args.source) and not args.dry_run:
+        args.source = str(fetched(args.source, args.out / "source"))
     return options.execute(options.from_args(DataStage, args, work_folder=None), args)

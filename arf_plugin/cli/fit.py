@@ -48,16 +48,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ("--captioner-url", "URL", "server of chat completions (vLLM, SGLang, ...) that has the captioner"),
         ("--captioner-prompt", "TEXT", "what the captioner is asked"),
         ("--classnames", "FILE", "class names, one per line"),
+        ("--templates", "FILE", "prompts, {c} for the name, one per line (default: OpenAI's seven)"),
         ("--time", "TIME", "as many epochs as fit into it, such as 30m"),
         ("--device", "D", "auto (default), cpu, cuda"),
     ):
         add(flag, metavar=metavar, help=text)
-    add("--val", type=float, metavar="PART", help="part of each class for validation (default: 0.15)")
+    val = "part of each class for validation (default: 0.15, if there are no validation images), or a source of them"
+    add("--val", type=options.part_or_source, metavar="PART|IMAGES", help=val)
     add("--keep", nargs="+", metavar="FOLDER", help="evaluation sets whose accuracy is to be kept")
     add("--preset", choices=("recommended", "paper", "fast"), help="which loss terms (default: recommended)")
     flyp = "fine-tune with class prompts alone, too (FLYP)"
     add("--baseline", action="store_true", default=None, help=flyp)
     add("--seeds", type=int, metavar="N", help="runs of each (default: 1)")
+    add("--jobs", type=options.positive, metavar="N", help="runs that train side by side, and share the cores (1)")
     add("--max-forget", type=float, metavar="POINTS", help="end with status 3 if more is lost")
     add("--set", action="append", metavar="FLAG=VALUE", help="any flag of the trainer; may be repeated")
     add("--dry-run", action="store_true", help="print the plan and stop")

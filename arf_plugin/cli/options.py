@@ -75,6 +75,17 @@ def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[
     add("--processes", type=positive, default=1, metavar="N", help=processes)
 
 
+def part_or_source(text: str) -> float | str:
+    """Type of ``--val``: a part from 0 to 1, or a source of images."""
+    try:
+        part = float(text)
+    except ValueError:
+        return text
+    if not 0 <= part < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a part from 0 to 1, or a source of images")
+    return part
+
+
 def byte_size(text: str) -> int:
     """Type of a flag that takes a number of bytes, such as ``500M`` or ``1.5G`` (powers of 1024)."""
     number, unit = text[:-1], text[-1:].upper()

@@ -87,21 +87,29 @@ def load_prompts(classnames: str, templates: str) -> ClassPrompts:
     Raises:
         FlagError: A file that cannot be read, is empty, or holds a template without a placeholder.
     """
-    names = load_classnames(classnames)
+    return ClassPrompts(load_classnames(classnames), load_templates(templates))
+
+
+def load_templates(templates: str, flag: str = "--arf-templates") -> list[str]:
+    """Reads templates from a file, or open_clip's by the name ``imagenet``; ``{c}`` is where the name goes.
+
+    Raises:
+        FlagError: As of `load_prompts`.
+    """
     if templates == "imagenet":
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-        return ClassPrompts(names, [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES])
+        return [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
     lines = []
-    for number, line in enumerate(_lines(templates, "--arf-templates"), 1):
+    for number, line in enumerate(_lines(templates, flag), 1):
         placeholder = next((text for text in PLACEHOLDERS if text in line), None)
         if placeholder is None:
             raise FlagError(
-                f"--arf-templates {templates}, line {number}: {line!r} has no place for the class name.\n"
+                f"{flag} {templates}, line {number}: {line!r} has no place for the class name.\n"
                 "Write {c} where it goes, for example: a photo of a {c}."
             )
         lines.append(line.replace(placeholder, "{c}"))
-    return ClassPrompts(names, lines)
+    return lines
 
 
 def _lines(path: str, flag: str) -> list[str]:

@@ -76,7 +76,8 @@ def _read(source: str, pool: bool) -> Listing:
     path = Path(source)
     if is_remote(source.split("::")[0]):
         raise TaskDataError(
-            f"{source} is not on this machine. Copy it here first, or name its tars as --train-data."
+            f"{source} is not on this machine. Copy it here first, or name its tars as --train-data. (arf data copies "
+            "what fsspec reaches by itself, without --dry-run.)"
         )
     if path.is_dir():
         return _read_folder(path, pool)

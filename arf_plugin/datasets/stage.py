@@ -82,17 +82,20 @@ class DataStage(Stage):
 
     Attributes:
         source: What the user named; see :mod:`arf_plugin.datasets.forms`.
-        val: Part of each class that is kept for validation, where the source has no validation images of its own.
+        val: Part of each class that is kept for validation, where the source has no validation images of its own; or
+            another source, which has them.
         pool: Images with texts and no classes.
         classnames: File of class names by class index; None for those that the source has.
+        templates: File of prompts, ``{c}`` for the name; None for OpenAI's seven.
         shard_size: Samples in a shard; None for one that gives every loader worker a shard.
         workers: Threads that look at images.
     """
 
     source: str
-    val: float = 0.15
+    val: float | str = 0.15
     pool: bool = False
     classnames: str | None = None
+    templates: str | None = None
     shard_size: int | None = None
     workers: int = 2
     name = "data"
@@ -107,7 +110,7 @@ class DataStage(Stage):
         return {
             "content": digest(content),
             "classnames": self.made.classnames,
-            "templates": _templates(),
+            "templates": self._templates,
             "shard_size": self.shard_size,
             "pool": self.pool,
         }
@@ -170,10 +173,10 @@ class DataStage(Stage):
             ],
         }
         if not self.pool:
-            texts |= {"classnames.txt": made.classnames, "templates.txt": _templates()}
+            texts |= {"classnames.txt": made.classnames, "templates.txt": self._templates}
             for part in set(made.parts) - {"train"}:
                 texts[f"{part}/classnames.txt"] = made.classnames
-                texts[f"{part}/zeroshot_classification_templates.txt"] = _templates()
+                texts[f"{part}/zeroshot_classification_templates.txt"] = self._templates
                 texts[f"{part}/test/nshards.txt"] = [str(shards_of[part])]
         for name, lines in texts.items():
             with replacing(self.out / name) as temporary:
@@ -200,6 +203,17 @@ class DataStage(Stage):
         return summary
 
     @cached_property
+    def _templates(self) -> list[str]:
+        """Those of the file, or OpenAI's seven prompts that did best on ImageNet, as open_clip has them."""
+        from open_clip import SIMPLE_IMAGENET_TEMPLATES
+
+        from arf_plugin.data.prompts import load_templates
+
+        if self.templates is not None:
+            return load_templates(self.templates, "--templates")
+        return [template("{c}") for template in SIMPLE_IMAGENET_TEMPLATES]
+
+    @cached_property
     def made(self) -> Plan:
         """What is to be written; looks at every image once.
 
@@ -212,9 +226,13 @@ class DataStage(Stage):
             notes.append(f"folders without images are no classes: {shortened(listing.empty)}")
         rejected: list[tuple[str, str]] = []
         named = {} if self.pool else _class_names(listing, self.classnames, notes)
+        entries = listing.entries
+        if isinstance(self.val, str):
+            entries = entries + self._validation(listing, named, notes)
+            named |= {name: name for name in named.values()}
         same: dict[str, list[Sample]] = defaultdict(list)  # by content
         for entry, (sha256, suffix, problem) in look_once(
-            listing.entries, _stamp, look, "looks", self.workers
+            entries, _stamp, look, "looks", self.workers
         ):
             name = named.get(entry.label)
             if not problem and not (entry.text if self.pool else name):
@@ -239,7 +257,7 @@ class DataStage(Stage):
         samples = sorted((some[0] for some in same.values()), key=lambda sample: sample.sha256)
         if not samples:
             raise TaskDataError(
-                f"Not one of the {len(listing.entries)} images of {self.source} can be used; the first: "
+                f"Not one of the {len(entries)} images of {self.source} can be used; the first: "
                 f"{rejected[0][0]} {rejected[0][1]}."
             )
         repeated = sum(len(some) - 1 for some in same.values())
@@ -255,7 +273,33 @@ class DataStage(Stage):
                 f"There is only one class, {names[0]!r}. Expected two or more; name the folder whose folders are the "
                 "classes."
             )
-        return Plan(listing.form, _split(samples, self.val, notes), names, rejected, repeated, notes)
+        val = self.val if isinstance(self.val, float) else 0.0
+        return Plan(listing.form, _split(samples, val, notes), names, rejected, repeated, notes)
+
+    def _validation(self, listing: Listing, named: dict[Any, str], notes: list[str]) -> list[Entry]:
+        """Images of `val`, labelled with the names of the source's classes.
+
+        Raises:
+            TaskDataError: It has another class, or the source has validation images, too.
+        """
+        if any(entry.split == "val" for entry in listing.entries):
+            raise TaskDataError(
+                f"{self.source} has validation images of its own, and --val {self.val} names others. Leave --val out, "
+                "or name the training images alone."
+            )
+        other = read_source(str(self.val))
+        other = dataclasses.replace(other, classnames=other.classnames or listing.classnames)
+        numbered = all(isinstance(entry.label, int) for entry in other.entries if entry.label is not None)
+        called = _class_names(other, self.classnames if numbered else None, [])
+        notes += [f"{self.val}: {note}" for note in other.notes]
+        if unknown := sorted(set(called.values()) - set(named.values())):
+            raise TaskDataError(
+                f"--val {self.val} has the class {unknown[0]!r}, and {self.source} has not; its classes: "
+                f"{shortened(sorted(set(named.values())))}. Expected images of the same classes, called the same."
+            )
+        return [
+            dataclasses.replace(entry, label=called.get(entry.label), split="val") for entry in other.entries
+        ]
 
 
 def _stamp(entry: Entry) -> list[Any]:
@@ -378,13 +422,6 @@ def _split(samples: list[Sample], val: float, notes: list[str]) -> dict[str, lis
     if most > 10 * least:
         notes.append(f"classes are unbalanced: {least} to {most} images")
     return {part: some for part, some in parts.items() if some}
-
-
-def _templates() -> list[str]:
-    """OpenAI's seven prompts that did best on ImageNet, as open_clip has them."""
-    from open_clip import SIMPLE_IMAGENET_TEMPLATES
-
-    return [template("{c}") for template in SIMPLE_IMAGENET_TEMPLATES]
 
 
 def _png(data: bytes) -> bytes:

@@ -122,8 +122,11 @@ def recipe(
     }
     if accumulate > 1:
         values["--accum-freq"] = (str(accumulate), f"{total} images a step in micro-batches of {held}")
-    if machine.gpus:
-        values["--precision"] = ("amp_bf16", "GPUs since 2020 have it, and it needs no loss scaling")
+    values["--precision"] = (
+        ("amp_bf16", "GPUs since 2020 have it, and it needs no loss scaling")
+        if machine.gpus
+        else ("fp32", "most CPUs gain nothing from less")
+    )
     if pairs and preset != "paper":
         values["--arf-pair-batch-size"] = (str(max(1, held // 4)), "a quarter of the task images")
     return values

@@ -21,14 +21,16 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from arf_plugin.ablation.launch import last_lines, trainer
+from arf_plugin.ablation.launch import cpu_threads, last_lines, trainer
 from arf_plugin.errors import FitError, MissingDependencyError, PoolError
 from arf_plugin.files import digest, list_files, not_there, replacing, write_json
 from arf_plugin.fitting import outcome, recipe
@@ -79,6 +81,8 @@ class Fit:
         self.start = settings.start()
         self.began = time.monotonic()
         self.commands: list[str] = []
+        self._lock = threading.Lock()  # of the list of commands
+        self._running: set[subprocess.Popen[bytes]] = set()
 
     def run(self) -> dict[str, Any]:
         """Runs what is left of all stages.
@@ -97,9 +101,7 @@ class Fit:
         self._data()
         self._anchors()
         chosen = self._recipe()
-        runs = {
-            arm: [self._train(arm, seed, chosen) for seed in range(self.settings.seeds)] for arm in self.arms
-        }
+        runs = self._train_all(chosen)
         self._title("choose", "alpha on validation data, evaluate")
         found = outcome.measure(self.settings, runs, self._pairs() if self.has_pairs else [])
         self._report(found["alphas"])
@@ -113,7 +115,7 @@ class Fit:
             ArfError: The first of it.
         """
         from arf_plugin.anchors.task import require_files
-        from arf_plugin.data.prompts import load_classnames
+        from arf_plugin.data.prompts import load_classnames, load_templates
         from arf_plugin.datasets.forms import read_source
         from arf_plugin.evaluation.sets import find_sets
         from arf_plugin.pipeline.captioner import require_captioner
@@ -136,8 +138,12 @@ class Fit:
             find_sets(Path(folder))
         if settings.classnames:
             load_classnames(settings.classnames, "--classnames")
+        if settings.templates:
+            load_templates(settings.templates, "--templates")
         if not (self.task / "data.json").is_file():
             read_source(settings.images)
+            if isinstance(settings.val, str):
+                read_source(settings.val)
         place = next(one for one in (self.out, *self.out.absolute().parents) if one.exists())
         if not (self.out / "runs").exists() and shutil.disk_usage(place).free < self._disk:
             raise FitError(
@@ -156,7 +162,8 @@ class Fit:
 
         settings = self.settings
         self.check()
-        stage = DataStage(self.task, settings.images, settings.val, classnames=settings.classnames)
+        texts = {"classnames": settings.classnames, "templates": settings.templates}
+        stage = DataStage(self.task, settings.images, settings.val, **texts)
         made = stage.made
         shards = sum(shard.source[0] == "train" for shard in stage.plan())
         images = {part: len(samples) for part, samples in made.parts.items()}
@@ -226,8 +233,9 @@ class Fit:
     def _data(self) -> None:
         settings = self.settings
         self._title("data", settings.images)
-        names = ["--classnames", settings.classnames] if settings.classnames else []
-        self._call("data", settings.images, "--out", self.task, "--val", settings.val, *names)
+        texts = ["--classnames", settings.classnames] if settings.classnames else []
+        texts += ["--templates", settings.templates] if settings.templates else []
+        self._call("data", settings.images, "--out", self.task, "--val", settings.val, *texts)
         counts = ", ".join(f"{count} {part}" for part, count in self.data["images"].items())
         self.say(f"        {counts} images of {self.data['classes']} classes ({self.data['form']})")
         for note in self.data["notes"]:
@@ -317,6 +325,29 @@ class Fit:
             raise FitError(f"An epoch takes {epoch:.0f} s, {runs} runs of one do not fit into {time}.")
         return fit
 
+    def _train_all(self, values: Values) -> dict[str, list[Path]]:
+        """Trains every arm with every seed, some of them side by side; returns the last checkpoints."""
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            runs = {
+                (arm, seed): pool.submit(self._train, arm, seed, values)
+                for seed in range(self.settings.seeds)
+                for arm in self.arms
+            }
+            try:
+                wait(runs.values(), return_when=FIRST_EXCEPTION)
+                return {arm: [runs[arm, n].result() for n in range(self.settings.seeds)] for arm in self.arms}
+            except BaseException as cause:  # of one of them, or Ctrl-C: the others finish their step and save
+                (self.out / "stop").touch()
+                pool.shutdown(wait=False, cancel_futures=True)
+                if type(cause) is not KeyboardInterrupt:
+                    raise
+                self.say("        stopping after this step, and saving; Ctrl-C again stops at once")
+                try:
+                    wait(runs.values())
+                except KeyboardInterrupt:
+                    self._end()
+                raise self._interrupted() from None
+
     def _train(self, arm: str, seed: int, values: Values) -> Path:
         """Trains one run, or goes on with it; returns its last checkpoint."""
         name = f"{arm}-{seed}"
@@ -327,7 +358,8 @@ class Fit:
         last = self._finished(name)
         if last is None:
             self._title("train", f"{name} ({recipe.PRESETS[arm][1]})" if arm in recipe.PRESETS else name)
-        self._call_trainer("train", arm, values, flags, finished=last is not None)
+        log = f"log-{name}.txt" if self.settings.jobs > 1 else "log.txt"
+        self._call_trainer("train", arm, values, flags, finished=last is not None, log=log)
         last = last or self._finished(name)
         if last is None:
             raise self._interrupted()
@@ -377,10 +409,8 @@ class Fit:
 
     # --- processes -------------------------------------------------------------------------------------------------
 
-    def _call_trainer(
-        self, stage: str, arm: str, values: Values, flags: list[Any], finished: bool = False
-    ) -> None:
-        """Trains; FLYP knows no anchors, so it gets none of their values."""
+    def _call_trainer(self, stage: str, arm: str, values: Values, flags: list[Any], **how: Any) -> None:
+        """Trains; FLYP knows no anchors, so it gets none of their values. For `how`, see `_call`."""
         terms, task = self.arms[arm], self.task
         recipes = [(flag, value) for flag, (value, _) in values.items() if terms or "arf" not in flag]
         self._call(
@@ -394,16 +424,19 @@ class Fit:
             *terms,
             *flags,
             stage=stage,
-            finished=finished,
+            **how,
         )
 
-    def _call(self, *words: Any, stage: str | None = None, finished: bool = False) -> None:
-        """Runs a command of `arf`, or of torchrun, with its output in log.txt.
+    def _call(
+        self, *words: Any, stage: str | None = None, finished: bool = False, log: str = "log.txt"
+    ) -> None:
+        """Runs a command of `arf`, or of torchrun, with its output in a log.
 
         Args:
             *words: Of the command.
-            stage: Of a training, which the first Ctrl-C lets finish its step and save; a second one ends it.
+            stage: What it is called, if not as the command.
             finished: Only notes the command, which an earlier fit has run.
+            log: A file in the fit's folder.
 
         Raises:
             FitError: It has failed.
@@ -411,43 +444,48 @@ class Fit:
         """
         argv = [str(word) for word in words]
         own = not argv[0].endswith("torchrun")
-        self.commands.append(shlex.join(["arf", *argv] if own else argv))
-        _write(self.out / "commands.sh", "\n".join(["set -e", *self.commands]) + "\n")
+        shown, file = shlex.join(["arf", *argv] if own else argv), self.out / log
+        with self._lock:
+            self.commands.append(shown)
+            _write(self.out / "commands.sh", "\n".join(["set -e", *self.commands]) + "\n")
         if finished:
             return
-        with (self.out / "log.txt").open("ab") as log:
-            log.write(f"\n$ {self.commands[-1]}\n".encode())
-            log.flush()
+        jobs = self.settings.jobs if stage == "train" else 1
+        threads = cpu_threads(max(1, self.machine.cores // jobs)) if jobs > 1 else {}
+        with file.open("ab") as stream:
+            stream.write(f"\n$ {shown}\n".encode())
+            stream.flush()
             process = subprocess.Popen(
                 [sys.executable, "-m", "arf_plugin.cli.main", *argv] if own else argv,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **threads, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
-            status = self._wait(process, patient=stage is not None)
+        self._running.add(process)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            self._end()
+            raise self._interrupted() from None
+        finally:
+            self._running.discard(process)
         if status in (130, -signal.SIGINT):
             raise self._interrupted()
         if status:
-            lines = _COMMAND.split(last_lines(self.out / "log.txt"))[-1]
+            lines = _COMMAND.split(last_lines(file))[-1]
             error = _ERROR.search(lines)
             raise FitError(
                 f"The stage {stage or argv[0]} has failed (status {status}):\n"
                 + "\n".join(f"  {line}" for line in (error[0] if error else lines).splitlines())
-                + f"\nAll of it: {self.out / 'log.txt'}. What is finished is kept: the same command goes on."
+                + f"\nAll of it: {file}. What is finished is kept: the same command goes on."
             )
 
-    def _wait(self, process: subprocess.Popen[bytes], patient: bool) -> int:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            if not patient:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                raise self._interrupted() from None
-        (self.out / "stop").touch()
-        self.say("        stopping after this step, and saving; Ctrl-C again stops at once")
-        return self._wait(process, patient=False)
+    def _end(self) -> None:
+        """Ends the processes that are running."""
+        for process in list(self._running):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(f"this goes on: arf fit --config {self.out / 'config.yaml'}")

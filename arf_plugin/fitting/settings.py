@@ -47,11 +47,13 @@ class FitSettings(Strict):
     captioner_url: str | None = None
     captioner_prompt: str | None = None
     classnames: str | None = None
-    val: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    templates: str | None = None
+    val: Annotated[float, Field(gt=0, lt=1)] | str = 0.15
     keep: list[str] = Field(default=[])
     preset: Literal["recommended", "paper", "fast"] = "recommended"
     baseline: bool = False
     seeds: Annotated[int, Field(ge=1)] = 1
+    jobs: Annotated[int, Field(ge=1, exclude=True)] = 1  # of no influence on what comes of it
     max_forget: Annotated[float, Field(ge=0)] | None = None
     time: Annotated[str, AfterValidator(_is_time)] | None = None
     set: dict[str, str | int | float | bool] = Field(default={})

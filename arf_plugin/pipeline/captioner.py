@@ -210,12 +210,35 @@ class Captioner:
             raise StageError(
                 "This captioner takes no prompt (it has no joint processor). Leave out --prompt."
             )
+        self._talks = bool(getattr(self._processor, "chat_template", None))
+        self._find_prompt(name)
+
+    def _find_prompt(self, name: str) -> None:
+        """Takes the first prompt that a blank image can be captioned with: some models want a place for it there."""
+        import PIL.Image
+
+        given, token = self._generation.prompt, getattr(self._processor, "image_token", None)
+        prompts = [given or PROMPT] if self._talks else [given]
+        if not self._talks and isinstance(token, str) and token not in given:
+            prompts.append(f"{token}{given}")
+        problem = None
+        for self._prompt in prompts:
+            try:
+                self.captions(self.inputs([PIL.Image.new("RGB", (64, 64))]))
+                return
+            except Exception as cause:  # of the libraries that read configurations, weights and tokenizers
+                problem = cause
+        raise StageError(
+            f"The captioner {name!r} cannot caption a blank image with {' or '.join(map(repr, prompts))} as prompt: "
+            f"{printable(str(problem))[:300]}. Give it the prompt of its model card, with --prompt "
+            "(arf fit: --captioner-prompt)."
+        ) from problem
 
     def inputs(self, images: list[PIL.Image.Image]) -> dict[str, Any]:
         """Turns RGB images into the model's inputs, on the CPU."""
         more: dict[str, Any] = {}
-        if prompt := self._generation.prompt:
-            if getattr(self._processor, "chat_template", None):
+        if prompt := self._prompt:
+            if self._talks:
                 content = [{"type": "image"}, {"type": "text", "text": prompt}]
                 talk = [{"role": "user", "content": content}]
                 prompt = self._processor.apply_chat_template(talk, add_generation_prompt=True)

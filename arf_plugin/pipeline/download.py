@@ -184,20 +184,20 @@ class DownloadStage(Stage):
             urls = [link["url"] for link in links.values()]
             write_table(raw / "links.parquet", pa.table({"url": urls, "row": list(links)}))
             arguments = {
-                **{
-                    "url_list": f"{raw}/links.parquet",
-                    "input_format": "parquet",
-                    "output_folder": f"{raw}/out",
-                },
-                **{
-                    "output_format": "webdataset",
-                    "save_additional_columns": ["row"],
-                    "compute_hash": "sha256",
-                },
-                **{"image_size": self.image_size, "resize_mode": "keep_ratio", "resize_only_if_bigger": True},
-                # JPEGs that are small enough stay the bytes that they are.
-                **{"skip_reencode": True, "extract_exif": False, "processes_count": 1},
-                **{"thread_count": self.threads, "number_sample_per_shard": max(len(links), 2)},
+                "url_list": f"{raw}/links.parquet",
+                "input_format": "parquet",
+                "save_additional_columns": ["row"],
+                "output_folder": f"{raw}/out",
+                "output_format": "webdataset",
+                "compute_hash": "sha256",
+                "image_size": self.image_size,
+                "resize_mode": "keep_ratio",
+                "resize_only_if_bigger": True,
+                "skip_reencode": True,  # JPEGs that are small enough stay the bytes that they are
+                "extract_exif": False,
+                "processes_count": 1,
+                "thread_count": self.threads,
+                "number_sample_per_shard": max(len(links), 2),
             }
             self._run(json.dumps(arguments), raw / "log.txt")
             tar, said = raw / "out/00000.tar", raw / "out/00000.parquet"

@@ -24,12 +24,9 @@ case $name in
         exit 2
         ;;
 esac
-if [ ! -f "$RUN/anchors/anchors.json" ]; then
-    echo "$RUN has no anchors: run scripts/quickstart.sh first, or name its folders with DATA and RUN" >&2
-    exit 1
-fi
 dry_run=
 for argument in "$@"; do [ "$argument" != --dry-run ] || dry_run=yes; done
+[ -n "$dry_run" ] || "$VENV/bin/python" scripts/emojinet/quickstart.py --data "$DATA" --out "$RUN" --anchors
 if [ "$name" = captioner ] && [ -z "$dry_run" ]; then
     for steps in 50 150; do
         "$VENV/bin/python" scripts/benchmarks/captioner.py "$DATA" "$RUN" "$steps" "$OUT/captioners/$steps"

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 run=${RUN:-runs/quickstart} data=${DATA:-data/emojinet}
 arf=${VENV:-.venv}/bin/arf
-work=$run/anchors/work out=$run/exclusion
+work=$run/fit/anchors/work out=$run/exclusion
 folders=()
 # zero_shot_fine holds zero_shot's images
 for set in "$data"/evaluation/test/{id,zero_shot,shift/*}; do

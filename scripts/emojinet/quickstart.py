@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -37,22 +36,16 @@ class Quickstart:
         data: EmojiNet's folder; is built if it is not there.
         out: folder of everything that is made from it.
         recipe: hyper-parameters.
-        seeds: seeds of the fine-tuning runs.
+        seeds: fine-tuning runs of each arm.
         fast: build the small pool.
         half: evaluate on the "test" or the "validation" sets.
     """
 
     def __init__(
-        self, data: Path, out: Path, recipe: Recipe, seeds: list[int], fast: bool = False, half: str = "test"
+        self, data: Path, out: Path, recipe: Recipe, seeds: int, fast: bool = False, half: str = "test"
     ) -> None:
-        self.data, self.out, self.recipe, self.seeds, self.fast, self.half = (
-            data,
-            out,
-            recipe,
-            seeds,
-            fast,
-            half,
-        )
+        self.data, self.out, self.recipe, self.seeds = data, out, recipe, seeds
+        self.fast, self.half = fast, half
         self.started = time.monotonic()
 
     def run(self) -> str:
@@ -61,19 +54,22 @@ class Quickstart:
         Returns:
             The table.
         """
-        self.title("1/6 EmojiNet: download, draw, split")
+        clip = self.prepare()
+        self.title("4/5 anchors, FLYP and ARF, how far to go, a report (arf fit)")
+        runs = self.fit(clip)
+        self.title("5/5 the test sets, also with WiSE-FT (arf evaluate)")
+        return self.evaluate(clip, runs)
+
+    def prepare(self) -> str:
+        """Makes what a user has already: images, a pretrained CLIP, a captioner; returns what `--model` gets."""
+        self.title("1/5 EmojiNet: download, draw, split")
         build(self.data, self.data.parent / "emojinet-cache", self.fast)
-        self.title("2/6 pretrain a tiny CLIP on the pool (open_clip's trainer)")
+        self.title("2/5 pretrain a tiny CLIP on the pool (open_clip's trainer)")
         clip = self.pretrain()
-        self.title("3/6 train a tiny captioner on the pool")
+        self.title("3/5 train a tiny captioner on the pool")
         weights = self.out / "clip" / "open_clip_model.safetensors"
         captioner.train(self.pairs, weights, self.out / "captioner", self.recipe.captioner_steps)
-        self.title("4/6 build anchors: caption, embed, retrieve, pack (arf anchors)")
-        anchors = self.anchors(clip)
-        self.title("5/6 fine-tune: FLYP and ARF, the same recipe (open_clip's trainer)")
-        runs = self.fine_tune(clip, anchors)
-        self.title("6/6 evaluate, also with WiSE-FT (arf evaluate)")
-        return self.evaluate(clip, runs)
+        return clip
 
     def title(self, text: str) -> None:
         """Announces a step, with the time since the start."""
@@ -95,13 +91,17 @@ class Quickstart:
         run = Run(self.out / "pretraining", untrained, pattern(self.pairs), self.recipe.pretraining)
         return model_folder(self.out / "clip", train(run, "pretrain"))
 
+    @property
+    def pool(self) -> str:
+        """What pairs are retrieved from: the emoji of other styles, and more unrelated icons."""
+        return f"{pattern(self.shards('emoji'))}::{pattern(self.shards('icons'))}"
+
     def anchors(self, clip: str, name: str = "anchors", extra: Sequence[str] = ()) -> Path:
-        """Builds an anchor set of the task data; `extra` are further flags of `arf anchors`."""
+        """Builds an anchor set of the task's own shards, for the grids; `extra` are further flags of `arf anchors`."""
         anchors = self.out / name
-        pool = f"{pattern(self.shards('emoji'))}::{pattern(self.shards('icons'))}"
         call(
             [
-                *("arf", "anchors", "--task-data", self.task, "--pool", pool, "--out", str(anchors)),
+                *("arf", "anchors", "--task-data", self.task, "--pool", self.pool, "--out", str(anchors)),
                 *("--captioner", str(self.out / "captioner"), "--prompt", captioner.IMAGE_TOKEN),
                 *("--model", clip),
                 *("--k", str(self.recipe.neighbours), "--max-new-tokens", "20"),
@@ -120,27 +120,33 @@ class Quickstart:
         """The task's training shards."""
         return pattern(sorted((self.data / "task" / "train").glob("*.tar")))
 
-    def fine_tune(self, clip: str, anchors: Path) -> dict[str, tuple[str, list[int]]]:
-        """Fine-tunes every arm with every seed, one run per core at a time.
+    def fit(self, clip: str) -> dict[str, tuple[str, list[int]]]:
+        """Builds anchors and fine-tunes FLYP and ARF with every seed, a run per core at a time.
 
         Returns:
             Checkpoint -> (arm, its seeds).
         """
-        arms = {"flyp": None, "arf": anchors}
-        cores = len(os.sched_getaffinity(0))
-        jobs = [
-            (arm, seed, self.fine_tuning(f"{arm}-{seed}", clip, seed, folder))
-            for seed in self.seeds
-            for arm, folder in arms.items()
-        ]
-        with ThreadPoolExecutor(cores) as pool:
-            # One thread per run: several small runs side by side finish sooner than one after the other.
-            done = [
-                pool.submit(train, run, f"{arm} seed {seed}", 1, position)
-                for position, (arm, seed, run) in enumerate(jobs)
+        out, given = self.out / "fit", self.recipe.fine_tuning.arguments()
+        settings = [f"{flag[2:]}={value}" for flag, value in zip(given[::2], given[1::2], strict=True)]
+        settings += ["arf-freeze-bn", "workers=1", "precision=fp32"]
+        call(
+            [
+                *("arf", "fit", str(self.data / "task"), "--model", clip, "--out", str(out)),
+                *("--pool", self.pool, "--captioner", str(self.out / "captioner")),
+                *("--templates", str(self.data / "task" / "templates.txt")),
+                *("--keep", str(self.data / "evaluation" / "validation" / "zero_shot")),
+                *("--preset", "paper", "--baseline", "--seeds", str(self.seeds), "--device", "cpu"),
+                # A thread each, whatever the machine: threads count among what makes two runs equal.
+                *("--jobs", str(max(2, len(os.sched_getaffinity(0))))),
+                *(word for one in settings for word in ("--set", one)),
             ]
-            weights = [future.result() for future in done]
-        return {str(path): (arm, [seed]) for path, (arm, seed, _) in zip(weights, jobs, strict=True)}
+        )
+        last = f"epoch_{self.recipe.fine_tuning.epochs}.pt"
+        return {
+            str(out / "runs" / f"{name}-{seed}" / "checkpoints" / last): (arm, [seed])
+            for seed in range(self.seeds)
+            for arm, name in (("flyp", "flyp"), ("arf", "paper"))
+        }
 
     def fine_tuning(self, name: str, clip: str, seed: int, anchors: Path | None) -> Run:
         """One fine-tuning run: FLYP, or ARF if there are anchors. The two differ in one flag."""
@@ -194,15 +200,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fast", action="store_true", help="a smoke run of about 3 minutes")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="fine-tuning seeds (default: 0 1 2; with --fast: 0)"
-    )
+    parser.add_argument("--seeds", type=int, help="fine-tuning runs of each (default: 3; with --fast: 1)")
     parser.add_argument("--data", type=Path, help="EmojiNet's folder (default: data/emojinet[-fast])")
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/quickstart[-fast])")
     parser.add_argument(
         "--validation",
         action="store_true",
         help="evaluate on the validation sets, for choosing hyper-parameters; results go to OUT/validation",
+    )
+    parser.add_argument(
+        "--anchors", action="store_true", help="end with OUT/anchors, which scripts/emojinet/ablate.sh begins with"
     )
     args = parser.parse_args()
     os.environ.update(cpu_threads(THREADS))  # of the captioner's training, which is in this process
@@ -212,11 +219,14 @@ def main() -> int:
         args.data or Path(f"data/emojinet{suffix}"),
         args.out or Path(f"runs/quickstart{suffix}"),
         FAST if args.fast else FULL,
-        args.seeds or ([0] if args.fast else [0, 1, 2]),
+        args.seeds or (1 if args.fast else 3),
         args.fast,
         "validation" if args.validation else "test",
     )
     try:
+        if args.anchors:
+            quickstart.anchors(quickstart.prepare())
+            return 0
         table = quickstart.run()
     except (DownloadError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

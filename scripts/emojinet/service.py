@@ -75,12 +75,10 @@ def main() -> int:
     args = parser.parse_args()
     suffix = "-fast" if args.fast else ""
     out = Path(f"runs/quickstart{suffix}")
-    quickstart = Quickstart(Path(f"data/emojinet{suffix}"), out, FAST if args.fast else FULL, [0], args.fast)
-    exact, clip = out / "anchors", f"local-dir:{out / 'clip'}"
-    if not (exact / "anchors.json").is_file():
-        print(f"error: {exact} is not there; run scripts/quickstart.sh first", file=sys.stderr)
-        return 1
+    quickstart = Quickstart(Path(f"data/emojinet{suffix}"), out, FAST if args.fast else FULL, 1, args.fast)
     try:
+        clip = quickstart.prepare()
+        exact = quickstart.anchors(clip)
         quickstart.title("1/3 anchors through the service")
         with serving(exact / "work" / "pool", out / "service" / "index") as url:
             anchors = quickstart.anchors(

@@ -161,7 +161,8 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
         (["--set", "bach-size=8"], "Did you mean '--batch-size'"),
         (["--set", "batch-size=1000", "--dry-run"], "Lower --set batch-size"),
         (["--set", "workers=99", "--dry-run"], "Lower --set workers"),
-        (["--val", "2"], "val"),
+        (["--val", "nowhere"], "nowhere does not exist"),
+        (["--templates", "nowhere"], "--templates nowhere"),
         (["--time", "soon"], "is no time"),
     ],
 )

@@ -48,7 +48,7 @@ class LoopbackServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 owner.answer(self, self.command, self.path, body)
 
-            do_POST = do_GET
+            do_POST = do_HEAD = do_GET
 
             def log_message(self, *args):
                 pass

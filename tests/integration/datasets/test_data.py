@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import torch
 from PIL import Image
+from support import building, hub
 
 
 def test_folders_of_images_train(run_arf, train, tmp_path):
@@ -31,3 +35,27 @@ def test_folders_of_images_train(run_arf, train, tmp_path):
 
     missing = run_arf("data", tmp_path / "my image", "--out", tmp_path / "x", check=False)
     assert missing.returncode == 1 and "Did you mean 'my images'?" in missing.stderr
+
+
+def test_a_pool_on_the_hub_is_copied_and_made(run_arf, tmp_path):
+    """`hf://` by huggingface_hub's own file system, as it speaks to a hub."""
+    images = {f"{n}.png": building.drawing(n, "PNG") for n in range(12)}
+    rows = [json.dumps({"file_name": name, "text": f"drawing {name}"}) for name in images]
+    files = {f"train/{name}": data for name, data in images.items()} | {"README.md": b"# drawings"}
+    with hub.Hub({**files, "train/metadata.jsonl": "\n".join(rows).encode()}) as server:
+        command = ("data", f"hf://datasets/{hub.NAME}", "--pool", "--out", tmp_path / "pool", "--json")
+        refused = run_arf(*command, "--dry-run", check=False)
+        assert refused.returncode == 1 and "not on this machine" in refused.stderr
+
+        def arf():  # a process of its own: huggingface_hub reads the environment once
+            own = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0"}
+            words = [sys.executable, "-m", "arf_plugin.cli.main", *map(str, command)]
+            done = subprocess.run(words, env=own, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout)
+
+        done = arf()
+        assert done["images"] == {"train": 12} and done["rejected"] == 0
+        read = len(server.read)
+        assert arf()["images"] == {"train": 12}
+        assert len(server.read) == read

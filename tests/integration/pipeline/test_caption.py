@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_git
+from support.building import drawing, folder_bytes, save_tiny_blip, save_tiny_git, save_tiny_vlm
 from support.building_fixtures import Inputs
 from support.tars import write_tar
 
@@ -135,6 +135,19 @@ def test_other_captioners(kind: str, inputs: Inputs, tmp_path: Path):
         captions = captioner.captions(captioner.inputs(images))
         assert [len(group) for group in captions] == [1, 1, 1]
         assert all(isinstance(group[0], str) for group in captions)
+
+
+@pytest.mark.parametrize("prompt", ["", "a white"])
+@pytest.mark.parametrize("talks", [True, False], ids=["chat", "plain"])
+def test_a_captioner_that_wants_the_place_of_the_image_in_its_prompt(talks, prompt, tmp_path: Path):
+    name = save_tiny_vlm(tmp_path / "vlm")
+    if not talks:
+        (tmp_path / "vlm" / "chat_template.jinja").unlink()
+    captioner = Captioner(
+        name, torch.device("cpu"), torch.float32, Generation(max_new_tokens=5, prompt=prompt)
+    )
+    images = [Image.open(io.BytesIO(drawing(i))).convert("RGB") for i in range(3)]
+    assert [len(group) for group in captioner.captions(captioner.inputs(images))] == [1, 1, 1]
 
 
 def test_scores_are_cosines_and_the_floor_holds(arf, inputs: Inputs, tmp_path: Path):

@@ -110,7 +110,7 @@ def test_exact_faiss_and_the_service_find_the_same(arf, small: Pool, service: st
 
 
 def emojinet() -> Path | None:
-    places = [ROOT / "runs" / name / "anchors" / "work" for name in ("quickstart", "quickstart-fast")]
+    places = [ROOT / "runs" / name / "fit" / "anchors" / "work" for name in ("quickstart", "quickstart-fast")]
     if "ARF_TEST_EMBEDDINGS" in os.environ:
         places.insert(0, Path(os.environ["ARF_TEST_EMBEDDINGS"]))
     return next((place for place in places if (place / "pool/img_emb").is_dir()), None)

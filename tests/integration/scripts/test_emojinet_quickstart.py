@@ -39,15 +39,20 @@ def test_fast_quickstart_ends_with_the_table_and_starts_again_where_it_was_and_i
     assert (tmp_path / "out" / "results.png").stat().st_size > 10_000
     assert "FLYP + WiSE-FT" in printed
 
+    assert (tmp_path / "out" / "fit" / "report" / "index.html").is_file()
+
+    def weights(run):
+        found = [run / "pretraining" / "weights.pt", *(run / "fit").glob("runs/*/checkpoints/epoch_2.pt")]
+        return {str(path.relative_to(run)): path for path in found}
+
     again = ("--data", tmp_path / "data", "--out", tmp_path / "again")
     quickstart(*again)
-    for name in ("pretraining", "flyp-0", "arf-0"):
-        one, other = (
-            torch.load(tmp_path / run / name / "weights.pt", weights_only=True) for run in ("out", "again")
-        )
+    first, second = weights(tmp_path / "out"), weights(tmp_path / "again")
+    assert first.keys() == second.keys() and len(first) == 3
+    for name, path in first.items():
+        one, other = (torch.load(p, weights_only=True) for p in (path, second[name]))
         assert equal(one["state_dict"], other["state_dict"]), f"two runs of {name} differ"
 
-    weights = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/weights.pt")}
-    assert {path.parent.name for path in weights} == {"pretraining", "flyp-0", "arf-0"}
+    before = {path: path.stat().st_mtime_ns for path in first.values()}
     assert printed.splitlines()[-9:] == quickstart(*options).splitlines()[-9:]
-    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from arf_plugin.datasets.remote import fetched
 from arf_plugin.datasets.stage import DataStage
 from arf_plugin.errors import ArfError
 from arf_plugin.evaluation.sets import find_sets
@@ -106,11 +107,11 @@ def parquet(root):
     return root
 
 
-def tars(root):
-    root.mkdir()
+def tars(root, images=IMAGES):
+    root.mkdir(parents=True)
     for number in range(2):
         with tarfile.open(root / f"{number}.tar", "w") as tar:
-            for n, (label, suffix, data) in list(enumerate(IMAGES))[number::2]:
+            for n, (label, suffix, data) in list(enumerate(images))[number::2]:
                 suffix = suffix if suffix != ".BMP" else ".png"
                 for name, content in (
                     (f"{n}{suffix}", data),
@@ -222,6 +223,40 @@ def test_splits_of_the_source_are_kept(tmp_path):
     assert all(("/Validation/" in line) == line.startswith("val/") for line in sources.splitlines())
 
 
+def numbered_tars(root):
+    """Validation images as tars with class indices and no names of their own: they have the source's."""
+    tars(root)
+    (root / "classnames.txt").unlink()
+    return root
+
+
+def test_validation_images_may_be_a_source_of_their_own(tmp_path):
+    root = splits_of_folders(tmp_path / "in")
+    expected = make(root, tmp_path / "expected")
+    assert make(root / "train", tmp_path / "out", val=str(root / "Validation")) == expected
+    others = [(label, ".png", image(100 + n)) for n, (label, _, _) in enumerate(IMAGES)]
+    source = tars(tmp_path / "others", others)
+    made = [
+        make(source, tmp_path / own.__name__, val=str(own(tmp_path / "val" / own.__name__)))
+        for own in (tars, numbered_tars)
+    ]
+    assert made[0] == made[1] and "val/test/0.tar" in made[0]
+
+    (root / "Validation" / "zebra").rename(root / "Validation" / "unicorn")
+    with pytest.raises(ArfError, match="has the class 'unicorn'"):
+        make(root / "train", tmp_path / "other", val=str(root / "Validation"))
+    with pytest.raises(ArfError, match="validation images of its own"):
+        make(root, tmp_path / "twice", val=str(root / "Validation"))
+
+
+def test_own_prompts_take_the_place_of_the_seven(tmp_path):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a satellite photo of {}.\n")
+    made = make(class_folders(tmp_path / "in"), tmp_path / "out", templates=str(templates))
+    assert made["templates.txt"] == b"a satellite photo of {c}.\n"
+    assert find_sets(tmp_path / "out" / "val")[0].templates == ("a satellite photo of {c}.",)
+
+
 def test_an_image_of_two_splits_is_no_training_image(tmp_path):
     root = splits_of_folders(tmp_path / "in")
     expected = make(root, tmp_path / "expected")
@@ -278,6 +313,29 @@ def test_every_form_of_a_pool_gives_the_same_bytes(tmp_path):
         for form in (pool_of_files, pool_of_a_table, pool_of_parquet)
     ]
     assert made[0] == made[1] == made[2] and set(made[0]) == {f"{n:06d}.tar" for n in range(8)}
+
+
+def test_a_pool_elsewhere_is_copied_once(tmp_path):
+    import fsspec
+
+    pool_of_parquet(tmp_path / "in")
+    elsewhere = fsspec.filesystem("memory")
+    for path in (tmp_path / "in").rglob("*.parquet"):
+        elsewhere.pipe(f"/elsewhere/data/{path.name}", path.read_bytes())
+    elsewhere.pipe("/elsewhere/README.md", b"# a card")
+    try:
+        copy = fetched("memory://elsewhere", tmp_path / "copy")
+        files = {path: path.stat().st_mtime_ns for path in copy.rglob("*.*")}
+        assert make(copy, tmp_path / "out", pool=True) == make(tmp_path / "in", tmp_path / "here", pool=True)
+        assert fetched("memory://elsewhere/data/*.parquet", copy) == copy
+        assert fetched("memory://elsewhere", copy) == copy
+        assert {path: path.stat().st_mtime_ns for path in files} == files
+    finally:
+        elsewhere.rm("/elsewhere", recursive=True)
+    with pytest.raises(ArfError, match="no file at memory://elsewhere"):
+        fetched("memory://elsewhere", copy)
+    with pytest.raises(ArfError, match="cannot be fetched"):
+        fetched("nosuch://elsewhere", copy)
 
 
 def image_file(root):
