@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 _STEP = re.compile(
     rb"Train Epoch: (\d{1,15}) \[\s*(\d{1,15})/(\d{1,15}).*?\sLoss: ([\d.einfa+-]+) \([^)]*\)\s*$"
 )
@@ -60,10 +62,11 @@ class RunProgress:
         self.total, self.loss = step.epoch_images * self.epochs, step.loss
 
     def text(self) -> str:
-        """One line, such as ``arf-0: 1200 of 13440 images, 98.1 images/s, loss 2.310``."""
+        """One line, such as ``arf-0: 1200 of 13440 images, 98.1 images/s, 02:05 left, loss 2.310``."""
         total = f" of {self.total}" if self.total else ""
         rate = (self.images - self.first) / max(time.monotonic() - self.started, 1e-9)
-        return f"{self.name}: {self.images}{total} images, {rate:.1f} images/s, loss {self.loss:.3f}"
+        left = f", {tqdm.format_interval((self.total - self.images) / rate)} left" if rate and total else ""
+        return f"{self.name}: {self.images}{total} images, {rate:.1f} images/s{left}, loss {self.loss:.3f}"
 
 
 def trainer(processes: int = 1) -> list[str]:
@@ -114,7 +117,7 @@ def run_logged(
     log.parent.mkdir(parents=True, exist_ok=True)
     with (log.parent / ".lock").open("a") as lock:
         if not take(lock.fileno()):
-            _follow(log, on_line, lambda: not take(lock.fileno()))
+            follow(log, on_line, lambda: not take(lock.fileno()))
         if not left():
             return 0
         if log.is_file():
@@ -134,7 +137,7 @@ def run_logged(
             )
             _running.add(process)
         try:
-            _follow(log, on_line, lambda: process.poll() is None)
+            follow(log, on_line, lambda: process.poll() is None)
             return process.wait()
         finally:
             process.terminate()  # nothing, where it has ended
@@ -188,9 +191,12 @@ def remove_truncated_checkpoints(folder: Path) -> int | None:
     return max(epochs, default=None)
 
 
-def _follow(log: Path, on_line: Callable[[bytes], object], goes_on: Callable[[], bool]) -> None:
-    """Hands on a log's lines until what writes it has ended."""
+def follow(
+    log: Path, on_line: Callable[[bytes], object], goes_on: Callable[[], bool], start: int = 0
+) -> None:
+    """Hands on a log's lines, from a position on, until what writes it has ended."""
     with contextlib.suppress(FileNotFoundError), log.open("rb") as stream:
+        stream.seek(start)
         part, alive = b"", True
         while alive:
             alive = goes_on()  # asked before reading: what was written before the end is read, too

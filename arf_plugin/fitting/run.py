@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
-from arf_plugin.ablation.launch import cpu_threads, last_lines, trainer
+from arf_plugin.ablation.launch import RunProgress, cpu_threads, follow, last_lines, parse_step, take, trainer
 from arf_plugin.errors import FitError, MissingDependencyError, PoolError
 from arf_plugin.files import digest, list_files, not_there, replacing, write_json
 from arf_plugin.fitting import outcome, recipe
@@ -46,6 +46,8 @@ EXTRAS = ("clip_benchmark", "jinja2", "matplotlib", "scipy", "torchmetrics")
 TRIAL_STEPS = 8
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 SAVE_EVERY = 200  # optimizer steps between two checkpoints that a killed run goes on from
+SAY_FIRST, SAY_EVERY = 10, 60  # seconds from the start, and between two lines of how far a training is
+_PROGRESS = re.compile(rb"[a-z]+: \d+ of \d+ \w+, ")  # a line of a stage of anchor building
 _BATCH_TIME = re.compile(r"Batch \(t\): ([\d.]+)")
 _COMMAND = re.compile(r"^\$ ", re.M)  # in log.txt
 _ERROR = re.compile(r"^arf \S+: error: .*", re.M | re.S)
@@ -359,7 +361,9 @@ class Fit:
         if last is None:
             self._title("train", f"{name} ({recipe.PRESETS[arm][1]})" if arm in recipe.PRESETS else name)
         log = f"log-{name}.txt" if self.settings.jobs > 1 else "log.txt"
-        self._call_trainer("train", arm, values, flags, finished=last is not None, log=log)
+        progress = RunProgress(name, int(self._setting("--epochs", values)))
+        how = {"finished": last is not None, "log": log, "progress": progress}
+        self._call_trainer("train", arm, values, flags, **how)
         last = last or self._finished(name)
         if last is None:
             raise self._interrupted()
@@ -428,15 +432,21 @@ class Fit:
         )
 
     def _call(
-        self, *words: Any, stage: str | None = None, finished: bool = False, log: str = "log.txt"
+        self,
+        *words: Any,
+        stage: str | None = None,
+        finished: bool = False,
+        log: str = "log.txt",
+        progress: RunProgress | None = None,
     ) -> None:
-        """Runs a command of `arf`, or of torchrun, with its output in a log.
+        """Runs a command of `arf`, or of torchrun, with its output in a log; says how far it is once a minute.
 
         Args:
             *words: Of the command.
             stage: What it is called, if not as the command.
             finished: Only notes the command, which an earlier fit has run.
             log: A file in the fit's folder.
+            progress: Of a training.
 
         Raises:
             FitError: It has failed.
@@ -452,9 +462,25 @@ class Fit:
             return
         jobs = self.settings.jobs if stage == "train" else 1
         threads = cpu_threads(max(1, self.machine.cores // jobs)) if jobs > 1 else {}
-        with file.open("ab") as stream:
+        said = time.monotonic() - SAY_EVERY + SAY_FIRST
+
+        def tell(line: bytes) -> None:
+            nonlocal said
+            if progress is not None and (step := parse_step(line)) is not None:
+                progress.advance(step)
+                if time.monotonic() - said >= SAY_EVERY:
+                    said = time.monotonic()
+                    self.say(f"        {progress.text()}")
+            elif _PROGRESS.match(line):
+                self.say(f"        {line.decode(errors='replace').rstrip()}")
+
+        with file.open("ab") as stream:  # locked as long as the process is there, whatever becomes of this one
+            if not take(stream.fileno()):
+                self.say("        an earlier start is still at work; waiting for its end")
+                follow(file, tell, lambda: not take(stream.fileno()), stream.tell())
             stream.write(f"\n$ {shown}\n".encode())
             stream.flush()
+            start = stream.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "arf_plugin.cli.main", *argv] if own else argv,
                 stdout=stream,
@@ -464,6 +490,7 @@ class Fit:
             )
         self._running.add(process)
         try:
+            follow(file, tell, lambda: process.poll() is None, start)
             status = process.wait()
         except KeyboardInterrupt:
             self._end()

@@ -148,6 +148,29 @@ def test_a_fit_that_was_stopped_ends_with_the_same_bytes(inputs, whole, tmp_path
     assert made(out) == made(whole[0])
 
 
+@pytest.mark.slow
+def test_runs_side_by_side_that_were_interrupted_end_with_the_same_bytes(inputs, tmp_path):
+    more = ["--seeds", "2", "--baseline", "--jobs", "2"]
+    assert arf(*command(inputs, tmp_path / "whole"), *more).returncode == 0
+    words = [*command(inputs, tmp_path / "fit"), *more]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arf_plugin.cli.main", *words], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "] train:" in line:
+            time.sleep(1)
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130 and "this goes on: arf fit --config" in said
+    assert not (tmp_path / "fit" / "results.json").exists()
+    assert arf(*words).returncode == 0
+    assert made(tmp_path / "fit") == made(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "fit" / "runs").iterdir()} == {
+        "paper-0", "paper-1", "flyp-0", "flyp-1"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
