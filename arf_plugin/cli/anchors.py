@@ -139,10 +139,16 @@ class Build:
         from arf_plugin.anchors.scan import scan_shard
         from arf_plugin.console import progress
         from arf_plugin.errors import PoolError
+        from arf_plugin.pipeline.estimate import estimate
         from arf_plugin.pipeline.runner import describe
 
+        execution = options.execution(self.args)
+
+        def described(stage: Stage) -> dict[str, Any]:
+            return describe(stage) | estimate(stage, execution)
+
         result: dict[str, Any] = {"out": str(self.out), "work": str(self.work)}
-        plans = [describe(self.caption)] if self.caption else []
+        plans = [described(self.caption)] if self.caption else []
         # What there will be at most; None if that is not known.
         captions = _times(plans[0]["samples"], self.args.captions_per_image) if self.caption else 0
         pairs: int | None = 0
@@ -161,9 +167,9 @@ class Build:
                 out, shards = str(embed_queries.out), len(counts)
                 plans.append({"stage": "embed", "out": out, "shards": shards, "samples": queries})
             else:
-                plans.append(describe(embed_queries))
+                plans.append(described(embed_queries))
                 queries = plans[-1]["samples"]
-            plans.append(describe(embed_pool))
+            plans.append(described(embed_pool))
             result["pool"] = {"tars": len(self.pool), "pairs": in_pool}
             pairs = None
             if queries is not None:
@@ -181,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs all stages, or shows the plan."""
     from arf_plugin.errors import FlagError
     from arf_plugin.pipeline.anchors import build_anchors
+    from arf_plugin.pipeline.estimate import readable
 
     build = Build(args)
     if args.dry_run:
@@ -188,7 +195,8 @@ def run(args: argparse.Namespace) -> int:
         stages = plan["stages"] if args.json else plan.pop("stages")
         options.show(plan, args.json, "plan")
         if not args.json:
-            _table(stages, ("stage", "shards", "shards_done", "samples", "out"))
+            columns = ("stage", "shards", "shards_done", "samples", "seconds", "memory", "disk", "out")
+            _table([readable(stage) for stage in stages], columns)
         return 0
     if processes.wanted(args):
         if args.restart:

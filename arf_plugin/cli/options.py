@@ -59,7 +59,7 @@ def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None
 def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[str] = ()) -> None:
     """Adds the flags of every stage; ``--restart`` takes the name of a stage where there are several."""
     add = parser.add_argument_group("run").add_argument
-    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--dry-run", action="store_true", help="print the plan, with time, memory and disk after a trial of seconds, and stop")
     if restart_stages:
         stages = "throw earlier work away: all of it, or that of a stage and those after it"
         add("--restart", nargs="?", const="all", choices=restart_stages, help=stages)
@@ -132,10 +132,12 @@ def task_source(args: argparse.Namespace) -> Source:
 def execute(stage: Stage, args: argparse.Namespace) -> int:
     """Runs a stage, or shows its plan, and prints what came of it."""
     from arf_plugin.cli import processes
+    from arf_plugin.pipeline.estimate import estimate, readable
     from arf_plugin.pipeline.runner import describe, restart, run_stage
 
     if args.dry_run:
-        show(describe(stage), args.json, "plan")
+        plan = describe(stage) | estimate(stage, execution(args))
+        show(plan if args.json else readable(plan), args.json, "plan")
         return 0
     if processes.wanted(args):
         if args.restart:

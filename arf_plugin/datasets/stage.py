@@ -136,6 +136,12 @@ class DataStage(Stage):
         train = part == "train"
         return self.out / (f"train/{number:06d}.tar" if train else f"{part}/test/{number}.tar")
 
+    def disk(self, shards: list[Shard]) -> float | None:
+        """The images as they are, and what stands beside each of them."""
+        entries = [sample.entry for _, _, samples in (shard.source for shard in shards) for sample in samples]
+        each = [one.size or (one.path.stat().st_size if one.offset < 0 else None) for one in entries]
+        return None if None in each else sum(size + 2048.0 for size in each if size)
+
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes one tar; what was set aside is told with the first."""
         outcome, index = Outcome(), self.made.class_index

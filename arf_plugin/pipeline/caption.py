@@ -15,7 +15,7 @@ from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.captioner import PROMPT, Endpoint, Generation, captioner_identity, load_captioner
+from arf_plugin.pipeline.captioner import PROMPT, Endpoint, Generation, captioner_fetches, captioner_identity, load_captioner
 from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
 from arf_plugin.pipeline.execution import Execution, pick_dtype
 from arf_plugin.pipeline.source import RawSample, Source
@@ -104,6 +104,13 @@ class CaptionStage(Stage):
     def artifacts(self, shards: list[Shard]) -> list[Path]:
         """One parquet file per shard."""
         return [self.out / "captions" / f"part-{shard.name}.parquet" for shard in shards]
+
+    def fetches(self) -> str | None:
+        """The captioner, from a hub or a server, and the model that scores."""
+        if self.endpoint:
+            return f"{self.endpoint.url} would be asked for captions"
+        found = captioner_fetches(self.captioner)
+        return found or (self.scoring.model.fetches() if self.scoring else None)
 
     def prepare(self, execution: Execution) -> None:
         """Loads the captioner, or finds out whether the endpoint captions; and loads the model that scores."""

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from arf_plugin.errors import FlagError, MissingDependencyError, StageError
 from arf_plugin.files import folder_digest, not_there
 from arf_plugin.flags import check_service
-from arf_plugin.pipeline.embedder import load_model, model_identity
+from arf_plugin.pipeline.embedder import ClipModel, load_model, model_identity
 from arf_plugin.safe_loading import safe_loading
 from arf_plugin.untrusted import printable
 from arf_plugin.weights import missing_weights, require_known
@@ -126,6 +126,15 @@ def captioner_identity(name: str) -> str:
         identity = model_identity(*_coca_model(name))
         return f"{COCA}{identity['name']}@{identity['weights']}"
     return f"sha256:{folder_digest(Path(name))}" if Path(name).is_dir() else name
+
+
+def captioner_fetches(name: str) -> str | None:
+    """Says, as a clause, that loading a captioner may fetch its weights; None if they are here."""
+    if name.startswith(COCA):
+        return ClipModel(*_coca_model(name)).fetches()
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return None if HF_HUB_OFFLINE or Path(name).is_dir() else f"{name} may have to be fetched first"
 
 
 def require_captioner(name: str) -> None:

@@ -100,6 +100,10 @@ class DownloadStage(Stage):
         """One tar per shard."""
         return [self.out / f"{shard.name}.tar" for shard in shards]
 
+    def fetches(self) -> str | None:
+        """The links."""
+        return "links would be opened"
+
     def prepare(self, execution: Execution) -> None:
         """Looks for img2dataset."""
         code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('img2dataset') is None)"

@@ -69,9 +69,19 @@ class _EmbeddingStage(Stage):
         """What there are vectors of."""
         return ["text"]
 
+    def fetches(self) -> str | None:
+        """The model."""
+        return self.model.fetches()
+
     def prepare(self, execution: Execution) -> None:
         """Loads the model."""
         self.clip = self.model.load(execution)
+
+    def disk(self, shards: list[Shard]) -> float | None:
+        """Vectors, and some hundred bytes of metadata each."""
+        rows = [shard.samples for shard in shards]
+        each = 2 * self.clip.dimension * len(self.modalities()) + 200
+        return None if None in rows else each * sum(count or 0 for count in rows)
 
     def write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
         """Writes a shard's vectors [n, d], one array per modality, and its metadata."""

@@ -35,6 +35,14 @@ class ClipModel:
         """Name and weights; see :func:`model_identity`."""
         return model_identity(self.name, self.pretrained)
 
+    def fetches(self) -> str | None:
+        """Says, as a clause, that loading it may fetch its weights; None if they are here."""
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        own = self.pretrained is None and not self.name.startswith("hf-hub:")
+        here = HF_HUB_OFFLINE or own or (self.pretrained is not None and Path(self.pretrained).exists())
+        return None if here else f"weights of {self.name} may have to be fetched first"
+
     def load(self, execution: Execution) -> LoadedClip:
         """Loads it on this process's device; see :func:`load_model`."""
         device = execution.torch_device()
@@ -51,6 +59,11 @@ class LoadedClip:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def dimension(self) -> int:
+        """Of its vectors."""
+        return int(self.model.encode_text(self.tokenizer(["a"]).to(self.device)).shape[-1])
 
     def images(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         """Unit vectors [n, d], fp32, of images [3, H, W]."""

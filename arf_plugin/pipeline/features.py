@@ -87,6 +87,10 @@ class FeaturesStage(Stage):
         """Content of the file."""
         return content_digest([shard.source])
 
+    def fetches(self) -> str | None:
+        """The model."""
+        return self.model.fetches()
+
     def prepare(self, execution: Execution) -> None:
         """Loads the model."""
         self._clip = self.model.load(execution)

@@ -61,6 +61,10 @@ class IndexStage(Stage):
         metadata = [self.out / "metadata" / file.metadata.name for file in self.embeddings.files]
         return [self.out / f"{self.embeddings.modality}.index", *metadata]
 
+    def disk(self, shards: list[Shard]) -> float | None:
+        """The vectors in fp32, of an index that does not compress them."""
+        return 4.0 * self.embeddings.dimension * self.embeddings.rows if self.factory == "Flat" else None
+
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Trains the index if its kind needs it, and adds all vectors."""
         faiss = _faiss("arf index")

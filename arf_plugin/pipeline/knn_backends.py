@@ -6,8 +6,9 @@ computed from them and not taken from an approximate index.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,15 @@ class Backend(ABC):
             Rows [n, k] int64 and cosines [n, k] fp32, best first.
         """
 
+    def begin(self, probe: np.ndarray, execution: Execution) -> None:
+        """Prepares for :meth:`attempt`."""
+        self.prepare(probe, execution)
+
+    def attempt(self, queries: np.ndarray) -> float:
+        """Does a part of a search, to see how long one takes; returns how large a part."""
+        self.search(queries)
+        return 1.0
+
     def described(self, rows: np.ndarray) -> dict[str, Any]:
         """Columns, by name, of what the search itself has to say of rows [n], to be kept with the hits."""
         return {}
@@ -164,14 +174,26 @@ class ExactBackend(Backend):
 
     def prepare(self, probe: np.ndarray, execution: Execution) -> None:
         """Picks the device and checks all vectors of the pool."""
-        self._device = execution.torch_device()
+        self.begin(probe, execution)
         for file in self.pool.files:
             file.check_unit()
 
     def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """In blocks of the pool."""
-        blocks = (block for file in self.pool.files for block in file.blocks(self._pool_block))
-        return exact_search(queries, blocks, self.k, self._device)
+        return exact_search(queries, self._blocks(), self.k, self._device)
+
+    def begin(self, probe: np.ndarray, execution: Execution) -> None:
+        """Picks the device."""
+        self._device = execution.torch_device()
+
+    def attempt(self, queries: np.ndarray) -> float:
+        """Searches a few blocks of the pool."""
+        blocks = list(itertools.islice(self._blocks(), 8))
+        exact_search(queries, blocks, self.k, self._device)
+        return sum(len(vectors) for _, vectors in blocks) / self.pool.rows
+
+    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        return (block for file in self.pool.files for block in file.blocks(self._pool_block))
 
 
 class FaissBackend(Backend):

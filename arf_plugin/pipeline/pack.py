@@ -83,6 +83,16 @@ class PackStage(Stage):
         """The output tars."""
         return [self.out / "pairs" / f"{shard.name}.tar" for shard in shards]
 
+    def fetches(self) -> str | None:
+        """Tars that are elsewhere."""
+        far = sorted({url for pair in self._pairs for url, _ in pair.tars if is_remote(url)})
+        return f"the pool's tars are elsewhere ({far[0]} ...)" if far else None
+
+    def disk(self, shards: list[Shard]) -> float | None:
+        """The images as they are in the pool, and what stands beside each of them."""
+        sizes = [row["size"] for row in self._rows]
+        return None if None in sizes else sum(size + 3072 for size in sizes)
+
     def begin(self) -> None:
         """Notes in the anchor set that its pairs are not whole."""
         begin_kind(self.out, "pairs")

@@ -178,6 +178,23 @@ class RetrieveStage(Stage):
         write_table(self.artifacts([shard])[0], table)
         return Outcome(samples=stop - start, kept=stop - start)
 
+    def fetches(self) -> str | None:
+        """A service."""
+        how = self.search
+        return f"{how.service_url} would be asked for neighbours" if how.backend == "service" else None
+
+    def attempt(self, shard: Shard, execution: Execution, advance: Callable[[float], object]) -> None:
+        """Searches a part of the pool for the first queries."""
+        file, start, stop = shard.source
+        _, block = next(file.blocks(self._backend.queries_at_once, start, stop, unit=True))
+        self._backend.begin(block[0], execution)
+        advance(0)
+        advance(len(block) * self._backend.attempt(block))
+
+    def disk(self, shards: list[Shard]) -> float | None:
+        """The hits."""
+        return 24.0 * self._k * self.queries.rows
+
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Selects the pairs and writes them with their provenance."""
         hits = self._hits(shards)

@@ -108,6 +108,22 @@ class Stage(ABC):
     def process(self, shard: Shard, execution: Execution, advance: Callable[[int], object]) -> Outcome:
         """Writes the artifacts of a shard, each through :func:`replacing`; reports progress in samples."""
 
+    # What :mod:`arf_plugin.pipeline.estimate` asks.
+
+    def fetches(self) -> str | None:
+        """Returns, as a clause, what :meth:`prepare` or :meth:`process` would ask the network for; None if nothing."""
+        return None
+
+    def attempt(self, shard: Shard, execution: Execution, advance: Callable[[float], object]) -> None:
+        """Processes a part of a shard, for as long as `advance` allows, which is first called when all is loaded."""
+        self.prepare(execution)
+        advance(0)
+        self.process(shard, execution, advance)
+
+    def disk(self, shards: list[Shard]) -> float | None:
+        """Returns, after :meth:`attempt`, the bytes of the artifacts, about; None if that cannot be told."""
+        return None
+
     def finalize(self, shards: list[Shard], execution: Execution) -> dict[str, Any]:
         """Called when all shards are done; returns entries for the summary."""
         return {}
