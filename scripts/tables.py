@@ -275,6 +275,23 @@ def cost() -> str:
     return _table(["what", "figure", "measured", "promised", "command"], rows)
 
 
+def pool() -> str:
+    """Exact search of large pools; written by scripts/bench/pool.py."""
+    found = _figures("bench/pool")
+    rows = [
+        [
+            f"{one['rows']:,}",
+            f"{one['seconds']:.0f} s",
+            f"{1e6 * one['seconds'] / one['rows']:.1f} s",
+            f"{one['memory'] / 2**20:,.0f} MiB",
+        ]
+        for one in found["data"]
+    ]
+    facts = found["facts"]
+    what = f"rows ({facts['queries']} queries, {facts['dimension']} dimensions, --memory {facts['memory']})"
+    return _table([what, "time", "per million rows", "memory it adds"], rows)
+
+
 def gpu() -> str:
     """What scripts/gpu_check.py found on a machine with a GPU."""
     return markdown(_figures("gpu")).rstrip()
@@ -383,6 +400,7 @@ def rewritten(text: str) -> str:
         step,
         memory,
         cost,
+        pool,
         gpu,
     )
     makers = {maker.__name__: maker for maker in tables}

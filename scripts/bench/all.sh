@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures what docs/cost.md tells, on a machine that does nothing else: about an hour on two cores.
+# Measures what docs/cost.md tells, on a machine that does nothing else: some hours on two cores.
 #
 #   scripts/bench/all.sh                     all of it
 #   scripts/bench/all.sh loader step         some of it
@@ -33,6 +33,9 @@ measure evaluate
 OMP_NUM_THREADS=1 measure caption
 measure pack
 OMP_NUM_THREADS=2 measure retrieve
+OMP_NUM_THREADS=2 measure pool
+OMP_NUM_THREADS=2 measure duplicates
+OMP_NUM_THREADS=2 measure growth --samples 1000
 if [ ${#missed[@]} -gt 0 ]; then
     echo "a bar is missed: ${missed[*]}"
     exit 1

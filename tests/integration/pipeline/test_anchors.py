@@ -120,10 +120,24 @@ def test_a_dry_run_counts_and_writes_nothing(arf, inputs: Inputs, tmp_path: Path
     assert [stage["samples"] for stage in plan["stages"]] == [21, 21, 48, 69]
     assert [stage["shards"] for stage in plan["stages"][:-1]] == [3, 3, 4]
     assert not (tmp_path / "A").exists()
-    out, _ = arf(*command(inputs, tmp_path / "A", "--dry-run"))
-    assert any(
-        line.split() == ["caption", "3", "0", "21", str(tmp_path / "A")] for line in out.splitlines()
-    ), out
+    table = arf(*command(inputs, tmp_path / "A", "--dry-run"))[0].splitlines()
+    (line,) = (words for words in map(str.split, table) if words[:1] == ["caption"])
+    assert line[:4] == ["caption", "3", "0", "21"] and line[-1] == str(tmp_path / "A")
+
+
+def test_a_dry_run_estimates_what_a_stage_takes(arf, inputs: Inputs, undisturbed: Path, tmp_path: Path):
+    plan = json.loads(arf(*command(inputs, tmp_path / "A", "--dry-run", "--json"))[0])
+    caption, task, pool, _ = plan["stages"]
+    assert all(0 < stage["seconds"] < 600 and stage["memory"] > 1e8 for stage in (caption, task, pool))
+    work = undisturbed / "work"
+    for stage, folder in ((task, work / "task"), (pool, work / "pool")):
+        taken = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".npy", ".parquet"))
+        assert 0.2 * taken < stage["disk"] < 5 * taken
+    search = ("retrieve", "--queries", work / "task", "--pool", work / "pool", "--out", tmp_path / "H", "--dry-run")
+    found = json.loads(arf(*search, "--json")[0])
+    assert found["seconds"] > 0 and found["disk"] > 0 and not (tmp_path / "H").exists()
+    said, _ = arf(*search)
+    assert "memory: " in said and "seconds: 00:0" in said
 
 
 def test_either_half_alone(arf, inputs: Inputs, tmp_path: Path):
