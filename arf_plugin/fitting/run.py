@@ -100,6 +100,8 @@ class Fit:
         self.out.mkdir(parents=True, exist_ok=True)
         self._settings_file()
         (self.out / "stop").unlink(missing_ok=True)
+        hub = f"; of the hub, if they are not here: {', '.join(self.fetched)}" if self.fetched else ""
+        self.say(f"        weights and checkpoints will take about {self._disk / 2**30:.1f} GiB{hub}")
         self._data()
         self._anchors()
         chosen = self._recipe()
@@ -154,6 +156,14 @@ class Fit:
             )
 
     @property
+    def fetched(self) -> list[str]:
+        """What the model hub is asked for, where it is not here already."""
+        model, captioner = self.settings.model, self.settings.captioner
+        hub = [model] if "@" in model or model.startswith("hf-hub:") else []
+        local = self.settings.captioner_url or Path(captioner).exists() or "local-dir:" in captioner
+        return hub + ([captioner] if self.has_captions and not local else [])
+
+    @property
     def _disk(self) -> float:
         """Bytes, about: of each run weights, optimizer and chosen models."""
         return 4.0 * self._size[0] * (len(self.arms) * self.settings.seeds * 4 + 3)
@@ -164,18 +174,18 @@ class Fit:
 
         settings = self.settings
         self.check()
-        texts = {"classnames": settings.classnames, "templates": settings.templates}
-        stage = DataStage(self.task, settings.images, settings.val, **texts)
+        stage = DataStage(
+            self.task,
+            settings.images,
+            settings.val,
+            classnames=settings.classnames,
+            templates=settings.templates,
+        )
         made = stage.made
         shards = sum(shard.source[0] == "train" for shard in stage.plan())
         images = {part: len(samples) for part, samples in made.parts.items()}
         runs = len(self.arms) * settings.seeds
         disk = self._disk + sum(images.values()) * 2e5  # and the shards
-        hub = [settings.model] if "@" in settings.model or settings.model.startswith("hf-hub:") else []
-        captioner = settings.captioner
-        local = settings.captioner_url or Path(captioner).exists() or "local-dir:" in captioner
-        if self.has_captions and not local:
-            hub.append(captioner)
         return {
             "images": images,
             "classes": len(made.classnames),
@@ -184,7 +194,7 @@ class Fit:
             "hyperparameters": self._values(images["train"], shards),
             "arms": self.arms,
             "runs": runs,
-            "fetched": hub,
+            "fetched": self.fetched,
             "disk": f"{disk / 2**30:.1f} GiB",
         }
 
