@@ -264,14 +264,18 @@ def cost() -> str:
     for path in sorted((ROOT / "docs" / "figures" / "bench").glob("*.json")):
         found = _figures(f"bench/{path.stem}")
         alike: dict[tuple[str, str], list[float]] = {}
+        noise: dict[tuple[str, str], float] = {}
         for bar in found["bars"]:
             promise = f"{'at most' if bar['at_most'] else 'at least'} {bar['bound']:.3g}"
-            alike.setdefault((bar["claim"], promise), []).append(bar["measured"])
-        for (claim, promise), measured in alike.items():
+            key = bar["claim"], promise
+            alike.setdefault(key, []).append(bar["measured"])
+            noise[key] = max(noise.get(key, 0.0), bar.get("error", 0.0))
+        for key, measured in alike.items():
             seen = f"{min(measured):.3g}"
             if len(measured) > 1:
                 seen += f" to {max(measured):.3g} ({len(measured)} cases)"
-            rows.append([found["title"], claim, seen, promise, f"`{found['command']}`"])
+            seen += f", ± {noise[key]:.2g}" if noise[key] else ""
+            rows.append([found["title"], key[0], seen, key[1], f"`{found['command']}`"])
     return _table(["what", "figure", "measured", "promised", "command"], rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,6 +27,7 @@ class Bar:
         bound: The figure that is promised.
         at_most: Whether the bound is an upper one.
         of: What it was measured on, where the same is promised of several things.
+        error: Standard error of the figure, where it is known.
     """
 
     claim: str
@@ -33,16 +35,24 @@ class Bar:
     bound: float
     at_most: bool = True
     of: str = ""
+    error: float = 0.0
 
     @property
     def met(self) -> bool:
-        """Whether the promise holds."""
+        """Whether the figure is within the bound."""
         return self.measured <= self.bound if self.at_most else self.measured >= self.bound
+
+    @property
+    def missed(self) -> bool:
+        """Whether it is outside by more than the noise of the measurement: two standard errors."""
+        return not self.met and abs(self.measured - self.bound) > 2 * self.error
 
     def __str__(self) -> str:
         sign = "<=" if self.at_most else ">="
         name = f"{self.of}: {self.claim}" if self.of else self.claim
-        return f"{'met   ' if self.met else 'MISSED'} {name}: {self.measured:.4g} {sign} {self.bound:.4g}"
+        word = "met   " if self.met else "MISSED" if self.missed else "noise "
+        error = f" ± {self.error:.2g}" if self.error else ""
+        return f"{word} {name}: {self.measured:.4g}{error} {sign} {self.bound:.4g}"
 
 
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -75,12 +85,12 @@ def interleave(
 
 def bracket(
     variants: Mapping[str, Callable[[], object]], reference: str, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Times each variant between two runs of the reference, so that drift within a round, too, hits both alike.
 
     Returns:
-        Seconds per call, by variant; and of the other variants, their time by the mean of the two runs beside them:
-        the median over rounds.
+        Seconds per call, by variant; and of the other variants, their time by the mean of the two runs beside them, by
+        round.
     """
     others = [name for name in variants if name != reference]
     runs = [f"{reference}, run {number}" for number in range(len(others) + 1)]
@@ -92,13 +102,20 @@ def bracket(
     ratios = {}
     for name, before, after in zip(others, runs, runs[1:], strict=False):
         beside = [(one + two) / 2 for one, two in zip(taken[before], taken[after], strict=True)]
-        seconds[name], ratios[name] = taken[name], paired_ratio(taken[name], beside)
+        seconds[name] = taken[name]
+        ratios[name] = [one / other for one, other in zip(taken[name], beside, strict=True)]
     return seconds, ratios
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Median over rounds of one variant's time by another's in the same round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def median(values: Sequence[float]) -> tuple[float, float]:
+    """Median, and its standard error: that of a mean times sqrt(pi / 2), as for normal noise."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.median(values), spread * math.sqrt(math.pi / 2 / len(values))
 
 
 def report(
@@ -112,7 +129,7 @@ def report(
     """Prints the table and the bars, writes JSON; `data` goes into the JSON alone.
 
     Returns:
-        The exit status: 1 when a bar is missed.
+        The exit status: 1 when a bar is missed by more than noise.
     """
     print(f"\n{title}")
     for name, value in facts.items():
@@ -137,7 +154,7 @@ def report(
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    return 0 if all(bar.met for bar in bars) else 1
+    return int(any(bar.missed for bar in bars))
 
 
 def _command() -> str:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from common import Bar, bracket, parser, report
+from common import Bar, bracket, median, parser, report
 from torch.utils.flop_counter import FlopCounterMode
 from variants import StepBench, Variant
 
@@ -64,22 +64,28 @@ def main() -> int:
         facts[f"{model}: batch"] = f"B = {size}"
         steps = build_steps(StepBench(model, size, args.device))
         gflops = {name: count_gflops(step) for name, step in steps.items()}
-        taken, ratio = bracket(steps, "plain", args.rounds)
+        taken, ratios = bracket(steps, "plain", args.rounds)
         for variant in VARIANTS[1:]:  # of a cycle, the mean step
-            for measured in (gflops, ratio):
-                measured[variant.name] /= variant.every
-            taken[variant.name] = [value / variant.every for value in taken[variant.name]]
+            gflops[variant.name] /= variant.every
+            for measured in (taken, ratios):
+                measured[variant.name] = [value / variant.every for value in measured[variant.name]]
         seconds |= {f"{model}: {name}": values for name, values in taken.items()}
-        cost = {each.name: (ratio[each.name], gflops[each.name] / gflops["plain"]) for each in VARIANTS[1:]}
-        data[model] = {"batch size": size, "time and FLOPs, x plain": cost}
+        costs = {name: median(values) for name, values in ratios.items()}
+        flops = {name: count / gflops["plain"] for name, count in gflops.items()}
+        each = {variant.name: (costs[variant.name][0], flops[variant.name]) for variant in VARIANTS[1:]}
+        data[model] = {"batch size": size, "time and FLOPs, x plain": each}
         for variant in VARIANTS[1:]:
-            name, (time, flops) = f"{model}: {variant.name}", cost[variant.name]
-            facts[name] = f"{time:.3f} x plain, FLOPs {flops:.3f} x"
-            bars.append(Bar("time of a step / plain, by the FLOPs ratio", time / flops, 1.05, of=name))
+            name, more = f"{model}: {variant.name}", flops[variant.name]
+            time, error = costs[variant.name]
+            facts[name] = f"{time:.3f} ± {error:.3f} x plain, FLOPs {more:.3f} x"
+            by_flops = ("time of a step / plain, by the FLOPs ratio", time / more, 1.05)
+            bars.append(Bar(*by_flops, of=name, error=error / more))
             if variant.bound is not None:
-                bars.append(Bar("time of a step / plain", time, variant.bound, of=name))
-        speedup = ratio["three forwards"] / ratio["ARF, A = B"]
-        bars.append(Bar("time of three forwards / ARF, A = B", speedup, 1.25, at_most=False, of=model))
+                bars.append(Bar("time of a step / plain", time, variant.bound, of=name, error=error))
+        three = zip(ratios["three forwards"], ratios["ARF, A = B"], strict=True)
+        speedup, error = median([one / other for one, other in three])
+        claim = "time of three forwards / ARF, A = B"
+        bars.append(Bar(claim, speedup, 1.25, at_most=False, of=model, error=error))
     return report("step: one optimizer step", seconds, bars, args.json, data, **facts)
 
 
