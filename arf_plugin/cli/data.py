@@ -40,7 +40,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--val", type=options.part_or_source, default=0.15, metavar="PART|SOURCE", help=val)
     names = "class names by class index, or in the order of the folders' names, one per line"
     add("--classnames", metavar="FILE", help=names)
-    add("--templates", metavar="FILE", help="prompts, {c} for the name, one per line (default: OpenAI's seven)")
+    add(
+        "--templates",
+        metavar="FILE",
+        help="prompts, {c} for the name, one per line (default: OpenAI's seven)",
+    )
     add("--pool", action="store_true", help="images with texts rather than classes")
     size = f"samples per shard (default: an eighth of the images, at most {1000})"
     add("--shard-size", type=options.positive, metavar="N", help=size)

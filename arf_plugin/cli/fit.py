@@ -60,7 +60,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     flyp = "fine-tune with class prompts alone, too (FLYP)"
     add("--baseline", action="store_true", default=None, help=flyp)
     add("--seeds", type=int, metavar="N", help="runs of each (default: 1)")
-    add("--jobs", type=options.positive, metavar="N", help="runs that train side by side, and share the cores (1)")
+    add(
+        "--jobs",
+        type=options.positive,
+        metavar="N",
+        help="runs that train side by side, and share the cores (1)",
+    )
     add("--max-forget", type=float, metavar="POINTS", help="end with status 3 if more is lost")
     add("--set", action="append", metavar="FLAG=VALUE", help="any flag of the trainer; may be repeated")
     add("--dry-run", action="store_true", help="print the plan and stop")

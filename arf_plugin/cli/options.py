@@ -59,7 +59,11 @@ def add_device_options(parser: argparse.ArgumentParser, batch_size: int) -> None
 def add_run_options(parser: argparse.ArgumentParser, restart_stages: Collection[str] = ()) -> None:
     """Adds the flags of every stage; ``--restart`` takes the name of a stage where there are several."""
     add = parser.add_argument_group("run").add_argument
-    add("--dry-run", action="store_true", help="print the plan, with time, memory and disk after a trial of seconds, and stop")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, with time, memory and disk after a trial of seconds, and stop",
+    )
     if restart_stages:
         stages = "throw earlier work away: all of it, or that of a stage and those after it"
         add("--restart", nargs="?", const="all", choices=restart_stages, help=stages)

@@ -237,9 +237,7 @@ class DataStage(Stage):
             entries = entries + self._validation(listing, named, notes)
             named |= {name: name for name in named.values()}
         same: dict[str, list[Sample]] = defaultdict(list)  # by content
-        for entry, (sha256, suffix, problem) in look_once(
-            entries, _stamp, look, "looks", self.workers
-        ):
+        for entry, (sha256, suffix, problem) in look_once(entries, _stamp, look, "looks", self.workers):
             name = named.get(entry.label)
             if not problem and not (entry.text if self.pool else name):
                 problem = "has no text" if self.pool else "has no class"

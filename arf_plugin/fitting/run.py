@@ -484,7 +484,9 @@ class Fit:
             elif _PROGRESS.match(line):
                 self.say(f"        {line.decode(errors='replace').rstrip()}")
 
-        with file.open("ab") as stream:  # locked as long as the process is there, whatever becomes of this one
+        with file.open(
+            "ab"
+        ) as stream:  # locked as long as the process is there, whatever becomes of this one
             if not take(stream.fileno()):
                 self.say("        an earlier start is still at work; waiting for its end")
                 follow(file, tell, lambda: not take(stream.fileno()), stream.tell())

@@ -15,7 +15,14 @@ from arf_plugin.anchors.manifest import begin_kind, update_manifest
 from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
-from arf_plugin.pipeline.captioner import PROMPT, Endpoint, Generation, captioner_fetches, captioner_identity, load_captioner
+from arf_plugin.pipeline.captioner import (
+    PROMPT,
+    Endpoint,
+    Generation,
+    captioner_fetches,
+    captioner_identity,
+    load_captioner,
+)
 from arf_plugin.pipeline.embedder import ClipModel, LoadedClip
 from arf_plugin.pipeline.execution import Execution, pick_dtype
 from arf_plugin.pipeline.source import RawSample, Source

@@ -29,7 +29,7 @@ def anchors_folder(found: Collected) -> Path | None:
     """The anchor set that the reported runs used: the subject's, else any."""
     runs = sorted(found.runs, key=lambda run: run.arm != found.subject)
     named = [(run, name) for run in runs for name in (run.info.get("anchors"), run.flag("--arf-anchors"))]
-    names = [run.place(name) for run, name in named if isinstance(name, str) and is_local(name)]
+    names: list[Any] = [run.place(name) for run, name in named if isinstance(name, str) and is_local(name)]
     names += [grid.get("anchors") for grid in found.grids]
     folders = (Path(name) for name in names if isinstance(name, str) and is_local(name))
     return next((folder for folder in folders if folder.is_dir()), None)
@@ -39,7 +39,7 @@ def task_data(found: Collected) -> str | None:
     """What the reported runs were trained on, if it is still there."""
     from arf_plugin.anchors.task import expand_urls, is_csv
 
-    data_of = [mapping(grid.get("data")).get("task") for grid in found.grids]
+    data_of: list[Any] = [mapping(grid.get("data")).get("task") for grid in found.grids]
     for run in sorted(found.runs, key=lambda run: run.arm != found.subject):
         for data in filter(None, (run.flag("--train-data"), run.flag("--task-data"))):
             folder, slash, pattern = data.rpartition("/")

@@ -41,7 +41,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in range(args.tasks):  # a file of queries is a shard of the stage
-            write_vectors(folder / "parts" / str(part), args.queries // args.tasks, args.dimension, seed=part + 1)
+            write_vectors(
+                folder / "parts" / str(part), args.queries // args.tasks, args.dimension, seed=part + 1
+            )
         _merge(folder / "parts", folder / "queries")
         started = folder / "started"
         write_vectors(started, 1000, args.dimension, seed=0)
@@ -58,16 +60,40 @@ def main() -> int:
             seconds[f"{rows:,} rows, one process"] = [taken]
             seconds[f"{rows:,} rows, a task of {args.tasks}"] = [one for one, _ in tasks]
             added = max(peak, *(one for _, one in tasks)) - base
-            found.append({"rows": rows, "seconds": taken, "memory": added, "tasks": [one for one, _ in tasks]})
-            bars.append(Bar("memory that a search adds, of --memory", added / byte_size(args.memory), 1.0, of=f"{rows:,} rows"))
-            bars.append(Bar("the array's parts are the whole, byte for byte", float(same), 1.0, False, f"{rows:,} rows"))
+            found.append(
+                {"rows": rows, "seconds": taken, "memory": added, "tasks": [one for one, _ in tasks]}
+            )
+            bars.append(
+                Bar(
+                    "memory that a search adds, of --memory",
+                    added / byte_size(args.memory),
+                    1.0,
+                    of=f"{rows:,} rows",
+                )
+            )
+            bars.append(
+                Bar(
+                    "the array's parts are the whole, byte for byte",
+                    float(same),
+                    1.0,
+                    False,
+                    f"{rows:,} rows",
+                )
+            )
     lines = [
-        [f"{f['rows']:,}", f"{f['seconds']:.1f} s", f"{1e6 * f['seconds'] / f['rows']:.2f} s", f"{f['memory'] / 2**20:.0f} MiB"]
+        [
+            f"{f['rows']:,}",
+            f"{f['seconds']:.1f} s",
+            f"{1e6 * f['seconds'] / f['rows']:.2f} s",
+            f"{f['memory'] / 2**20:.0f} MiB",
+        ]
         for f in found
     ]
     last = found[-1]
     rate = last["seconds"] / last["rows"]
-    lines += [[f"{rows:,} (projected)", _time(rate * rows), f"{1e6 * rate:.2f} s", "the same"] for rows in BEYOND]
+    lines += [
+        [f"{rows:,} (projected)", _time(rate * rows), f"{1e6 * rate:.2f} s", "the same"] for rows in BEYOND
+    ]
     print(text_table([f"rows ({args.queries} queries)", "time", "per million rows", "memory"], lines))
     facts: dict[str, object] = {"queries": args.queries, "dimension": args.dimension, "memory": args.memory}
     if len(found) > 1:
@@ -93,7 +119,19 @@ def retrieve(
     array = {} if task is None else {
         "SLURM_ARRAY_TASK_ID": str(task[0]), "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": str(task[1])
     }  # fmt: skip
-    words = ["retrieve", "--queries", queries, "--pool", pool, "--out", out, "--memory", memory, "--device", "cpu"]
+    words = [
+        "retrieve",
+        "--queries",
+        queries,
+        "--pool",
+        pool,
+        "--out",
+        out,
+        "--memory",
+        memory,
+        "--device",
+        "cpu",
+    ]
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "arf_plugin.cli.main", *map(str, words), "--quiet"],
@@ -119,7 +157,9 @@ def retrieve(
 
 
 def _hits(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in [*sorted((out / "hits").iterdir()), out / "pairs.parquet"]}
+    return {
+        path.name: path.read_bytes() for path in [*sorted((out / "hits").iterdir()), out / "pairs.parquet"]
+    }
 
 
 def _time(seconds: float) -> str:

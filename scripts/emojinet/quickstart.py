@@ -209,7 +209,9 @@ def main() -> int:
         help="evaluate on the validation sets, for choosing hyper-parameters; results go to OUT/validation",
     )
     parser.add_argument(
-        "--anchors", action="store_true", help="end with OUT/anchors, which scripts/emojinet/ablate.sh begins with"
+        "--anchors",
+        action="store_true",
+        help="end with OUT/anchors, which scripts/emojinet/ablate.sh begins with",
     )
     args = parser.parse_args()
     os.environ.update(cpu_threads(THREADS))  # of the captioner's training, which is in this process

@@ -133,7 +133,16 @@ def test_a_dry_run_estimates_what_a_stage_takes(arf, inputs: Inputs, undisturbed
     for stage, folder in ((task, work / "task"), (pool, work / "pool")):
         taken = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in (".npy", ".parquet"))
         assert 0.2 * taken < stage["disk"] < 5 * taken
-    search = ("retrieve", "--queries", work / "task", "--pool", work / "pool", "--out", tmp_path / "H", "--dry-run")
+    search = (
+        "retrieve",
+        "--queries",
+        work / "task",
+        "--pool",
+        work / "pool",
+        "--out",
+        tmp_path / "H",
+        "--dry-run",
+    )
     found = json.loads(arf(*search, "--json")[0])
     assert found["seconds"] > 0 and found["disk"] > 0 and not (tmp_path / "H").exists()
     said, _ = arf(*search)
