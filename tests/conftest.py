@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +26,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _process():
-    """`train.forked` forks this process: its children would wait for threads that they have not got."""
+    """`train.forked` forks this process: its children would wait for threads that they have not got.
+
+    In the background, as under nohup, processes ignore Ctrl-C, and so would those that tests interrupt.
+    """
     import torch
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     torch.set_num_threads(1)
     if "open_clip" in sys.modules:

@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module("argcomplete").autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     args.rest, args.argv = rest, list(sys.argv[1:] if argv is None else argv)
+    args.stderr = sys.stderr  # where errors go, of children too, even if the rest is to be quiet
     if rest and not getattr(args, "takes_rest", False):
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

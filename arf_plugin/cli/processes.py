@@ -78,7 +78,8 @@ def share(args: argparse.Namespace, *, stop_together: bool = False) -> None:
             )
             running.append(child)
             assert child.stderr is not None
-            readers.append(threading.Thread(target=_relay, args=(rank, child.stderr), daemon=True))
+            relayed = (rank, child.stderr, args.stderr)
+            readers.append(threading.Thread(target=_relay, args=relayed, daemon=True))
             readers[-1].start()
         while any(child.poll() is None for child in running):
             if stop_together and any(child.returncode for child in running):
@@ -114,10 +115,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _relay(rank: str, stream: IO[str]) -> None:
+def _relay(rank: str, stream: IO[str], to: IO[str]) -> None:
     for line in stream:
-        # Errors come through though this process is --quiet.
-        print(f"[{rank}] {printable(line.rstrip())}", file=sys.__stderr__, flush=True)
+        print(f"[{rank}] {printable(line.rstrip())}", file=to, flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ def _is_time(text: str) -> str:
     return text
 
 
+def _plain_names(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name.lstrip("-").replace("-", "_"): value for name, value in flags.items()}
+
+
 class FitSettings(Strict):
     """Settings of a fit; ``arf fit --help`` says what each means.
 
@@ -56,7 +60,7 @@ class FitSettings(Strict):
     jobs: Annotated[int, Field(ge=1, exclude=True)] = 1  # of no influence on what comes of it
     max_forget: Annotated[float, Field(ge=0)] | None = None
     time: Annotated[str, AfterValidator(_is_time)] | None = None
-    set: dict[str, str | int | float | bool] = Field(default={})
+    set: Annotated[dict[str, str | int | float | bool], AfterValidator(_plain_names)] = Field(default={})
     device: str = "auto"
 
     def start(self) -> list[str]:
@@ -89,7 +93,7 @@ class FitSettings(Strict):
     @property
     def own_flags(self) -> dict[str, Any]:
         """What `set` holds, by flag, such as ``{"--batch-size": 8}``."""
-        return {f"--{name.lstrip('-').replace('_', '-')}": value for name, value in self.set.items()}
+        return {f"--{name.replace('_', '-')}": value for name, value in self.set.items()}
 
     def overrides(self) -> list[str]:
         """The flags of `set`, as the trainer takes them."""
@@ -109,8 +113,7 @@ def overrides_of(given: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
-        name = name.lstrip("-").replace("-", "_")
-        if not name:
+        if not name.strip("-"):
             raise FitError(f"--set {text!r}: expected FLAG=VALUE, such as lr=1e-5.")
         found[name] = value if equals else True
     return found

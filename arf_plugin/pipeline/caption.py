@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from arf_plugin.anchors.images import decode_image
 from arf_plugin.anchors.manifest import begin_kind, update_manifest
-from arf_plugin.errors import FlagError, ServiceError
+from arf_plugin.errors import FlagError, MissingDependencyError, ServiceError
 from arf_plugin.images import load_batches, map_ordered
 from arf_plugin.pipeline.caption_cleaning import Cleaning
 from arf_plugin.pipeline.captioner import (
@@ -122,7 +122,12 @@ class CaptionStage(Stage):
     def prepare(self, execution: Execution) -> None:
         """Loads the captioner, or finds out whether the endpoint captions; and loads the model that scores."""
         if self.endpoint:
-            self._remote = self.endpoint.captioner(self.captioner, self.generation)
+            try:
+                from arf_plugin.pipeline.endpoint import EndpointCaptioner
+            except ImportError as cause:
+                library = cause.name or "requests"
+                raise MissingDependencyError(library, "--captioner-url", "captions") from None
+            self._remote = EndpointCaptioner(self.endpoint, self.captioner, self.generation)
             self._remote.check()
         else:
             device = execution.torch_device()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
 
-    from arf_plugin.pipeline.endpoint import EndpointCaptioner
 
 COCA = "open_clip:"  # begins the names of open_clip's captioners
 PROMPT = "Describe this image in one short sentence."  # for servers, which want one
@@ -106,18 +105,6 @@ class Endpoint:
         """The address that ``/chat/completions`` is below."""
         url = self.url.rstrip("/").removesuffix("/chat/completions")
         return url if urlsplit(url).path else f"{url}/v1"
-
-    def captioner(self, model: str, generation: Generation) -> EndpointCaptioner:
-        """A model of the server.
-
-        Raises:
-            MissingDependencyError: without requests.
-        """
-        try:
-            from arf_plugin.pipeline.endpoint import EndpointCaptioner
-        except ImportError as cause:
-            raise MissingDependencyError(cause.name or "requests", "--captioner-url", "captions") from None
-        return EndpointCaptioner(self, model, generation)
 
 
 def captioner_identity(name: str) -> str:

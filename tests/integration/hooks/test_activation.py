@@ -178,7 +178,8 @@ for _ in range(2):
 assert main.get_data is data.get_data
 print("restored")
 """
-    (tmp_path / "program.py").write_text(code)
+    (tmp_path / "x.tar").touch()
+    (tmp_path / "program.py").write_text(code.replace("x.tar", str(tmp_path / "x.tar")))
     done = forks.run(str(tmp_path / "program.py"))
     assert done.stdout.strip() == "restored", done.stderr
 

@@ -146,7 +146,7 @@ def test_a_dry_run_estimates_what_a_stage_takes(arf, inputs: Inputs, undisturbed
     found = json.loads(arf(*search, "--json")[0])
     assert found["seconds"] > 0 and found["disk"] > 0 and not (tmp_path / "H").exists()
     said, _ = arf(*search)
-    assert "memory: " in said and "seconds: 00:0" in said
+    assert "memory" in said and "00:0" in said
 
 
 def test_either_half_alone(arf, inputs: Inputs, tmp_path: Path):

@@ -270,7 +270,7 @@ def test_a_stale_figure_does_not_stay(grid, tmp_path, arf):
     (tmp_path / "figures" / "old.svg").touch()
     out, _ = arf("report", grid / "runs" / "arf-0", "--out", tmp_path)
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"training.svg", "training.png"}
-    assert "left out (results): No checkpoint has been measured." in out
+    assert "Did it forget? That has not been measured." in out
     assert str(tmp_path / "index.html") in out
 
 

@@ -128,6 +128,10 @@ def no_set(made):
     made.anchors = made.folder / "none"
 
 
+def a_misspelt_tar(made):
+    made.data = f"{made.folder}/O.tar"
+
+
 def unknown_manifest(made):
     (made.anchors / "anchors.json").write_text('{"format_version": 99}')
 
@@ -282,6 +286,7 @@ def pair_without_text(made):
 
 ERRORS: list[tuple[str, Change, str]] = [
     ("anchor-set", no_set, "does not exist"),
+    ("task-files", a_misspelt_tar, r"O\.tar does not exist"),
     ("whole", unknown_manifest, "format_version 99"),
     ("whole", half_a_build, "pairs are not finished"),
     ("whole", a_file_too_many, r"no part of what was built: 1\.tar"),

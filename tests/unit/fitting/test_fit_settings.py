@@ -30,7 +30,8 @@ def test_a_run_is_finished_by_the_whole_checkpoint_of_its_last_epoch(tmp_path):
 
 
 def test_set_on_the_command_line():
-    assert overrides_of(["lr=1e-5", "--force-quick-gelu"]) == {"lr": "1e-5", "force_quick_gelu": True}
+    own = FitSettings(images="x", model="M@t", set=overrides_of(["lr=1e-5", "--force-quick-gelu"]))
+    assert own.set == {"lr": "1e-5", "force_quick_gelu": True}
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("0.5h", 1800)])

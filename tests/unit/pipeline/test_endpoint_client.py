@@ -40,7 +40,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client_of(url: str, generation: Generation | None = None, **settings) -> EndpointCaptioner:
     endpoint = Endpoint(url, **({"timeout": 20.0, "patience": 20.0} | settings))
-    return endpoint.captioner("tiny", generation or Generation(prompt="What is it?"))
+    return EndpointCaptioner(endpoint, "tiny", generation or Generation(prompt="What is it?"))
 
 
 @contextmanager
