@@ -28,7 +28,8 @@ def not_there(path: str) -> str:
         missing, parent = parent.name, parent.parent
     beside = sorted(one.name for one in (parent.iterdir() if parent.is_dir() else ()) if one.name[0] != ".")
     meant = did_you_mean(missing, beside)
-    holds = "" if meant else f" {parent} holds: {', '.join(beside[:5]) or 'nothing'}."
+    shown = "This folder" if parent == Path.cwd() else str(parent)
+    holds = "" if meant else f" {shown} holds: {', '.join(beside[:5]) or 'nothing'}."
     return f"{path} does not exist.{meant}{holds}"
 
 

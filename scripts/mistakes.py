@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class Mistake(NamedTuple):
     lacks: str = ""  # a library that is not installed
     disk: bool = False  # small/ is a disk without room
     ctrl_c: bool = False  # is pressed after the first step
+    after: bool = False  # the mistake before, whose run is there
 
 
 MISTAKES = (
@@ -73,7 +75,7 @@ MISTAKES = (
     Mistake("the same, training", f"arf train {DATA} {NAMES} ... --batch-size 512"),
     Mistake("more workers than shards", f"arf train {DATA} {NAMES} ... --workers 12"),
     Mistake("Ctrl-C", f"arf train {DATA} {NAMES} ... --name mine", ctrl_c=True),
-    Mistake("a name that is taken", f"arf train {DATA} {NAMES} ... --name mine"),
+    Mistake("a name that is taken", f"arf train {DATA} {NAMES} ... --name mine", after=True),
 )
 
 
@@ -136,7 +138,8 @@ def run(root: Path, command: str, mistake: Mistake | None = None) -> tuple[int, 
 
 def said(output: str, root: Path) -> str:
     """The sentence that a command has ended with."""
-    last = re.split(r"^arf \w+: (?:error: )?", output, flags=re.M)[-1].strip()
+    last = re.split(r"^arf(?: \w+)?: (?:error: )?", output, flags=re.M)[-1].strip()
+    last = re.sub(r"\n[IWE]\d{4} .*", "", last, flags=re.S)  # what torch's compiler says at the end
     text = re.sub(r"\bstep \d+\b", "step N", last)
     return text.replace(f"{root}/", "").replace(REST, "...")
 
@@ -149,6 +152,8 @@ def main() -> int:
         os.chdir(root)  # before there are processes to fork
         prepare(root)
         for mistake in MISTAKES:
+            if not mistake.after:
+                shutil.rmtree("runs", ignore_errors=True)
             status, output = run(root, mistake.command.replace("...", REST), mistake)
             words = said(output, root)
             found.append(
