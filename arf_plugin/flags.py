@@ -92,7 +92,9 @@ class Parser(argparse.ArgumentParser):
         meant = "".join(did_you_mean(flag, self._option_string_actions) for flag in flags)
         if not flags and any(Path(word).exists() for word in words):
             meant = " Was that a glob, or braces? Put it in quotes, or the shell makes several words of it."
-            message = " ".join(message.split()[:5]) + (f" ... ({len(words)} in all)" if len(words) > 3 else "")
+            message = " ".join(message.split()[:5]) + (
+                f" ... ({len(words)} in all)" if len(words) > 3 else ""
+            )
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             meant = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
         super().error(f"{message}.{meant}" if meant else message)

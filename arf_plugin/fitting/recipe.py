@@ -63,7 +63,7 @@ class Machine:
 
 def recipe(
     *, parameters: int, pixels: int, samples: int, shards: int, preset: str, pairs: bool, machine: Machine,
-    epochs: int | None = None,
+    epochs: int | None = None, batch: int | None = None, accumulate: int = 1,
 ) -> dict[str, tuple[str, str]]:  # fmt: skip
     """Chooses the trainer's flags.
 
@@ -76,6 +76,7 @@ def recipe(
         pairs: Whether there are pair anchors.
         machine: What trains.
         epochs: Passes over the data, if that is decided.
+        batch, accumulate: Images in a micro-batch of a process, and micro-batches in a step, if that is decided.
 
     Returns:
         By flag, its value and why.
@@ -88,20 +89,23 @@ def recipe(
     processes = max(1, machine.gpus)
     # A step of the trainer needs a full batch; four in an epoch leave little of the data unseen.
     micro = max(1, min(BATCH, max(2, samples // 4)) // processes)
-    if machine.gpus:
+    if batch is not None:
+        held, why = batch, "yours"
+    elif machine.gpus:
         # Weights, gradients and AdamW's two moments, and activations of a tower in mixed precision; ours, cautious.
         per_image = 6e6 * (parameters / 150e6) ** 0.5 * (pixels / 224) ** 2 * 4
         room = max(1, int((0.8 * machine.memory - 16 * parameters) / per_image))
         held, why = min(micro, room), f"{machine.memory / 2**30:.0f} GiB of GPU memory"
     else:
         held, why = min(micro, LARGEST_ON_CPU), "on a CPU larger ones only need more memory"
-    accumulate = max(1, round(micro / held))
+    if batch is None:
+        accumulate = max(1, round(micro / held))
     total = held * accumulate * processes
-    if total > samples:
+    if batch is None and total > samples:
         raise FitError(
             f"{processes} GPUs and {samples} images: an image a GPU is more than a batch. Use fewer GPUs."
         )
-    per_epoch = samples // total
+    per_epoch = max(1, samples // total)
     if epochs is None:
         epochs = min(MOST_EPOCHS, max(10, math.ceil(STEPS / per_epoch)))
     steps = epochs * per_epoch

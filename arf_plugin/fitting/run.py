@@ -46,7 +46,7 @@ EXTRAS = ("clip_benchmark", "jinja2", "matplotlib", "scipy", "torchmetrics")
 TRIAL_STEPS = 8
 FEWEST = 20  # pairs of the pool that retrieval is measured on
 SAVE_EVERY = 200  # optimizer steps between two checkpoints that a killed run goes on from
-SAY_FIRST, SAY_EVERY = 10, 60  # seconds from the start, and between two lines of how far a training is
+SAY_FIRST, SAY_EVERY = 10, 60  # seconds from the first step, and between two lines of how far a training is
 _PROGRESS = re.compile(rb"[a-z]+: \d+ of \d+ \w+, ")  # a line of a stage of anchor building
 _BATCH_TIME = re.compile(r"Batch \(t\): ([\d.]+)")
 _COMMAND = re.compile(r"^\$ ", re.M)  # in log.txt
@@ -291,6 +291,7 @@ class Fit:
         values = recipe.recipe(
             parameters=parameters, pixels=pixels, samples=samples, shards=shards, preset=self.settings.preset,
             pairs=self.has_pairs, machine=self.machine, epochs=epochs or int(own.get("--epochs", 0)) or None,
+            batch=int(own.get("--batch-size", 0)) or None, accumulate=int(own.get("--accum-freq", 1)),
         )  # fmt: skip
         values = {flag: value for flag, value in values.items() if flag not in own}
         images = self._images_a_step(values)
@@ -472,14 +473,17 @@ class Fit:
             return
         jobs = self.settings.jobs if stage == "train" else 1
         threads = cpu_threads(max(1, self.machine.cores // jobs)) if jobs > 1 else {}
-        said = time.monotonic() - SAY_EVERY + SAY_FIRST
+        said = 0.0
 
         def tell(line: bytes) -> None:
             nonlocal said
             if progress is not None and (step := parse_step(line)) is not None:
                 progress.advance(step)
-                if time.monotonic() - said >= SAY_EVERY:
-                    said = time.monotonic()
+                now = time.monotonic()
+                if not said:  # its rate is that of the steps, without what loading took
+                    said, progress.started, progress.first = now - SAY_EVERY + SAY_FIRST, now, progress.images
+                elif now - said >= SAY_EVERY:
+                    said = now
                     self.say(f"        {progress.text()}")
             elif _PROGRESS.match(line):
                 self.say(f"        {line.decode(errors='replace').rstrip()}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from arf_plugin.fitting import outcome
+from arf_plugin.fitting.recipe import Machine, recipe
 from arf_plugin.fitting.run import Fit
 from arf_plugin.fitting.settings import FitSettings, overrides_of, seconds
 
@@ -49,3 +52,19 @@ def test_the_weights_of_a_hubs_model_are_those_that_were_fetched(tmp_path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.parent))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert outcome._original("hf-hub:some/clip") == folder / "open_clip_model.safetensors"
+
+
+def test_a_batch_of_ones_own_is_the_step():
+    model = {
+        "parameters": 150_000_000,
+        "pixels": 224,
+        "samples": 415,
+        "shards": 8,
+        "preset": "paper",
+        "pairs": True,
+    }
+    chosen = recipe(**model, machine=Machine(0, 0, 2))
+    assert (chosen["--batch-size"][0], chosen["--accum-freq"][0]) == ("64", "2")
+    own = recipe(**model, machine=Machine(0, 0, 2), batch=64)
+    assert own["--batch-size"][0] == "64" and "--accum-freq" not in own
+    assert own["--lr"][0] == f"{1e-5 * math.sqrt(64 / 512):.2g}" and "6 steps each" in own["--epochs"][1]
