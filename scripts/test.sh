@@ -6,7 +6,7 @@
 #   scripts/test.sh -m slow                  the slow tests alone
 #   scripts/test.sh tests/unit -k captions   some of them
 #
-# SKIP_LINT=1 leaves lint and types out; JOBS sets the number of test processes (default: 2).
+# SKIP_LINT=1 leaves lint and types out; JOBS sets the number of test processes (default: 3; each waits a third of its time).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
@@ -54,5 +54,5 @@ fi
 unset PYTHONDONTWRITEBYTECODE # compiling all modules and tests anew costs each process seconds
 export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # In the order of the folders, integration tests first: the last ones are then short, and no process waits for another.
-exec "$VENV/bin/python" -m pytest -n "${JOBS:-2}" --dist loadscope --no-loadscope-reorder --durations 10 \
+exec "$VENV/bin/python" -m pytest -n "${JOBS:-3}" --dist loadscope --no-loadscope-reorder --durations 10 \
     "${marker[@]}" "$@"

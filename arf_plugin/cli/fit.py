@@ -117,7 +117,12 @@ def prepare(given: dict[str, Any], config: str | None, quiet: bool) -> Fit:
     if "images" not in given or "model" not in given:
         raise FitError("Name the images and the model: arf fit IMAGES --model ViT-B-16-quickgelu@openai")
     settings = validated(FitSettings, given, config or "The settings", FitError)
-    fit = Fit(settings, lambda line: None if quiet else print(printable(line), file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:  # in one piece, as runs side by side have lines, too
+        if not quiet:
+            print(f"{printable(line)}\n", end="", file=sys.stderr, flush=True)
+
+    fit = Fit(settings, say)
     if own := settings.overrides():
         arm = next(iter(fit.arms.values()))
         check_args(["--train-data", "task.tar", "--arf-classnames", "imagenet", *fit.start, *arm, *own])

@@ -76,7 +76,8 @@ def recipe(
         pairs: Whether there are pair anchors.
         machine: What trains.
         epochs: Passes over the data, if that is decided.
-        batch, accumulate: Images in a micro-batch of a process, and micro-batches in a step, if that is decided.
+        batch: Images in a micro-batch of a process, if that is decided.
+        accumulate: Micro-batches in a step, beside `batch`.
 
     Returns:
         By flag, its value and why.

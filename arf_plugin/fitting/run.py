@@ -280,7 +280,8 @@ class Fit:
         values = self._values(samples, shards)
         if self.settings.time is not None and "--epochs" not in self.settings.own_flags:
             values = self._values(samples, shards, self._epochs_for(self.settings.time, values, samples))
-        self.say("        hyper-parameters, each with its reason; --set FLAG=VALUE sets another:")
+        if values:
+            self.say("        hyper-parameters, each with its reason; --set FLAG=VALUE sets another:")
         for flag, (value, reason) in values.items():
             self.say(f"          {flag} {value:<8} {reason}")
         return values
