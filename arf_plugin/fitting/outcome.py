@@ -153,7 +153,9 @@ def table(found: dict[str, Any]) -> str:
 
 def verdict(found: dict[str, Any]) -> str:
     """What a layperson understands: a sentence, and whether each difference is more than chance."""
-    before, best = found["rows"]["before"]["own"], list(found["rows"].values())[2]["own"]
+    arm, chosen_alpha = found["best"].rpartition("-")[0], found["alpha"]
+    chosen = found["rows"][f"{arm}, alpha {chosen_alpha:g}"]
+    before, best = found["rows"]["before"]["own"], chosen["own"]
     said = (
         f"On your own classes the model went from {before:.1f} to {best:.1f} % ({best - before:+.1f} points)."
     )
@@ -161,11 +163,15 @@ def verdict(found: dict[str, Any]) -> str:
     if forgot is None:
         said += " What it has forgotten was not measured: that takes --keep, or more pairs."
     elif forgot <= 0.05:
-        said += f" It forgot nothing that was measured ({-forgot:+.1f} points)."
+        abilities = [name for name in chosen if name not in ("own", "test", "cka", "r@5", "kept")]
+        lost = {name: found["rows"]["before"][name] - chosen[name] for name in abilities}
+        fell = " and ".join(f"{name} fell by {less:.1f}" for name, less in lost.items() if less > 0.05)
+        said += f" On average it forgot nothing that was measured ({-forgot:+.1f} points)"
+        said += f", but {fell}." if fell else "."
     else:
         said += f" Of what it could do before it lost {forgot:.1f} points."
     lines = [said]
-    for name, one in next(iter(found["verdicts"].values())).items():
+    for name, one in found["verdicts"][arm].items():
         low, high = one["interval95"]
         lines.append(
             f"  {name}: {one['difference']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}, "

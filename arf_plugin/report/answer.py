@@ -121,13 +121,27 @@ def _say(answer: Answer, found: Collected, results: Results, row: Row) -> None:
         answer.command = _sweep(found, row.arm)
         return
     verdicts = results.verdicts((row.arm, row.alpha), (before.arm, None))
-    behind = [name for name in answer.names["kept"] if name in verdicts and verdicts[name].word == "behind"]
+    pairs = {
+        name: results.together((row.arm, row.alpha), (before.arm, None), [name])
+        for name in answer.names["kept"]
+    }
+    # By image where that can be, else over seeds.
+    lost = {
+        name: verdicts[name].difference
+        for name in pairs
+        if name in verdicts and verdicts[name].word == "behind"
+    }
+    lost |= {
+        name: pair[1].mean
+        for name, pair in pairs.items()
+        if name not in verdicts and pair is not None and pair[1].verdict.startswith("behind")
+    }
     fell = f"what it could do before fell by {-kept.mean:.1f} points"
     if kept.verdict == "behind":
         answer.word, answer.headline = "yes", f"It forgot: {fell}."
-    elif behind:
-        lost = ", ".join(f"{name} fell by {-verdicts[name].difference:.1f} points" for name in behind[:3])
-        answer.word, answer.headline = "yes", f"It forgot in part: {lost}."
+    elif lost:
+        named = ", ".join(f"{name} fell by {-less:.1f} points" for name, less in list(lost.items())[:3])
+        answer.word, answer.headline = "yes", f"It forgot in part: {named}."
     elif kept.verdict == "behind here":
         answer.word, answer.headline = "yes", f"It seems to have forgotten: {fell} on these images."
     elif kept.mean <= -0.05:

@@ -68,3 +68,22 @@ def test_a_batch_of_ones_own_is_the_step():
     own = recipe(**model, machine=Machine(0, 0, 2), batch=64)
     assert own["--batch-size"][0] == "64" and "--accum-freq" not in own
     assert own["--lr"][0] == f"{1e-5 * math.sqrt(64 / 512):.2g}" and "6 steps each" in own["--epochs"][1]
+
+
+def test_what_fell_is_said_though_the_mean_did_not():
+    rows = {
+        "before": {"own": 40.0, "r@1": 11.0, "r@5": 20.0, "cka": 1.0, "held-out": 30.0, "kept": 20.5},
+        "flyp, alpha 0.5": {"own": 50.0, "r@1": 1.0, "r@5": 2.0, "cka": 0.5, "held-out": 20.0, "kept": 10.5},
+        "paper, alpha 0.75": {
+            "own": 45.0,
+            "r@1": 8.0,
+            "r@5": 16.0,
+            "cka": 0.9,
+            "held-out": 37.0,
+            "kept": 22.5,
+        },
+    }
+    verdicts: dict = {"flyp": {}, "paper": {}}
+    found = {"rows": rows, "best": "paper-0", "alpha": 0.75, "forgot": -2.0, "verdicts": verdicts}
+    said = outcome.verdict(found)
+    assert "from 40.0 to 45.0 %" in said and said.endswith("(+2.0 points), but r@1 fell by 3.0.")
