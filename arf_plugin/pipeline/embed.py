@@ -31,7 +31,7 @@ from arf_plugin.pipeline.embedder import ClipModel, as_fp16
 from arf_plugin.pipeline.embeddings import ORIGIN
 from arf_plugin.pipeline.execution import Execution
 from arf_plugin.pipeline.source import RawSample, Source
-from arf_plugin.pipeline.stage import Outcome, Shard, Stage
+from arf_plugin.pipeline.stage import Outcome, Shard, Stage, count_samples
 from arf_plugin.pipeline.tables import TEXT, count_rows, read_columns, write_table
 from arf_plugin.untrusted import utf8
 
@@ -79,9 +79,8 @@ class _EmbeddingStage(Stage):
 
     def disk(self, shards: list[Shard]) -> float | None:
         """Vectors, and some hundred bytes of metadata each."""
-        rows = [shard.samples for shard in shards]
-        each = 2 * self.clip.dimension * len(self.modalities()) + 200
-        return None if None in rows else each * sum(count or 0 for count in rows)
+        rows, each = count_samples(shards), 2 * self.clip.dimension * len(self.modalities()) + 200
+        return None if rows is None else each * rows
 
     def write(self, shard: Shard, vectors: list[np.ndarray], metadata: pa.Table) -> None:
         """Writes a shard's vectors [n, d], one array per modality, and its metadata."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from arf_plugin.errors import ArfError
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.stage import Stage
+from arf_plugin.pipeline.stage import Stage, count_samples
 
 SECONDS = 5.0  # of a trial, beside what loading takes
 
@@ -52,8 +52,7 @@ def estimate(stage: Stage, execution: Execution) -> dict[str, Any]:
             taken, disk = time.monotonic() - began, trial.disk(shards)
         except ArfError as cause:
             return {"estimate": f"none: {cause}"}
-    counts = [shard.samples for shard in shards]
-    total = None if None in counts else sum(count or 0 for count in counts)
+    total = count_samples(shards)
     # Kilobytes, but for macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     found: dict[str, Any] = {"seconds": taken * total / seen} if seen and total else {}

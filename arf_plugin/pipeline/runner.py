@@ -18,7 +18,7 @@ from arf_plugin.errors import StageError
 from arf_plugin.files import checked, digest, remove_incomplete, replacing
 from arf_plugin.pipeline.bookkeeping import DATA_ERRORS, Bookkeeping
 from arf_plugin.pipeline.execution import Execution
-from arf_plugin.pipeline.stage import Shard, Stage
+from arf_plugin.pipeline.stage import Stage, count_samples
 from arf_plugin.untrusted import printable_json
 
 _LOG_EVERY = 60  # seconds between two lines of progress where there is no terminal to draw a bar on
@@ -71,15 +71,9 @@ def describe(stage: Stage) -> dict[str, Any]:
         "out": str(stage.out),
         "shards": len(book.shards),
         "shards_done": sum(book.marker(shard) is not None for shard in book.shards),
-        "samples": _count(book.shards),
+        "samples": count_samples(book.shards),
         "config": book.config,
     }
-
-
-def _count(shards: list[Shard]) -> int | None:
-    """Number of samples, if it is known of all shards."""
-    counts = [shard.samples for shard in shards if shard.samples is not None]
-    return sum(counts) if len(counts) == len(shards) else None
 
 
 @contextmanager
@@ -105,7 +99,7 @@ def _process(book: Bookkeeping, execution: Execution) -> None:
     (stage.work / "finished.json").unlink(missing_ok=True)
     stage.prepare(execution)
     stage.begin()
-    total = _count(mine)
+    total = count_samples(mine)
     seen, done, bad = 0, 0, 0
     failed: list[str] = []
     started = said = time.monotonic()

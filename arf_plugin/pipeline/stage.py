@@ -41,6 +41,12 @@ class Shard:
         return cls(index, f"{index:0{digits}d}", source, samples)
 
 
+def count_samples(shards: list[Shard]) -> int | None:
+    """Number of samples, if it is known of all shards."""
+    counts = [shard.samples for shard in shards if shard.samples is not None]
+    return sum(counts) if len(counts) == len(shards) else None
+
+
 @dataclass
 class Outcome:
     """What became of a shard: samples seen, samples kept, and the rejected ones as (id, reason)."""

@@ -88,6 +88,19 @@ def send(handler: BaseHTTPRequestHandler, reply: Reply, cut: int | None = None) 
     handler.close_connection = True
 
 
+def once(change: Callable) -> Callable:
+    """A change of the first reply alone."""
+    first = threading.Event()
+
+    def changed(request, reply):
+        if first.is_set():
+            return reply
+        first.set()
+        return change(request, reply)
+
+    return changed
+
+
 class Raw(LoopbackServer):
     """Sends given bytes, part by part, with a pause after each; then `for_ever`, again and again."""
 

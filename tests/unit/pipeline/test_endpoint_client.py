@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from support.building import drawing
 from support.chat_servers import SmallChat, completion, shown_image
-from support.knn_servers import BOMB, DRIPS, JSON, FlakyProxy, Raw, send
+from support.knn_servers import BOMB, DRIPS, JSON, FlakyProxy, Raw, once, send
 
 from arf_plugin.errors import FlagError, ServiceError
 from arf_plugin.pipeline.captioner import Endpoint, Generation
@@ -207,15 +207,7 @@ def test_a_reply_that_drips_is_given_up(parts, drip):
     ids=["broken off", "half", "empty", "bytes"],
 )
 def test_what_may_be_a_fault_on_the_way_is_asked_again(change):
-    first = threading.Event()
-
-    def once(request, reply):
-        if first.is_set():
-            return reply
-        first.set()
-        return change(request, reply)
-
-    with serving(once) as (_, client):
+    with serving(once(change)) as (_, client):
         assert captions(client) and client.retries == 1
     with serving(change, patience=0.3) as (_, client), pytest.raises(ServiceError, match="gave no answer"):
         captions(client)

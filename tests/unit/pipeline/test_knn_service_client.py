@@ -26,6 +26,7 @@ from support.knn_servers import (
     LoopbackServer,
     Raw,
     SmallService,
+    once,
     packed,
     send,
 )
@@ -273,15 +274,7 @@ def test_a_reply_that_is_no_answer_is_refused_at_once(change, expected: str):
 )
 def test_what_may_be_a_fault_on_the_way_is_asked_again(change):
     """And given up after the patience, if it does not pass."""
-    first = threading.Event()
-
-    def once(request, reply):
-        if first.is_set():
-            return reply
-        first.set()
-        return change(request, reply)
-
-    with serving(once) as (_, client):
+    with serving(once(change)) as (_, client):
         assert rows_of(client, QUERIES[:1]) == NEAREST[:1].tolist() and client.retries == 1
     with serving(change, patience=0.3) as (_, client), pytest.raises(ServiceError, match="gave no answer"):
         rows_of(client, QUERIES[:1])
