@@ -291,6 +291,11 @@ def pool() -> str:
         ]
         for one in found["data"]
     ]
+    rate = found["data"][-1]["seconds"] / found["data"][-1]["rows"]
+    rows += [
+        [f"{beyond:,} (projected)", f"{rate * beyond / 3600:.1f} h", f"{1e6 * rate:.1f} s", "as much"]
+        for beyond in (100_000_000, 1_000_000_000)
+    ]
     facts = found["facts"]
     what = f"rows ({facts['queries']} queries, {facts['dimension']} dimensions, --memory {facts['memory']})"
     return _table([what, "time", "per million rows", "memory it adds"], rows)

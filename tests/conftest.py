@@ -31,9 +31,10 @@ def _process():
     In the background, as under nohup, processes ignore Ctrl-C, and so would those that tests interrupt.
     """
     import torch
+    from support import forks
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
+    forks.write_without_waiting()
     torch.set_num_threads(1)
     if "open_clip" in sys.modules:
         import support.tokenizer_cache  # noqa: F401

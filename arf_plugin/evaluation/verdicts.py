@@ -16,6 +16,9 @@ Several seeds, or several sets
     Percentiles of one bootstrap over images and seeds are what is found more often. With two or three seeds that
     differ they cover the truth in 69 to 92 % of simulations in place of 95, this in 88 to 99; see
     ``tests/unit/evaluation/test_verdicts.py``.
+Several grids, as of several pretrained models
+    The same with the means over each grid's seeds in the place of the seeds: what a pretrained model is good for is
+    common to its runs, so that its seeds say nothing about another one.
 
 No p is below what the exact test could give for as many images as the arms differ on, whatever the bootstrap says of
 five images. p values of one table are corrected by Holm (Scand. J. Statist. 1979): those of its sets together, those
@@ -46,6 +49,15 @@ MEAN = "mean"  # of a table's averages, those by class left out
 SIGNS = {"ahead": "▲", "level": "≈", "behind": "▼"}
 _SEED = 0  # of the bootstrap: the same records give the same verdict
 _BLOCK = 1 << 22  # numbers in memory at once
+
+
+class Joined(NamedTuple):
+    """Names a pair of runs of one of several grids."""
+
+    grid: int
+    one: Any  # seeds
+    other: Any
+
 
 ByRun = Mapping[Any, Mapping[str, EvalRecord]]  # an arm: by seed and set; None for what has no seed
 
@@ -138,11 +150,12 @@ def compare(one: ByRun, other: ByRun, averages: Mapping[str, Average], mean: boo
             continue
         for member in members:
             if (member, *usable) not in reduced:
+                grids = [a.grid if isinstance(a, Joined) else None for a, _ in usable]
                 bits = [
                     np.stack([right_images(arm[seed][member]) for seed in seeds_of])
                     for arm, seeds_of in zip((one, other), zip(*usable, strict=True), strict=True)
                 ]
-                reduced[(member, *usable)] = _of_set(member, *bits)
+                reduced[(member, *usable)] = _of_set(member, *bits, grids)
         found = {member: reduced[(member, *usable)] for member in members}
         verdicts[name] = _judge(found, averages, main if name == MEAN else [name])
     for family in (main, [name for name in verdicts if name not in (*main, MEAN)]):
@@ -224,7 +237,8 @@ def joined(one: Sequence[ByRun], other: Sequence[ByRun]) -> tuple[ByRun, ByRun]:
     for number, (a, b) in enumerate(zip(one, other, strict=True)):
         alone = [(x, y) for x in a for y in b] if len(a) == len(b) == 1 else None  # whatever their seeds
         for x, y in alone or matched(a, b):
-            first[number, x, y], second[number, x, y] = a[x], b[y]
+            key = Joined(number, x, y)
+            first[key], second[key] = a[x], b[y]
     return first, second
 
 
@@ -269,13 +283,20 @@ class _Set(NamedTuple):
     images: int
     differ: int
     exact: float | None
-    scores: NDArray[np.float64]  # [2, S]
+    runs: int  # pairs of them
+    scores: NDArray[np.float64]  # [2, S], of seeds or of grids
     drawn: NDArray[np.float64]  # [2, REPLICATES, S]
 
 
-def _of_set(name: str, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> _Set:
-    """Reduces answers [S, N] of two arms."""
+def _of_set(name: str, one: NDArray[np.bool_], other: NDArray[np.bool_], grids: Sequence[int | None]) -> _Set:
+    """Reduces answers [runs, N] of two arms, whose runs are of these grids."""
     import numpy as np
+
+    # Averages the seeds of each grid, if there are several grids: [runs, S].
+    several = len(set(grids)) > 1
+    unit = list(dict.fromkeys(grids)) if several else list(range(len(grids)))
+    member = np.array([[grid == one for one in unit] for grid in (grids if several else unit)], float)
+    weights = member / member.sum(axis=0)
 
     swapped = other.tobytes() < one.tobytes()  # exchanged arms are to give exactly the opposite
     both = np.concatenate([other, one] if swapped else [one, other])
@@ -285,8 +306,9 @@ def _of_set(name: str, one: NDArray[np.bool_], other: NDArray[np.bool_]) -> _Set
         images=one.shape[1],
         differ=int((one != other).any(axis=0).sum()),
         exact=mcnemar(one[0], other[0]) if len(one) == 1 else None,
-        scores=100.0 * np.stack([one.mean(axis=1), other.mean(axis=1)]),
-        drawn=drawn[::-1] if swapped else drawn,
+        runs=len(one),
+        scores=100.0 * np.stack([one.mean(axis=1), other.mean(axis=1)]) @ weights,
+        drawn=(drawn[::-1] if swapped else drawn) @ weights,
     )
 
 
@@ -318,7 +340,7 @@ def _judge(found: Mapping[str, _Set], averages: Mapping[str, Average], names: Se
     one, other = mean_of({name: of_set.scores for name, of_set in found.items()})
     drawn = mean_of({name: of_set.drawn for name, of_set in found.items()})
     images, differ = (sum(counts) for counts in zip(*(of_set[:2] for of_set in found.values()), strict=True))
-    seeds, mean = len(one), float((one - other).mean())
+    seeds, mean = len(one), float((one - other).mean())  # or grids
     of_images = float((drawn[0] - drawn[1]).mean(axis=1).var())
     of_seeds = float((one - other).var(ddof=1)) / seeds if seeds > 1 else 0.0
     half, p, error = 0.0, float(mean == 0), (of_images + of_seeds) ** 0.5
@@ -326,10 +348,10 @@ def _judge(found: Mapping[str, _Set], averages: Mapping[str, Average], names: Se
         freedom = error**4 / (of_images**2 / max(1, images - len(found)) + of_seeds**2 / max(1, seeds - 1))
         half = float(_special().stdtrit(freedom, 0.975)) * error
         p = 2.0 * float(_special().stdtr(freedom, -abs(mean) / error))
-    exact = next(iter(found.values())).exact
+    exact, runs = next((of_set.exact, of_set.runs) for of_set in found.values())
     p = exact if exact is not None and len(found) == 1 else max(p, _sign_test(differ, 0))
     return Verdict(
-        float(one.mean()), float(other.mean()), mean - half, mean + half, p, p, images, differ, seeds
+        float(one.mean()), float(other.mean()), mean - half, mean + half, p, p, images, differ, runs
     )
 
 

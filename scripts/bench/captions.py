@@ -1,4 +1,4 @@
-"""Captions by the million: start without a cache, ``arf check``, and look-ups by several loader workers.
+"""Captions by the million: start without a cache, ``arf check``, look-ups by several workers; thousands of classes.
 
 python scripts/bench/captions.py --captions 5000000 --workers 4 --json runs/bench/captions.json
 git worktree add ../old f6325ce && python scripts/bench/captions.py --old ../old
@@ -8,12 +8,14 @@ Start and check run in processes of their own, each with an empty cache; their m
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from common import Bar, parser, report
+from PIL import Image
 
 from arf_plugin.data.captions import CaptionStore, open_captions
 
@@ -31,6 +34,10 @@ TASKS = {
     "cold start": "from arf_plugin.data.captions import open_captions; open_captions(sys.argv[1])",
     "arf check": "from arf_plugin.cli.main import main; main(['check', sys.argv[1]])",
 }
+CHECK_CLASSES = (
+    "from arf_plugin.cli.main import main; at = sys.argv[1]; main(['check', at, '--train-data', "
+    "at + '/task/00000.tar', '--arf-classnames', at + '/names.txt', '--batch-size', '512', '--workers', '1'])"
+)
 MEASURED = "import sys; {}; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 
 
@@ -39,6 +46,7 @@ def main() -> int:
     args_parser.add_argument("--captions", type=int, default=5_000_000)
     args_parser.add_argument("--workers", type=int, default=4)
     args_parser.add_argument("--lookups", type=int, default=200_000, help="look-ups per worker and round")
+    args_parser.add_argument("--classes", type=int, default=20_000)
     args_parser.add_argument("--starts", type=int, default=3, help="times that start and check are measured")
     args_parser.add_argument("--old", type=Path, help="a checkout to compare start and check with")
     args = args_parser.parse_args()
@@ -54,6 +62,8 @@ def main() -> int:
                     seconds, peak = alone(code, folder, checkout)
                     starts.setdefault(which + task, []).append(seconds)
                     memory[which + task] = max(peak, memory.get(which + task, 0))
+        write_classes(Path(folder, "classes"), args.classes)
+        of_classes = [alone(CHECK_CLASSES, f"{folder}/classes", ROOT)[0] for _ in range(args.starts)]
         store = open_captions(folder)
         file_bytes = store.path.stat().st_size
         jobs = [(store.path, args.captions, args.lookups, args.rounds, seed) for seed in range(args.workers)]
@@ -67,6 +77,7 @@ def main() -> int:
         Bar("cold start, in seconds per 5,000,000 captions", min(starts["cold start"]) / scale, 10),
         Bar("arf check, in seconds per 5,000,000 captions", min(starts["arf check"]) / scale, 30),
         *(Bar("resident memory in GB", memory[task] / 1e9, 1.0, of=task) for task in TASKS),
+        Bar("arf check, in seconds per 20,000 class names", min(of_classes) * 20_000 / args.classes, 10),
         Bar("private memory a worker adds, of the caption file", max(private) / file_bytes, 0.05),
         Bar("median look-up in microseconds of processor time", 1e6 * statistics.median(seconds), 10),
     ]
@@ -77,7 +88,7 @@ def main() -> int:
         **{f"{task}: resident memory": f"{value / 1e6:,.0f} MB" for task, value in memory.items()},
         "private memory added by each worker": ", ".join(f"{value / 1e6:.1f} MB" for value in private),
     }
-    timings = starts | {"one look-up": seconds}
+    timings = starts | {f"arf check of {args.classes:,} class names": of_classes, "one look-up": seconds}
     return report(
         "captions: start, check and look-ups", timings, bars, args.json, {"memory": memory}, **facts
     )
@@ -112,6 +123,21 @@ def write_captions(folder: Path, count: int, ids: list[str] | None = None) -> in
         pq.write_table(pa.table(table), path)
         total += path.stat().st_size
     return total
+
+
+def write_classes(folder: Path, count: int) -> None:
+    """Writes task data of so many classes, an image each, with their names and captions."""
+    (folder / "task").mkdir(parents=True)
+    (folder / "names.txt").write_text("".join(f"thing with number {number}\n" for number in range(count)))
+    write_captions(folder, count, [f"00000/{number:09d}" for number in range(count)])
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(image, "JPEG")
+    with tarfile.open(folder / "task" / "00000.tar", "w") as tar:
+        for number in range(count):
+            for ext, content in (("jpg", image.getvalue()), ("cls", str(number).encode())):
+                info = tarfile.TarInfo(f"{number:09d}.{ext}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
 
 
 def identity(number: int) -> str:

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 from support import data, forks, grids
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+
+from benchmarks import summary
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -144,6 +148,38 @@ def test_a_second_start_does_nothing_again(finished):
     assert again.stdout == printed
     assert {path: path.stat().st_mtime_ns for path in ablate.out.glob("runs/*/*")} == files
     assert (ablate.out / "results.jsonl").read_bytes() == rows
+
+
+def test_several_pretrained_models_are_summed_up(finished, tmp_path):
+    ablate, _, _ = finished
+    results = ablate.json("results.json")
+    results["suite"] = str(tmp_path / "drawings.yaml")
+    (tmp_path / "drawings.yaml").write_text(grids.SUITE)
+    for number in range(2):  # the second is the first once more, with the two arms exchanged
+        folder = tmp_path / "runs" / f"tiny-{number}" / "all"
+        folder.mkdir(parents=True)
+        text = (ablate.out / "results.jsonl").read_text()
+        if number:
+            text = text.replace("runs/arf-0/", "runs/x-0/").replace("runs/flyp-0/", "runs/arf-0/")
+            text = text.replace("runs/x-0/", "runs/flyp-0/")
+        (folder / "results.jsonl").write_text(text)
+        (folder / "results.json").write_text(json.dumps(results))
+    models = [summary.Model(tmp_path / "runs" / f"tiny-{number}" / "all") for number in range(2)]
+    found = summary.summarize(models, "arf")
+    assert set(found["lines"]) == {"before", "flyp", "flyp+WiSE-FT", "arf", "arf+WiSE-FT"}
+    assert set(found["against"]) == {"arf", "arf+WiSE-FT"}
+    means = {row["arm"]: row["mean"]["ID"] for row in results["rows"] if row["alpha"] is None}
+    line = found["lines"]["arf"]
+    assert [model["ID"] for model in line["per_model"]] == pytest.approx(
+        [means["arf"], means["flyp"]], abs=2e-3
+    )
+    entry = found["against"]["arf"]["flyp"]
+    assert (
+        entry["averages"]["mean"]["difference"] == pytest.approx(0.0)
+        and entry["averages"]["mean"]["seeds"] == 2
+    )
+    assert entry["models_ahead"] == int(means["arf"] != means["flyp"])
+    assert "ARF less" in summary.as_text(found) and "FLYP + WiSE-FT" in summary.as_text(found)
 
 
 def test_a_changed_grid_is_refused_with_the_difference(finished, world):

@@ -144,6 +144,36 @@ def test_intervals_cover_the_truth(seeds, by_seed, lowest, monkeypatch):
     assert lowest <= covered / 300 <= 0.99
 
 
+@pytest.mark.process  # takes seconds
+def test_intervals_cover_the_truth_of_several_grids(monkeypatch):
+    """Pretrained models differ, and their seeds hardly: twelve runs are four models, and not twelve."""
+    monkeypatch.setattr("arf_plugin.evaluation.verdicts.REPLICATES", 300)
+    generator = np.random.default_rng(8)
+    covered = together = 0
+    for _ in range(200):
+        grids = []
+        for _ in range(4):
+            gains = 0.5 * generator.normal(size=2)
+            hard = generator.normal(size=200)
+            grids.append(
+                [
+                    arm(*({"id": hard + gain + 0.1 * generator.normal(size=200) > 0} for _ in range(3)))
+                    for gain in gains
+                ]
+            )
+        found = only(*joined(*zip(*grids, strict=True)))
+        assert found.seeds == 12
+        covered += found.low <= 0 <= found.high
+        less = only(
+            *(
+                dict(enumerate(run for grid in side for run in grid.values()))
+                for side in zip(*grids, strict=True)
+            )
+        )
+        together += less.low <= 0 <= less.high
+    assert 0.9 <= covered / 200 <= 0.99 and together / 200 < 0.85
+
+
 def test_pairing_finds_what_unpaired_scores_do_not():
     """Three points of 400 images: far within their binomial error, and sure, as the arms differ on few of them."""
     one = np.arange(400) < 200
