@@ -151,11 +151,11 @@ def compare(one: ByRun, other: ByRun, averages: Mapping[str, Average], mean: boo
         for member in members:
             if (member, *usable) not in reduced:
                 grids = [a.grid if isinstance(a, Joined) else None for a, _ in usable]
-                bits = [
+                first, second = (
                     np.stack([right_images(arm[seed][member]) for seed in seeds_of])
                     for arm, seeds_of in zip((one, other), zip(*usable, strict=True), strict=True)
-                ]
-                reduced[(member, *usable)] = _of_set(member, *bits, grids)
+                )
+                reduced[(member, *usable)] = _of_set(member, first, second, grids)
         found = {member: reduced[(member, *usable)] for member in members}
         verdicts[name] = _judge(found, averages, main if name == MEAN else [name])
     for family in (main, [name for name in verdicts if name not in (*main, MEAN)]):

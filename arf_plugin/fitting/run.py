@@ -85,6 +85,7 @@ class Fit:
         self.commands: list[str] = []
         self._lock = threading.Lock()  # of the list of commands
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._built: tuple[Any, Any, Any] | None = None  # a model of random weights, as long as it is of use
 
     def run(self) -> dict[str, Any]:
         """Runs what is left of all stages.
@@ -103,6 +104,7 @@ class Fit:
         hub = f"; of the hub, if they are not here: {', '.join(self.fetched)}" if self.fetched else ""
         self.say(f"        weights and checkpoints will take about {self._disk / 2**30:.1f} GiB{hub}")
         self._data()
+        self._say_time(self.pool if self.has_pairs else None)
         self._anchors()
         chosen = self._recipe()
         runs = self._train_all(chosen)
@@ -186,16 +188,18 @@ class Fit:
         images = {part: len(samples) for part, samples in made.parts.items()}
         runs = len(self.arms) * settings.seeds
         disk = self._disk + sum(images.values()) * 2e5  # and the shards
+        values = self._values(images["train"], shards)
         return {
             "images": images,
             "classes": len(made.classnames),
             "rejected": len(made.rejected),
             "notes": made.notes,
-            "hyperparameters": self._values(images["train"], shards),
+            "hyperparameters": values,
             "arms": self.arms,
             "runs": runs,
             "fetched": self.fetched,
             "disk": f"{disk / 2**30:.1f} GiB",
+            "minutes": self._minutes(values, images, self._pool_tars if self.has_pairs else None),
         }
 
     @cached_property
@@ -213,6 +217,14 @@ class Fit:
     @cached_property
     def pool(self) -> str:
         """The pool's tars; images with texts in another form become some first."""
+        if (tars := self._pool_tars) is not None:
+            return tars
+        self._call("data", self.settings.pool, "--pool", "--out", self.out / "pool")
+        return "::".join(map(str, list_files(self.out / "pool", ".tar")))
+
+    @property
+    def _pool_tars(self) -> str | None:
+        """The pool's tars, if that is what it is given as."""
         given = self.settings.pool
         if given.endswith(".tar") or "::" in given:
             return given
@@ -221,8 +233,7 @@ class Fit:
             raise FitError(f"{given} is not finished: run its arf download again to the end.")
         if Path(given).is_dir() and (tars := sorted(Path(given).rglob("*.tar"))):
             return "::".join(map(str, tars))
-        self._call("data", given, "--pool", "--out", self.out / "pool")
-        return "::".join(map(str, list_files(self.out / "pool", ".tar")))
+        return None
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -315,10 +326,65 @@ class Fit:
 
         from arf_plugin.evaluation.candidates import build
 
-        model: Any = build(self.settings.architecture, None, torch.device("cpu"))[0]
+        self._built = build(self.settings.architecture, None, torch.device("cpu"))
+        model = self._built[0]
         size: Any = getattr(model.visual, "image_size", 224)
         pixels = size[0] if isinstance(size, (tuple, list)) else size
         return sum(p.numel() for p in model.parameters()), int(pixels)
+
+    def _say_time(self, pool: str | None) -> None:
+        """Says how long what is left will take, but where `--time` does, or runs have begun, which say so."""
+        if self.settings.time is None and not (self.out / "runs").exists():
+            counts = self.data["images"]
+            values = self._values(counts["train"], len(list_files(self.task / "train", ".tar")))
+            if minutes := self._minutes(values, counts, pool):
+                told = ", ".join(f"{what} {value:.1f}" for what, value in minutes.items())
+                captions = "; captions, which say so themselves," if self.has_captions else ";"
+                self.say(
+                    f"        about {sum(minutes.values()):.1f} minutes of computing ({told}){captions} and what "
+                    "starting and loading take come on top"
+                )
+        self._built = None
+
+    def _minutes(self, values: Values, images: dict[str, int], pool: str | None) -> dict[str, float]:
+        """By stage, as far as it can be told beforehand; empty if the device has no room for a try."""
+        import torch
+
+        from arf_plugin.anchors.task import expand_urls
+        from arf_plugin.evaluation.candidates import build
+        from arf_plugin.evaluation.sets import find_sets
+        from arf_plugin.fitting import kept, speed
+        from arf_plugin.pipeline.execution import pick_device
+
+        own, device = self.settings, pick_device(self.settings.device)
+        held = int(self._setting("--batch-size", values))
+        pairs = int(self._setting("--arf-pair-batch-size", values, str(held))) * self.has_pairs
+        steps = {
+            arm: speed.step_of(terms, held, pairs, self.has_captions) for arm, terms in self.arms.items()
+        }
+        # Runs side by side share the cores, or the GPU.
+        threads = max(1, self.machine.cores // own.jobs)
+        at_once = 1 if self.machine.gpus else min(own.jobs, self.machine.cores)
+        precision = self._setting("--precision", values)
+        built = self._built or build(own.architecture, None, torch.device("cpu"))
+        try:
+            of_arms, of_image = speed.measure(built, steps, device, precision, threads)
+        except RuntimeError:  # of memory, as a rule
+            return {}
+        micro = (
+            images["train"] // self._images_a_step(values) * int(self._setting("--accum-freq", values, "1"))
+        )
+        embedded = images["train"] + (speed.pool_size(expand_urls(pool)) or 0) if pool else 0
+        sets = [one for folder in own.keep for one in find_sets(Path(folder))]
+        seen = images.get("val", 0) + sum(one.images for one in sets) + kept.PAIRS * self.has_pairs
+        mixtures = len(self.arms) * own.seeds * len(outcome.ALPHAS)
+        of_runs = own.seeds * sum(of_arms.values()) * micro * int(self._setting("--epochs", values)) / at_once
+        seconds = {
+            "embedding": of_image * embedded,
+            "training": of_runs,
+            "evaluation": of_image * seen * mixtures,
+        }
+        return {name: round(value / 60, 2) for name, value in seconds.items() if value}
 
     def _epochs_for(self, time: str, values: Values, samples: int) -> int:
         """Epochs that fit into the time, from a few steps of a trial."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,9 @@ def test_a_fit_ends_with_a_model_and_what_it_has_kept(inputs, whole):
         and "95 % interval" in done.stdout
     )
     assert "broken.jpg" in (out / "rejected.tsv").read_text()
+    assert re.search(
+        r"about [\d.]+ minutes of computing \(embedding [\d.]+, training [\d.]+, eval", done.stderr
+    )
     assert "each with its reason" in done.stderr and "a tenth of the" in done.stderr
     assert "On your own classes the model went from" in done.stdout
     assert "$ arf train" in (out / "log.txt").read_text()
