@@ -301,6 +301,31 @@ def pool() -> str:
     return _table([what, "time", "per million rows", "memory it adds"], rows)
 
 
+def growth() -> str:
+    """How the time of each stage grows; written by scripts/bench/growth.py."""
+    found = _figures("bench/growth")["data"]
+    rows = [
+        [stage, *(f"{seconds:.3g}" for seconds in of_size.values()), f"{found['exponents'][stage]:.2f}"]
+        for stage, of_size in found["seconds"].items()
+    ]
+    return _table(["stage", *(f"{size:,} samples, s" for size in found["sizes"]), "exponent"], rows)
+
+
+def duplicates() -> str:
+    """Near-duplicates and exclusion among many; written by scripts/bench/duplicates.py."""
+    rows = [
+        [
+            f"{one['rows']:,}",
+            one["kind"],
+            f"{one['seconds']:.0f} s",
+            f"{one['memory'] / 1e9:.1f} GB",
+            f"{one['recall']:.5f}",
+        ]
+        for one in _figures("bench/duplicates")["data"]
+    ]
+    return _table(["vectors", "by", "time", "memory", "of planted copies found"], rows)
+
+
 def gpu() -> str:
     """What scripts/gpu_check.py found on a machine with a GPU."""
     return markdown(_figures("gpu")).rstrip()
@@ -410,6 +435,8 @@ def rewritten(text: str) -> str:
         memory,
         cost,
         pool,
+        growth,
+        duplicates,
         gpu,
     )
     makers = {maker.__name__: maker for maker in tables}

@@ -70,8 +70,9 @@ def main() -> int:
         barrier = multiprocessing.Barrier(args.workers)
         with multiprocessing.get_context("fork").Pool(args.workers, _start, (barrier,)) as pool:
             workers = pool.starmap(work, jobs, chunksize=1)
-    private = [grown for grown, _ in workers]
-    seconds = [value for _, values in workers for value in values]
+    private = [grown for grown, _, _ in workers]
+    seconds = [value for _, values, _ in workers for value in values]
+    decoding = [value for _, _, values in workers for value in values]
     scale = args.captions / 5_000_000
     bars = [
         Bar("cold start, in seconds per 5,000,000 captions", min(starts["cold start"]) / scale, 10),
@@ -79,7 +80,11 @@ def main() -> int:
         *(Bar("resident memory in GB", memory[task] / 1e9, 1.0, of=task) for task in TASKS),
         Bar("arf check, in seconds per 20,000 class names", min(of_classes) * 20_000 / args.classes, 10),
         Bar("private memory a worker adds, of the caption file", max(private) / file_bytes, 0.05),
-        Bar("median look-up in microseconds of processor time", 1e6 * statistics.median(seconds), 10),
+        Bar(
+            "one look-up, of decoding an image",
+            statistics.median(seconds) / statistics.median(decoding),
+            0.01,
+        ),
     ]
     facts = {
         "captions": f"{args.captions:,}",
@@ -88,7 +93,8 @@ def main() -> int:
         **{f"{task}: resident memory": f"{value / 1e6:,.0f} MB" for task, value in memory.items()},
         "private memory added by each worker": ", ".join(f"{value / 1e6:.1f} MB" for value in private),
     }
-    timings = starts | {f"arf check of {args.classes:,} class names": of_classes, "one look-up": seconds}
+    timings = starts | {f"arf check of {args.classes:,} class names": of_classes}
+    timings |= {"one look-up": seconds, "decoding an image of 500 x 375": decoding}
     return report(
         "captions: start, check and look-ups", timings, bars, args.json, {"memory": memory}, **facts
     )
@@ -159,10 +165,18 @@ def _start(barrier) -> None:
     _barrier = barrier
 
 
-def work(path: Path, count: int, lookups: int, rounds: int, seed: int) -> tuple[int, list[float]]:
-    """Opens the captions and looks up random ids; returns the private memory that this took, and its speed."""
+def work(
+    path: Path, count: int, lookups: int, rounds: int, seed: int
+) -> tuple[int, list[float], list[float]]:
+    """Opens the captions and looks up random ids; returns the private memory that this took, and its speed.
+
+    Between the rounds an image is decoded as often as takes a while: what else a worker does for a sample.
+    """
     rng = random.Random(seed)
-    timings = []
+    timings, decoding = [], []
+    noise = Image.effect_noise((500, 375), 40).convert("RGB")
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=90)
     before = private_bytes()
     store = CaptionStore(path)
     for _ in range(rounds):
@@ -172,11 +186,15 @@ def work(path: Path, count: int, lookups: int, rounds: int, seed: int) -> tuple[
             store.get(name)
         timings.append((time.process_time() - start) / lookups)
         del wanted
+        start = time.process_time()
+        for _ in range(100):
+            Image.open(file).convert("RGB")
+        decoding.append((time.process_time() - start) / 100)
     # A page of the mapped file counts as private while only one worker maps it: measure while all of them do.
     _barrier.wait()
     grown = private_bytes() - before
     _barrier.wait()
-    return grown, timings
+    return grown, timings, decoding
 
 
 if __name__ == "__main__":
