@@ -1,16 +1,12 @@
 """Which images are near others: pairs near excluded images, and pairs that say the same twice.
 
-Few are compared all with all, in blocks. Among many, a faiss index finds candidates, whose cosines are computed from
-the vectors themselves. It has cells (IVF), around means of the vectors that are nearest to ones drawn at random, and
-codes of 8 bits a dimension, a quarter of fp32. It may miss some whose cell is not looked into; how many cells are is
-measured when it is made, on copies that are just near enough.
+Few are compared all with all, in blocks. Among many, hash tables find candidates, whose cosines are computed from the
+vectors themselves; they may miss one in some thousand, see :class:`NearIndex`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +24,11 @@ BLOCK = 4096
 # All pairs of so many images are compared; among more, an index finds those that may be near.
 EXACT = {"cpu": 40_000, "cuda": 1_000_000}
 Parts = Sequence[tuple[Embeddings, np.ndarray]]  # rows [n] of some folders, numbered on from 0
-_CALIBRATED = 8192  # vectors that are copied to see how many cells need to be looked into
-_RECALL = 0.9995  # of such copies
-_CANDIDATES = 16
-_CODE_ERROR = 0.02  # of a cosine computed with codes
+_SAMPLED = 4096  # vectors that an index is planned by
+_RECALL = 0.9995  # of copies that are just near enough
+_CHAIN = 32  # vectors of a bucket that are looked at, at most
+_SKETCH = 4  # words of 64 signs
+_FLOPS, _LOOKUP = 5e10, 1e-7  # a second, and seconds; how they compare counts, on two cores
 _AT_ONCE = 1024
 
 
@@ -114,10 +111,10 @@ class Exclusion:
         index = NearIndex(images, self.similarity)
         for folder, numbers in images:
             for _, theirs in _blocks(folder, numbers):
-                index.add(theirs.numpy(), index.cells(theirs.numpy()))
+                index.add(index.keys(theirs.numpy()))
         first = 0
         for block, ours in _blocks(pool, rows):
-            for i, number, cosine in index.nearest(ours.numpy(), index.cells(ours.numpy()), images):
+            for i, number, cosine in index.nearest(ours.numpy(), index.keys(ours.numpy()), images):
                 yield first + i, number, cosine
             first += len(block)
 
@@ -160,19 +157,19 @@ def near_duplicates(
     """
     import torch
 
-    kept = np.zeros(0, np.int64)
+    kept, count = np.empty(len(rows), np.int64), 0
     dropped = []
     index = NearIndex([(pool, rows)], similarity) if _many(len(rows), len(rows), device) else None
-    for block, vectors in _blocks(pool, rows, device):
+    for block, vectors in _blocks(pool, rows, device, BLOCK if index is None else _AT_ONCE):
         near: dict[int, tuple[int, float]] = {}  # place in the block: a kept row, and the cosine to it
         if index is not None:
             ours = vectors.cpu().numpy()
-            cells = index.cells(ours)
-            for i, number, cosine in index.nearest(ours, cells, [(pool, kept)]):
+            keys = index.keys(ours)
+            for i, number, cosine in index.nearest(ours, keys, [(pool, kept[:count])]):
                 if cosine >= similarity:
                     near[i] = int(kept[number]), cosine
         else:
-            for others, theirs in _blocks(pool, kept, device):
+            for others, theirs in _blocks(pool, kept[:count], device):
                 best, column = (vectors @ theirs.T).max(dim=1)
                 for i in torch.nonzero(best >= similarity).flatten().tolist():
                     near.setdefault(i, (int(others[column[i]]), float(best[i])))
@@ -184,24 +181,17 @@ def near_duplicates(
                 free[i] = False
                 near[i] = int(block[before[0]]), float(among[i, before[0]])
         dropped += [Dropped(int(block[i]), "near duplicate", *found) for i, found in near.items()]
-        kept = np.concatenate([kept, block[free]])
+        kept[count : count + free.sum()] = block[free]
+        count += int(free.sum())
         if index is not None and free.any():
-            index.add(ours[free], Cells(*(part[free] for part in cells)))
+            index.add(Keys(*(part[free] for part in keys)))
     return dropped
 
 
 def _many(one: int, other: int, device: torch.device) -> bool:
     """Whether so many times so many vectors are for an index, rather than all compared."""
     most = EXACT.get(device.type, EXACT["cpu"])
-    if one * other <= most**2:
-        return False
-    if importlib.util.find_spec("faiss") is None:
-        logging.warning(
-            f"All of {one:,} images are compared with {other:,}, which takes long; with faiss an index would find "
-            "those that are near: pip install 'arf-plugin[retrieval]'"
-        )
-        return False
-    return True
+    return one * other > most**2
 
 
 def _vectors(parts: Parts, numbers: np.ndarray) -> np.ndarray:
@@ -216,25 +206,34 @@ def _vectors(parts: Parts, numbers: np.ndarray) -> np.ndarray:
 
 
 def _blocks(
-    embeddings: Embeddings, rows: np.ndarray, device: torch.device | str = "cpu"
+    embeddings: Embeddings, rows: np.ndarray, device: torch.device | str = "cpu", size: int = BLOCK
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Rows and their vectors in fp32."""
     import torch
 
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
         yield block, torch.from_numpy(embeddings.vectors(block)).to(device).float()
 
 
-class Cells(NamedTuple):
-    """The cells that are nearest to some vectors: numbers [n, probes], and cosines to their centers."""
+class Keys(NamedTuple):
+    """What tables know vectors by: numbers of buckets [n, tables], and a sketch of signs [n, words]."""
 
-    numbers: np.ndarray
-    cosines: np.ndarray
+    buckets: np.ndarray
+    sketches: np.ndarray
 
 
 class NearIndex:
     """Vectors of unit norm, of which those near others are found; empty at first.
+
+    Locality-sensitive hashing by random hyperplanes (Charikar, STOC 2002). A key is the signs of a vector's products
+    with some random directions: the nearer two vectors are, the more often they have the same. Each table has
+    directions of its own, and a vector is compared with those that share a key with it in any of them. The more
+    vectors there are, the longer are the keys, so that few share one by chance, and the more tables it takes to miss
+    nothing.
+
+    Both numbers are calculated from a sample of the vectors at hand: of all lengths the one that costs least, with as
+    many tables as find all but one in 2,000 copies that are just near enough.
 
     Args:
         parts: where the vectors are that will be added.
@@ -242,55 +241,67 @@ class NearIndex:
     """
 
     def __init__(self, parts: Parts, similarity: float) -> None:
-        import faiss
-
         rows = sum(len(rows) for _, rows in parts)
-        cells = max(1, min(rows, round(8 * math.sqrt(rows))))
-        size = min(rows, cells + _CALIBRATED)
-        sample = _vectors(parts, np.sort(np.random.default_rng(0).choice(rows, size, replace=False)))
-        sample = sample[np.random.default_rng(1).permutation(size)]
-        self._similarity, self._centers = similarity, sample[:cells]
-        self._probes = 1  # cells that are looked into for a vector
-        self._center(parts)
-        dimension = sample.shape[1]
-        self._coarse = faiss.IndexFlatIP(dimension)
-        self._coarse.add(self._centers)  # it counts as trained, and only the codes are learned
-        self._index = faiss.IndexIVFScalarQuantizer(
-            self._coarse, dimension, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
+        rng = np.random.default_rng(0)
+        sample = _vectors(parts, np.sort(rng.choice(rows, min(rows, _SAMPLED), replace=False)))
+        copies = _copies(sample, similarity, rng)
+        # Vectors of one model may all point into one half of space, where planes part few; around their mean, more.
+        means = (np.zeros_like(sample[0]), sample.mean(axis=0))
+        plans = [_plan(sample - mean, copies - mean, rows) for mean in means]
+        (_, self._bits, self._tables), self._mean = min(
+            zip(plans, means, strict=True), key=lambda one: one[0]
         )
-        self._index.train(sample)
-        self._index.nprobe = self._probes = self._needed(sample[-_CALIBRATED:])
+        self._planes = rng.standard_normal((sample.shape[1], self._tables * self._bits), np.float32)
+        self._width = max(1, math.ceil(math.log2(max(2, rows))))  # bits of a bucket's number
+        self._latest = np.full((self._tables, 1 << self._width), -1, np.int32)  # of each bucket
+        self._before = np.empty((self._tables, rows), np.int32)  # the one that came before in its bucket
+        words = min(_SKETCH, self._planes.shape[1] // 64) or 1
+        self._sketches = np.empty((rows, words), np.uint64)
+        self.total = 0
+        differ = _differ(self.keys(sample).sketches, self.keys(copies).sketches)
+        self._most = int(np.quantile(differ, 0.9999, method="higher"))  # bits, of sketches of near ones
 
-    def cells(self, vectors: np.ndarray) -> Cells:
-        """Looks up the cells of vectors [n, d] fp32."""
+    def keys(self, vectors: np.ndarray) -> Keys:
+        """Calculates the keys of vectors [n, d] fp32."""
         import torch
 
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        for start in range(0, len(vectors), _AT_ONCE):
-            block = torch.from_numpy(vectors[start : start + _AT_ONCE])
-            cosines, numbers = torch.topk(block @ torch.from_numpy(self._centers).T, self._probes)
-            found.append((numbers.numpy(), cosines.numpy()))
-        return Cells(*(np.concatenate(part) for part in zip(*found, strict=True)))
+        centered = torch.from_numpy(np.ascontiguousarray(vectors - self._mean))
+        signs = (centered @ torch.from_numpy(self._planes) > 0).numpy()
+        words = self._sketches.shape[1]
+        padded = np.packbits(signs[:, : 64 * words], axis=1)
+        padded = np.pad(padded, ((0, 0), (0, 8 * words - padded.shape[1])))
+        numbers = np.zeros((len(vectors), self._tables), np.uint64)
+        for part in np.moveaxis(np.packbits(signs.reshape(len(vectors), self._tables, -1), axis=2), 2, 0):
+            numbers = (numbers << np.uint64(8)) | part
+        if self._bits > self._width:  # Fibonacci hashing
+            numbers = (numbers * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - self._width)
+        elif padding := -self._bits % 8:
+            numbers >>= np.uint64(padding)
+        return Keys(numbers.astype(np.int64), np.ascontiguousarray(padded).view(np.uint64))
 
-    def add(self, vectors: np.ndarray, cells: Cells) -> None:
-        """Adds vectors [n, d] fp32, n > 0, with their cells; they are counted on from 0."""
-        from faiss.contrib.ivf_tools import add_preassigned
+    def add(self, keys: Keys) -> None:
+        """Adds vectors by their keys; they are counted on from 0."""
+        count = len(keys.buckets)
+        numbers = np.arange(self.total, self.total + count, dtype=np.int32)
+        self._sketches[self.total : self.total + count] = keys.sketches
+        self.total += count
+        for latest, before, buckets in zip(self._latest, self._before, keys.buckets.T, strict=True):
+            order = np.argsort(buckets, kind="stable")
+            sorted_buckets, sorted_numbers = buckets[order], numbers[order]
+            first = np.diff(sorted_buckets, prepend=-1) != 0
+            earlier = np.roll(sorted_numbers, 1)
+            earlier[first] = latest[sorted_buckets[first]]
+            before[sorted_numbers] = earlier
+            last = np.roll(first, -1)
+            latest[sorted_buckets[last]] = sorted_numbers[last]
 
-        add_preassigned(self._index, vectors, np.ascontiguousarray(cells.numbers[:, 0]))
-
-    def nearest(self, vectors: np.ndarray, cells: Cells, parts: Parts) -> Iterator[tuple[int, int, float]]:
+    def nearest(self, vectors: np.ndarray, keys: Keys, parts: Parts) -> Iterator[tuple[int, int, float]]:
         """Yields (row, number, cosine) of the nearest candidate of those vectors [n, d] fp32 that have some.
 
         Cosines are computed from the vectors of the parts, which are those that have been added.
         """
-        from faiss.contrib.ivf_tools import search_preassigned
-
-        if not self._index.ntotal:
-            return
-        most = min(_CANDIDATES, self._index.ntotal)
-        scores, found = search_preassigned(self._index, vectors, most, cells.numbers, cells.cosines)
-        near = (found >= 0) & (scores >= self._similarity - _CODE_ERROR)
-        rows, numbers = np.nonzero(near)[0], found[near]
+        pairs = np.unique(np.concatenate([np.zeros(0, np.int64), *self._candidates(keys)]))
+        rows, numbers = np.divmod(pairs, max(1, self.total))
         cosines = np.zeros(len(rows), np.float32)
         for start in range(0, len(rows), BLOCK):
             at = slice(start, start + BLOCK)
@@ -300,28 +311,57 @@ class NearIndex:
         for place in order[first].tolist():
             yield int(rows[place]), int(numbers[place]), float(cosines[place])
 
-    def _center(self, parts: Parts) -> None:
-        """Moves each center to the direction of the mean of its vectors, which it is nearer to: one step of k-means."""
-        sums = np.zeros_like(self._centers)
-        for block in (block.numpy() for folder, rows in parts for _, block in _blocks(folder, rows)):
-            of = self.cells(block).numbers[:, 0]
-            order = np.argsort(of, kind="stable")
-            cells, starts = np.unique(of[order], return_index=True)
-            sums[cells] += np.add.reduceat(block[order], starts, axis=0)
-        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-        self._centers = np.where(lengths > 0, sums / np.maximum(lengths, 1e-12), self._centers)
+    def _candidates(self, keys: Keys) -> Iterator[np.ndarray]:
+        """Yields row * total + number of those in one bucket, the latest ones first, whose sketches are alike."""
+        for latest, before, buckets in zip(self._latest, self._before, keys.buckets.T, strict=True):
+            numbers = latest[buckets]
+            for _ in range(_CHAIN):
+                rows = np.flatnonzero(numbers >= 0)
+                if not len(rows):
+                    break
+                found = numbers[rows]
+                alike = _differ(self._sketches[found], keys.sketches[rows]) <= self._most
+                yield rows[alike] * self.total + found[alike]
+                numbers = np.full(len(numbers), -1, np.int32)
+                numbers[rows] = before[found]
 
-    def _needed(self, vectors: np.ndarray) -> int:
-        """Cells to look into for a copy at the least similarity to find its original."""
-        noise = np.random.default_rng(0).standard_normal(vectors.shape, np.float32)
-        noise -= (noise * vectors).sum(1, keepdims=True) * vectors
-        noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-12)
-        copies = self._similarity * vectors + math.sqrt(1 - self._similarity**2) * noise
-        own = self.cells(vectors).numbers
-        ranks = []
-        for start in range(0, len(vectors), _AT_ONCE):
-            scores = copies[start : start + _AT_ONCE] @ self._centers.T
-            of_own = np.take_along_axis(scores, own[start : start + _AT_ONCE], axis=1)
-            ranks.append((scores > of_own).sum(axis=1))
-        rank = np.quantile(np.concatenate(ranks), _RECALL, method="higher")
-        return min(int(rank) + 1, len(self._centers))
+
+def _copies(vectors: np.ndarray, similarity: float, rng: np.random.Generator) -> np.ndarray:
+    """A vector [n, d] for each, that is just near enough."""
+    noise = rng.standard_normal(vectors.shape, np.float32)
+    noise -= (noise * vectors).sum(1, keepdims=True) * vectors
+    noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-12)
+    return similarity * vectors + math.sqrt(max(0.0, 1 - similarity**2)) * noise
+
+
+def _plan(vectors: np.ndarray, copies: np.ndarray, rows: int) -> tuple[float, int, int]:
+    """Seconds of looking up one of so many rows, about, with the best number of bits in a key, and of tables."""
+
+    def alike(
+        one: np.ndarray, other: np.ndarray
+    ) -> np.ndarray:  # share of random planes that do not part them
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        return 1 - np.arccos(np.clip((one * other).sum(1) / np.maximum(lengths, 1e-12), -1, 1)) / math.pi
+
+    of_copies = alike(vectors, copies)
+    others = np.concatenate([alike(vectors, np.roll(vectors, shift, axis=0)) for shift in range(1, 65)])
+    plans = []
+    for bits in range(8, 49):
+        # Tables until all but so many copies have shared a key.
+        missed, low, high = np.log1p(-(of_copies.astype(float) ** bits).clip(max=1 - 1e-12)), 1, 1 << 14
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if np.exp(middle * missed).mean() <= 1 - _RECALL else (middle + 1, high)
+        met = min(_CHAIN, rows * float((others.astype(float) ** bits).mean()))
+        each = 2 * bits * vectors.shape[1] / _FLOPS + _LOOKUP * (1 + met)
+        plans.append((low * each, bits, low))
+    return min(plans)
+
+
+def _differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """In how many bits sketches [n, words] differ."""
+    apart = one ^ other
+    if hasattr(np, "bitwise_count"):  # since 2.0
+        counts: np.ndarray = np.bitwise_count(apart).sum(axis=1, dtype=np.int64)
+        return counts
+    return np.unpackbits(apart.view(np.uint8), axis=1).sum(axis=1, dtype=np.int64)

@@ -82,8 +82,3 @@ def test_the_index_excludes_what_comparing_all_excludes(pool, monkeypatch, tmp_p
     np.testing.assert_allclose([i.similarity for i in found], [i.similarity for i in exact], atol=1e-5)
 
 
-def test_without_faiss_all_are_compared(pool, monkeypatch, caplog):
-    by_index(monkeypatch)
-    monkeypatch.setattr(near.importlib.util, "find_spec", lambda name: None)
-    assert near.near_duplicates(pool, np.arange(500), 0.97, CPU)
-    assert "with faiss an index would find" in caplog.text
