@@ -331,7 +331,8 @@ def _copies(vectors: np.ndarray, similarity: float, rng: np.random.Generator) ->
     noise = rng.standard_normal(vectors.shape, np.float32)
     noise -= (noise * vectors).sum(1, keepdims=True) * vectors
     noise /= np.maximum(np.linalg.norm(noise, axis=1, keepdims=True), 1e-12)
-    return similarity * vectors + math.sqrt(max(0.0, 1 - similarity**2)) * noise
+    copies: np.ndarray = similarity * vectors + math.sqrt(max(0.0, 1 - similarity**2)) * noise
+    return copies
 
 
 def _plan(vectors: np.ndarray, copies: np.ndarray, rows: int) -> tuple[float, int, int]:
@@ -361,7 +362,10 @@ def _plan(vectors: np.ndarray, copies: np.ndarray, rows: int) -> tuple[float, in
 def _differ(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """In how many bits sketches [n, words] differ."""
     apart = one ^ other
-    if hasattr(np, "bitwise_count"):  # since 2.0
-        counts: np.ndarray = np.bitwise_count(apart).sum(axis=1, dtype=np.int64)
-        return counts
-    return np.unpackbits(apart.view(np.uint8), axis=1).sum(axis=1, dtype=np.int64)
+    bits = (  # the first since NumPy 2
+        np.bitwise_count(apart)
+        if hasattr(np, "bitwise_count")
+        else np.unpackbits(apart.view(np.uint8), axis=1)
+    )
+    counts: np.ndarray = bits.sum(axis=1, dtype=np.int64)
+    return counts

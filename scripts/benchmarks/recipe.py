@@ -96,8 +96,8 @@ class Recipe:
 
 # A smoke run: every step, but too short to mean anything.
 FAST = Recipe(
-    pretraining=Training(epochs=2, batch_size=64, lr=1e-3, warmup=10, scale=0.6, samples=1024),
-    captioner_steps=60,
+    pretraining=Training(epochs=2, batch_size=64, lr=1e-3, warmup=10, scale=0.6, samples=512),
+    captioner_steps=20,
     neighbours=2,
     fine_tuning=Training(epochs=2, batch_size=64, lr=5e-4, warmup=2, scale=0.6),
 )

@@ -110,13 +110,18 @@ def test_the_same_command_has_nothing_left_to_do(inputs, whole):
     again = arf(*command(inputs, out), "--json")
     assert json.loads(again.stdout)["rows"] == json.loads((out / "results.json").read_text())["rows"]
     assert made(out) == before
+    other = arf(*command(inputs, out), "--val", 0.3)
+    assert other.returncode == 1 and "another --val" in other.stderr
+
+
+@pytest.mark.slow
+def test_python_goes_on_with_what_the_command_has_made(inputs, whole):
+    out, _ = whole
     words = command(inputs, out)
     given = {"pool": inputs / "pool", "captioner": inputs / "captioner", "preset": "paper", "out": out}
     own = {"epochs": 2, "arf-checkpoint-every": 1}
     found = arf_plugin.fit(words[1], words[3], **given, set={n: str(v) for n, v in own.items()}, quiet=True)
     assert found["rows"] == json.loads((out / "results.json").read_text())["rows"]
-    other = arf(*command(inputs, out), "--val", 0.3)
-    assert other.returncode == 1 and "another --val" in other.stderr
 
 
 @pytest.mark.slow

@@ -194,6 +194,7 @@ def test_a_changed_grid_is_refused_with_the_difference(finished, world):
     assert "flyp-0: --epochs: was 2, is 3" in ablate(other, status=1).stderr
 
 
+@pytest.mark.slow
 def test_the_seeds_of_an_arm_are_merged(ablate, world, run_arf, tmp_path):
     text = grids.CONFIG.replace("seeds: [0]", "seeds: [0, 1]\nmerge: [stock, soup]")
     text = text.replace("  - {{name: arf, label: ARF, kind: arf, anchors: hand-made}}\n", "")

@@ -73,6 +73,7 @@ def test_agrees_with_clip_benchmark_on_a_webdataset_folder(named, tmp_path, run_
     assert theirs["acc1"] != theirs["acc5"] != 1
 
 
+@pytest.mark.slow
 def test_agrees_with_clip_benchmark_on_a_torchvision_set(named, tmp_path, run_arf):
     """The Describable Textures' layout with eight classes, class names and templates of CLIP_benchmark."""
     path = save_checkpoint(named, tmp_path / "named.pt", 1)

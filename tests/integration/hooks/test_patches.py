@@ -249,7 +249,11 @@ def test_a_patched_run_equals_one_with_hooks_to_the_bit(train, sources, task, an
         assert torch.equal(weight, patched.checkpoint["state_dict"][name]), name
 
 
-@pytest.mark.parametrize("flags", [(), ("--arf-anchors",)], ids=["without flags", "with flags"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param((), marks=pytest.mark.slow), ("--arf-anchors",)],
+    ids=["without flags", "with flags"],
+)
 def test_without_the_start_up_file(train, sources, task, anchors, run_arf, tmp_path, flags):
     """As in a fork that never runs stock open_clip."""
     folder = sources()

@@ -151,6 +151,7 @@ for start in range(40):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_file_takes_its_name_ends_with_the_same_bytes(
     arf, inputs: Inputs, anchors: Path, tmp_path: Path
 ):

