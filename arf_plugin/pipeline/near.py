@@ -338,11 +338,11 @@ def _copies(vectors: np.ndarray, similarity: float, rng: np.random.Generator) ->
 def _plan(vectors: np.ndarray, copies: np.ndarray, rows: int) -> tuple[float, int, int]:
     """Seconds of looking up one of so many rows, about, with the best number of bits in a key, and of tables."""
 
-    def alike(
-        one: np.ndarray, other: np.ndarray
-    ) -> np.ndarray:  # share of random planes that do not part them
-        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        return 1 - np.arccos(np.clip((one * other).sum(1) / np.maximum(lengths, 1e-12), -1, 1)) / math.pi
+    def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Shares of random planes that do not part two vectors [n]."""
+        lengths = np.maximum(np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1), 1e-12)
+        shares: np.ndarray = 1 - np.arccos(np.clip((one * other).sum(1) / lengths, -1, 1)) / math.pi
+        return shares
 
     of_copies = alike(vectors, copies)
     others = np.concatenate([alike(vectors, np.roll(vectors, shift, axis=0)) for shift in range(1, 65)])

@@ -32,11 +32,11 @@ def folder(path: Path, vectors: np.ndarray) -> Embeddings:
     return Embeddings(path)
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> Embeddings:
+@pytest.fixture(scope="module", params=[0.0, 1.5], ids=["all around", "one half of space"])
+def pool(tmp_path_factory, request) -> Embeddings:
     """Clusters, copies, copies of copies, and one image that comes 300 times."""
     rng = np.random.default_rng(0)
-    centers = unit(rng.standard_normal((40, DIMENSION)))
+    centers = unit(unit(rng.standard_normal((40, DIMENSION))) + request.param * np.eye(DIMENSION)[0])
     vectors = unit(centers[rng.integers(40, size=ROWS)] + 0.2 * rng.standard_normal((ROWS, DIMENSION)))
     for _ in range(2):
         to, of = rng.permutation(ROWS)[:600].reshape(2, -1)
