@@ -24,7 +24,7 @@ STAGES = ("data", "anchors", "check", "train", "choose", "report")
 def inputs(tmp_path_factory):
     """Images of three classes in mixed forms, one broken and one class nested; a pool, a tiny CLIP, a captioner."""
     root = tmp_path_factory.mktemp("fit")
-    for n in range(60):
+    for n in range(310):
         kind, suffix = (("JPEG", ".JPG"), ("PNG", ".png"))[n // 3 % 2]
         folder = root / "my images" / building.SHAPES[n % 3]
         path = (folder / "from the phone" if n % 3 == 1 else folder) / f"{n}{suffix}"
