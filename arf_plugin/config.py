@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arf_plugin.errors import FlagError
-from arf_plugin.flags import ArfConfig, spelling
+from arf_plugin.flags import PRESETS, ArfConfig, spelling
 from arf_plugin.trainer_args import TrainerArgs
 
 __all__ = ["ArfConfig", "resolve"]
@@ -46,6 +46,8 @@ def resolve(args: TrainerArgs) -> ArfConfig:
         raise FlagError(
             "--arf-templates given without --arf-classnames: templates need class names to fill in."
         )
+    for name, value in PRESETS.get(given.get("preset", ""), {}).items():
+        given.setdefault(name, value(args) if callable(value) else value)
     if "watch" in given:
         given["watch"] = tuple(given["watch"])
     if "classnames" in given and "head" not in given:

@@ -29,6 +29,12 @@ BASELINES = f"{ANCHORS}, baselines"
 
 FEATURE_WEIGHT = 10.0  # of a term of features, where none is given
 
+# What --arf-preset stands for: values of flags that are not given, some of them by the trainer's own.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"caption_loss": "contrastive", "pair_loss": "contrastive"},
+    "recommended": {"pair_loss": "feature", "pair_batch_size": lambda args: max(1, args.batch_size // 4)},
+}
+
 EPILOG = """\
 Anchor-based Robust Fine-tuning (arf-plugin):
   torchrun --nproc_per_node 8 -m open_clip_train.main --model ViT-B-16-quickgelu --pretrained openai \\
@@ -170,6 +176,12 @@ class ArfConfig:
     """What the user asked for, with defaults filled in; the help of each flag says what its field is."""
 
     anchors: str | None = _arf(None, {"metavar": "PATH"}, "Anchor set (folder or fsspec URL); turns ARF on.")
+    preset: str | None = _anchors(
+        None,
+        {"choices": tuple(PRESETS)},
+        "Values for the flags of anchors that are not given, printed at the start: 'paper', ARF as published; or "
+        "'recommended', ours: pairs by their features, a quarter as many as task images (default: paper).",
+    )
     caption_weight: float = _anchors(
         None,
         _weight,

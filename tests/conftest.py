@@ -112,6 +112,7 @@ def parse():
         for flag in ("--pretrained", "--resume", "--distill-model", "--distill-pretrained", "--remote-sync"):
             parser.add_argument(flag)
         parser.add_argument("--accum-freq", type=int, default=1)
+        parser.add_argument("--batch-size", type=int, default=64)
         add_arf_flags(parser)
         return resolve(parser.parse_args(list(map(str, argv))))
 

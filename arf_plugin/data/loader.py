@@ -18,6 +18,7 @@ loader of their own (`data.pairs`) and join at step 4.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -38,6 +39,7 @@ from arf_plugin.data.task import TaskLoader, task_loader
 from arf_plugin.data.texts import TaskTexts
 from arf_plugin.data.trim import TextTrimmer
 from arf_plugin.errors import AnchorSetError, ArfError
+from arf_plugin.flags import spelling
 from arf_plugin.resume.checkpoint import ResumePoint
 from arf_plugin.resume.order import RowStream, SampleOrder, ShardStream
 from arf_plugin.resume.rng import restore_rng, rng_state, seed_everything
@@ -307,6 +309,12 @@ def _log(config: ArfConfig, layout: BatchLayout, captions: int, shards: int) -> 
         else:
             reason = "its weight is 0" if weight == 0 else f"{config.anchors} has none"
             logging.info(f"ARF: the term of the {name} is off, because {reason}.")
+    if config.preset:
+        fields = (one.name for one in dataclasses.fields(config) if one.metadata["needs_anchors"])
+        values = [
+            f"{spelling(name)} {value}" for name in fields if (value := getattr(config, name)) is not None
+        ]
+        logging.info(f"ARF: {' '.join(values)}")
     every = config.every
     rarely = "" if every == 1 else f"One step in {every} has anchors, at {every} times the weight. "
     logging.info(

@@ -31,11 +31,11 @@ LARGEST_ON_CPU = 64
 PRESETS = {
     "paper": ([], "ARF as published: a caption and a pair per task image, contrastive"),
     "recommended": (
-        ["--arf-pair-loss", "feature"],
+        ["--arf-preset", "recommended"],
         "pairs held to the starting model's features (ours), a quarter as many as task images",
     ),
     "fast": (
-        ["--arf-pair-loss", "feature", "--arf-every", "2"],
+        ["--arf-preset", "recommended", "--arf-every", "2"],
         "the recommended terms on every second step (ours)",
     ),
 }

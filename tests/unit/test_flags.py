@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from arf_plugin.cli.main import build_parser
+from arf_plugin.errors import FlagError
 from arf_plugin.flags import ArfConfig, add_arf_flags, spelling, wants_arf
 
 
@@ -46,3 +47,20 @@ def test_task_data_is_an_older_spelling_of_train_data(command):
 def test_a_command_line_concerns_the_plugin_if_it_has_a_flag_of_its_own_or_asks_for_help():
     assert wants_arf(["--arf-anchors=A"]) and wants_arf(["--model", "m", "-h"])
     assert not wants_arf(["--model", "m", "--train-data", "arf.tar"])
+
+
+def test_a_preset_fills_in_what_is_not_given(parse):
+    base = ("--train-data", "x.tar", "--arf-anchors", "A")
+    ours = parse(*base, "--arf-preset", "recommended", "--batch-size", 40)
+    assert (ours.pair_loss, ours.pair_weight, ours.pair_batch_size) == ("feature", 10, 10)
+    assert (ours.caption_loss, ours.caption_weight) == ("contrastive", 1)
+    own = parse(
+        *base, "--arf-preset", "recommended", "--arf-pair-batch-size", 3, "--arf-pair-loss", "difference"
+    )
+    assert (own.pair_loss, own.pair_batch_size) == ("difference", 3)
+    papers = [
+        dataclasses.replace(parse(*base, *more), preset=None) for more in ((), ("--arf-preset", "paper"))
+    ]
+    assert papers[0] == papers[1] and papers[0].pair_loss == "contrastive"
+    with pytest.raises(FlagError, match="--arf-preset given without --arf-anchors"):
+        parse("--train-data", "x.tar", "--arf-preset", "paper")
