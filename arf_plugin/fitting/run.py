@@ -423,7 +423,7 @@ class Fit:
                     raise
                 self.say("        stopping after this step, and saving; Ctrl-C again stops at once")
                 try:
-                    wait(runs.values())
+                    wait([run for run in runs.values() if not run.cancelled()])  # for the others, forever
                 except KeyboardInterrupt:
                     self._end()
                 raise self._interrupted() from None

@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(building.drawing(n, kind))
     (root / "my images" / "circle" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing more")
-    building.write_pool(root / "pool", per_shard=60)
+    building.write_pool(root / "pool", per_shard=500)
     building.save_tiny_clip(root / "clip")
     building.save_tiny_captioner(root / "captioner")
     return root
