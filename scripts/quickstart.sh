@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to the table: environment, EmojiNet, pretraining, `arf fit` with anchors, evaluation.
 #
-#   scripts/quickstart.sh                   about 15 minutes on two cores; a second start skips what is finished
+#   scripts/quickstart.sh                   about 20 minutes on two cores; a second start skips what is finished
 #   scripts/quickstart.sh --seeds 5         more seeds
 #   scripts/quickstart.sh --fast            a smoke run of about 3 minutes, too short for the figures to mean much
 #   scripts/quickstart.sh --help            all options; scripts/env.sh lists the variables for versions

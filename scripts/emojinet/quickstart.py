@@ -1,6 +1,6 @@
 """The quickstart: from nothing to the table, one step after the other; finished steps are skipped.
 
-python scripts/emojinet/quickstart.py                 the whole of it, about 15 minutes on two cores
+python scripts/emojinet/quickstart.py                 the whole of it, about 20 minutes on two cores
 python scripts/emojinet/quickstart.py --fast          a smoke run: every step, but too short to mean anything
 """
 
