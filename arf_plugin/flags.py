@@ -29,10 +29,15 @@ BASELINES = f"{ANCHORS}, baselines"
 
 FEATURE_WEIGHT = 10.0  # of a term of features, where none is given
 
+PAIR_SHARE = 4  # task images to a pair, in the recommended setting
+
 # What --arf-preset stands for: values of flags that are not given, some of them by the trainer's own.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"caption_loss": "contrastive", "pair_loss": "contrastive"},
-    "recommended": {"pair_loss": "feature", "pair_batch_size": lambda args: max(1, args.batch_size // 4)},
+    "recommended": {
+        "pair_loss": "feature",
+        "pair_batch_size": lambda args: max(1, args.batch_size // PAIR_SHARE),
+    },
 }
 
 EPILOG = """\

@@ -293,10 +293,9 @@ def _of_set(name: str, one: NDArray[np.bool_], other: NDArray[np.bool_], grids: 
     import numpy as np
 
     # Averages the seeds of each grid, if there are several grids: [runs, S].
-    several = len(set(grids)) > 1
-    unit = list(dict.fromkeys(grids)) if several else list(range(len(grids)))
-    member = np.array([[grid == one for one in unit] for grid in (grids if several else unit)], float)
-    weights = member / member.sum(axis=0)
+    units = np.array(grids if len(set(grids)) > 1 else range(len(grids)))
+    _, place, counts = np.unique(units, return_inverse=True, return_counts=True)
+    weights = np.eye(len(counts))[place] / counts
 
     swapped = other.tobytes() < one.tobytes()  # exchanged arms are to give exactly the opposite
     both = np.concatenate([other, one] if swapped else [one, other])

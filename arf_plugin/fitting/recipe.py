@@ -14,6 +14,7 @@ import math
 import os
 
 from arf_plugin.errors import FitError
+from arf_plugin.flags import PAIR_SHARE
 
 # Parameters of a model up to which a rate holds, at batches of 512.
 RATES = (
@@ -133,5 +134,5 @@ def recipe(
         else ("fp32", "most CPUs gain nothing from less")
     )
     if pairs and preset != "paper":
-        values["--arf-pair-batch-size"] = (str(max(1, held // 4)), "a quarter of the task images")
+        values["--arf-pair-batch-size"] = (str(max(1, held // PAIR_SHARE)), "a quarter of the task images")
     return values

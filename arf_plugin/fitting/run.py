@@ -85,7 +85,6 @@ class Fit:
         self.commands: list[str] = []
         self._lock = threading.Lock()  # of the list of commands
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._built: tuple[Any, Any, Any] | None = None  # a model of random weights, as long as it is of use
 
     def run(self) -> dict[str, Any]:
         """Runs what is left of all stages.
@@ -322,15 +321,19 @@ class Fit:
     @cached_property
     def _size(self) -> tuple[int, int]:
         """Parameters of the model, and pixels of an image in one direction."""
+        from arf_plugin.fitting.speed import image_size
+
+        model = self._model[0]
+        return sum(p.numel() for p in model.parameters()), image_size(model)[0]
+
+    @cached_property
+    def _model(self) -> tuple[Any, Any, Any]:
+        """The model without its weights, its preprocessing and tokenizer; let go of before the long stages."""
         import torch
 
         from arf_plugin.evaluation.candidates import build
 
-        self._built = build(self.settings.architecture, None, torch.device("cpu"))
-        model = self._built[0]
-        size: Any = getattr(model.visual, "image_size", 224)
-        pixels = size[0] if isinstance(size, (tuple, list)) else size
-        return sum(p.numel() for p in model.parameters()), int(pixels)
+        return build(self.settings.architecture, None, torch.device("cpu"))
 
     def _say_time(self, pool: str | None) -> None:
         """Says how long what is left will take, but where `--time` does, or runs have begun, which say so."""
@@ -344,14 +347,11 @@ class Fit:
                     f"        about {sum(minutes.values()):.1f} minutes of computing ({told}){captions} and what "
                     "starting and loading take come on top"
                 )
-        self._built = None
+        self.__dict__.pop("_model", None)
 
     def _minutes(self, values: Values, images: dict[str, int], pool: str | None) -> dict[str, float]:
         """By stage, as far as it can be told beforehand; empty if the device has no room for a try."""
-        import torch
-
         from arf_plugin.anchors.task import expand_urls
-        from arf_plugin.evaluation.candidates import build
         from arf_plugin.evaluation.sets import find_sets
         from arf_plugin.fitting import kept, speed
         from arf_plugin.pipeline.execution import pick_device
@@ -366,9 +366,8 @@ class Fit:
         threads = max(1, self.machine.cores // own.jobs)
         at_once = 1 if self.machine.gpus else min(own.jobs, self.machine.cores)
         precision = self._setting("--precision", values)
-        built = self._built or build(own.architecture, None, torch.device("cpu"))
         try:
-            of_arms, of_image = speed.measure(built, steps, device, precision, threads)
+            of_arms, of_image = speed.measure(self._model, steps, device, precision, threads)
         except RuntimeError:  # of memory, as a rule
             return {}
         micro = (

@@ -60,8 +60,7 @@ def measure(
         Seconds of a step by arm, and of an image that is embedded.
     """
     model, _, tokenizer = built
-    size = getattr(model.visual, "image_size", 224)
-    shape = (3, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    shape = (3, *image_size(model))
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     kind = torch.float16 if precision in ("amp", "fp16") else torch.bfloat16
@@ -91,6 +90,13 @@ def measure(
     finally:
         torch.set_num_threads(before)
     return of_arms, _seconds(embed, device) / _BATCH
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Pixels of an image that a model sees: height and width."""
+    size = getattr(model.visual, "image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height), int(width)
 
 
 def pool_size(tars: Sequence[str]) -> int | None:

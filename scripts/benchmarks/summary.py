@@ -24,9 +24,9 @@ if __name__ == "__main__":
 
 from arf_plugin.ablation.plan import MERGES
 from arf_plugin.console import text_table
-from arf_plugin.evaluation.records import EvalRecord, arm_and_seed, read_records, run_name
+from arf_plugin.evaluation.records import EvalRecord, read_records
 from arf_plugin.evaluation.suites import Suite, average, load_suite
-from arf_plugin.evaluation.verdicts import MEAN, ByRun, as_cell, compare, joined
+from arf_plugin.evaluation.verdicts import MEAN, ByRun, as_cell, compare, find_arm, joined
 from benchmarks.files import read_json, replacing, write_json
 
 # The averages that the mean is over; mono and solid are the looks that are furthest from the task.
@@ -53,23 +53,12 @@ class Model:
         self.suite: str = results["suite"]
         self.alphas = {row["arm"]: row["alpha"] for row in results["rows"] if row["alpha"] is not None}
         self.labels = {row["arm"]: row["label"] for row in results["rows"] if row["alpha"] is None}
-        self.lines: dict[Line, dict[int | None, dict[str, EvalRecord]]] = {}
-        for record in read_records(folder / "results.jsonl"):
-            line, seed = self._line(record)
-            if line is not None:
-                self.lines.setdefault(line, {}).setdefault(seed, {})[record["set"]] = record
-
-    def _line(self, record: EvalRecord) -> tuple[Line | None, int | None]:
-        kind, name = Path(record["checkpoint"]).parts[:2]
-        if kind == "merged":
-            return Line(*name.rsplit("+", 1)), None
-        arm, seed = arm_and_seed(run_name(record["checkpoint"]))
-        if arm not in self.labels:
-            return None, None
-        alpha = record.get("alpha")
-        if alpha is not None and alpha != self.alphas.get(arm):
-            return None, None
-        return Line(arm, "" if alpha is None else WISE), None if arm == "before" else seed
+        records = read_records(folder / "results.jsonl")
+        self.lines: dict[Line, ByRun] = {}
+        for name in self.labels:
+            self.lines[Line(*name.split("+"))] = find_arm(records, name)
+            if name in self.alphas:
+                self.lines[Line(name, WISE)] = find_arm(records, f"{name}+wise@{self.alphas[name]:g}")
 
     def label(self, line: Line) -> str:
         """What tables call a line."""
