@@ -34,7 +34,8 @@ make_environment() {
     echo "environment: $VENV ($("$python" --version), torch $TORCH_VERSION, open_clip $OPEN_CLIP_VERSION)"
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
     local pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
-    "${pip[@]}" install "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION" \
+    # --no-compile: pip would compile the bytecode of every module on one core; Python does so for those it imports.
+    "${pip[@]}" install --no-compile "torch==$TORCH_VERSION" "torchvision==$TORCHVISION_VERSION" \
         "open_clip_torch==$OPEN_CLIP_VERSION" -e ".[$extras]"
     # EmojiNet is downloaded with npm; a machine without one gets it inside the environment.
     case ",$extras," in

@@ -41,8 +41,8 @@ for packages in numpy==2.3.5 webdataset==1.0.2 mergekit==0.1.5 "tensorboard==2.2
     folder=.venvs/${first/==/-}
     if [ ! -d "$folder" ]; then
         # shellcheck disable=SC2086  # several packages in one word
-        "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --target "$folder.incomplete" \
-            $packages
+        "$VENV/bin/python" -m pip --disable-pip-version-check install -q --no-deps --no-compile \
+            --target "$folder.incomplete" $packages
         mv "$folder.incomplete" "$folder"
     fi
 done

@@ -32,8 +32,9 @@ def install(release: Release, source: str | None) -> str:
         return f"in {folder}"
     incomplete = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", str(incomplete), source or release.requirement], check=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    files_alone = ["--no-deps", "--no-compile", "--target", str(incomplete)]
+    subprocess.run([*pip, *files_alone, source or release.requirement], check=True)
     (info,) = incomplete.glob(f"{PACKAGE}-*.dist-info")
     if info.name != f"{PACKAGE}-{release.version}.dist-info":
         raise SystemExit(f"{source or release.requirement} is {info.name}, not {release.version}")
