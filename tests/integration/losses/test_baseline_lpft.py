@@ -39,6 +39,8 @@ def probe(tmp_path, start, task):
 def adamw_step(model: torch.nn.Module, head: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
     """One step of open_clip's recipe: lr 1e-3, weight decay 0.2 on matrices, CLIP's betas; no text tower.
 
+    Epsilon is large: attention's key biases have no gradient but rounding, of which AdamW would make steps.
+
     open_clip 4 decays no embeddings either: its models name what they leave out.
     """
     left_out = model.no_weight_decay() if Version(releases.current()).major >= 4 else set()
@@ -49,7 +51,7 @@ def adamw_step(model: torch.nn.Module, head: list[torch.nn.Parameter], loss: tor
         first, second = 0.1 * gradient, 0.02 * gradient**2
         decays = p.ndim >= 2 and name not in left_out
         decayed = p.detach() * (1 - 1e-3 * 0.2) if decays else p.detach()
-        p.data = decayed - 1e-3 * (first / 0.1) / ((second / 0.02).sqrt() + 1e-6)
+        p.data = decayed - 1e-3 * (first / 0.1) / ((second / 0.02).sqrt() + 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_one_step_equals_one_written_by_hand(tmp_path, train, task, start, probe
     run = train.forked(
         *("--train-data", csv, "--pretrained", start, "--accum-freq", accum_freq),
         *("--arf-head", probe, "--arf-classnames", task.classnames),
-        *("--beta1", 0.9, "--beta2", 0.98, "--eps", 1e-6, "--wd", 0.2),
+        *("--beta1", 0.9, "--beta2", 0.98, "--eps", 1e-3, "--wd", 0.2),
         nproc=nproc,
         batch_size=IMAGES // nproc // accum_freq,
         env={"ARF_TEST_FP64": "1"},
