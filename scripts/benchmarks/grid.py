@@ -21,6 +21,7 @@ from benchmarks.download import DownloadError
 from benchmarks.files import read_json, write_json
 from benchmarks.pretrain import TOWERS, Benchmark, benchmark, build, make_anchors, minutes, pretrain
 from benchmarks.recipe import THREADS
+from benchmarks.summary import KEPT, finished, keep
 from benchmarks.trainer import TrainingError, call, stop_all
 
 GRIDS = Path(__file__).resolve().parent.relative_to(Path.cwd()) / "grids"
@@ -44,11 +45,17 @@ class Plan:
     def __init__(self, bench: Benchmark, out: Path, args: argparse.Namespace) -> None:
         self.bench, self.out, self.args = bench, out, args
         self.grid = GRIDS / f"{bench.name}{'' if args.grid == 'all' else '-' + args.grid}.yaml"
-        self.models = [(tower, number) for tower in args.towers for number in range(args.models)]
+        self.models = [(tower, number) for tower in args.towers for number in range(args.start, args.models)]
 
     def folder(self, tower: str, number: int) -> Path:
         """Where a model's results go."""
         return self.out / f"{tower}-{number}" / self.args.grid
+
+    def first(self, tower: str) -> Path:
+        """The grid of a tower's first model, which others take hyper-parameters from: here, or where it is kept."""
+        here = self.folder(tower, 0)
+        kept = [one for one in finished(self.bench.name, self.args.grid) if one.parent.name == f"{tower}-0"]
+        return here if (here / "choices.json").is_file() or not kept else kept[0]
 
     def ablate(self, tower: str, number: int, *more: str) -> list[str]:
         """`arf ablate` on one model."""
@@ -79,7 +86,8 @@ class Plan:
 
     def estimate(self) -> float:
         """Prints what all of it takes on two idle cores, in hours, and returns that."""
-        hours = minutes(self.bench, self.args.towers, list(range(self.args.models)), self.out) / 60
+        numbers = list(range(self.args.start, self.args.models))
+        hours = minutes(self.bench, self.args.towers, numbers, self.out) / 60
         print(f"pretraining: {hours:.1f} h")
         test = sum(read_json(self.bench.data / f"{self.bench.name}.json")["evaluation"].values())
         for tower, number in self.models:
@@ -99,11 +107,13 @@ class Plan:
         for tower, number in self.models:
             clip = pretrain(self.bench, self.out, tower, number, THREADS)
             make_anchors(self.bench, self.out, clip, f"{tower}-{number}")
-            if number:
-                take_over(self.folder(tower, 0), self.folder(tower, number))
-            call(["arf", *self.ablate(tower, number)])
             folder = self.folder(tower, number)
+            if number:
+                take_over(self.first(tower), folder)
+            call(["arf", *self.ablate(tower, number)])
             call(["arf", "report", str(folder), "--out", str(folder / "report")])
+            if self.args.keep:
+                keep(folder, KEPT / self.bench.name / folder.parent.name / folder.name)
 
 
 def take_over(first: Path, folder: Path) -> None:
@@ -124,6 +134,7 @@ def main() -> int:
     parser.add_argument(
         "--models", type=int, default=1, metavar="N", help="pretrained models of each tower (default: 1)"
     )
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="the first of them (default: 0)")
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=list(TOWERS))
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="fine-tuning seeds (default: those of the grid)"
@@ -131,6 +142,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: as cores allow)")
     parser.add_argument("--data", type=Path, help="the benchmark's folder (default: data/BENCHMARK)")
     parser.add_argument("--out", type=Path, help="folder of models and results (default: runs/BENCHMARK)")
+    parser.add_argument(
+        "--keep", action="store_true", help=f"copy results to {KEPT} when a model has finished"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the estimate alone")
     args = parser.parse_args()
     os.environ.update(cpu_threads(THREADS))

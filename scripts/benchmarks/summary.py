@@ -4,8 +4,9 @@
     python scripts/benchmarks/summary.py iconnet --one feature --grid lr --write docs/figures
 
 Reads runs/BENCHMARK/TOWER-N/GRID, which scripts/benchmarks/grid.sh has filled, of every model that has finished, and
-prints scores and differences; --write leaves them in FOLDER/BENCHMARK-GRID.json for scripts/tables.py, and for the grid
-of learning rates a figure beside. Lines of a table are arms, and arms with WiSE-FT at the alpha that each model's
+models that were finished elsewhere from docs/figures/grids (`grid.sh --keep`). Prints scores and differences; --write
+leaves them in FOLDER/BENCHMARK-GRID.json for scripts/tables.py, and for the grid of learning rates a figure beside.
+Lines of a table are arms, and arms with WiSE-FT at the alpha that each model's
 validation sets chose, or with their seeds merged. Intervals count pretrained models, not runs, where there are several
 (:mod:`arf_plugin.evaluation.verdicts`).
 """
@@ -13,6 +14,7 @@ validation sets chose, or with their seeds merged. Intervals count pretrained mo
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,9 @@ from arf_plugin.console import text_table
 from arf_plugin.evaluation.records import EvalRecord, read_records
 from arf_plugin.evaluation.suites import Suite, average, load_suite
 from arf_plugin.evaluation.verdicts import MEAN, ByRun, as_cell, compare, find_arm, joined
-from benchmarks.files import read_json, replacing, write_json
+from benchmarks.files import read_json, replacing, write_json, write_text
+
+KEPT = Path("docs/figures/grids")  # results without their checkpoints, by benchmark, model and grid
 
 # The averages that the mean is over; mono and solid are the looks that are furthest from the task.
 FIVE = ("ID", "shift", "mono", "solid", "zero-shot", "zero-shot fine")
@@ -63,6 +67,29 @@ class Model:
     def label(self, line: Line) -> str:
         """What tables call a line."""
         return self.labels[line.arm] + (f" + {MERGES.get(line.after, line.after)}" if line.after else "")
+
+
+def keep(folder: Path, into: Path) -> None:
+    """Copies what a summary reads of a model's grid, and what other models take over from it; no alphas but the chosen.
+
+    Args:
+        folder: The grid's, finished.
+        into: Is made.
+    """
+    model = Model(folder)
+    records = [record for runs in model.lines.values() for run in runs.values() for record in run.values()]
+    into.mkdir(parents=True, exist_ok=True)
+    write_text(into / "results.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
+    for name in ("choices.json", "results.json"):
+        write_json(into / name, read_json(folder / name))
+
+
+def finished(benchmark: str, grid: str, runs: Path | None = None) -> list[Path]:
+    """Folders of the models whose grid has finished: here, or else among those that are kept."""
+    found: dict[str, Path] = {}
+    for parent in (KEPT / benchmark, runs or Path("runs") / benchmark):
+        found |= {path.parents[1].name: path.parent for path in parent.glob(f"*/{grid}/results.json")}
+    return [found[name] for name in sorted(found)]
 
 
 def summarize(models: Sequence[Model], one: str) -> dict[str, Any]:
@@ -188,10 +215,10 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, help="folder of the models (default: runs/BENCHMARK)")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write BENCHMARK-GRID.json there")
     args = parser.parse_args()
-    folders = sorted((args.runs or Path("runs") / args.benchmark).glob(f"*/{args.grid}/results.json"))
+    folders = finished(args.benchmark, args.grid, args.runs)
     if not folders:
         parser.error(f"there is no finished grid of {args.benchmark}: scripts/benchmarks/grid.sh runs it")
-    found = summarize([Model(path.parent) for path in folders], args.one)
+    found = summarize([Model(folder) for folder in folders], args.one)
     print(as_text(found))
     if args.write:
         name = f"{args.benchmark}-{'remember' if args.grid == 'all' else args.grid}"
