@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.summary import as_tables
 from docs_site import flags_as_code
 from emojinet.frontier import by_cost, cells
 from emojinet.report import ARMS as NAMES
@@ -326,6 +327,20 @@ def duplicates() -> str:
     return _table(["vectors", "by", "time", "memory", "of planted copies found"], rows)
 
 
+def emojinet_remember() -> str:
+    """Ways to remember on EmojiNet; written by scripts/benchmarks/summary.py."""
+    return _remember("emojinet")
+
+
+def iconnet_remember() -> str:
+    """The same on IconNet."""
+    return _remember("iconnet")
+
+
+def _remember(benchmark: str) -> str:
+    return "\n\n".join(_table(*table) for table in as_tables(_figures(f"{benchmark}-remember")))
+
+
 def gpu() -> str:
     """What scripts/gpu_check.py found on a machine with a GPU."""
     return markdown(_figures("gpu")).rstrip()
@@ -437,6 +452,8 @@ def rewritten(text: str) -> str:
         pool,
         growth,
         duplicates,
+        emojinet_remember,
+        iconnet_remember,
         gpu,
     )
     makers = {maker.__name__: maker for maker in tables}

@@ -145,26 +145,28 @@ def _means(suite: Suite, runs: Mapping[Any, Mapping[str, EvalRecord]]) -> dict[s
     return {**means, MEAN: statistics.fmean(means.values())}
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """Tables for a terminal."""
-    names = list(next(iter(found["lines"].values()))["mean"])
+def as_tables(found: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Head and rows of tables: the scores of all lines, then how far those of one arm are ahead."""
+    lines, models = found["lines"], len(found["models"])
+    names = list(next(iter(lines.values()))["mean"])
     rows = []
-    for line in found["lines"].values():
+    for line in lines.values():
         spread = line["std"] or {}
         cells = (f"{line['mean'][n]:.1f}" + (f" ± {spread[n]:.1f}" if n in spread else "") for n in names)
         rows.append([line["label"], *cells])
-    tables = [text_table([f"{len(found['models'])} models, {found['seeds']} seeds, %", *names], rows)]
+    many = f"{models} pretrained {'models' if models > 1 else 'model'}, {found['seeds']} seeds, %"
+    tables = [([many, *names], rows)]
     for first, others in found["against"].items():
         rows = [
             [
-                found["lines"][other]["label"],
+                lines[other]["label"],
                 *(as_cell(entry["averages"][n]) if n in entry["averages"] else "" for n in names),
-                f"{entry['models_ahead']} of {len(found['models'])}",
+                f"{entry['models_ahead']} of {models}",
             ]
             for other, entry in others.items()
         ]
-        tables.append(text_table([f"{found['lines'][first]['label']} less", *names, "models"], rows))
-    return "\n\n".join(tables)
+        tables.append(([f"{lines[first]['label']} less", *names, "models"], rows))
+    return tables
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -219,7 +221,7 @@ def main() -> int:
     if not folders:
         parser.error(f"there is no finished grid of {args.benchmark}: scripts/benchmarks/grid.sh runs it")
     found = summarize([Model(folder) for folder in folders], args.one)
-    print(as_text(found))
+    print("\n\n".join(text_table(*table) for table in as_tables(found)))
     if args.write:
         name = f"{args.benchmark}-{'remember' if args.grid == 'all' else args.grid}"
         write_json(args.write / f"{name}.json", found)
