@@ -126,24 +126,21 @@ def _say(answer: Answer, found: Collected, results: Results, row: Row) -> None:
         for name in answer.names["kept"]
     }
     # By image where that can be, else over seeds.
-    lost = {
-        name: verdicts[name].difference
-        for name in pairs
-        if name in verdicts and verdicts[name].word == "behind"
-    }
-    lost |= {
-        name: pair[1].mean
-        for name, pair in pairs.items()
-        if name not in verdicts and pair is not None and pair[1].verdict.startswith("behind")
-    }
+    by_image = {name: verdicts[name] for name in pairs if name in verdicts}
+    over_seeds = {name: pair[1] for name, pair in pairs.items() if name not in verdicts and pair is not None}
+    lost = {name: verdict.difference for name, verdict in by_image.items() if verdict.word == "behind"}
+    lost |= {name: less.mean for name, less in over_seeds.items() if less.verdict == "behind"}
+    here = {name: less.mean for name, less in over_seeds.items() if less.verdict == "behind here"}
     fell = f"what it could do before fell by {-kept.mean:.1f} points"
     if kept.verdict == "behind":
         answer.word, answer.headline = "yes", f"It forgot: {fell}."
     elif lost:
-        named = ", ".join(f"{name} fell by {-less:.1f} points" for name, less in list(lost.items())[:3])
-        answer.word, answer.headline = "yes", f"It forgot in part: {named}."
+        answer.word, answer.headline = "yes", f"It forgot in part: {_named(lost)}."
     elif kept.verdict == "behind here":
         answer.word, answer.headline = "yes", f"It seems to have forgotten: {fell} on these images."
+    elif here:
+        answer.word = "yes"
+        answer.headline = f"It seems to have forgotten in part: {_named(here)} on these images."
     elif kept.mean <= -0.05:
         answer.word, answer.headline = "perhaps", f"No sure sign of forgetting: {fell}, which may be chance."
     else:
@@ -155,6 +152,10 @@ def _say(answer: Answer, found: Collected, results: Results, row: Row) -> None:
         _advise(answer, found, results, row)
 
 
+def _named(lost: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} fell by {-less:.1f} points" for name, less in list(lost.items())[:3])
+
+
 def _advise(answer: Answer, found: Collected, results: Results, row: Row) -> None:
     """Which alpha, and which command: of mixtures that kept it the best on own classes, or what kept most."""
     keys = [key for key in results.by_run if key[0] == row.arm and key[1] not in (None, row.alpha)]
@@ -164,8 +165,10 @@ def _advise(answer: Answer, found: Collected, results: Results, row: Row) -> Non
         answer.advice = f"{_MIX} This measures how far to go (α = 0.5 is WiSE-FT's advice without measuring):"
         answer.command = _sweep(found, row.arm)
     elif not better:
+        anchored = any(run.flag("--arf-anchors") for run in found.runs if run.arm == row.arm)
+        what = "a larger --arf-pair-weight" if anchored else "--arf-anchors"
         answer.advice = (
-            "No measured mixture kept more. Train again with --arf-anchors, a lower --lr or fewer --epochs."
+            f"No measured mixture kept more. Train again with {what}, a lower --lr or fewer --epochs."
         )
     else:
 

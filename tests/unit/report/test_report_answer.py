@@ -58,6 +58,33 @@ def test_a_loss_on_one_ability_is_not_hidden_by_a_gain_on_another(tmp_path):
     assert found["word"] == "yes" and "in part: b fell by 25.0 points" in found["headline"]
 
 
+def test_a_loss_that_other_images_may_not_show_is_told_as_such(tmp_path):
+    """One seed, not paired by image: large, but of these images alone."""
+    rows = [
+        made.row(f"logs/{arm}-0/w.pt", name, score, suite=None)
+        for arm, gained, lost in (("before", 20, 80), ("arf", 90, 40))
+        for name, score in (("a", gained), ("b", lost))
+    ]
+    found = answer(write(tmp_path / "rows.jsonl", rows))
+    assert found["word"] == "yes" and "seems" in found["headline"] and "b fell by 40.0" in found["headline"]
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_advice_knows_whether_there_were_anchors(tmp_path, anchored):
+    run = tmp_path / "logs" / "arf-0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_2.pt").touch()
+    (run / "out.log").write_text(made.step(0, 64, contrastive_loss=1.0))
+    (run / "params.txt").write_text(f"model: tiny\narf_anchors: {'anchors' if anchored else None}\n")
+    rows = [made.row("logs/before-0/w.pt", "pets", 90, suite=None)]
+    rows += [
+        made.row(str(run / "checkpoints" / "epoch_2.pt"), "pets", 40 - 10 * (alpha or 0), alpha, suite=None)
+        for alpha in (None, 0.5)
+    ]
+    advice = answer(run, write(tmp_path / "rows.jsonl", rows))["advice"]
+    assert ("with --arf-anchors" in advice) == (not anchored) and "Train again" in advice
+
+
 @pytest.mark.parametrize("after, word", [(90.0, "no"), (80.0, "no"), (79.0, "perhaps")])
 def test_what_is_within_chance_is_no_forgetting(tmp_path, after, word):
     scores = {"before": 80.0, "arf": after}
