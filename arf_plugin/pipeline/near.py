@@ -132,19 +132,21 @@ class Exclusion:
 
 def exact_duplicates(pool: Embeddings, rows: np.ndarray) -> list[Dropped]:
     """Returns those of the rows [n] whose vector and caption equal those of an earlier one."""
-    first: dict[bytes, int] = {}
-    ascending = np.sort(rows)
-    texts = pool.take(ascending, ["caption"])["caption"].to_pylist()
-    captions = dict(zip(ascending.tolist(), texts, strict=True))
-    dropped = []
+    ascending = np.sort(rows)  # each file is read in one go, however the rows are ordered
+    captions = pool.take(ascending, ["caption"])["caption"].to_pylist()
+    keys: dict[int, bytes] = {}
     for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
-        for row, vector in zip(block.tolist(), pool.vectors(block), strict=True):
-            if captions[row] is None:
-                continue  # whether the texts are the same is not known
-            key = hashlib.blake2b(vector.tobytes() + captions[row].encode(), digest_size=16).digest()
-            if first.setdefault(key, row) != row:
-                dropped.append(Dropped(row, "duplicate", first[key], 1.0))
+        block = ascending[start : start + BLOCK]
+        told = zip(block.tolist(), pool.vectors(block), captions[start : start + BLOCK], strict=True)
+        for row, vector, caption in told:
+            if caption is not None:  # else whether the texts are the same is not known
+                keys[row] = hashlib.blake2b(vector.tobytes() + caption.encode(), digest_size=16).digest()
+    first: dict[bytes, int] = {}
+    dropped = []
+    for row in filter(keys.__contains__, rows.tolist()):
+        before = first.setdefault(keys[row], row)
+        if before != row:
+            dropped.append(Dropped(row, "duplicate", before, 1.0))
     return dropped
 
 
