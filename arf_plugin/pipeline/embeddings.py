@@ -123,7 +123,7 @@ class Embeddings:
         """Number of vectors."""
         return self.files[-1].first + self.files[-1].rows
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """Length of the vectors."""
         return int(self.files[0].load().shape[1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arf_plugin.pipeline import near
-from arf_plugin.pipeline.embeddings import Embeddings
+from arf_plugin.pipeline.embeddings import EmbeddingFile, Embeddings
 
 CPU = torch.device("cpu")
 ROWS, DIMENSION = 3000, 64
@@ -21,14 +21,16 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def folder(path: Path, vectors: np.ndarray) -> Embeddings:
-    """An embedding folder of two files."""
+def folder(path: Path, vectors: np.ndarray, captions: list[str] | None = None, files: int = 2) -> Embeddings:
+    """An embedding folder."""
     for name in ("img_emb", "metadata"):
         (path / name).mkdir(parents=True)
-    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), 2)):
+    for number, rows in enumerate(np.array_split(np.arange(len(vectors)), files)):
         np.save(path / "img_emb" / f"img_emb_{number}.npy", vectors[rows].astype(np.float16))
-        table = pa.table({name: [f"{path.name}-{row}" for row in rows] for name in ("id", "image_path")})
-        pq.write_table(table, path / "metadata" / f"metadata_{number}.parquet")
+        columns = {name: [f"{path.name}-{row}" for row in rows] for name in ("id", "image_path")}
+        if captions is not None:
+            columns["caption"] = [captions[row] for row in rows]
+        pq.write_table(pa.table(columns), path / "metadata" / f"metadata_{number}.parquet")
     return Embeddings(path)
 
 
@@ -49,6 +51,25 @@ def pool(tmp_path_factory, request) -> Embeddings:
 
 def by_index(monkeypatch) -> None:
     monkeypatch.setattr(near, "EXACT", {"cpu": 0})
+
+
+def test_exact_duplicates_keep_what_comes_first_and_each_file_is_read_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(3)
+    kinds = rng.integers(50, size=400)  # of vectors; every second one has the caption of its kind
+    captions = [f"caption {kind if row % 2 else row}" for row, kind in enumerate(kinds)]
+    pool = folder(tmp_path, unit(rng.standard_normal((50, DIMENSION)))[kinds], captions, files=8)
+    read = []
+    monkeypatch.setattr(near, "BLOCK", 50)
+    monkeypatch.setattr(
+        EmbeddingFile, "load", lambda file, load=EmbeddingFile.load: read.append(1) or load(file)
+    )
+    order, first, expected = rng.permutation(400).tolist(), {}, []
+    for row in order:
+        before = first.setdefault((kinds[row], captions[row]), row)
+        expected += [(row, before)] if before != row else []
+    found = near.exact_duplicates(pool, np.array(order))
+    assert [(item.row, item.near) for item in found] == expected and len(expected) > 100
+    assert len(read) < 3 * 8  # for the vectors, and for their type and dimension; not once a block
 
 
 @pytest.mark.parametrize("similarity", [0.9, 0.97, 0.999])
