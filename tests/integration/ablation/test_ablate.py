@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
 from benchmarks import summary
 
+from arf_plugin.evaluation.records import read_records
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -179,7 +181,36 @@ def test_several_pretrained_models_are_summed_up(finished, tmp_path):
         and entry["averages"]["mean"]["seeds"] == 2
     )
     assert entry["models_ahead"] == int(means["arf"] != means["flyp"])
-    assert "ARF less" in summary.as_text(found) and "FLYP + WiSE-FT" in summary.as_text(found)
+    scores, *differences = summary.as_tables(found)
+    assert "FLYP + WiSE-FT" in [label for label, *_ in scores[1]]
+    assert [head[0] for head, _ in differences] == ["ARF less", "ARF + WiSE-FT less"]
+
+
+def test_a_finished_grid_is_kept_without_its_checkpoints(finished, tmp_path, monkeypatch):
+    """What is kept gives the same summary, and is found beside models that are here."""
+    ablate, _, _ = finished
+    results = ablate.json("results.json")
+    (tmp_path / "drawings.yaml").write_text(grids.SUITE)
+    here = tmp_path / "runs" / "tiny-0" / "all"
+    here.mkdir(parents=True)
+    (here / "results.json").write_text(json.dumps({**results, "suite": str(tmp_path / "drawings.yaml")}))
+    (here / "choices.json").write_text("{}")
+    measured = (ablate.out / "results.jsonl").read_text()
+    other = json.loads(measured.splitlines()[-1]) | {
+        "alpha": 0.125,
+        "original_digest": "0",
+    }  # no line of a table
+    (here / "results.jsonl").write_text(measured + json.dumps(other) + "\n")
+    monkeypatch.setattr(summary, "KEPT", tmp_path / "kept")
+    summary.keep(here, tmp_path / "kept" / "emojinet" / "tiny-1" / "all")
+    folders = summary.finished("emojinet", "all", tmp_path / "runs")
+    assert folders == [here, tmp_path / "kept" / "emojinet" / "tiny-1" / "all"]
+    models = [summary.Model(folder) for folder in folders]
+    one, kept = ({**summary.summarize([model], "arf"), "models": ["tiny"]} for model in models)
+    for line in (*one["lines"].values(), *kept["lines"].values()):
+        line["alphas"] = line["alphas"] and list(line["alphas"].values())
+    assert one == kept and one["against"]
+    assert 0.125 not in [record["alpha"] for record in read_records(folders[1] / "results.jsonl")]
 
 
 def test_a_changed_grid_is_refused_with_the_difference(finished, world):
