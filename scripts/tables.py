@@ -327,6 +327,24 @@ def duplicates() -> str:
     return _table(["vectors", "by", "time", "memory", "of planted copies found"], rows)
 
 
+def emojinet_rates() -> str:
+    """What one pretrained model's candidates scored on validation sets; kept by scripts/benchmarks/grid.sh --keep."""
+    arms = _figures("grids/emojinet/resnet-0/all/choices")["arms"]
+    labels = _figures("emojinet-remember")["lines"]
+    rows = []
+    for arm, choice in arms.items():
+        names = choice["by"].split(" + ")
+        scores: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        for number, candidate in enumerate(choice["candidates"]):
+            flags = dict(candidate["flags"])
+            rate, weight = flags.pop("lr"), ", ".join(f"`--{name} {value}`" for name, value in flags.items())
+            mean = f"{sum(candidate['validation'][name] for name in names) / len(names):.1f}"
+            scores[weight][rate] = f"**{mean}**" if number == choice["chosen"] else mean
+        rows += [[labels[arm]["label"], weight, *of_rate.values()] for weight, of_rate in scores.items()]
+    rates = list(dict.fromkeys(c["flags"]["lr"] for c in choice["candidates"]))
+    return _table(["arm", "weight", *(f"lr {rate}" for rate in rates)], rows)
+
+
 def emojinet_remember() -> str:
     """Ways to remember on EmojiNet; written by scripts/benchmarks/summary.py."""
     return _remember("emojinet")
@@ -338,7 +356,7 @@ def iconnet_remember() -> str:
 
 
 def _remember(benchmark: str) -> str:
-    return "\n\n".join(_table(*table) for table in as_tables(_figures(f"{benchmark}-remember")))
+    return "\n\n".join(_table(*table) for table in as_tables(_figures(f"{benchmark}-remember"), merges=False))
 
 
 def gpu() -> str:
@@ -452,6 +470,7 @@ def rewritten(text: str) -> str:
         pool,
         growth,
         duplicates,
+        emojinet_rates,
         emojinet_remember,
         iconnet_remember,
         gpu,

@@ -145,9 +145,15 @@ def _means(suite: Suite, runs: Mapping[Any, Mapping[str, EvalRecord]]) -> dict[s
     return {**means, MEAN: statistics.fmean(means.values())}
 
 
-def as_tables(found: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Head and rows of tables: the scores of all lines, then how far those of one arm are ahead."""
-    lines, models = found["lines"], len(found["models"])
+def as_tables(found: Mapping[str, Any], merges: bool = True) -> list[tuple[list[str], list[list[str]]]]:
+    """Head and rows of tables: the scores of all lines, then how far those of one arm are ahead.
+
+    Args:
+        found: By :func:`summarize`.
+        merges: With what becomes of an arm's seeds when they are merged.
+    """
+    told = [name for name in found["lines"] if merges or name.partition("+")[2] not in MERGES]
+    lines, models = {name: found["lines"][name] for name in told}, len(found["models"])
     names = list(next(iter(lines.values()))["mean"])
     rows = []
     for line in lines.values():
@@ -157,6 +163,8 @@ def as_tables(found: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]
     many = f"{models} pretrained {'models' if models > 1 else 'model'}, {found['seeds']} seeds, %"
     tables = [([many, *names], rows)]
     for first, others in found["against"].items():
+        if first not in lines:
+            continue
         rows = [
             [
                 lines[other]["label"],
@@ -164,6 +172,7 @@ def as_tables(found: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]
                 f"{entry['models_ahead']} of {models}",
             ]
             for other, entry in others.items()
+            if other in lines
         ]
         tables.append(([f"{lines[first]['label']} less", *names, "models"], rows))
     return tables
