@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WIDTH = 340.0  # points; on the page one point is about one pixel
 SMALL, NORMAL = 12.5, 13.5  # on a phone, a panel is a little narrower than that
 NAMED = 6  # lines that one panel can name
+LONGEST = 22  # letters of a name in a panel; the page's tables have the whole
 BINS = 80  # points of a training curve
 
 Curve = Sequence[tuple[float, float]]
@@ -386,10 +387,19 @@ def _plain_axes(axes: Axes, style: Style, grid: str) -> None:
     axes.set_facecolor("none")
 
 
+def _brief(name: str) -> str:
+    """A name that leaves a panel room for what it shows: beginning and end, where names that are alike differ."""
+    return (
+        name
+        if len(name) <= LONGEST
+        else f"{name[: LONGEST // 2].rstrip()}…{name[-(LONGEST // 2 - 1) :].lstrip()}"
+    )
+
+
 def _name_lines(axes: Axes, names: Sequence[str], colours: Sequence[str]) -> None:
     """Names the lines of a panel at its left, from top to bottom."""
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), names, fontsize=SMALL)
+    axes.set_yticks(range(len(names)), [_brief(name) for name in names], fontsize=SMALL)
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color(colour)
     axes.spines["left"].set_visible(False)
@@ -420,5 +430,5 @@ def _name_ends(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> N
             places[index] -= push
             places[index + 1] += push
     for (x, _, text, colour), place in zip(ordered, places, strict=True):
-        axes.annotate(text, (x, place), xytext=(7, 0), textcoords="offset points", va="center", ha="left",
+        axes.annotate(_brief(text), (x, place), xytext=(7, 0), textcoords="offset points", va="center", ha="left",
                       fontsize=NORMAL, color=colour, fontweight="bold", annotation_clip=False, zorder=7)  # fmt: skip
