@@ -50,7 +50,7 @@ def grid(tmp_path_factory, world, model_configs) -> Path:
     train = Trainer(folder / "logs", model_configs, folder / "cache")
     grid = train_grid(folder / "grid", world, train)
     content = json.loads((grid / "grid.json").read_text())
-    content["arms"][2] |= {"label": f"ARF {HOSTILE[:25]}", "what": HOSTILE}
+    content["arms"][2] |= {"label": f"ARF {HOSTILE[:17]}", "what": HOSTILE}  # short enough for a panel
     (grid / "grid.json").write_text(json.dumps(content))
     return grid
 
