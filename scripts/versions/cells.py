@@ -216,6 +216,7 @@ def _last_error(run: trainer.Run) -> str:
     error = r"^\s*(?:\[rank\d\]: )?((?:[\w.]*(?:Error|Exception|Unsupported)\b|[\w.]+:? error\b).*)"
     found = re.findall(error, output, re.M)
     line = found[-1] if found else (output.strip().splitlines() or ["no output"])[-1]
+    line = re.sub(r"\. Did you mean '[^']*'\?$", "", line)  # our parser's hint, which stock has not
     return re.sub(r"^[\w.]+: error", "error", line)[:200].strip()
 
 
