@@ -169,8 +169,15 @@ def child(args: argparse.Namespace) -> int:
             "summary": outcome.summary,
             "notes": outcome.notes,
         }
-    (folder / "result.json").write_text(json.dumps(result, default=str))
+    _write(folder / "result.json", json.dumps(result, default=str))
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes all of a file or nothing: on a full disk, too, no reader finds half of it."""
+    partial = path.with_name(f"{path.name}.{time.monotonic_ns()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 class Report:
@@ -314,9 +321,7 @@ class Report:
         ):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f"{path.name}.{time.monotonic_ns()}.partial")
-                partial.write_text(text())
-                partial.replace(path)
+                _write(path, text())
 
 
 def commit() -> str | None:
