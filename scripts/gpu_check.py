@@ -49,6 +49,8 @@ from gpu import ROOT, building, cost, gradients, loading, machine, trainers
 from gpu.context import Context, Outcome, Skipped
 from gpu.report import markdown
 
+from arf_plugin.files import replacing
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -169,15 +171,9 @@ def child(args: argparse.Namespace) -> int:
             "summary": outcome.summary,
             "notes": outcome.notes,
         }
-    _write(folder / "result.json", json.dumps(result, default=str))
+    with replacing(folder / "result.json") as path:  # whole or not at all, on a full disk, too
+        path.write_text(json.dumps(result, default=str))
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes all of a file or nothing: on a full disk, too, no reader finds half of it."""
-    partial = path.with_name(f"{path.name}.{time.monotonic_ns()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class Report:
@@ -320,8 +316,8 @@ class Report:
             (self.args.markdown, lambda: markdown(self.content())),
         ):
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write(path, text())
+                with replacing(path) as temporary:
+                    temporary.write_text(text())
 
 
 def commit() -> str | None:
